@@ -1,0 +1,44 @@
+# Each target sets up what it needs in .venv: `make demo` and `make test` work on a fresh machine.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+export HF_HUB_OFFLINE ?= 1
+export TOKENIZERS_PARALLELISM = false
+
+.PHONY: demo test test-fast check fix types organism setup
+
+demo: $(READY)  ## locate safety in the embedded organisms, dense and MoE, and draw the map
+	$(BIN)/safelocus demo -o runs/demo --overwrite
+
+test: $(READY)  ## every test
+	$(BIN)/pytest -n auto --dist worksteal
+
+test-fast: $(READY)  ## the quick loop
+	$(BIN)/pytest -n auto --dist worksteal -m "not slow" -q
+
+check: $(READY)  ## what CI runs
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(MAKE) test
+
+fix: $(READY)  ## format and mend what can be mended
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+types: $(READY)
+	$(BIN)/mypy
+
+organism: $(READY)  ## rebuild the embedded models from their seed (about six minutes on two cores)
+	$(BIN)/python -m safelocus.organism.build
+
+setup: $(READY)
+
+# torch is installed first, by itself and by exact version: a looser request would make pip
+# take the newest build for GPUs, which pulls several gigabytes.
+$(READY): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $(READY)

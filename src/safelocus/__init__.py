@@ -1,0 +1,52 @@
+"""safelocus: find the weights that carry a language model's safety, and act on exactly those.
+
+Names are exported in pipeline order and imported on first use, so that `import safelocus` and the
+command line's `--help` stay fast (no torch).
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from safelocus.layout import Layout, Matrix, TensorLayout
+    from safelocus.objective import Classifier, Guard, Refusal
+    from safelocus.prompts import Example, PromptSet, read_prompts
+    from safelocus.scores import Scores
+    from safelocus.scoring import score
+    from safelocus.selection import Selection
+    from safelocus.target import Target, load
+
+# name -> the module that defines it, in pipeline order
+_EXPORTS = {
+    "load": "target",
+    "Target": "target",
+    "Layout": "layout",
+    "TensorLayout": "layout",
+    "Matrix": "layout",
+    "read_prompts": "prompts",
+    "PromptSet": "prompts",
+    "Example": "prompts",
+    "Guard": "objective",
+    "Classifier": "objective",
+    "Refusal": "objective",
+    "score": "scoring",
+    "Scores": "scores",
+    "Selection": "selection",
+}
+
+__all__ = [  # noqa: RUF022 (pipeline order)
+    "load", "Target", "Layout", "TensorLayout", "Matrix", "read_prompts", "PromptSet", "Example",
+    "Guard", "Classifier", "Refusal", "score", "Scores", "Selection",
+]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _EXPORTS:
+        raise AttributeError(f"module 'safelocus' has no attribute {name!r}")
+    return getattr(import_module(f"safelocus.{_EXPORTS[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_EXPORTS])

@@ -1,0 +1,5 @@
+"""`python -m safelocus`: the command line."""
+
+from safelocus.cli import main
+
+main()

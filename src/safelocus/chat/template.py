@@ -1,0 +1,128 @@
+"""The text side of chat: plain templates filled in, chat templates rendered the same on every day.
+
+Plain templates are the user's: {prompt} once, {system} perhaps. Chat templates come with the tokenizer, in
+Jinja, and are asked through stand-ins (`PROMPT`, `SYSTEM`, `ANSWER`) where they put what.
+"""
+
+import re
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import jinja2
+
+from safelocus.errors import ModelError, PromptError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+PLAIN_TEMPLATE = "{system}\n\nUser: {prompt}\nAssistant: "
+DATE = "26 Jul 2024"  # the one Llama 3.1's template falls back on
+
+# The templates' clock, stopped. A macro, since values given to a template may only be plain data. The line
+# break after it is eaten by the template engine, so the template itself is rendered as it stands.
+_STOPPED_CLOCK = (
+    "{%- macro strftime_now(format) -%}"
+    "{{ format|replace('%d', '26')|replace('%m', '07')|replace('%b', 'Jul')|replace('%B', 'July')"
+    "|replace('%Y', '2024')|replace('%y', '24')|replace('%A', 'Friday')|replace('%a', 'Fri')"
+    "|replace('%H', '12')|replace('%M', '00')|replace('%S', '00') }}"
+    "{%- endmacro %}\n"
+)
+SWITCHES = ("enable_thinking", "thinking")  # Qwen; DeepSeek and Granite
+PLACEHOLDER = re.compile(r"\{(\w+)\}")
+_ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\"}
+
+# Stand-ins for prompt, system message and answer, to find where a template puts them
+PROMPT, SYSTEM, ANSWER = "probeprompt", "probesystem", "probeanswer"
+
+
+def decode_template(template: str) -> str:
+    """Check a plain template and decode its escapes (`\\n`, `\\t`, `\\r`, `\\\\`).
+
+    >>> decode_template(r"Q: {prompt}\\nA: ")
+    'Q: {prompt}\\nA: '
+    """
+    template = re.sub(r"\\([ntr\\])", lambda match: _ESCAPES[match[1]], template)
+    found = PLACEHOLDER.findall(template)
+    if "{%" in template or "{{" in template:
+        raise PromptError(
+            f"the template {template[:60]!r} looks like Jinja; expected plain text with {{prompt}}. "
+            "Set tokenizer.chat_template to use it."
+        )
+    if found.count("prompt") != 1 or found.count("system") > 1 or set(found) - {"prompt", "system"}:
+        placeholders = ", ".join(f"{{{name}}}" for name in found) or "none"
+        raise PromptError(
+            f"the template {template[:60]!r}: expected {{prompt}} once and {{system}} at most once, "
+            f"found placeholders: {placeholders}."
+        )
+    if "system" in found and found.index("system") > found.index("prompt"):
+        raise PromptError(f"the template {template[:60]!r}: expected {{system}} before {{prompt}}.")
+    return template
+
+
+def messages_of(prompt: str, system: str | None) -> list[dict[str, str]]:
+    turns = [{"role": "system", "content": system}] if system else []
+    return [*turns, {"role": "user", "content": prompt}]
+
+
+def fill(template: str, prompt: str, system: str | None) -> str:
+    if not system:  # with the white space that sets it apart
+        template = re.sub(r"\{system\}\s*", "", template)
+    values = {"prompt": prompt, "system": system or ""}
+    # one pass, so that braces in prompts stay what they are
+    return PLACEHOLDER.sub(lambda match: values[match[1]], template)
+
+
+def apply(
+    tokenizer: "PreTrainedTokenizerBase",
+    messages: list[dict[str, str]],
+    kwargs: Mapping[str, Any],
+    *,
+    generation: bool = True,
+) -> str:
+    template = tokenizer.get_chat_template()
+    if "strftime_now" in template:
+        template = _STOPPED_CLOCK + template
+    text = tokenizer.apply_chat_template(
+        messages, chat_template=template, tokenize=False, add_generation_prompt=generation, **kwargs
+    )
+    assert isinstance(text, str)
+    return text
+
+
+def try_apply(
+    tokenizer: "PreTrainedTokenizerBase",
+    messages: list[dict[str, str]],
+    kwargs: Mapping[str, Any],
+    *,
+    generation: bool = True,
+) -> str | None:
+    """None where the template refuses these messages."""
+    try:
+        return apply(tokenizer, messages, kwargs, generation=generation)
+    except jinja2.TemplateError:
+        return None
+
+
+def render_alone(tokenizer: "PreTrainedTokenizerBase", kwargs: Mapping[str, Any]) -> str:
+    """A lone user's message, which every chat template has to take."""
+    try:
+        text = apply(tokenizer, messages_of(PROMPT, None), kwargs)
+    except jinja2.TemplateError as error:
+        raise ModelError(
+            f"the tokenizer's chat template fails on a single user message: {error}. "
+            "Give a plain template instead (template='User: {prompt}\\nAssistant: ')."
+        ) from error
+    if text.count(PROMPT) != 1:
+        raise ModelError(
+            f"the tokenizer's chat template shows the user's message {text.count(PROMPT)} times, "
+            "expected once. Give a plain template instead (template='User: {prompt}\\nAssistant: ')."
+        )
+    return text
+
+
+def default_system(alone: str, with_system: str) -> str:
+    """The message that stands, without a system message, where one would; mostly none."""
+    start, _, end = with_system.partition(PROMPT)[0].partition(SYSTEM)
+    head = alone.partition(PROMPT)[0]
+    framed = head.startswith(start) and head.endswith(end) and len(head) > len(start) + len(end)
+    return head[len(start) : len(head) - len(end)].strip() if framed and end else ""

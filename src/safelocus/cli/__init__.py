@@ -1,0 +1,84 @@
+"""The command line: names and paths in, artefacts and tables out. The only place that parses either.
+
+Nothing heavy is imported here or at the top of a command's module: `--help` must not wait for torch.
+
+Exit codes: 0 done; 1 a bug in safelocus; 2 bad usage or bad input; 130 interrupted by Ctrl-C.
+"""
+
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+
+import typer
+
+from safelocus.cli import compare, demo, inspect, score, select
+from safelocus.cli.output import errors
+from safelocus.errors import SafelocusError
+
+app = typer.Typer(
+    name="safelocus",
+    help="Find the weights that carry a language model's safety, and act on exactly those.",
+    epilog="Any command: --debug shows the traceback of an error.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+@app.callback(invoke_without_command=True)
+def _version(version: bool = typer.Option(False, "--version", help="Print the version and exit.")) -> None:
+    if version:
+        from safelocus import __version__
+
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+# in pipeline order
+app.command()(inspect.inspect)
+app.command()(score.score)
+app.command()(select.select)
+app.command()(compare.compare)
+app.command()(demo.demo)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line and leave with its exit code."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in given
+    given = [argument for argument in given if argument != "--debug"]
+    # quieter neighbours: warnings and bars of libraries would drown our own
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        code = app(given, standalone_mode=False, prog_name="safelocus")
+    except typer.Abort:
+        sys.exit(130)
+    except KeyboardInterrupt:
+        errors.print("[bold]interrupted[/]: nothing half-written was left; the same command begins or resumes the run")
+        sys.exit(130)
+    except SafelocusError as error:
+        if debug:
+            traceback.print_exc()
+        errors.print("[bold red]error[/]:", end=" ")
+        errors.print(str(error), markup=False, highlight=False, soft_wrap=True)
+        sys.exit(2)
+    except Exception as error:  # noqa: BLE001 (last resort: one message instead of a traceback)
+        usage = getattr(error, "format_message", None)
+        if usage is not None:  # click's own errors: wrong options and arguments
+            context = getattr(error, "ctx", None)
+            if context is not None:
+                errors.print(context.get_usage(), markup=False, highlight=False)
+            errors.print("[bold red]error[/]:", end=" ")
+            errors.print(usage(), markup=False, highlight=False, soft_wrap=True)
+            sys.exit(getattr(error, "exit_code", 2))
+        if debug:
+            traceback.print_exc()
+        errors.print("[bold red]unexpected error[/]:", end=" ")
+        errors.print(f"{type(error).__name__}: {error}", markup=False, highlight=False, soft_wrap=True)
+        errors.print("This is a bug in safelocus; run again with --debug for the traceback.")
+        sys.exit(1)
+    sys.exit(code if isinstance(code, int) else 0)

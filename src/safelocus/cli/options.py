@@ -1,0 +1,91 @@
+"""Options that several commands share: one name, one help text, one meaning."""
+
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from safelocus.errors import RunError
+
+
+def _load_config(context: typer.Context, value: Path | None) -> Path | None:
+    """Make the values of a run.toml the defaults of this command; options given beside it win."""
+    if value is None:
+        return None
+    file = value / "run.toml" if value.is_dir() else value
+    try:
+        values: dict[str, Any] = tomllib.loads(file.read_text(encoding="utf-8"))
+    except (OSError, tomllib.TOMLDecodeError) as error:
+        raise RunError(f"{file}: cannot be read as a configuration: {error}") from error
+    command = values.pop("command", context.info_name)
+    if command != context.info_name:
+        raise RunError(f"{file}: is the configuration of `safelocus {command}`, not of `{context.info_name}`")
+    known = {parameter.name for parameter in context.command.params}
+    if unknown := sorted(set(values) - known):
+        raise RunError(f"{file}: unknown keys {', '.join(unknown)}; known are {', '.join(sorted(map(str, known)))}")
+    context.default_map = values
+    return value
+
+
+Config = Annotated[
+    Path | None,
+    typer.Option(
+        help="Take options from a run.toml (or the run folder that holds one).",
+        is_eager=True,
+        callback=_load_config,
+    ),
+]
+Model = Annotated[str, typer.Argument(help="Model folder, hub id, or organism:NAME.", show_default=False)]
+Output = Annotated[Path, typer.Option("--output", "-o", help="Folder to write the run into.", show_default=False)]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier run in the output folder.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")]
+LayoutFile = Annotated[
+    Path | None,
+    typer.Option("--layout", help="TOML description of an architecture unknown here.", show_default=False),
+]
+DtypeOption = Annotated[
+    Literal["auto", "float32", "bfloat16", "float16"],
+    typer.Option("--dtype", help="Type of the weights in memory."),
+]
+Device = Annotated[
+    str | None,
+    typer.Option(help="cuda, cpu, ...; auto places over several devices.", show_default="the accelerator"),
+]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.", show_default=False)]
+TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that comes with a model.")]
+System = Annotated[str | None, typer.Option(help="System prompt before every request.", show_default=False)]
+Template = Annotated[
+    str | None,
+    typer.Option(help="Plain template with {prompt}, instead of the tokenizer's chat template.", show_default=False),
+]
+Prompts = Annotated[
+    str,
+    typer.Option(
+        "--prompts",
+        "-p",
+        help="File (json, jsonl, csv, tsv, txt, parquet), hub-id:split:field, or organism:NAME.",
+        show_default=False,
+    ),
+]
+Field = Annotated[str | None, typer.Option(help="Field that holds the prompts.", show_default="recognised")]
+Where = Annotated[
+    list[str] | None, typer.Option(help="Keep rows with COLUMN=VALUE; may be repeated.", show_default=False)
+]
+Limit = Annotated[int | None, typer.Option(help="Use at most this many prompts.", min=1, show_default=False)]
+Ratio = Annotated[float, typer.Option("--ratio", "-r", help="Share of the weights to select, in (0, 1].")]
+Of = Annotated[Literal["model", "eligible"], typer.Option(help="What the ratio is a share of.")]
+Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
+BatchSize = Annotated[int, typer.Option(help="Prompts per forward and backward pass.", min=1)]
+MaxNewTokens = Annotated[int, typer.Option(help="Length of the model's answers.", min=1)]
+
+
+def conditions(where: list[str] | None) -> dict[str, str]:
+    """`COLUMN=VALUE` strings as a mapping."""
+    pairs = {}
+    for text in where or []:
+        column, separator, value = text.partition("=")
+        if not separator or not column:
+            raise RunError(f"--where {text!r}: expected COLUMN=VALUE")
+        pairs[column] = value
+    return pairs

@@ -1,0 +1,38 @@
+"""Errors that a user can act on.
+
+Every message says what went wrong, where, what was expected, what was found and what to do next.
+The command line prints such an error as one message, without a traceback; anything else is a bug
+in safelocus. Invariants inside the package are `assert`s, not these.
+"""
+
+
+class SafelocusError(ValueError):
+    """Base of all errors raised for bad input."""
+
+
+class LayoutError(SafelocusError):
+    """The model's tensors are not understood, or do not have the described shape."""
+
+
+class ModelError(SafelocusError):
+    """A model, tokenizer or guard cannot be loaded or does not fit its use."""
+
+
+class PromptError(SafelocusError):
+    """Prompts or chat data cannot be read, or hold nothing usable."""
+
+
+class SelectionError(SafelocusError):
+    """A selection is impossible, matches nothing, or belongs to another model."""
+
+
+class NumericalError(SafelocusError):
+    """NaN or infinity in weights, gradients or scores; the message names the tensor and the batch."""
+
+
+class RunError(SafelocusError):
+    """A run folder cannot be written, resumed or read."""
+
+
+class ResourceError(SafelocusError):
+    """Too little memory or disk; the message says what to try."""

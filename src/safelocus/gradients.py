@@ -1,0 +1,122 @@
+"""Accumulate signed gradients over many batches, in fp32, one tensor at a time.
+
+Each parameter's gradient is added to its fp32 accumulator, and freed, the moment backward has made it:
+the model's gradients never exist all at once. Only tensors asked for get a gradient, so backward does
+no weight-gradient work elsewhere. Accumulators may live on the device or on the CPU.
+"""
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from safelocus.errors import NumericalError, RunError, SelectionError
+from safelocus.layout import canonical_name
+
+
+def named_weights(model: nn.Module, names: list[str]) -> dict[str, nn.Parameter]:
+    """Parameters by canonical name, in the order of `names`; an error lists names that do not exist."""
+    found = {canonical_name(name): parameter for name, parameter in model.named_parameters()}
+    if missing := [name for name in names if name not in found]:
+        raise SelectionError(f"{len(missing)} tensors are not in the model: {', '.join(missing[:5])}")
+    return {name: found[name] for name in names}
+
+
+class GradientAccumulator:
+    """Sum of gradients per tensor, fp32.
+
+    Args:
+        weights: canonical name -> parameter, all of floating type.
+        device: where the sums are kept; None for each parameter's own device.
+    """
+
+    def __init__(self, weights: Mapping[str, nn.Parameter], *, device: torch.device | str | None = None) -> None:
+        for name, weight in weights.items():
+            if not weight.is_floating_point():
+                raise NumericalError(
+                    f"{name} has type {weight.dtype}, which has no gradient; score the model in bf16 or fp32, "
+                    "not a quantized copy of it"
+                )
+        self.weights = dict(weights)
+        self.sums = {
+            name: torch.zeros(weight.shape, dtype=torch.float32, device=device or weight.device)
+            for name, weight in weights.items()
+        }
+        self._finite: dict[str, Tensor] = {}
+
+    @contextmanager
+    def collecting(self, model: nn.Module) -> Iterator[None]:
+        """Within: backward passes add to the sums, and only the tensors asked for require gradients."""
+        before = {parameter: parameter.requires_grad for parameter in model.parameters()}
+        handles = []
+        try:
+            model.requires_grad_(False)
+            for name, weight in self.weights.items():
+                weight.requires_grad_(True)
+                handles.append(weight.register_post_accumulate_grad_hook(self._hook(name)))
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            for parameter, required in before.items():
+                parameter.requires_grad_(required)
+            for weight in self.weights.values():
+                weight.grad = None
+
+    def check_finite(self, batch: str) -> None:
+        """Raise if a gradient since the last check was NaN or infinite; one synchronisation per batch."""
+        flags, self._finite = self._finite, {}
+        bad = [name for name, finite in flags.items() if not bool(finite)]
+        if bad:
+            raise NumericalError(
+                f"gradients of {len(bad)} tensors are NaN or infinite in {batch}, first of them {bad[0]}. "
+                "Try fp32 or bf16 instead of fp16 (--dtype), and look at that batch's prompts"
+            )
+
+    def _hook(self, name: str) -> Any:
+        def add(weight: Tensor) -> None:
+            assert weight.grad is not None
+            gradient, weight.grad = weight.grad, None
+            finite = torch.isfinite(gradient.sum(dtype=torch.float32))  # NaN and inf survive a sum
+            self._finite[name] = finite & self._finite[name] if name in self._finite else finite
+            self.sums[name].add_(gradient.to(self.sums[name].device))  # adds bf16 to fp32 without a copy
+
+        return add
+
+
+def save_checkpoint(folder: Path, sums: Mapping[str, Tensor], state: dict[str, Any]) -> None:
+    """Write sums and position under a temporary name, then rename: a checkpoint is whole or absent."""
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = folder / "gradients.safetensors.tmp"
+    save_file({name: tensor.contiguous() for name, tensor in sums.items()}, temporary, {"state": json.dumps(state)})
+    os.replace(temporary, folder / "gradients.safetensors")
+
+
+def load_checkpoint(folder: Path, sums: Mapping[str, Tensor], identity: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Fill `sums` from a checkpoint and return its state; None where there is none.
+
+    Raises:
+        RunError: the checkpoint belongs to other inputs.
+    """
+    from safetensors import safe_open
+
+    file = folder / "gradients.safetensors"
+    if not file.is_file():
+        return None
+    with safe_open(file, framework="pt") as opened:
+        state: dict[str, Any] = json.loads(opened.metadata()["state"])
+    differing = [key for key, value in identity.items() if state["identity"].get(key) != value]
+    if differing:
+        raise RunError(
+            f"{folder}: an interrupted run with another {', '.join(differing)} lies here; "
+            "give the same inputs to resume it, or --overwrite to begin anew"
+        )
+    for name, tensor in load_file(file).items():
+        sums[name].copy_(tensor)
+    return state

@@ -1,0 +1,97 @@
+"""Sizes by name: the numbers of a configuration, and integer arithmetic over them.
+
+Rules for tensors (`rules`) say "heads * head_dim"; configurations call the same number
+num_attention_heads, n_head or num_heads, keep it in a part for text, or have it differ by layer.
+"""
+
+from __future__ import annotations
+
+import ast
+import operator
+from collections.abc import Callable
+from typing import Any
+
+from safelocus.errors import LayoutError
+
+# names used in rules <- the configuration's names for the same thing, first found wins
+_ALIASES = {
+    "hidden": ("hidden_size", "n_embd", "d_model"),
+    "heads": ("num_attention_heads", "n_head", "num_heads", "decoder_attention_heads"),
+    "kv_heads": ("num_key_value_heads", "num_kv_heads"),
+    "head_dim": ("head_dim", "d_kv"),
+    "intermediate": ("intermediate_size", "n_inner", "ffn_dim", "d_ff"),
+    "experts": ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"),
+}
+_OPERATORS: dict[type, Callable[..., Any]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.FloorDiv: operator.floordiv,
+    ast.Eq: operator.eq,
+    ast.NotEq: operator.ne,
+    ast.Lt: operator.lt,
+    ast.Gt: operator.gt,
+    ast.Not: operator.not_,
+}
+
+
+class Sizes(dict[str, Any]):
+    """Numbers of a configuration, by name; missing ones are an error that says so."""
+
+    layers: list[Sizes] | None = None  # of each layer, where layers differ
+
+    def of_layer(self, layer: int | None) -> Sizes:
+        return self if layer is None or self.layers is None else self.layers[layer]
+
+    def evaluate(self, expression: str | int) -> Any:
+        return self._evaluate(ast.parse(str(expression).strip(), mode="eval").body, str(expression))
+
+    def _evaluate(self, node: ast.expr, expression: str) -> Any:
+        match node:
+            case ast.Constant(value=int(value)):
+                return value
+            case ast.Name(id=name):
+                if self.get(name) is None:
+                    raise LayoutError(f"the size {expression!r} needs {name!r}, which the configuration lacks")
+                return self[name]
+            case ast.BinOp(left=left, op=op, right=right) if type(op) in _OPERATORS:
+                divisor = self._evaluate(right, expression)
+                if type(op) is ast.FloorDiv and divisor == 0:
+                    raise LayoutError(f"the size {expression!r} divides by zero")
+                return _OPERATORS[type(op)](self._evaluate(left, expression), divisor)
+            case ast.UnaryOp(op=ast.Not(), operand=operand):
+                return not self._evaluate(operand, expression)
+            case ast.BoolOp(op=op, values=operands):
+                values = [self._evaluate(operand, expression) for operand in operands]
+                return all(values) if isinstance(op, ast.And) else any(values)
+            case ast.Compare(left=left, ops=[op], comparators=[right]) if type(op) in _OPERATORS:
+                return _OPERATORS[type(op)](self._evaluate(left, expression), self._evaluate(right, expression))
+        raise LayoutError(f"the size {expression!r} is not integer arithmetic over the configuration's numbers")
+
+
+def text_config(config: Any) -> Any:
+    """The part of a multimodal configuration that describes the language model; else the whole."""
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def sizes_of(config: Any) -> Sizes:
+    """The integers and booleans of a configuration (its text part), with the names that rules use."""
+    text = text_config(config)
+    sizes = Sizes({key: value for key, value in vars(text).items() if isinstance(value, int)})
+    for name, keys in _ALIASES.items():
+        found = next((value for key in keys if (value := _number(text, key)) is not None), None)
+        if found is not None:
+            sizes[name] = found
+    if "heads" in sizes:
+        sizes.setdefault("kv_heads", sizes["heads"])
+        if "hidden" in sizes and sizes["heads"]:
+            sizes.setdefault("head_dim", sizes["hidden"] // sizes["heads"])
+    return sizes
+
+
+def _number(config: Any, key: str) -> int | None:
+    try:
+        value = getattr(config, key, None)  # not vars(): properties and renamed attributes count
+    except (RuntimeError, ValueError):  # differs between layers
+        return None
+    return value if isinstance(value, int) else None

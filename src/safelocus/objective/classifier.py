@@ -1,0 +1,77 @@
+"""S from a sequence classifier (toxicity-like): minus the log-odds of its unsafe label."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForSequenceClassification
+
+from safelocus.errors import ModelError
+from safelocus.objective.text import TextObjective, embedding_gradients, tokenize_around
+from safelocus.objective.transfer import Reading
+from safelocus.target import Dtype, load_model, load_tokenizer
+
+_UNSAFE_LABELS = ("unsafe", "toxic", "toxicity", "harmful", "hate", "offensive", "label_1")
+
+
+@dataclass(kw_only=True, eq=False)
+class Classifier(TextObjective):
+    """A sequence classifier over the response as objective.
+
+    Attributes:
+        unsafe: index of the unsafe label.
+        multi_label: labels are independent (sigmoid) rather than exclusive (softmax).
+    """
+
+    unsafe: int
+    multi_label: bool = False
+
+    @classmethod
+    def load(
+        cls,
+        name: str | Path,
+        *,
+        unsafe: str | None = None,
+        dtype: Dtype = "auto",
+        device: str | None = None,
+        **options: Any,
+    ) -> "Classifier":
+        """Load from a folder or hub id; `unsafe` names the unsafe label where it cannot be told."""
+        tokenizer = load_tokenizer(name)
+        model = load_model(AutoModelForSequenceClassification, name, dtype=dtype, device=device)
+        labels = {str(label).lower(): int(i) for i, label in model.config.id2label.items()}
+        wanted = [unsafe.lower()] if unsafe else [label for label in _UNSAFE_LABELS if label in labels]
+        if model.config.num_labels == 1:
+            index = 0
+        elif wanted and wanted[0] in labels:
+            index = labels[wanted[0]]
+        else:
+            raise ModelError(f"{name}: which label is unsafe? It has {', '.join(labels)}; pass unsafe=LABEL")
+        multi = model.config.problem_type == "multi_label_classification" or model.config.num_labels == 1
+        return cls(name=str(name), model=model, tokenizer=tokenizer, unsafe=index, multi_label=multi, **options)
+
+    def read(
+        self, prompts: Sequence[str], responses: Sequence[str], *, response_ids: list[list[int]] | None = None
+    ) -> Reading:
+        given: Sequence[list[int] | None] = response_ids if response_ids is not None else [None] * len(responses)
+        inputs = [
+            tokenize_around(self.tokenizer, "", text, "", add_special_tokens=True, response_ids=ids)
+            for text, ids in zip(responses, given, strict=True)
+        ]
+
+        def score(batch: dict[str, Tensor]) -> Tensor:
+            logits = self.model(**batch).logits.float()  # [B, labels]
+            unsafe = logits[:, self.unsafe]
+            if self.multi_label:
+                return -unsafe
+            others = torch.cat([logits[:, : self.unsafe], logits[:, self.unsafe + 1 :]], dim=1)
+            return torch.logsumexp(others, dim=1) - unsafe
+
+        return embedding_gradients(self.model, self.tokenizer, inputs, score)
+
+    def describe(self) -> dict[str, Any]:
+        label = self.model.config.id2label[self.unsafe]
+        return {"kind": "classifier", "name": self.name, "unsafe": label, **self._describe_relaxation()}

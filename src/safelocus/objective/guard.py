@@ -1,0 +1,136 @@
+"""S from a guard: a causal LM whose verdict tokens say safe or unsafe (paper: Llama-Guard).
+
+    score(x, y) = log P(safe | x, y) - log P(unsafe | x, y)   at the verdict position
+
+The log-odds, not the logit of "safe" alone: a logit also moves when all logits move together.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, GenerationConfig
+
+from safelocus.errors import ModelError
+from safelocus.forcing import logits_at, pad
+from safelocus.objective.presets import GuardPreset, find_preset, read_preset, render, verdict_token_ids
+from safelocus.objective.text import TextObjective, embedding_gradients, tokenize_around
+from safelocus.objective.transfer import Reading
+from safelocus.target import Dtype, load_model, load_tokenizer
+
+_VERDICT_BUDGET = 48  # tokens a guard may write before its verdict (WildGuard: two lines)
+
+
+@dataclass(kw_only=True, eq=False)
+class Guard(TextObjective):
+    """A guard model as objective. Make one with `Guard.load`.
+
+    Attributes:
+        preset: how conversations are rendered for it and where and how its verdict is read.
+    """
+
+    preset: GuardPreset
+    _verdict_ids: tuple[list[int], list[int]] | None = field(default=None, init=False, repr=False)
+
+    @classmethod
+    def load(
+        cls,
+        name: str | Path,
+        *,
+        description: Path | None = None,
+        dtype: Dtype = "auto",
+        device: str | None = None,
+        revision: str | None = None,
+        trust_remote_code: bool = False,
+        **options: Any,
+    ) -> "Guard":
+        """Load a guard from a folder, hub id or `organism:guard`.
+
+        Args:
+            name: where the guard is.
+            description: TOML file that describes a guard unknown here (docs/guards.md).
+            dtype, device, revision, trust_remote_code: as for `load`.
+            **options: `max_new_tokens`, `tau`, `gumbel_seed`, `variant`, `on_responses` of the objective.
+
+        Raises:
+            ModelError: the guard is unknown, or its vocabulary lacks the verdict tokens.
+        """
+        hub = {"revision": revision, "trust_remote_code": trust_remote_code}
+        tokenizer = load_tokenizer(name, **hub)
+        preset = read_preset(description) if description else find_preset(str(name), tokenizer)
+        model = load_model(AutoModelForCausalLM, name, dtype=dtype, device=device, **hub)
+        guard = cls(name=str(name), model=model, tokenizer=tokenizer, preset=preset, **options)
+        guard.verdict_ids  # noqa: B018 (a guard without verdict tokens fails here, before any long work)
+        return guard
+
+    @property
+    def verdict_ids(self) -> tuple[list[int], list[int]]:
+        """First token of each safe and of each unsafe verdict, as spelled behind the guard's own prompt."""
+        if self._verdict_ids is None:
+            sample = render(self.tokenizer, self.preset, "A question", "An answer")
+            context = sample.prefix + sample.response + sample.suffix + (self.preset.generate_until or "")
+            self._verdict_ids = verdict_token_ids(self.tokenizer, self.preset, context)
+        return self._verdict_ids
+
+    def read(
+        self, prompts: Sequence[str], responses: Sequence[str], *, response_ids: list[list[int]] | None = None
+    ) -> Reading:
+        rendered = [render(self.tokenizer, self.preset, p, r) for p, r in zip(prompts, responses, strict=True)]
+        suffixes = [part.suffix for part in rendered]
+        if self.preset.generate_until is not None:
+            suffixes = self._write_up_to_verdict(
+                [part.prefix + part.response + part.suffix for part in rendered], suffixes
+            )
+        given: Sequence[list[int] | None] = response_ids if response_ids is not None else [None] * len(responses)
+        inputs = [
+            tokenize_around(
+                self.tokenizer,
+                part.prefix,
+                part.response,
+                suffix,
+                add_special_tokens=self.preset.add_special_tokens,
+                response_ids=ids,
+            )
+            for part, suffix, ids in zip(rendered, suffixes, given, strict=True)
+        ]
+        safe, unsafe = (torch.tensor(ids, device=self.model.device) for ids in self.verdict_ids)
+
+        def score(batch: dict[str, Tensor]) -> Tensor:
+            mask = batch["attention_mask"]
+            last = mask.sum(dim=1) - 1 + torch.arange(len(mask), device=mask.device) * mask.shape[1]
+            logits = logits_at(self.model, batch, last).float()  # [B, V]
+            return torch.logsumexp(logits[:, safe], dim=1) - torch.logsumexp(logits[:, unsafe], dim=1)
+
+        return embedding_gradients(self.model, self.tokenizer, inputs, score)
+
+    def describe(self) -> dict[str, Any]:
+        return {"kind": "guard", "name": self.name, "preset": self.preset.name, **self._describe_relaxation()}
+
+    @torch.no_grad()
+    def _write_up_to_verdict(self, texts: Sequence[str], suffixes: Sequence[str]) -> list[str]:
+        """Let the guard write its lines before the verdict; returns the suffixes with those lines added."""
+        marker = self.preset.generate_until
+        assert marker is not None
+        encoded = self.tokenizer(list(texts), add_special_tokens=self.preset.add_special_tokens)["input_ids"]
+        padding = self.tokenizer.pad_token_id or self.tokenizer.eos_token_id or 0
+        ids, mask = pad(encoded, padding, self.model.device, left=True)
+        settings = GenerationConfig(
+            max_new_tokens=_VERDICT_BUDGET,
+            do_sample=False,
+            pad_token_id=padding,
+            eos_token_id=self.tokenizer.eos_token_id,
+            stop_strings=[marker],
+        )
+        output = self.model.generate(
+            input_ids=ids, attention_mask=mask, generation_config=settings, tokenizer=self.tokenizer
+        )
+        written = self.tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=False)
+        if without := sum(marker not in text for text in written):
+            raise ModelError(
+                f"{self.name}: {without} of {len(written)} verdicts did not contain {marker!r} within "
+                f"{_VERDICT_BUDGET} tokens; is preset {self.preset.name!r} the right one for this guard?"
+            )
+        return [s + text.split(marker, 1)[0] + marker for s, text in zip(suffixes, written, strict=True)]

@@ -1,0 +1,196 @@
+"""S through discrete text: objectives that read what the target answers.
+
+Per batch: the target answers greedily; a reader (guard or classifier) gives each answer a score and its
+gradient in the reader's input embeddings; `transfer` turns that into a gradient on the target's logits;
+the target is teacher-forced on its own answer. The tensor returned has the reader's score as its value
+and the transferred gradient as its derivative, so one backward pass per batch is all that is left.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from safelocus.forcing import pad, teacher_force
+from safelocus.generation import Response, generate
+from safelocus.objective.transfer import Reading, Transfer, Variant
+
+if TYPE_CHECKING:
+    from safelocus.target import Target
+
+ResponseListener = Callable[[Sequence[str], Sequence[Response], Tensor], None]
+
+
+@dataclass(kw_only=True, eq=False)
+class TextObjective(ABC):
+    """Common part of `Guard` and `Classifier`.
+
+    Attributes:
+        name: path or hub id of the reader, for provenance.
+        model, tokenizer: the reader; its parameters never collect gradients.
+        max_new_tokens: length of the target's answers (published code: 256).
+        tau: temperature of the relaxation of the target's tokens (published code: 0.3).
+        gumbel_seed: seed of the relaxation's Gumbel noise; None for none.
+        variant: of the vocabulary transfer; None takes identity or character, whichever applies.
+        on_responses: called with (prompts, responses, scores) for every batch, e.g. to save them.
+    """
+
+    name: str
+    model: Any
+    tokenizer: Any
+    max_new_tokens: int = 256
+    tau: float = 0.3
+    gumbel_seed: int | None = None
+    variant: Variant | None = None
+    on_responses: ResponseListener | None = None
+    _transfers: dict[int, Transfer] = field(default_factory=dict, init=False, repr=False)
+    _generator: torch.Generator | None = field(default=None, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self.model.eval().requires_grad_(False)
+        if self.gumbel_seed is not None:
+            self._generator = torch.Generator().manual_seed(self.gumbel_seed)
+
+    def __call__(self, target: "Target", prompts: Sequence[str]) -> Tensor:
+        """Scores [B] of the target's own greedy answers; differentiable in its weights."""
+        return self.score_responses(target, prompts, generate(target, prompts, max_new_tokens=self.max_new_tokens))
+
+    def score_responses(self, target: "Target", prompts: Sequence[str], responses: Sequence[Response]) -> Tensor:
+        """Scores [B] of given answers; differentiable in the target's weights."""
+        transfer = self.transfer_for(target)
+        ids = [list(response.ids) for response in responses]
+        read = [transfer.response_text(i) for i in ids]
+        reading = self.read(
+            prompts, [text for text, _ in read], response_ids=ids if transfer.variant == "identity" else None
+        )
+        aligned = transfer.align(reading, [spans for _, spans in read])  # [N, d]
+        if self.on_responses is not None:
+            self.on_responses(prompts, responses, reading.score)
+        forced = teacher_force(target, [target.chat.encode_prompt(prompt) for prompt in prompts], ids)
+        slope = transfer.logit_gradient(forced.logits.detach(), aligned, tau=self.tau, generator=self._generator)
+        # linear in the logits: its derivative is exactly `slope`, and no copy of [N, V] is made
+        linear = torch.einsum("nv,nv->n", forced.logits, slope).float()
+        relaxed = torch.zeros(len(ids), device=linear.device).index_add(0, forced.row, linear)
+        return reading.score.to(relaxed) + relaxed - relaxed.detach()
+
+    def transfer_for(self, target: "Target") -> Transfer:
+        """The vocabulary transfer to this target; made once (seconds for a vocabulary of 128k)."""
+        key = id(target.tokenizer)
+        if key not in self._transfers:
+            self._transfers[key] = Transfer(
+                target.tokenizer,
+                self.tokenizer,
+                self.model.get_input_embeddings(),
+                target_vocabulary=target.model.get_output_embeddings().weight.shape[0],
+                variant=self.variant,
+            )
+        return self._transfers[key]
+
+    @abstractmethod
+    def read(
+        self, prompts: Sequence[str], responses: Sequence[str], *, response_ids: list[list[int]] | None = None
+    ) -> Reading:
+        """Score answers and differentiate in the reader's input embeddings.
+
+        `response_ids` are given where reader and target share a vocabulary: the reader must then see
+        exactly those tokens, not its own tokenization of the text.
+        """
+
+    @abstractmethod
+    def describe(self) -> dict[str, Any]:
+        """What this objective is, for provenance (JSON)."""
+
+    def _describe_relaxation(self) -> dict[str, Any]:
+        return {
+            "max_new_tokens": self.max_new_tokens,
+            "tau": self.tau,
+            "gumbel_seed": self.gumbel_seed,
+            "transfer": self.variant or "automatic",
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReaderInput:
+    """One conversation as the reader's tokens: where the response stands and what it covers."""
+
+    ids: list[int]
+    response_positions: list[int]
+    response_spans: list[tuple[int, int]]
+
+
+def tokenize_around(
+    tokenizer: Any,
+    prefix: str,
+    response: str,
+    suffix: str,
+    *,
+    add_special_tokens: bool,
+    response_ids: Sequence[int] | None = None,
+) -> ReaderInput:
+    """Tokenize prefix + response + suffix and find the response's tokens by characters.
+
+    With `response_ids` the response is put in as these tokens, between the tokens of prefix and suffix.
+    """
+    if response_ids is not None:
+        before = tokenizer(prefix, add_special_tokens=add_special_tokens, verbose=False)["input_ids"]
+        after = tokenizer(suffix, add_special_tokens=False, verbose=False)["input_ids"]
+        positions = list(range(len(before), len(before) + len(response_ids)))
+        return ReaderInput(
+            ids=[*before, *response_ids, *after],
+            response_positions=positions,
+            response_spans=[(i, i + 1) for i in range(len(response_ids))],
+        )
+    encoded = tokenizer(
+        prefix + response + suffix,
+        add_special_tokens=add_special_tokens,
+        return_offsets_mapping=True,
+        verbose=False,
+    )
+    start, end = len(prefix), len(prefix) + len(response)
+    positions, spans = [], []
+    for position, (left, right) in enumerate(encoded["offset_mapping"]):
+        if left < end and right > start:  # special tokens cover nothing: (0, 0)
+            positions.append(position)
+            # a token that begins before the response is the response's as far as it goes
+            spans.append((max(left, start) - start, min(right, end) - start))
+    return ReaderInput(ids=list(encoded["input_ids"]), response_positions=positions, response_spans=spans)
+
+
+def embedding_gradients(
+    model: Any,
+    tokenizer: Any,
+    inputs: Sequence[ReaderInput],
+    score: Callable[[dict[str, Tensor]], Tensor],
+) -> Reading:
+    """Run the reader once, padded on the right, and differentiate `score` in its input embeddings.
+
+    Args:
+        score: from the model's inputs (ids and mask, [B, L]) to scores [B].
+    """
+    embedding = model.get_input_embeddings()
+    ids, mask = pad([i.ids for i in inputs], _padding_id(tokenizer), embedding.weight.device)
+    seen: list[Tensor] = []
+
+    def catch(_module: Any, _args: Any, output: Tensor) -> Tensor:
+        seen.append(output.detach().requires_grad_())
+        return seen[-1]
+
+    handle = embedding.register_forward_hook(catch)
+    try:
+        with torch.enable_grad():
+            values = score({"input_ids": ids, "attention_mask": mask}).float()
+            (gradient,) = torch.autograd.grad(values.sum(), seen[0])  # [B, L, d]
+    finally:
+        handle.remove()
+    rows = [gradient[b, torch.tensor(i.response_positions, dtype=torch.long)] for b, i in enumerate(inputs)]
+    return Reading(score=values.detach(), gradients=rows, spans=[i.response_spans for i in inputs])
+
+
+def _padding_id(tokenizer: Any) -> int:
+    for candidate in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if candidate is not None:
+            return int(candidate)
+    return 0  # right padding is masked: any id will do

@@ -1,0 +1,280 @@
+"""The command line as a user meets it: what it prints, what it leaves, and how it refuses bad input."""
+
+import json
+import math
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import safelocus as sl
+from safelocus.cli import main
+from tiny_targets import dense
+
+SCORE = ["score", "organism:dense", "--prompts", "organism:harmful", "--limit", "8"]
+
+
+@pytest.fixture
+def run(capsys):
+    """Run a command; returns (exit code, standard output, error stream with white space collapsed)."""
+
+    def run(*arguments):
+        with pytest.raises(SystemExit) as stop:
+            main([str(argument) for argument in arguments])
+        out, err = capsys.readouterr()
+        return stop.value.code or 0, out, " ".join(err.split())
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def scored(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "dense"
+    with pytest.raises(SystemExit) as stop:
+        main([*SCORE, "--guard", "organism:guard", "--max-new-tokens", "24", "-o", str(folder)])
+    assert not stop.value.code
+    return folder
+
+
+def test_score_writes_a_complete_run(scored):
+    names = {path.name for path in scored.iterdir()}
+    assert {
+        "run.toml",
+        "results.json",
+        "responses.jsonl",
+        "scores",
+        "selection.safetensors",
+        "map.html",
+        "map.png",
+    } <= names
+    assert "checkpoint" not in names
+    layout = sl.load("organism:dense").layout
+    selection = sl.Selection.load(scored / "selection.safetensors")
+    assert selection.k == math.floor(0.01 * layout.num_weights)
+    assert len((scored / "responses.jsonl").read_text().splitlines()) == 8
+    numbers = json.loads((scored / "results.json").read_text())["maps"]["organism:dense"]
+    assert numbers["num_selected"] == selection.k
+
+
+def test_run_toml_repeats_the_run(scored, tmp_path, run):
+    code, out, _ = run("score", "--config", scored / "run.toml", "-o", tmp_path / "again", "--json")
+    assert code == 0
+    again = sl.Selection.load(tmp_path / "again" / "selection.safetensors")
+    assert again.iou(sl.Selection.load(scored / "selection.safetensors")) == 1
+    assert json.loads(out)["k"] == again.k
+
+
+def test_responses_are_not_printed(tmp_path, run):
+    _, out, err = run(*SCORE, "--guard", "organism:guard", "--max-new-tokens", "24", "-o", tmp_path / "r")
+    response = json.loads((tmp_path / "r" / "responses.jsonl").read_text().splitlines()[0])["response"]
+    assert len(response) > 10
+    assert response not in out + err
+
+
+def test_select_and_compare(scored, tmp_path, run):
+    half, rest, none = (tmp_path / f"{name}.safetensors" for name in ("half", "rest", "random"))
+    assert run("select", scored, "--ratio", "0.005", "-o", half)[0] == 0
+    whole = scored / "selection.safetensors"
+    assert run("select", scored, "--ratio", "0.01", "--minus", half, "-o", rest)[0] == 0
+    assert run("select", scored, "--which", "random", "--seed", "3", "-o", none)[0] == 0
+    assert sl.Selection.load(rest).k == sl.Selection.load(whole).k - sl.Selection.load(half).k
+    code, out, _ = run("compare", whole, half, rest, none, "--json")
+    assert code == 0
+    comparisons = json.loads(out)["comparisons"]
+    assert comparisons[str(half)]["overall"]["iou"] == pytest.approx(0.5, abs=1e-3)
+    assert comparisons[str(rest)]["overall"]["iou"] == pytest.approx(0.5, abs=1e-3)
+    chance = comparisons[str(none)]["overall"]
+    assert chance["iou"] == pytest.approx(chance["expected_iou"], rel=0.5)
+    code, out, _ = run("compare", scored, scored)
+    assert code == 0
+    assert "1.000" in out
+
+
+@pytest.mark.parametrize("granularity", ["head", "neuron", "matrix"])
+def test_select_groups(scored, tmp_path, run, granularity):
+    file = tmp_path / "groups.safetensors"
+    code, _, _ = run("select", scored, "--granularity", granularity, "--ratio", "0.2", "-o", file)
+    assert code == 0
+    selection = sl.Selection.load(file)
+    layout = sl.load("organism:dense").layout
+    groups = layout.groups(granularity)
+    chosen = torch.zeros(groups.num_groups, dtype=torch.long)
+    for name, indices in selection.coordinates.items():
+        chosen += torch.bincount(groups.ids(name, indices), minlength=groups.num_groups)
+    assert bool(((chosen == 0) | (chosen == groups.sizes)).all())  # whole groups only
+    assert 0 < selection.k <= 0.2 * layout.num_weights
+
+
+@pytest.mark.parametrize("model", ["organism:dense", "organism:moe"])
+def test_inspect(run, model):
+    code, out, _ = run("inspect", model, "--no-weights", "--json")
+    assert code == 0
+    summary = json.loads(out)
+    with_weights = json.loads(run("inspect", model, "--json")[1])
+    assert summary["num_weights"] == with_weights["num_weights"]
+    assert summary["components"] == with_weights["components"]
+    code, out, _ = run("inspect", model, "--tensors")
+    assert "down_proj" in out
+
+
+def test_version_and_help(run):
+    assert run("--version")[1].strip() == sl.__version__
+    code, out, _ = run("score", "--help")
+    assert code == 0
+    assert "--guard" in out
+
+
+def lines(tmp_path, text, name="prompts.jsonl"):
+    path = tmp_path / name
+    path.write_text(text)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["score", "no/such/model", "-p", "organism:harmful", "--refusal"], "does not exist"),
+        (["score", "organism:dense", "-p", "nowhere.json", "--refusal"], "nowhere.json"),
+        (["score", "organism:dense", "-p", "organism:harmful"], "needs one objective"),
+        (
+            ["score", "organism:dense", "-p", "organism:harmful", "--refusal", "--guard", "g"],
+            "needs one objective",
+        ),
+        (
+            ["score", "organism:dense", "-p", "organism:harmful", "--refusal", "--ratio", "1.5"],
+            "ratio must be in (0, 1]",
+        ),
+        (
+            ["score", "organism:dense", "-p", "organism:harmful", "--refusal", "--ratio", "0.99"],
+            "largest usable ratio",
+        ),
+        (
+            ["score", "organism:dense", "-p", "organism:harmful", "--refusal", "--method", "best"],
+            "not one of",
+        ),
+        (["score", "organism:dense", "-p", "organism:harmful", "--guard", "organism:dense"], "guard"),
+        (["score", "organism:dense", "-p", "organism:harmful", "--refusal", "--where", "x"], "COLUMN=VALUE"),
+        (
+            ["score", "organism:dense", "-p", "organism:harmful", "--refusal", "--batch-size", "0"],
+            "than or equal to 1",
+        ),
+        (["score", "organism:dense", "-p", "organism:nothing", "--refusal"], "harmful"),
+        (["score", "organism:dense", "--refusal"], "--prompts"),
+    ],
+)
+def test_bad_input_is_one_message(tmp_path, run, arguments, message):
+    code, out, err = run(*arguments, "-o", tmp_path / "run")
+    assert code == 2
+    assert message in err
+    assert "Traceback" not in out + err
+    assert list(tmp_path.iterdir()) == []  # nothing half-written
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"prompt": "a"}\n{"prompt": \n', "jsonl:2"),
+        ('{"colour": "red", "size": 3}\n', "colour"),
+        ('{"prompt": ""}\n', "empty"),
+        ("", "empty"),
+    ],
+)
+def test_bad_prompts_say_where(tmp_path, run, text, message):
+    code, _, err = run("score", "organism:dense", "-p", lines(tmp_path, text), "--refusal", "-o", tmp_path / "run")
+    assert code == 2
+    assert message in err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_guard_without_the_verdict_tokens(tmp_path, run):
+    description = lines(
+        tmp_path,
+        'name = "mine"\nformat = "text"\ntext = "{prompt} {response}"\nsafe = ["same"]\nunsafe = ["samey"]\n',
+        "guard.toml",
+    )
+    code, _, err = run(*SCORE, "--guard", "organism:guard", "--guard-description", description, "-o", tmp_path / "run")
+    assert code == 2
+    assert "mine" in err
+    assert not (tmp_path / "run").exists()
+
+
+def test_damaged_model_and_nan_weights(tmp_path, run):
+    target = dense()
+    with torch.no_grad():
+        target.model.model.layers[0].mlp.up_proj.weight[0, 0] = math.nan
+    target.model.save_pretrained(tmp_path / "model")
+    target.tokenizer.save_pretrained(tmp_path / "model")
+    code, _, err = run("score", tmp_path / "model", "-p", "organism:harmful", "--refusal", "-o", tmp_path / "run")
+    assert code == 2
+    assert "model.layers.0.mlp.up_proj.weight" in err
+    weights = tmp_path / "model" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    code, _, err = run("inspect", tmp_path / "model")
+    assert code == 2
+    assert "model.safetensors" in err
+
+
+def test_a_taken_output_is_refused_before_the_work(tmp_path, scored, run):
+    code, _, err = run(*SCORE, "--refusal", "-o", scored)
+    assert code == 2
+    assert "--overwrite" in err
+
+
+def test_out_of_memory_says_what_to_try(tmp_path, run, monkeypatch):
+    from safelocus.objective import Refusal
+
+    def exhausted(self, target, prompts):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(Refusal, "__call__", exhausted)
+    code, _, err = run(*SCORE, "--refusal", "--batch-size", "4", "-o", tmp_path / "run")
+    assert code == 2
+    assert "batch size 4" in err
+    assert "--batch-size 2" in err
+
+
+def test_a_bug_is_said_to_be_one(tmp_path, run, monkeypatch):
+    from safelocus.objective import Refusal
+
+    monkeypatch.setattr(Refusal, "__call__", lambda self, target, prompts: {}["bug"])
+    code, _, err = run(*SCORE, "--refusal", "-o", tmp_path / "run")
+    assert code == 1
+    assert "--debug" in err
+    assert "Traceback" not in err
+    code, _, err = run("--debug", *SCORE, "--refusal", "-o", tmp_path / "run")
+    assert "Traceback" in err
+
+
+@pytest.mark.slow
+def test_ctrl_c_stops_at_a_batch_and_the_same_command_resumes(tmp_path):
+    """A real process and a real SIGINT."""
+    command = [
+        sys.executable, "-m", "safelocus", "score", "organism:dense", "-p", "organism:harmful", "--guard",
+        "organism:guard", "--max-new-tokens", "24", "--batch-size", "1", "-o", str(tmp_path / "run"),
+    ]  # fmt: skip
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    answers = tmp_path / ".run.partial" / "responses.jsonl"
+    deadline = time.monotonic() + 120
+    while not (answers.exists() and answers.read_text().count("\n") >= 3):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert "interrupted" in err
+    assert not (tmp_path / "run").exists()
+    checkpoint = tmp_path / ".run.partial" / "checkpoint" / "gradients.safetensors"
+    assert load_file(checkpoint)
+    done = answers.read_text().count("\n")
+    subprocess.run(command, check=True, capture_output=True)
+    prompts = [json.loads(line)["prompt"] for line in (tmp_path / "run" / "responses.jsonl").read_text().splitlines()]
+    assert len(prompts) == len(set(prompts)) == len(sl.read_prompts("organism:harmful"))  # none asked twice
+    assert done < len(prompts)
+    subprocess.run([*command[:-1], str(tmp_path / "whole")], check=True, capture_output=True)
+    resumed, whole = (sl.Scores.load(tmp_path / name / "scores") for name in ("run", "whole"))
+    assert all(torch.equal(resumed.tensors[name], whole.tensors[name]) for name in whole.tensors)

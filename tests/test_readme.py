@@ -1,0 +1,82 @@
+"""Every command and every example in README and docs runs."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from safelocus.cli import main
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+
+
+def commands(page: Path) -> list[str]:
+    lines = [line.split("#")[0].strip() for block in blocks(page, "") for line in block.splitlines()]
+    return [line for line in lines if line.startswith("safelocus ")]
+
+
+README_COMMANDS = commands(ROOT / "README.md")
+EMBEDDED = [c for c in README_COMMANDS if "organism:" in c or "runs/" in c.split("-o")[0]]
+EXAMPLES = [
+    pytest.param(page, code, id=f"{page.relative_to(ROOT)}:{number}")
+    for page in PAGES
+    for number, code in enumerate(blocks(page, "python"))
+]
+
+
+@pytest.mark.slow
+def test_the_readmes_commands_run(tmp_path, monkeypatch):
+    """Those on embedded models, in order and in one folder, as a reader would."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    assert len(EMBEDDED) >= 4
+    for command in EMBEDDED:
+        with pytest.raises(SystemExit) as stop:
+            main(shlex.split(command)[1:])
+        assert not stop.value.code, command
+
+
+@pytest.mark.parametrize("command", [c for c in README_COMMANDS if c not in EMBEDDED])
+def test_commands_on_other_models_are_well_formed(command, capsys):
+    """They need the network, so only their options are checked."""
+    words = shlex.split(command)[1:]
+    with pytest.raises(SystemExit):
+        main([words[0], "--help"])
+    options = set(re.findall(r"(?<![\w-])--?[a-z][\w-]*", capsys.readouterr().out))
+    assert {word for word in words if word.startswith("-")} <= options
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("page", "code"), EXAMPLES)
+def test_examples_run(page, code, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, str(page), "exec"), {"__name__": "example"})
+
+
+def test_links_lead_somewhere():
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_make_targets_of_the_readme_exist():
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    named = re.findall(r"^make ([\w-]+)", "\n".join(blocks(ROOT / "README.md", "")), re.MULTILINE)
+    assert set(named) >= {"demo", "test"}
+    assert all(re.search(rf"^{name}:", makefile, re.MULTILINE) for name in named)
+    assert "make check" in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+
+
+def test_the_files_table_is_complete():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    table = readme.partition("## The files")[2].partition("##")[0]
+    for path in (ROOT / "src" / "safelocus").iterdir():
+        if path.name.startswith("_") or path.suffix not in ("", ".py"):
+            continue
+        assert f"`{path.name}{'/' if path.is_dir() else ''}`" in table, path.name

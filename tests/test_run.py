@@ -1,0 +1,84 @@
+import pytest
+
+from safelocus.errors import RunError
+from safelocus.run import CHECKPOINT, read_config, run_folder
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_run_appears_when_complete(tmp_path):
+    with run_folder(tmp_path / "run", config={"command": "score", "limit": None, "ratio": 0.01}) as folder:
+        (folder / "results.json").write_text("{}")
+        assert not (tmp_path / "run").exists()
+    assert names(tmp_path) == ["run"]
+    assert names(tmp_path / "run") == ["results.json", "run.toml"]
+    assert read_config(tmp_path / "run") == {"command": "score", "ratio": 0.01}
+
+
+def test_a_failed_run_leaves_nothing(tmp_path):
+    with pytest.raises(ZeroDivisionError), run_folder(tmp_path / "run", config={}) as folder:
+        (folder / "half").write_text("half")
+        raise ZeroDivisionError
+    assert names(tmp_path) == []
+
+
+def test_an_interrupted_run_with_a_checkpoint_is_kept_and_resumed(tmp_path):
+    with pytest.raises(KeyboardInterrupt), run_folder(tmp_path / "run", config={}) as folder:
+        (folder / CHECKPOINT).mkdir()
+        (folder / CHECKPOINT / "state").write_text("3")
+        raise KeyboardInterrupt
+    assert names(tmp_path) == [".run.partial"]
+    with run_folder(tmp_path / "run", config={}) as folder:
+        assert (folder / CHECKPOINT / "state").read_text() == "3"
+    assert names(tmp_path / "run") == ["run.toml"]
+
+
+def test_overwrite_replaces_a_run_and_forgets_an_interrupted_one(tmp_path):
+    for text in ("old", "new"):
+        with run_folder(tmp_path / "run", config={"text": text}, overwrite=True) as folder:
+            (folder / text).touch()
+    assert names(tmp_path / "run") == ["new", "run.toml"]
+    assert names(tmp_path) == ["run"]
+
+
+def test_a_failed_overwrite_keeps_the_old_run(tmp_path):
+    with run_folder(tmp_path / "run", config={}) as folder:
+        (folder / "old").touch()
+    with pytest.raises(ZeroDivisionError), run_folder(tmp_path / "run", config={}, overwrite=True):
+        raise ZeroDivisionError
+    assert names(tmp_path / "run") == ["old", "run.toml"]
+
+
+@pytest.mark.parametrize("prepare", ["run", "files", "file"])
+def test_a_taken_place_is_refused(tmp_path, prepare):
+    path = tmp_path / "run"
+    if prepare == "file":
+        path.touch()
+    else:
+        path.mkdir()
+        (path / ("run.toml" if prepare == "run" else "thesis.tex")).touch()
+    with pytest.raises(RunError, match="run"), run_folder(path, config={}):
+        pytest.fail("the block must not run")
+    if prepare == "files":  # never even with overwrite: these are not ours
+        with (
+            pytest.raises(RunError, match="no run of safelocus"),
+            run_folder(path, config={}, overwrite=True),
+        ):
+            pytest.fail("the block must not run")
+    assert path.exists()
+
+
+def test_an_unwritable_place_is_refused(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(RunError, match="cannot be written"), run_folder(tmp_path / "file" / "run", config={}):
+        pytest.fail("the block must not run")
+
+
+def test_read_config_errors(tmp_path):
+    with pytest.raises(RunError, match="cannot be read"):
+        read_config(tmp_path / "none.toml")
+    (tmp_path / "bad.toml").write_text("a = = 1")
+    with pytest.raises(RunError, match="not valid TOML"):
+        read_config(tmp_path / "bad.toml")

@@ -1,0 +1,392 @@
+"""ESI and its relatives against brute force: plain autograd, sigma per logical matrix, dense sort."""
+
+import math
+
+import pytest
+import torch
+
+import safelocus as sl
+from safelocus.errors import NumericalError, PromptError, SafelocusError
+from safelocus.forcing import teacher_force
+from safelocus.generation import generate
+from safelocus.gradients import GradientAccumulator, named_weights
+from tiny_targets import PROMPTS, byte_level, dense, guard, moe
+
+KEYS = {  # tensor-name part -> how brute force cuts the tensor into logical matrices, written by hand
+    "gate_up_proj": lambda w: [m for e in w for m in e.chunk(2, 0)],
+    "experts.down_proj": lambda w: list(w),
+}
+
+
+def logical(name, tensor):
+    for part, cut in KEYS.items():
+        if name.endswith(part):
+            return cut(tensor)
+    return [tensor]
+
+
+def is_eligible(name):
+    return any(part in name for part in ("_proj", "experts.")) and "norm" not in name
+
+
+def brute_force(target, objective, prompts):
+    """One prompt at a time, whole-model gradients, no hooks."""
+    model = target.model
+    model.requires_grad_(True)
+    total = {name: torch.zeros_like(p, dtype=torch.float64) for name, p in model.named_parameters()}
+    for prompt in prompts:
+        model.zero_grad(set_to_none=True)
+        objective(target, [prompt]).sum().backward()
+        for name, parameter in model.named_parameters():
+            if parameter.grad is not None:
+                total[name] += parameter.grad.double() / len(prompts)
+    model.zero_grad(set_to_none=True)
+    scores = {}
+    for name, parameter in model.named_parameters():
+        if is_eligible(name):
+            result = total[name].abs()
+            for piece, weight in zip(logical(name, result), logical(name, parameter.detach()), strict=True):
+                piece.mul_(weight.double().std(correction=0))
+            scores[name] = result
+    return scores, total
+
+
+def dense_sort(scores, k):
+    flat = torch.cat([tensor.flatten() for tensor in scores.values()])
+    order = torch.argsort(flat, descending=True, stable=True)[:k]
+    names = list(scores)
+    sizes = torch.tensor([scores[name].numel() for name in names])
+    starts = sizes.cumsum(0) - sizes
+    owner = torch.bucketize(order, starts, right=True) - 1
+    return {name: (order[owner == i] - starts[i]).sort().values for i, name in enumerate(names)}
+
+
+@pytest.mark.parametrize("make", [dense, moe])
+@pytest.mark.parametrize("which", ["guard", "same-vocabulary-guard", "refusal"])
+def test_esi_equals_brute_force(make, which):
+    target = make()
+    objective = {
+        "guard": lambda: guard(),
+        "same-vocabulary-guard": lambda: guard(tokenizer=target.tokenizer),
+        "refusal": lambda: sl.Refusal(refusals=["I'm sorry"], compliances=["Sure"]),
+    }[which]()
+    expected, _ = brute_force(target, objective, PROMPTS)
+    scores = sl.score(target, PROMPTS, objective=objective, batch_size=2, progress=False)
+    assert list(scores.tensors) == list(expected)
+    for name, tensor in scores.tensors.items():
+        torch.testing.assert_close(tensor.double(), expected[name], rtol=1e-3, atol=1e-5 * float(expected[name].max()))
+    selection = scores.select(ratio=0.01)
+    k = math.floor(0.01 * sum(p.numel() for p in target.model.parameters()))
+    assert selection.k == k
+    reference = dense_sort(expected, k)
+    differing = sum(len(set(selection[name].tolist()) ^ set(indices.tolist())) for name, indices in reference.items())
+    assert differing == 0
+
+
+def test_objective_is_differentiated_as_stated():
+    """The guard's transferred gradient equals plain autograd of sum_t <G_t, softmax(z_t / tau)>."""
+    target, judge = dense(), guard()
+    prompts = PROMPTS[:2]
+    responses = generate(target, prompts, max_new_tokens=12)
+    weight = target.model.model.layers[0].self_attn.v_proj.weight
+    (found,) = torch.autograd.grad(judge.score_responses(target, prompts, responses).sum(), weight)
+
+    transfer = judge.transfer_for(target)
+    read = [transfer.response_text(r.ids) for r in responses]
+    reading = judge.read(prompts, [text for text, _ in read])
+    gain = transfer.gain(transfer.align(reading, [spans for _, spans in read]))
+    forced = teacher_force(target, [target.chat.encode_prompt(p) for p in prompts], [list(r.ids) for r in responses])
+    relaxed = (gain * torch.softmax(forced.logits / judge.tau, -1)).sum()
+    (expected,) = torch.autograd.grad(relaxed, weight)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("make", [dense, moe])
+def test_batch_size_order_and_padding_side_change_nothing(make):
+    selections = []
+    for batch_size, prompts, side in (
+        (1, PROMPTS, "right"),
+        (3, PROMPTS[::-1], "left"),
+        (5, PROMPTS, "left"),
+    ):
+        target = make()
+        target.tokenizer.padding_side = side
+        scores = sl.score(target, prompts, objective=guard(), batch_size=batch_size, progress=False)
+        selections.append(scores.select(ratio=0.02))
+    for other in selections[1:]:
+        assert selections[0].iou(other) > 0.995  # rounding at the boundary only
+
+
+@pytest.mark.parametrize("method", ["gradient", "snip", "magnitude"])
+@pytest.mark.parametrize("make", [dense, moe])
+def test_other_methods(make, method):
+    target = make()
+    objective = sl.Refusal(refusals=["I'm sorry"], compliances=["Sure"])
+    _, gradient = brute_force(target, objective, PROMPTS)
+    scores = sl.score(target, PROMPTS, objective=objective, method=method, progress=False)
+    weights = dict(target.model.named_parameters())
+    for name, tensor in scores.tensors.items():
+        theta = weights[name].detach().double()
+        expected = {
+            "gradient": lambda g=gradient[name]: g.abs(),
+            "snip": lambda g=gradient[name], w=theta: (g * w).abs(),
+            "magnitude": lambda w=theta: w.abs(),
+        }[method]()
+        torch.testing.assert_close(tensor.double(), expected, rtol=1e-3, atol=1e-5 * float(expected.max()))
+
+
+@pytest.mark.parametrize("make", [dense, moe])
+def test_wanda_sees_the_inputs_of_every_expert(make):
+    """|theta_ij| ||X_j||, with X recomputed from module inputs, expert by expert."""
+    target = make()
+    scores = sl.score(target, PROMPTS, method="wanda", batch_size=5, max_new_tokens=6, progress=False)
+    inputs = {}
+
+    def keep(name):
+        return lambda module, args: inputs.setdefault(name, []).append(args)
+
+    handles = [
+        module.register_forward_pre_hook(keep(name))
+        for name, module in target.model.named_modules()
+        if hasattr(module, "weight") or name.endswith("experts")
+    ]
+    with torch.no_grad():
+        answers = {p: list(generate(target, [p], max_new_tokens=6)[0].ids) for p in PROMPTS}
+        inputs.clear()
+        for prompt, answer in answers.items():
+            teacher_force(target, [target.chat.encode_prompt(prompt)], [answer])
+    for handle in handles:
+        handle.remove()
+    weights = dict(target.model.named_parameters())
+    for name, tensor in scores.tensors.items():
+        weight = weights[name].detach()
+        module = name.rpartition(".")[0]
+        if "experts." not in name:
+            x = torch.cat([args[0].flatten(0, -2) for args in inputs[module]])
+            expected = weight.abs() * x.square().sum(0).sqrt()
+        else:
+            expected = torch.zeros_like(weight)
+            gate_up = weights[f"{module}.gate_up_proj"].detach()
+            for e in range(weight.shape[0]):
+                x = torch.cat([h[(chosen == e).any(1)] for h, chosen, _ in inputs[module]])
+                if name.endswith("down_proj"):
+                    gate, up = (x @ gate_up[e].T).chunk(2, -1)
+                    x = torch.nn.functional.silu(gate) * up
+                expected[e] = weight[e].abs() * x.square().sum(0).sqrt()
+        torch.testing.assert_close(tensor, expected, rtol=1e-3, atol=1e-5)
+
+
+def test_random_depends_on_the_seed_only():
+    target = dense()
+    first, again, other = (
+        sl.score(target, PROMPTS, method="random", seed=seed, progress=False).select(ratio=0.05) for seed in (1, 1, 2)
+    )
+    assert first.iou(again) == 1
+    assert first.iou(other) < 0.2
+
+
+@pytest.mark.parametrize("make", [dense, moe])
+def test_the_model_comes_back_as_it_was(make):
+    target = make()
+    target.model.lm_head.weight.requires_grad_(False)
+    before = target.fingerprint()
+    required = {name: p.requires_grad for name, p in target.model.named_parameters()}
+    sl.score(target, PROMPTS, objective=guard(), progress=False)
+    sl.score(target, PROMPTS, method="wanda", max_new_tokens=4, progress=False)
+    assert target.fingerprint().differences(before) == []
+    assert {name: p.requires_grad for name, p in target.model.named_parameters()} == required
+    assert all(p.grad is None for p in target.model.parameters())
+    assert not target.model.lm_head._forward_pre_hooks
+    assert not target.model._forward_pre_hooks
+
+
+def test_unrouted_experts_are_counted():
+    target = moe()
+    with torch.no_grad():  # the first layer's router never chooses experts 2 and 3
+        router = target.model.model.layers[0].mlp.gate
+        router.weight.zero_()
+        router.weight[0, :], router.weight[1, :] = 0.0, 0.0
+        router.weight[2:, :] = 0.0
+    # with equal logits top-k takes whichever two it prefers; whatever it is, the other two get nothing
+    scores = sl.score(
+        target, PROMPTS, objective=sl.Refusal(["I'm sorry"], ["Sure"]) if False else guard(), progress=False
+    )
+    tokens = {
+        s.matrix: s.tokens for s in scores.statistics if s.layer == 0 and s.component == "down" and s.expert is not None
+    }
+    assert sorted(tokens.values())[:2] == [0, 0]
+    for s in scores.statistics:
+        if s.layer == 0 and s.expert is not None:
+            assert (s.max == 0) == (s.tokens == 0)
+
+
+def test_token_counts_leave_padding_out():
+    target = moe()
+    objective = sl.Refusal(refusals=["I'm sorry"], compliances=["Sure"])
+    alone = [sl.score(target, [p], objective=objective, progress=False) for p in PROMPTS]
+    together = sl.score(target, PROMPTS, objective=objective, batch_size=5, progress=False)
+    for i, statistic in enumerate(together.statistics):
+        if statistic.expert is not None:
+            assert statistic.tokens == sum(scores.statistics[i].tokens for scores in alone)
+
+
+def test_bf16_gradients_are_summed_in_fp32():
+    """A sum in bf16 stops growing at 256 times its addend; ours must not."""
+    target = dense()
+    target.model.bfloat16()
+    weights = named_weights(target.model, ["model.layers.0.mlp.up_proj.weight"])
+    accumulator = GradientAccumulator(weights)
+    (weight,) = weights.values()
+    with accumulator.collecting(target.model):
+        for _ in range(1000):
+            weight.sum().backward()
+    assert torch.equal(accumulator.sums["model.layers.0.mlp.up_proj.weight"], torch.full(weight.shape, 1000.0))
+
+
+def test_a_callable_is_an_objective():
+    def mean_logit(target, prompts):
+        ids = [target.chat.encode_prompt(p) for p in prompts]
+        return torch.stack([target.model(torch.tensor([i])).logits.mean() for i in ids])
+
+    scores = sl.score(dense(), PROMPTS, objective=mean_logit, batch_size=2, progress=False)
+    assert scores.provenance.objective["name"].endswith("mean_logit")
+    assert len(scores.per_prompt) == len(PROMPTS)
+
+
+def test_per_prompt_scores_are_in_the_prompts_order():
+    target, judge = dense(), guard()
+    scores = sl.score(target, PROMPTS, objective=judge, batch_size=2, progress=False)
+    with torch.no_grad():
+        expected = [float(judge(target, [prompt])) for prompt in PROMPTS]
+    assert scores.per_prompt == pytest.approx(expected, rel=1e-3, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"method": "best"}, SafelocusError, "unknown"),
+        ({}, SafelocusError, "needs an objective"),
+        ({"objective": lambda t, p: torch.zeros(len(p))}, SafelocusError, "no gradient"),
+        ({"objective": lambda t, p: torch.zeros(1, 2, requires_grad=True)}, SafelocusError, r"shape \(5,\)"),
+        ({"objective": lambda t, p: 3.0}, SafelocusError, "found float"),
+        (
+            {"objective": lambda t, p: torch.full((len(p),), math.nan, requires_grad=True)},
+            NumericalError,
+            "batch 1 of 1",
+        ),
+        ({"batch_size": 0, "method": "random"}, SafelocusError, "at least 1"),
+    ],
+)
+def test_bad_arguments(arguments, error, message):
+    with pytest.raises(error, match=message):
+        sl.score(dense(), PROMPTS, progress=False, **arguments)
+
+
+def test_no_prompts():
+    with pytest.raises(PromptError):
+        sl.score(dense(), [], method="magnitude")
+
+
+def test_nan_in_weights_names_the_tensor():
+    target = dense()
+    with torch.no_grad():
+        target.model.model.layers[1].mlp.up_proj.weight[0, 0] = math.nan
+    with pytest.raises(NumericalError, match=r"layers\.1\.mlp\.up_proj\.weight"):
+        sl.score(target, PROMPTS, objective=guard(), progress=False)
+
+
+def test_infinite_gradient_names_tensor_and_batch():
+    def explode(target, prompts):
+        weight = target.model.model.layers[0].mlp.up_proj.weight
+        # finite value, infinite slope
+        return torch.stack([torch.sqrt((weight - weight.detach()).abs().sum()) for _ in prompts])
+
+    with pytest.raises(NumericalError, match=r"up_proj\.weight|NaN or infinite in batch 1 of 1"):
+        sl.score(dense(), PROMPTS, objective=explode, progress=False)
+
+
+def test_interrupted_run_resumes_to_the_same_scores(tmp_path):
+    target, judge = dense(), guard()
+    whole = sl.score(target, PROMPTS, objective=judge, batch_size=1, progress=False)
+    calls = 0
+
+    class Interrupting:
+        def __init__(self, after):
+            self.after = after
+
+        def describe(self):
+            return judge.describe()
+
+        def __call__(self, target, prompts):
+            nonlocal calls
+            calls += 1
+            if calls == self.after:
+                import signal
+
+                signal.raise_signal(signal.SIGINT)  # Ctrl-C in the middle of a batch
+            return judge(target, prompts)
+
+    with pytest.raises(KeyboardInterrupt):
+        sl.score(target, PROMPTS, objective=Interrupting(3), batch_size=1, progress=False, checkpoint=tmp_path)
+    assert calls == 3
+    resumed = sl.score(target, PROMPTS, objective=Interrupting(0), batch_size=1, progress=False, checkpoint=tmp_path)
+    assert calls == 5  # the three finished batches are not done again
+    for name, tensor in whole.tensors.items():
+        assert torch.equal(tensor, resumed.tensors[name])
+    assert resumed.per_prompt == whole.per_prompt
+
+
+def test_a_checkpoint_of_other_inputs_is_refused(tmp_path):
+    def interrupting(target, prompts):
+        raise KeyboardInterrupt
+
+    judge = guard()
+    sl.score(
+        dense(),
+        PROMPTS,
+        objective=judge,
+        batch_size=1,
+        progress=False,
+        checkpoint=tmp_path,
+        checkpoint_seconds=0,
+    )
+    with pytest.raises(SafelocusError, match="prompts"):
+        sl.score(dense(), PROMPTS[:2], objective=judge, batch_size=1, progress=False, checkpoint=tmp_path)
+
+
+@pytest.mark.parametrize("variant", ["character", "index"])
+def test_prediction_against_finite_differences(variant, record_property):
+    """Rank correlation of the predicted with the true change of the guard's score of relaxed answers.
+
+    Vocabularies differ, so neither variant is exact; `benchmarks/transfer.py` reports the figures on
+    the organisms. Here the prediction must only carry signal.
+    """
+    from scipy.stats import spearmanr
+
+    target, judge = dense(), guard(tokenizer=byte_level(300, seed=1), variant=variant)
+    prompts = PROMPTS[:3]
+    responses = generate(target, prompts, max_new_tokens=12)
+    weight = target.model.model.layers[1].mlp.down_proj.weight
+    (gradient,) = torch.autograd.grad(judge.score_responses(target, prompts, responses).sum(), weight)
+    transfer = judge.transfer_for(target)
+    read = [transfer.response_text(r.ids) for r in responses]
+    reading = judge.read(prompts, [text for text, _ in read])
+    gain = transfer.gain(transfer.align(reading, [spans for _, spans in read]))
+
+    def relaxed():
+        forced = teacher_force(
+            target, [target.chat.encode_prompt(p) for p in prompts], [list(r.ids) for r in responses]
+        )
+        return float((gain.double() * torch.softmax(forced.logits.double() / judge.tau, -1)).sum())
+
+    picks = torch.randperm(weight.numel(), generator=torch.Generator().manual_seed(0))[:40]
+    step, measured = 1e-2, []
+    with torch.no_grad():
+        for pick in picks.tolist():
+            old = weight.view(-1)[pick].item()
+            weight.view(-1)[pick] = old + step
+            up = relaxed()
+            weight.view(-1)[pick] = old - step
+            measured.append((up - relaxed()) / (2 * step))
+            weight.view(-1)[pick] = old
+    assert spearmanr(gradient.view(-1)[picks].numpy(), measured).statistic > 0.99

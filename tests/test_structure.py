@@ -1,0 +1,83 @@
+"""Data flows one way: a module may import what stands before it in the pipeline, not what comes after."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import safelocus
+
+SOURCE = Path(safelocus.__file__).parent
+ORDER = [
+    {"errors", "progress", "interrupt", "run"},
+    {"provenance"},
+    {"layout"},
+    {"fingerprint"},
+    {"ratio", "topk", "statistics"},
+    {"selection_file"},
+    {"selection"},
+    {"scores"},
+    {"comparison"},
+    {"organism"},
+    {"prompts"},
+    {"chat"},
+    {"target"},
+    {"forcing", "generation"},
+    {"objective"},
+    {"gradients", "routing", "activations"},
+    {"scoring"},
+    {"report"},
+    {"cli"},
+]
+RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
+
+
+def imports(path: Path) -> set[str]:
+    """Rooms of safelocus that a file imports when it runs (not under TYPE_CHECKING)."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    skipped = {
+        id(node)
+        for block in ast.walk(tree)
+        if isinstance(block, ast.If) and "TYPE_CHECKING" in ast.dump(block.test)
+        for node in ast.walk(block)
+    }
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and id(node) not in skipped and (node.module or "").startswith("safelocus"):
+            parts = (node.module or "").split(".")
+            found |= {parts[1]} if len(parts) > 1 else {a.name for a in node.names if a.name in RANK}
+    return found
+
+
+def test_every_room_is_in_the_pipeline():
+    rooms = {path.stem for path in SOURCE.iterdir() if path.suffix == ".py" or (path / "__init__.py").is_file()}
+    assert rooms - {"__init__", "__main__"} == set(RANK)
+
+
+@pytest.mark.parametrize("path", sorted(SOURCE.rglob("*.py")), ids=lambda p: str(p.relative_to(SOURCE)))
+def test_imports_point_backwards(path):
+    room = path.relative_to(SOURCE).parts[0].removesuffix(".py")
+    if room in ("__init__", "__main__"):
+        return
+    later = {name for name in imports(path) if RANK[name] > RANK[room]}  # neighbours may use one another
+    assert not later, f"{room} imports {later}, which come after it"
+
+
+def test_the_command_line_starts_without_torch():
+    code = "import sys; from safelocus.cli import app; print('torch' in sys.modules or 'transformers' in sys.modules)"
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert output.strip() == "False"
+
+
+def test_exports_exist_and_are_documented():
+    for name in safelocus.__all__:
+        assert getattr(safelocus, name).__doc__, name
+
+
+def test_nothing_here_loads_pickles():
+    for path in SOURCE.rglob("*.py"):
+        source = path.read_text(encoding="utf-8")
+        assert "torch.load(" not in source, path
+        assert "import pickle" not in source, path

@@ -1,0 +1,166 @@
+"""The vocabulary transfer, against autograd through one-hot inputs and against brute force."""
+
+import pytest
+import torch
+
+from safelocus.generation import Response
+from safelocus.objective.spelling import spell_vocabulary
+from safelocus.objective.transfer import Reading
+from tiny_targets import PROMPTS, byte_level, dense, guard, metaspace
+
+RESPONSE = "Sure, here is how to bake a 東京 cake 😀"
+
+
+def respond(target, text=RESPONSE):
+    ids = tuple(target.tokenizer(text, add_special_tokens=False)["input_ids"])
+    return Response(ids=ids, text=text, finished=True)
+
+
+def test_identity_equals_autograd_through_one_hot_inputs():
+    """Same vocabulary: G is d score / d one-hot(response), exactly."""
+    target = dense()
+    judge = guard(tokenizer=target.tokenizer)
+    responses = [respond(target), respond(target, "I'm sorry")]
+    transfer = judge.transfer_for(target)
+    assert transfer.variant == "identity"
+    reading = judge.read(PROMPTS[:2], [r.text for r in responses], response_ids=[list(r.ids) for r in responses])
+    aligned = transfer.align(reading, [transfer.response_text(r.ids)[1] for r in responses])
+    gain = transfer.gain(aligned)
+
+    expected, scores = [], []
+    for prompt, response in zip(PROMPTS, responses, strict=False):
+        tokenizer, model = judge.tokenizer, judge.model
+        before = tokenizer(f"Request: {prompt}\nAnswer: ")["input_ids"]
+        after = tokenizer("\nVerdict:", add_special_tokens=False)["input_ids"]
+        embedding = model.get_input_embeddings().weight
+        one_hot = torch.nn.functional.one_hot(torch.tensor(response.ids), len(embedding)).float().requires_grad_()
+        middle = one_hot @ embedding
+        embeds = torch.cat([embedding[before], middle, embedding[after]])[None]
+        logits = model(inputs_embeds=embeds).logits[0, -1]
+        safe, unsafe = judge.verdict_ids
+        score = torch.logsumexp(logits[safe], 0) - torch.logsumexp(logits[unsafe], 0)
+        expected.append(torch.autograd.grad(score, one_hot)[0])
+        scores.append(score.detach())
+    torch.testing.assert_close(gain, torch.cat(expected), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(reading.score, torch.stack(scores), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("guard_tokenizer", [byte_level(300, seed=1), metaspace()], ids=["byte-level", "metaspace"])
+def test_character_variant_equals_brute_force(guard_tokenizer):
+    """G_t[v] = sum over overlapping u of share(u, t) * <a_u, mean embedding of v's pieces>."""
+    target = dense()
+    judge = guard(tokenizer=guard_tokenizer)
+    transfer = judge.transfer_for(target)
+    assert transfer.variant == "character"
+    response = respond(target)
+    text, spans = transfer.response_text(response.ids)
+    assert text == RESPONSE
+    reading = judge.read(["bake"], [text])
+    gain = transfer.gain(transfer.align(reading, [spans]))
+
+    embedding = judge.model.get_input_embeddings().weight.detach()
+    spelled = spell_vocabulary(target.tokenizer)
+    for v in [*range(300, 330), *target.tokenizer("cake safe", add_special_tokens=False)["input_ids"]]:
+        try:
+            piece = spelled[v].decode()
+        except UnicodeDecodeError:  # half a character; see the test of bytes below
+            continue
+        pieces = guard_tokenizer(f"\n{piece}", add_special_tokens=False)["input_ids"]
+        newline = guard_tokenizer("\n", add_special_tokens=False)["input_ids"]
+        assert pieces[: len(newline)] == newline
+        mean = embedding[pieces[len(newline) :]].mean(0)
+        for t in range(len(spans)):
+            expected = torch.zeros(())
+            for (left, right), a in zip(reading.spans[0], reading.gradients[0], strict=True):
+                shared = max(0, min(right, spans[t][1]) - max(left, spans[t][0]))
+                expected = expected + shared / max(1, right - left) * (a @ mean)
+            torch.testing.assert_close(gain[t, v], expected, rtol=1e-4, atol=1e-6)
+
+
+def test_half_characters_transfer_byte_by_byte():
+    target, judge = dense(), guard(tokenizer=byte_level(300, seed=1))
+    transfer = judge.transfer_for(target)
+    spelled, guard_spelled = spell_vocabulary(target.tokenizer), spell_vocabulary(judge.tokenizer)
+    v = next(i for i, piece in enumerate(spelled) if piece and piece[0] == 0xE6 and len(piece) < 3)
+    aligned = torch.randn(1, 32)
+    embedding = judge.model.get_input_embeddings().weight.detach()
+    pieces = [guard_spelled.index(bytes([byte])) for byte in spelled[v]]
+    torch.testing.assert_close(transfer.gain(aligned)[0, v], aligned[0] @ embedding[pieces].mean(0))
+
+
+def test_every_guard_token_is_given_away_exactly_once():
+    """Character alignment: the shares of a guard token over the target's positions sum to one."""
+    target, judge = dense(), guard(tokenizer=byte_level(300, seed=1))
+    transfer = judge.transfer_for(target)
+    text, spans = transfer.response_text(respond(target, "here is how to build a kite").ids)
+    reading = judge.read(["x"], [text])
+    ones = Reading(score=reading.score, gradients=[torch.ones(len(reading.spans[0]), 1)], spans=reading.spans)
+    assert transfer.align(ones, [spans]).sum().item() == pytest.approx(len(reading.spans[0]), rel=1e-5)
+
+
+def test_template_tokens_do_not_shift_the_alignment():
+    """Guard tokens of the response are found by characters: the request's length must not matter."""
+    judge = guard()
+    short, long = (judge.read([p], [RESPONSE]) for p in ("x", "a much longer request, <s> with specials <|end|>"))
+    assert short.spans == long.spans
+    covered = "".join(RESPONSE[left:right] for left, right in _distinct(short.spans[0]))
+    assert covered.strip() == RESPONSE
+
+
+def _distinct(spans):
+    return list(dict.fromkeys(spans))
+
+
+def test_index_variant_spreads_gains_over_pieces():
+    target, judge = dense(), guard(variant="index")
+    transfer = judge.transfer_for(target)
+    response = respond(target, "bake a cake")
+    text, spans = transfer.response_text(response.ids)
+    reading = judge.read(["x"], [text])
+    gain = transfer.gain(transfer.align(reading, [spans]))
+    embedding = judge.model.get_input_embeddings().weight.detach()
+    expected = torch.zeros_like(gain)
+    for g, piece in enumerate(spell_vocabulary(judge.tokenizer)):
+        if piece is None:
+            token = judge.tokenizer.convert_ids_to_tokens(g)
+            pieces = [target.tokenizer.get_vocab()[token]]
+        else:
+            try:
+                pieces = target.tokenizer(piece.decode(), add_special_tokens=False)["input_ids"]
+            except UnicodeDecodeError:
+                continue
+        for t in range(min(len(spans), len(reading.gradients[0]))):
+            for v in pieces:
+                expected[t, v] += (reading.gradients[0][t] @ embedding[g]) / len(pieces)
+    bytes_only = [g for g, p in enumerate(spell_vocabulary(judge.tokenizer)) if p and len(p) == 1 and p[0] > 127]
+    keep = torch.ones(gain.shape[1], dtype=torch.bool)
+    keep[[target.tokenizer.get_vocab()[judge.tokenizer.convert_ids_to_tokens(g)] for g in bytes_only]] = False
+    torch.testing.assert_close(gain[:, keep], expected[:, keep], rtol=1e-4, atol=1e-5)
+
+
+def test_logit_gradient_is_that_of_the_relaxed_score():
+    target, judge = dense(), guard()
+    transfer = judge.transfer_for(target)
+    logits = torch.randn(7, transfer.target_vocabulary, requires_grad=True)
+    aligned = torch.randn(7, 32)
+    tau = 0.3
+    (transfer.gain(aligned) * torch.softmax(logits / tau, -1)).sum().backward()
+    slope = transfer.logit_gradient(logits.detach(), aligned, tau=tau)
+    torch.testing.assert_close(slope, logits.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_gumbel_noise_comes_from_its_seed():
+    transfer = guard().transfer_for(dense())
+    logits, aligned = torch.randn(3, transfer.target_vocabulary), torch.randn(3, 32)
+    draw = lambda seed: transfer.logit_gradient(  # noqa: E731
+        logits, aligned, tau=0.3, generator=torch.Generator().manual_seed(seed)
+    )
+    assert torch.equal(draw(1), draw(1))
+    assert not torch.equal(draw(1), draw(2))
+
+
+def test_guard_collects_no_gradients():
+    target, judge = dense(), guard()
+    judge(target, PROMPTS[:2]).sum().backward()
+    assert all(parameter.grad is None and not parameter.requires_grad for parameter in judge.model.parameters())
+    assert target.model.model.layers[0].mlp.up_proj.weight.grad is not None

@@ -1,0 +1,183 @@
+"""Tiny models of every family, built from configurations with random weights in milliseconds.
+
+    from tiny_models import MIXTURES, NAMES, build, config
+
+    model = build("gpt_neox")          # seeded, float32, eval mode, eager attention
+
+Names are model types, with a suffix where one type stores its weights in several ways. Sizes differ
+from one another wherever an architecture allows it, so that exchanged axes do not go unnoticed.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+
+VOCABULARY = 40
+SPECIAL = {"vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+LLAMA = {
+    **SPECIAL,
+    "hidden_size": 24,
+    "intermediate_size": 20,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+}
+SQUARE = {**LLAMA, "hidden_size": 32}  # heads * head_dim must be the width
+MOE = {
+    **LLAMA,
+    "num_experts": 5,
+    "num_local_experts": 5,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 12,
+}
+GPT2 = {**SPECIAL, "n_embd": 24, "n_layer": 2, "n_head": 4, "n_positions": 64, "n_inner": 20}
+FALCON = {**SPECIAL, "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4, "bias": False}
+ENCODER_DECODER = {
+    **SPECIAL,
+    "d_model": 24,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 6,
+    "encoder_ffn_dim": 20,
+    "decoder_ffn_dim": 20,
+    "max_position_embeddings": 64,
+    "decoder_start_token_id": 2,
+}
+T5 = {
+    **SPECIAL,
+    "d_model": 24,
+    "d_kv": 8,
+    "d_ff": 20,
+    "num_layers": 2,
+    "num_decoder_layers": 2,
+    "num_heads": 4,
+    "decoder_start_token_id": 0,
+}
+LATENT = {
+    **MOE,
+    "num_key_value_heads": 4,
+    "head_dim": 4,
+    "q_lora_rank": 14,
+    "kv_lora_rank": 12,
+    "qk_nope_head_dim": 6,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 7,
+    "n_routed_experts": 5,
+    "n_shared_experts": 2,
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+}
+
+GEMMA4 = {
+    **LLAMA,
+    "layer_types": ["sliding_attention", "full_attention"],
+    "global_head_dim": 12,
+    "vocab_size_per_layer_input": VOCABULARY,
+    "hidden_size_per_layer_input": 6,
+}
+
+_LLAMA = (
+    *("llama", "mistral", "ministral", "qwen3", "gemma", "gemma2", "gemma3_text", "vaultgemma", "smollm3"),
+    *("olmo", "olmo2", "olmo3", "granite", "cohere", "cohere2", "seed_oss", "ernie4_5", "exaone4"),
+    *("hunyuan_v1_dense", "nemotron", "arcee", "glm", "glm4", "nanochat"),
+)
+_SQUARE = ("qwen2", "stablelm", "helium", "phi", "starcoder2", "phi3", "apertus")
+_MOE = ("mixtral", "qwen3_moe", "granitemoe", "phimoe", "minimax_m2", "exaone_moe")
+# name -> (model type, settings)
+_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    **{name: (name, LLAMA) for name in _LLAMA},
+    **{name: (name, SQUARE) for name in _SQUARE},
+    **{name: (name, MOE) for name in _MOE},
+    "qwen2_moe": ("qwen2_moe", {**MOE, "hidden_size": 32, "shared_expert_intermediate_size": 14}),
+    "olmoe": ("olmoe", {**MOE, "hidden_size": 32}),
+    "flex_olmo": ("flex_olmo", {**MOE, "hidden_size": 32}),
+    "granitemoeshared": ("granitemoeshared", {**MOE, "hidden_size": 32, "shared_intermediate_size": 14}),
+    "glm4_moe": ("glm4_moe", {**MOE, "n_routed_experts": 5, "first_k_dense_replace": 1}),
+    "ernie4_5_moe": ("ernie4_5_moe", {**MOE, "moe_num_experts": 5, "moe_num_shared_experts": 2, "moe_k": 2}),
+    "hunyuan_v1_moe": ("hunyuan_v1_moe", {**MOE, "moe_topk": 2, "num_shared_expert": 1}),
+    "gpt_oss": ("gpt_oss", {**MOE, "intermediate_size": 12}),
+    "llama4_text": ("llama4_text", {**MOE, "intermediate_size_mlp": 18, "interleave_moe_layer_step": 2}),
+    "deepseek_v2": ("deepseek_v2", LATENT),
+    "deepseek_v2_lite": ("deepseek_v2", {**LATENT, "q_lora_rank": None}),
+    "deepseek_v3": ("deepseek_v3", LATENT),
+    "gemma4_text": ("gemma4_text", GEMMA4),
+    "gemma4_moe": ("gemma4_text", {**GEMMA4, **MOE, "enable_moe_block": True, "top_k_experts": 2}),
+    "gemma4_shared": ("gemma4_text", {**GEMMA4, "attention_k_eq_v": True, "num_global_key_value_heads": 1}),
+    "gpt2": ("gpt2", GPT2),
+    "gpt_bigcode": ("gpt_bigcode", GPT2),
+    "gpt_bigcode_multi_head": ("gpt_bigcode", {**GPT2, "multi_query": False}),
+    "gptj": ("gptj", {**GPT2, "rotary_dim": 4}),
+    "codegen": ("codegen", {**GPT2, "n_embd": 32, "n_head": 8, "rotary_dim": 4}),
+    "gpt_neo": (
+        "gpt_neo",
+        {**SPECIAL, "hidden_size": 24, "num_layers": 2, "num_heads": 4, "intermediate_size": 20,
+         "attention_types": [[["global", "local"], 1]], "max_position_embeddings": 64},
+    ),
+    "gpt_neox": ("gpt_neox", {**SQUARE, "rotary_pct": 0.5}),
+    "bloom": ("bloom", {**SPECIAL, "hidden_size": 24, "n_layer": 2, "n_head": 4}),
+    "persimmon": ("persimmon", {**SQUARE, "num_key_value_heads": 4}),
+    "mpt": ("mpt", {**SPECIAL, "d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 64}),
+    "falcon_rw": ("falcon", {**FALCON, "multi_query": False, "alibi": True, "parallel_attn": False}),
+    "falcon_7b": ("falcon", FALCON),
+    "falcon_40b": ("falcon", {**FALCON, "new_decoder_architecture": True, "num_kv_heads": 2}),
+    "opt": ("opt", {**SQUARE, "ffn_dim": 20, "word_embed_proj_dim": 32}),
+    "xglm": ("xglm", {**ENCODER_DECODER, "attention_heads": 4, "ffn_dim": 20, "num_layers": 2}),
+    "biogpt": ("biogpt", SQUARE),
+    "bart": ("bart", ENCODER_DECODER),
+    "mbart": ("mbart", ENCODER_DECODER),
+    "pegasus": ("pegasus", ENCODER_DECODER),
+    "marian": ("marian", ENCODER_DECODER),
+    "m2m_100": ("m2m_100", ENCODER_DECODER),
+    "t5": ("t5", T5),
+    "t5_gated": ("t5", {**T5, "feed_forward_proj": "gated-gelu"}),
+}  # fmt: skip
+NAMES = tuple(_MODELS)
+MIXTURES = tuple(name for name, (_, settings) in _MODELS.items() if "num_experts" in settings)
+DENSE, MIXTURE = "llama", "qwen3_moe"  # the usual two, where any model will do
+
+
+def config(name: str, **changes: Any) -> PreTrainedConfig:
+    model_type, settings = _MODELS[name]
+    return AutoConfig.for_model(model_type, **{**settings, **changes})
+
+
+def build(name: str, *, seed: int = 0, attention: str = "eager", **changes: Any) -> PreTrainedModel:
+    """A seeded model; every weight is random, norms and biases too, so that none hides behind 0 or 1."""
+    configuration = config(name, **changes)
+    auto = AutoModelForSeq2SeqLM if configuration.is_encoder_decoder else AutoModelForCausalLM
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = auto.from_config(configuration, attn_implementation=attention).float().eval()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.ndim == 1:
+                    parameter.uniform_(0.5, 1.5)
+                else:
+                    parameter.normal_(std=0.3)
+    return model
+
+
+def tokens(batch: int = 2, length: int = 7, seed: int = 0) -> torch.Tensor:
+    """Random token ids without the special ones: int64 [batch, length]."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(3, VOCABULARY, (batch, length), generator=generator)
+
+
+def forward(model: PreTrainedModel, input_ids: torch.Tensor) -> torch.Tensor:
+    """Logits: float [batch, length, vocabulary]; an encoder-decoder model reads the tokens on both sides."""
+    extra = {"decoder_input_ids": input_ids} if model.config.is_encoder_decoder else {}
+    with torch.no_grad():
+        return model(input_ids=input_ids, use_cache=False, **extra).logits
