@@ -9,9 +9,9 @@ sums) plus activations; in bf16, 3.
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
+from pathlib import Path
 
 
 def measure(num_weights, dtype, what):
@@ -45,7 +45,9 @@ def measure(num_weights, dtype, what):
             total[name] += parameter.grad.float()
         scores = {n: g.abs() * target.model.get_parameter(n).float().std() for n, g in total.items()}
         torch.cat([s.flatten() for s in scores.values()]).topk(target.layout.num_weights // 100)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    # not ru_maxrss: a child inherits its parent's
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    peak = int(status["VmHWM"].split()[0]) * 1024
     print(json.dumps({"weights": sum(p.numel() for p in target.model.parameters()), "over": (peak - before) / size}))
 
 

@@ -395,6 +395,16 @@ def test_a_failed_write_leaves_the_earlier_file(tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == ["s.safetensors"]
 
 
+def test_a_reader_of_the_earlier_file_keeps_it(tmp_path):
+    path = tmp_path / "s.safetensors"
+    random_selection(0).save(path)
+    before = path.read_bytes()
+    with path.open("rb") as reader:
+        random_selection(1).save(path)
+        assert reader.read() == before
+    assert path.read_bytes() != before
+
+
 def test_a_missing_folder_is_an_error_that_names_it(tmp_path):
     with pytest.raises(SelectionError, match=r"nowhere/s\.safetensors: cannot be written"):
         random_selection().save(tmp_path / "nowhere" / "s.safetensors")

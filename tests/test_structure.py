@@ -28,6 +28,9 @@ ORDER = [
     {"objective"},
     {"gradients", "routing", "activations"},
     {"scoring"},
+    {"evaluation"},
+    {"sparse"},
+    {"verification"},
     {"report"},
     {"cli"},
 ]

@@ -241,6 +241,13 @@ def test_random_draws_are_uniform_over_all_subsets(total, k, num_draws):
     assert stats.chi2.sf(statistic, num_subsets - 1) > 1e-3
 
 
+@pytest.mark.parametrize("k", [1000, 20_000, 39_000])
+def test_repeats_are_drawn_again(k):
+    """Sparse, dense, and by the complement: so many draws of 40,000 are bound to repeat some."""
+    drawn = random_k({"a": 40_000}, k, seed=0)["a"].tolist()
+    assert len(set(drawn)) == len(drawn) == k
+
+
 def test_random_seeds_differ():
     draws = {tuple(random_k({"a": 1000}, 10, seed=seed)["a"].tolist()) for seed in range(50)}
     assert len(draws) == 50

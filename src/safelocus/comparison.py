@@ -23,7 +23,7 @@ from safelocus.layout import Layout, Matrix
 from safelocus.scores import Scores
 from safelocus.selection import Selection
 
-_MAX_RANKED = 10_000_000  # weights ranked by Spearman's rho: about 4 s and 1 GB
+_MAX_RANKED = 10_000_000  # weights ranked by Spearman's rho: some ten seconds and 1 GB
 
 
 @dataclass(frozen=True, kw_only=True)

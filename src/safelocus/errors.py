@@ -22,6 +22,10 @@ class PromptError(SafelocusError):
     """Prompts or chat data cannot be read, or hold nothing usable."""
 
 
+class JudgeError(SafelocusError):
+    """A judge is unknown, cannot be set up, or its endpoint refuses every request."""
+
+
 class SelectionError(SafelocusError):
     """A selection is impossible, matches nothing, or belongs to another model."""
 

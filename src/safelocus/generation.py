@@ -34,14 +34,18 @@ class Response:
     finished: bool
 
 
-@torch.no_grad()
 def generate(target: "Target", prompts: Sequence[str], *, max_new_tokens: int = 256) -> list[Response]:
     """Greedy responses to `prompts`, as one padded batch.
 
     Raises:
         PromptError: a prompt leaves no room for the answer within the model's positions.
     """
-    encoded = [target.chat.encode_prompt(prompt) for prompt in prompts]
+    return generate_from([target.chat.encode_prompt(prompt) for prompt in prompts], target, max_new_tokens)
+
+
+@torch.no_grad()
+def generate_from(encoded: Sequence[Sequence[int]], target: "Target", max_new_tokens: int) -> list[Response]:
+    """`generate`, for prompts that are token ids already."""
     longest = max(len(tokens) for tokens in encoded)
     if longest > (room := longest_prompt(target, max_new_tokens)):
         raise PromptError(

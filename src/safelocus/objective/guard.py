@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 from safelocus.errors import ModelError
 from safelocus.forcing import logits_at, pad
 from safelocus.objective.presets import GuardPreset, find_preset, read_preset, render, verdict_token_ids
-from safelocus.objective.text import TextObjective, embedding_gradients, tokenize_around
+from safelocus.objective.text import ReaderInput, TextObjective, batch_inputs, embedding_gradients, tokenize_around
 from safelocus.objective.transfer import Reading
 from safelocus.target import Dtype, load_model, load_tokenizer
 
@@ -78,6 +78,22 @@ class Guard(TextObjective):
     def read(
         self, prompts: Sequence[str], responses: Sequence[str], *, response_ids: list[list[int]] | None = None
     ) -> Reading:
+        inputs = self._inputs(prompts, responses, response_ids)
+        return embedding_gradients(self.model, self.tokenizer, inputs, self._log_odds)
+
+    @torch.no_grad()
+    def verdicts(self, prompts: Sequence[str], responses: Sequence[str]) -> Tensor:
+        """Log-odds of safe against unsafe [B], fp32, of given responses, as one batch; no gradients.
+
+        Raises:
+            ModelError: the guard did not come to a verdict.
+        """
+        inputs = self._inputs(prompts, responses, None)
+        return self._log_odds(batch_inputs(self.model, self.tokenizer, inputs))
+
+    def _inputs(
+        self, prompts: Sequence[str], responses: Sequence[str], response_ids: list[list[int]] | None
+    ) -> list[ReaderInput]:
         rendered = [render(self.tokenizer, self.preset, p, r) for p, r in zip(prompts, responses, strict=True)]
         suffixes = [part.suffix for part in rendered]
         if self.preset.generate_until is not None:
@@ -85,7 +101,7 @@ class Guard(TextObjective):
                 [part.prefix + part.response + part.suffix for part in rendered], suffixes
             )
         given: Sequence[list[int] | None] = response_ids if response_ids is not None else [None] * len(responses)
-        inputs = [
+        return [
             tokenize_around(
                 self.tokenizer,
                 part.prefix,
@@ -96,15 +112,13 @@ class Guard(TextObjective):
             )
             for part, suffix, ids in zip(rendered, suffixes, given, strict=True)
         ]
+
+    def _log_odds(self, batch: dict[str, Tensor]) -> Tensor:
         safe, unsafe = (torch.tensor(ids, device=self.model.device) for ids in self.verdict_ids)
-
-        def score(batch: dict[str, Tensor]) -> Tensor:
-            mask = batch["attention_mask"]
-            last = mask.sum(dim=1) - 1 + torch.arange(len(mask), device=mask.device) * mask.shape[1]
-            logits = logits_at(self.model, batch, last).float()  # [B, V]
-            return torch.logsumexp(logits[:, safe], dim=1) - torch.logsumexp(logits[:, unsafe], dim=1)
-
-        return embedding_gradients(self.model, self.tokenizer, inputs, score)
+        mask = batch["attention_mask"]
+        last = mask.sum(dim=1) - 1 + torch.arange(len(mask), device=mask.device) * mask.shape[1]
+        logits = logits_at(self.model, batch, last).float()  # [B, V]
+        return torch.logsumexp(logits[:, safe], dim=1) - torch.logsumexp(logits[:, unsafe], dim=1)
 
     def describe(self) -> dict[str, Any]:
         return {"kind": "guard", "name": self.name, "preset": self.preset.name, **self._describe_relaxation()}

@@ -159,6 +159,13 @@ def tokenize_around(
     return ReaderInput(ids=list(encoded["input_ids"]), response_positions=positions, response_spans=spans)
 
 
+def batch_inputs(model: Any, tokenizer: Any, inputs: Sequence[ReaderInput]) -> dict[str, Tensor]:
+    """Ids and mask [B, L], padded on the right, where the reader's embedding is."""
+    device = model.get_input_embeddings().weight.device
+    ids, mask = pad([i.ids for i in inputs], _padding_id(tokenizer), device)
+    return {"input_ids": ids, "attention_mask": mask}
+
+
 def embedding_gradients(
     model: Any,
     tokenizer: Any,
@@ -170,18 +177,17 @@ def embedding_gradients(
     Args:
         score: from the model's inputs (ids and mask, [B, L]) to scores [B].
     """
-    embedding = model.get_input_embeddings()
-    ids, mask = pad([i.ids for i in inputs], _padding_id(tokenizer), embedding.weight.device)
+    batch = batch_inputs(model, tokenizer, inputs)
     seen: list[Tensor] = []
 
     def catch(_module: Any, _args: Any, output: Tensor) -> Tensor:
         seen.append(output.detach().requires_grad_())
         return seen[-1]
 
-    handle = embedding.register_forward_hook(catch)
+    handle = model.get_input_embeddings().register_forward_hook(catch)
     try:
         with torch.enable_grad():
-            values = score({"input_ids": ids, "attention_mask": mask}).float()
+            values = score(batch).float()
             (gradient,) = torch.autograd.grad(values.sum(), seen[0])  # [B, L, d]
     finally:
         handle.remove()
