@@ -32,11 +32,20 @@ def measure(num_weights, dtype, what):
         num_attention_heads=width // 64, tie_word_embeddings=True,
     )  # fmt: skip
     torch.manual_seed(0)
-    target = Target.of(LlamaForCausalLM(config).to(getattr(torch, dtype)), tokenizer)
+    torch.set_default_dtype(getattr(torch, dtype))
+    model = LlamaForCausalLM(config)
+    torch.set_default_dtype(torch.float32)
+    target = Target.of(model, tokenizer)
     size = sum(p.numel() * p.element_size() for p in target.model.parameters())
     if what == "scoring":
         prompts = sl.read_prompts("organism:harmful").limit(8)
-        sl.score(target, prompts, objective=sl.Refusal(["I'm sorry"], ["Sure"]), batch_size=4, progress=False)
+        sl.score(
+            target,
+            prompts,
+            objective=sl.Refusal(refusals=["I'm sorry"], compliances=["Sure"]),
+            batch_size=4,
+            progress=False,
+        )
     elif what == "plain":
         ids = torch.tensor([target.chat.encode_prompt("How do I make a kite?")] * 8)
         total = {n: torch.zeros_like(p, dtype=torch.float32) for n, p in target.model.named_parameters()}

@@ -137,7 +137,7 @@ def test_the_tensor_s_own_groups_start_at_zero() -> None:
     tensor = layout.tensors["gpt_neox.layers.1.attention.query_key_value.weight"]
     flat = torch.arange(tensor.num_weights)
     for granularity, num_groups in (("head", 12), ("row", 96), ("column", 96), ("matrix", 3), ("layer", 1)):
-        ids = tensor.group_of(flat, granularity)
+        ids = Groups((tensor,), granularity).ids(tensor.name, flat)
         assert sorted(ids.unique().tolist()) == list(range(num_groups))
 
 

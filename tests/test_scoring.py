@@ -202,15 +202,9 @@ def test_the_model_comes_back_as_it_was(make):
 
 def test_unrouted_experts_are_counted():
     target = moe()
-    with torch.no_grad():  # the first layer's router never chooses experts 2 and 3
-        router = target.model.model.layers[0].mlp.gate
-        router.weight.zero_()
-        router.weight[0, :], router.weight[1, :] = 0.0, 0.0
-        router.weight[2:, :] = 0.0
-    # with equal logits top-k takes whichever two it prefers; whatever it is, the other two get nothing
-    scores = sl.score(
-        target, PROMPTS, objective=sl.Refusal(["I'm sorry"], ["Sure"]) if False else guard(), progress=False
-    )
+    with torch.no_grad():  # equal logits: top-k takes the same two experts for every token
+        target.model.model.layers[0].mlp.gate.weight.zero_()
+    scores = sl.score(target, PROMPTS, objective=guard(), progress=False)
     tokens = {
         s.matrix: s.tokens for s in scores.statistics if s.layer == 0 and s.component == "down" and s.expert is not None
     }

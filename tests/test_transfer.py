@@ -164,3 +164,10 @@ def test_guard_collects_no_gradients():
     judge(target, PROMPTS[:2]).sum().backward()
     assert all(parameter.grad is None and not parameter.requires_grad for parameter in judge.model.parameters())
     assert target.model.model.layers[0].mlp.up_proj.weight.grad is not None
+
+
+def test_memory_is_linear_in_the_vocabulary():
+    """The map between vocabularies is a ragged list of ids: a few per token, never one per pair."""
+    for variant in ("character", "index"):
+        pieces = guard(variant=variant).transfer_for(dense())._pieces
+        assert pieces.ids.numel() < 8 * pieces.offsets.numel()

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from safelocus.evaluation import Evaluation, TargetResponder, Task, compare_evaluations, evaluate, read_task
+    from safelocus.evaluation.judges import load_judge
     from safelocus.layout import Layout, Matrix, TensorLayout
     from safelocus.objective import Classifier, Guard, Refusal
     from safelocus.prompts import Example, PromptSet, read_prompts
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
     from safelocus.scoring import score
     from safelocus.selection import Selection
     from safelocus.target import Target, load
+    from safelocus.verification import Stability, Verification, stability, verify
 
 # name -> the module that defines it, in pipeline order
 _EXPORTS = {
@@ -34,11 +37,24 @@ _EXPORTS = {
     "score": "scoring",
     "Scores": "scores",
     "Selection": "selection",
+    "evaluate": "evaluation",
+    "Evaluation": "evaluation",
+    "compare_evaluations": "evaluation",
+    "read_task": "evaluation",
+    "Task": "evaluation",
+    "TargetResponder": "evaluation",
+    "load_judge": "evaluation.judges",
+    "verify": "verification",
+    "Verification": "verification",
+    "stability": "verification",
+    "Stability": "verification",
 }
 
 __all__ = [  # noqa: RUF022 (pipeline order)
     "load", "Target", "Layout", "TensorLayout", "Matrix", "read_prompts", "PromptSet", "Example",
     "Guard", "Classifier", "Refusal", "score", "Scores", "Selection",
+    "evaluate", "Evaluation", "compare_evaluations", "read_task", "Task", "TargetResponder", "load_judge",
+    "verify", "Verification", "stability", "Stability",
 ]  # fmt: skip
 
 

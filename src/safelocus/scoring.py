@@ -151,6 +151,8 @@ def score(
             seed=seed,
             fingerprint=fingerprint.to_json(),
             versions=versions(),
+            # so that nothing is ever verified on the prompts it was found with
+            extra={"prompt_hashes": prompt_set.prompt_hashes},
         ),
     )
 

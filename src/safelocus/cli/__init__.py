@@ -12,9 +12,11 @@ from collections.abc import Sequence
 
 import typer
 
-from safelocus.cli import compare, demo, inspect, score, select
+from safelocus.cli import compare, demo, evaluate, inspect, score, select, stability, verify
 from safelocus.cli.output import errors
 from safelocus.errors import SafelocusError
+
+_INTERRUPTED = 130
 
 app = typer.Typer(
     name="safelocus",
@@ -40,6 +42,9 @@ app.command()(inspect.inspect)
 app.command()(score.score)
 app.command()(select.select)
 app.command()(compare.compare)
+app.command()(evaluate.evaluate)
+app.command()(verify.verify)
+app.command()(stability.stability)
 app.command()(demo.demo)
 
 
@@ -55,11 +60,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         code = app(given, standalone_mode=False, prog_name="safelocus")
-    except typer.Abort:
-        sys.exit(130)
-    except KeyboardInterrupt:
-        errors.print("[bold]interrupted[/]: nothing half-written was left; the same command begins or resumes the run")
-        sys.exit(130)
+    except (typer.Abort, KeyboardInterrupt):
+        code = _INTERRUPTED
     except SafelocusError as error:
         if debug:
             traceback.print_exc()
@@ -81,4 +83,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         errors.print(f"{type(error).__name__}: {error}", markup=False, highlight=False, soft_wrap=True)
         errors.print("This is a bug in safelocus; run again with --debug for the traceback.")
         sys.exit(1)
+    if code == _INTERRUPTED:  # typer turns Ctrl-C into this code, not into an exception
+        errors.print("[bold]interrupted[/]: nothing half-written was left; the same command begins or resumes the run")
     sys.exit(code if isinstance(code, int) else 0)

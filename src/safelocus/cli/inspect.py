@@ -1,5 +1,6 @@
 """`safelocus inspect MODEL`: how every tensor was understood, before anything is computed."""
 
+import math
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -47,7 +48,7 @@ def _summary(layout: "Layout") -> dict[str, Any]:
             entry = components.setdefault(component, {"tensors": 0, "matrices": 0, "weights": 0})
             entry["tensors"] += 1
             entry["matrices"] += tensor.num_experts
-            entry["weights"] += _part_weights(tensor, part)
+            entry["weights"] += math.prod(tensor.extents(part))
     return {
         "family": layout.family,
         "matched_by": layout.matched_by,
@@ -58,44 +59,38 @@ def _summary(layout: "Layout") -> dict[str, Any]:
     }
 
 
-def _part_weights(tensor: Any, part: int) -> int:
-    import math
-
-    return math.prod(tensor.extents(part))
-
-
 def _table(name: str, layout: "Layout") -> Any:
+    from rich import box
     from rich.table import Table
 
-    from safelocus.layout.tensor import COMPONENTS, ELIGIBLE
+    from safelocus.layout import COMPONENTS, ELIGIBLE
 
     summary = _summary(layout)
     table = Table(
+        box=box.SIMPLE_HEAD,
         title=f"{name}: family {layout.family} (matched by {layout.matched_by}), {layout.num_layers} layers",
         caption=f"{layout.num_weights:,} weights, {layout.num_eligible:,} eligible "
         f"({layout.num_eligible / layout.num_weights:.1%})"
         + (f"; tied: {', '.join(f'{a} = {b}' for a, b in layout.tied.items())}" if layout.tied else ""),
     )
-    table.add_column("component")
-    for heading in ("tensors", "matrices", "weights", "share"):
-        table.add_column(heading, justify="right")
+    table.add_column("component", no_wrap=True)
+    for heading in ("matrices", "weights", "share"):
+        table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("eligible")
-    table.add_column("shape of the first")
+    table.add_column("first tensor")
     for component in COMPONENTS:
         if component not in summary["components"]:
             continue
         entry = summary["components"][component]
         first = next(t for t in layout.tensors.values() if component in t.components)
-        part = first.components.index(component)
-        shape = " x ".join(str(extent) for extent in first.extents(part))
+        shape = " x ".join(f"{extent} {role}" for extent, role in zip(first.view, first.axes, strict=True))
         table.add_row(
             component,
-            f"{entry['tensors']:,}",
             f"{entry['matrices']:,}",
             f"{entry['weights']:,}",
             f"{entry['weights'] / layout.num_weights:.1%}",
             "yes" if component in ELIGIBLE else "-",
-            f"{shape}  ({' '.join(first.axes)})",
+            shape,
         )
     return table
 

@@ -89,3 +89,16 @@ def conditions(where: list[str] | None) -> dict[str, str]:
             raise RunError(f"--where {text!r}: expected COLUMN=VALUE")
         pairs[column] = value
     return pairs
+
+
+def words(text: str | None) -> tuple[str, ...]:
+    """`a, b` as ("a", "b"), each once."""
+    return tuple(dict.fromkeys(word for part in (text or "").split(",") if (word := part.strip())))
+
+
+def numbers(text: str, option: str) -> tuple[float, ...]:
+    """`0.01, 0.03` as numbers; RunError for anything else, naming the option."""
+    try:
+        return tuple(float(word) for word in words(text))
+    except ValueError as error:
+        raise RunError(f"{option} {text!r}: expected numbers with commas between them, such as 0.01,0.03") from error

@@ -157,9 +157,7 @@ def _fitting(prompt_set: "PromptSet", target: "Target", max_new_tokens: int) -> 
             f"{prompt_set.source}: no prompt fits; there is room for {room} tokens beside {max_new_tokens} new ones"
         )
     if len(kept) < len(prompt_set):
-        note(
-            f"left out {len(prompt_set) - len(kept)} prompts of more than {room} tokens: the model has no room"
-        )
+        note(f"left out {len(prompt_set) - len(kept)} prompts of more than {room} tokens: the model has no room")
     return replace(prompt_set, examples=kept)
 
 

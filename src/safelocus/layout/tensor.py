@@ -223,15 +223,6 @@ class TensorLayout:
         expert, part, _, _ = self.coordinates(flat_index)
         return expert * len(self.parts) + part
 
-    def group_of(self, flat_index: Tensor, granularity: str) -> Tensor:
-        """Group within this tensor alone of each flat index: int64 [k] -> int64 [k].
-
-        For ids that are comparable across tensors use `Layout.groups(granularity).ids(...)`.
-        """
-        from safelocus.layout.groups import Groups
-
-        return Groups((self,), granularity).ids(self.name, flat_index)
-
     def to_json(self) -> dict[str, Any]:
         values = {name: getattr(self, name) for name in self.__dataclass_fields__}
         return {name: value for name, value in values.items() if value is not None and value is not False}

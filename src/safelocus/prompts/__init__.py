@@ -25,7 +25,7 @@ from safelocus.errors import PromptError
 from safelocus.prompts.fields import Example, as_text, read_row, resolve_columns
 from safelocus.prompts.sources import Row, from_objects, parse_hub, read_file, read_hub, read_organism
 
-__all__ = ["Example", "PromptSet", "normalise", "read_prompts"]
+__all__ = ["Example", "PromptSet", "normalise", "prompt_hash", "read_prompts"]
 
 ORGANISM = "organism:"
 
@@ -40,6 +40,11 @@ def normalise(prompt: str) -> str:
     for _ in range(2):
         prompt = unicodedata.normalize("NFKC", prompt).casefold()
     return " ".join(unicodedata.normalize("NFKC", prompt).split())
+
+
+def prompt_hash(prompt: str) -> str:
+    """16 hexadecimal digits of a prompt's normal form."""
+    return _digest(normalise(prompt))[:8].hex()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +82,11 @@ class PromptSet(Sequence[Example]):
         """blake2b over the sorted normal forms: the same prompts in any order, from any file, agree."""
         digests = sorted(_digest(normalise(example.prompt)) for example in self.examples)
         return hashlib.blake2b(b"".join(digests), digest_size=16).hexdigest()
+
+    @property
+    def prompt_hashes(self) -> list[str]:
+        """One short hash per normal form, sorted: tells later whether a prompt was among these."""
+        return sorted({prompt_hash(example.prompt) for example in self.examples})
 
     def split(self, held_out: float = 0.5, salt: str = "safelocus") -> tuple["PromptSet", "PromptSet"]:
         """(identification, held out), by a hash of each prompt: about the share `held_out` goes to the

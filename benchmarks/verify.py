@@ -1,0 +1,177 @@
+"""Do the weights that ESI finds carry refusals, and only those? Verification on both organisms.
+
+Writes docs/results/verify.md: the operating range, scorers against one another, stability.
+
+    python benchmarks/verify.py [-o docs/results/verify.md] [--num 48] [--seeds 5]
+"""
+
+import argparse
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+import safelocus as sl
+from safelocus.evaluation.judges import GuardJudge
+from safelocus.forcing import teacher_force
+from safelocus.report.figures import save_png
+from safelocus.report.verification import (
+    Grid,
+    curves_figure,
+    ranking_figure,
+    ranking_grid,
+    settings_grid,
+    stability_grid,
+)
+from safelocus.scores import matrix_statistics
+
+METHODS = ("esi", "snip", "wanda", "gradient", "magnitude", "random")
+CONTRAST = "esi-contrast"
+
+
+def answers_likelihood(target, prompts):
+    """An objective: mean log-likelihood of the known answers to harmless prompts."""
+    encoded = [target.chat.encode_prompt(prompt) for prompt in prompts]
+    answers = [target.tokenizer(ANSWERS[prompt], add_special_tokens=False)["input_ids"] for prompt in prompts]
+    totals = teacher_force(target, encoded, answers).log_likelihood(len(answers))
+    return totals / torch.tensor([len(answer) for answer in answers])
+
+
+def contrast(safety, utility):
+    """safety score minus utility score, each in units of its mean; not below zero."""
+    means = [sum(float(t.sum()) for t in s.tensors.values()) / s.layout.num_eligible for s in (safety, utility)]
+    tensors = {
+        name: (value / means[0] - utility.tensors[name] / means[1]).clamp_(min=0)
+        for name, value in safety.tensors.items()
+    }
+    statistics = [s for name, t in tensors.items() for s in matrix_statistics(safety.layout.tensors[name], t)]
+    provenance = replace(safety.provenance, method=CONTRAST)
+    return sl.Scores(tensors=tensors, layout=safety.layout, statistics=statistics, provenance=provenance)
+
+
+def sets(num):
+    return {
+        "prompts": sl.read_prompts("organism:harmful-heldout").limit(num, seed=0),
+        "harmless": sl.read_prompts("organism:harmless-heldout").limit(num, seed=0),
+        "tasks": [
+            sl.read_task("organism:utility").limit(num, seed=0),
+            sl.read_task("organism:harmless-heldout", name="benign answers").limit(num, seed=0),
+        ],
+    }
+
+
+def measure(name, options):
+    """Everything that takes time, saved so that tables and verdicts can be made again from it."""
+    start = time.perf_counter()
+    target = sl.load(f"organism:{name}", dtype="float32")
+    unaligned = sl.load(f"organism:{name}-unaligned", dtype="float32")
+    guard = sl.Guard.load("organism:guard", dtype="float32", max_new_tokens=32)
+    harmful = sl.read_prompts("organism:harmful").limit(64, seed=0)
+    scores = {
+        method: sl.score(
+            target, harmful, objective=guard, method=method, batch_size=32, max_new_tokens=32, progress=False
+        )
+        for method in METHODS
+    }
+    known = sl.read_prompts("organism:answers").limit(64, seed=0)
+    ANSWERS.update({example.prompt: example.response for example in known})
+    useful = sl.score(target, known, objective=answers_likelihood, batch_size=16, progress=False)
+    scores[CONTRAST] = contrast(scores["esi"], useful)
+    common = {
+        **sets(options.num), "judges": GuardJudge(guard=guard, batch_size=64), "seeds": options.seeds,
+        "batch_size": 64, "max_new_tokens": 32, "progress": False,
+    }  # fmt: skip
+    noise = sl.verify(target, scores["esi"], ratios=(0.01, 0.03), noises=(0.38, 1.0, 1.5, 2.0, 3.0), **common)
+    swap = sl.verify(
+        target, scores["esi"], ratios=(0.01, 0.03, 0.1), interventions=("transplant", "zero"),
+        transplant_from=unaligned, **common,
+    )  # fmt: skip
+    compared = sl.verify(
+        target, scores, ratios=(0.01, 0.03), interventions=("noise", "transplant"), noises=(1.0, 1.5, 2.0),
+        transplant_from=unaligned, selections=("top", "random"), **common,
+    )  # fmt: skip
+    stable = sl.stability(
+        target, sl.read_prompts("organism:harmful").limit(128, seed=0),
+        objectives={"guard": guard, "refusal": sl.Refusal()}, batch_size=32, progress=False,
+    )  # fmt: skip
+    num_cells = len(noise.cells) + len(swap.cells) + len(compared.cells)
+    seconds = time.perf_counter() - start
+    facts = (
+        f"{target.layout.num_weights:,} weights; {num_cells} cells and all scores in {seconds:.0f} s on "
+        f"{torch.get_num_threads()} threads (torch {torch.__version__})."
+    )
+    found = {"noise": noise, "swap": swap, "compared": compared, "stability": stable}
+    for kind, result in found.items():
+        folder = options.runs / f"{name}-{kind}"
+        folder.mkdir(parents=True, exist_ok=True)
+        result.save(folder)
+    (options.runs / f"{name}.txt").write_text(facts, encoding="utf-8")
+    print(f"{name}: {facts}", flush=True)
+
+
+def section(name, options, figures):
+    noise, swap, compared = (
+        sl.Verification.load(options.runs / f"{name}-{kind}") for kind in ("noise", "swap", "compared")
+    )
+    stable = sl.Stability.load(options.runs / f"{name}-stability")
+    save_png(curves_figure(noise), figures / f"verify-{name}-noise.png")
+    save_png(ranking_figure(compared, "noise"), figures / f"verify-{name}-scorers.png")
+    parts = [
+        f"## organism:{name}",
+        (options.runs / f"{name}.txt").read_text(encoding="utf-8"),
+        "### Noise", *(verdict.text for verdict in noise.verdicts.values()), table(settings_grid(noise)),
+        f"![refusal, ASR, utility and over-refusal against noise](verify-{name}-noise.png)",
+        "### Transplant from the unaligned twin, and zero", *(v.text for v in swap.verdicts.values()),
+        table(settings_grid(swap)),
+        "### Scorers", *(table(ranking_grid(compared, intervention)) for intervention in compared.rankings),
+        f"![refusal lost against utility lost](verify-{name}-scorers.png)",
+        "### Stability", table(stability_grid(stable)), *stable.notes,
+    ]  # fmt: skip
+    return "\n\n".join(parts)
+
+
+def table(grid: Grid) -> str:
+    return f"**{grid.title}**\n\n{grid.markdown()}"
+
+
+ANSWERS: dict[str, str] = {}
+
+HEAD = """# Verify: what holds and what does not
+
+Produced by `python benchmarks/verify.py` ({num} prompts per set, {seeds} noise seeds, as many random selections).
+Scores: 64 prompts of `organism:harmful`, objective and judge `organism:guard`. Measured on held-out prompts:
+`organism:harmful-heldout` (refusal, ASR), `organism:harmless-heldout` (over-refusal; and, as *benign answers*, the
+exact right answer), `organism:utility` (exact answers). *utility* pools both tasks. fp32, greedy, 32 new tokens.
+`esi-contrast` is ESI of safety minus ESI of the likelihood of known harmless answers, each over its mean.
+
+"""
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("-o", "--output", type=Path, default=Path("docs/results/verify.md"))
+    parser.add_argument("--num", type=int, default=48)
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--runs", type=Path, default=Path("runs/benchmark-verify"), help="what was measured")
+    parser.add_argument("--tables-only", action="store_true", help="make the page again from --runs")
+    parser.add_argument("--measure-only", action="store_true")
+    parser.add_argument("--organisms", nargs="+", default=["dense", "moe"])
+    options = parser.parse_args()
+    if not options.tables_only:
+        for name in options.organisms:
+            measure(name, options)
+    if options.measure_only:
+        return
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    parts = [section(name, options, options.output.parent) for name in options.organisms]
+    # what stands under this heading is written by people, and kept
+    written = options.output.read_text(encoding="utf-8") if options.output.exists() else ""
+    _, mark, reading = written.partition("## Reading")
+    text = HEAD.format(num=options.num, seeds=options.seeds) + "\n\n".join(parts) + "\n"
+    options.output.write_text(text + (f"\n{mark}{reading}" if mark else ""), encoding="utf-8")
+    print(f"wrote {options.output}")
+
+
+if __name__ == "__main__":
+    main()

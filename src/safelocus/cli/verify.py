@@ -1,0 +1,295 @@
+"""`safelocus verify MODEL`: disturb the selected weights, and as many others, and see what breaks."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from safelocus.cli import options
+from safelocus.cli.output import note, print_json, results
+
+if TYPE_CHECKING:
+    from safelocus.evaluation.judges import Judge
+    from safelocus.evaluation.tasks import Task
+    from safelocus.prompts import PromptSet
+    from safelocus.provenance import Provenance
+    from safelocus.scores import Scores
+    from safelocus.selection import Selection
+    from safelocus.target import Target
+
+
+def verify(
+    model: options.Model,
+    scores: Annotated[
+        list[Path],
+        typer.Option(
+            help="Run folder of `score`, its scores folder, or a selection file. May be repeated: compared.",
+            show_default=False,
+        ),
+    ],
+    output: options.Output,
+    prompts: Annotated[
+        str | None,
+        typer.Option(
+            "--prompts",
+            "-p",
+            help="Harmful prompts that were not scored with.",
+            show_default="those of the scores' source that were left out",
+        ),
+    ] = None,
+    guard: Annotated[
+        str | None,
+        typer.Option(help="Guard that judges: folder, hub id or organism:guard.", show_default="the scores'"),
+    ] = None,
+    guard_description: Annotated[
+        Path | None, typer.Option(help="TOML description of a guard unknown here (docs/guards.md).")
+    ] = None,
+    judge: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="guard:NAME or refusal, instead of --guard or beside it. May be repeated.", show_default=False
+        ),
+    ] = None,
+    harmless: Annotated[
+        str | None, typer.Option(help="Harmless prompts, for over-refusal.", show_default=False)
+    ] = None,
+    task: Annotated[
+        list[str] | None,
+        typer.Option(help="Questions with answers, for utility. May be repeated.", show_default=False),
+    ] = None,
+    ratios: Annotated[str, typer.Option(help="Shares of the weights, with commas.")] = "0.01",
+    interventions: Annotated[
+        str, typer.Option("--intervention", help="noise, zero, transplant; with commas.")
+    ] = "noise",
+    noise: Annotated[str, typer.Option(help="Strengths of noise in sigma, with commas.")] = "0.38,1,2,3",
+    transplant_from: Annotated[
+        str | None, typer.Option(help="Model whose weights `transplant` takes.", show_default=False)
+    ] = None,
+    seeds: Annotated[int, typer.Option(help="Seeds of the noise per setting.", min=1)] = 5,
+    random_draws: Annotated[int, typer.Option(help="Random selections per seed.", min=1)] = 1,
+    scorers: Annotated[
+        str | None,
+        typer.Option(
+            help="Further scores to make and compare: snip, wanda, gradient, magnitude, random, esi; with commas.",
+            show_default=False,
+        ),
+    ] = None,
+    bottom: Annotated[bool, typer.Option("--bottom/--no-bottom", help="Disturb the bottom weights too.")] = True,
+    field: options.Field = None,
+    where: options.Where = None,
+    limit: Annotated[
+        int | None,
+        typer.Option(help="Use at most this many of each set, drawn by the seed.", min=1, show_default=False),
+    ] = None,
+    allow_seen: Annotated[
+        bool, typer.Option("--allow-seen", help="Verify on prompts that were scored with, all the same.")
+    ] = False,
+    allow_mismatch: Annotated[
+        bool, typer.Option("--allow-mismatch", help="Verify on another model than was scored (a fine-tuned sibling).")
+    ] = False,
+    batch_size: Annotated[int, typer.Option(help="Prompts answered, and answers judged, at a time.", min=1)] = 32,
+    max_new_tokens: options.MaxNewTokens = 256,
+    system: options.System = None,
+    template: options.Template = None,
+    layout: options.LayoutFile = None,
+    dtype: options.DtypeOption = "auto",
+    device: options.Device = None,
+    revision: options.Revision = None,
+    trust_remote_code: options.TrustRemoteCode = False,
+    seed: options.Seed = 0,
+    overwrite: options.Overwrite = False,
+    json: options.Json = False,
+    config: options.Config = None,
+) -> None:
+    """Show by intervention whether the selected weights carry safety, and whether only that.
+
+    Disturbs the top weights, the bottom ones and random ones of exactly the same number, and measures
+    refusal, ASR, over-refusal and utility each time. Writes results.json, cells.jsonl and figures.
+    Interrupted with Ctrl-C, the same command resumes; the model's files are never touched.
+    """
+    from safelocus.report.verification import ranking_grid, settings_grid, write_figures
+    from safelocus.run import CHECKPOINT, run_folder
+    from safelocus.target import load
+    from safelocus.verification import verify as verify_selections
+    from safelocus.verification.verifying import check_unseen
+
+    # everything that can be wrong with the input is found before the long work starts
+    named = {name: artefact for name, artefact, _ in _load(scores)}
+    provenance = next(iter(named.values())).provenance
+    prompt_set = _prompts(prompts, provenance, field, options.conditions(where), allow_seen)
+    prompt_set = prompt_set if limit is None else prompt_set.limit(limit, seed=seed)
+    for remark in check_unseen(named, prompt_set, allow_seen=allow_seen):
+        note(f"[bold]mind:[/] {remark}")
+    harmless_set = _harmless(harmless, limit, seed)
+    tasks = [_task(source, limit, seed) for source in task or []]
+    wanted = options.words(scorers)
+    numbers = {"ratios": options.numbers(ratios, "--ratios"), "noises": options.numbers(noise, "--noise")}
+    guard = guard or (_guard_of(provenance) if not judge else None)
+    resolved = {
+        "command": "verify", "model": model, "scores": [str(path) for path in scores], "prompts": prompts,
+        "guard": guard, "guard_description": str(guard_description) if guard_description else None, "judge": judge,
+        "harmless": harmless, "task": task, "ratios": ratios, "interventions": interventions, "noise": noise,
+        "transplant_from": transplant_from, "seeds": seeds, "random_draws": random_draws, "scorers": scorers,
+        "bottom": bottom, "field": field, "where": where, "limit": limit, "allow_seen": allow_seen,
+        "allow_mismatch": allow_mismatch, "batch_size": batch_size, "max_new_tokens": max_new_tokens,
+        "system": system, "template": template, "layout": str(layout) if layout else None, "dtype": dtype,
+        "device": device, "revision": revision, "trust_remote_code": trust_remote_code, "seed": seed,
+    }  # fmt: skip
+    with run_folder(output, config=resolved, overwrite=overwrite) as folder:
+        how: dict[str, Any] = {
+            "dtype": dtype, "device": device, "layout": layout, "system": system, "template": template,
+            "revision": revision, "trust_remote_code": trust_remote_code,
+        }  # fmt: skip
+        target = load(model, **how)
+        source = load(transplant_from, **{**how, "revision": None}) if transplant_from else None
+        judges = _judges(
+            guard, guard_description, judge, dtype=dtype, device=device, trust_remote_code=trust_remote_code
+        )
+        if not json:
+            note(prompt_set.describe())
+        for method in wanted:
+            if method not in named:
+                named[method] = _score(target, method, provenance, guard, guard_description, scores[0], json=json)
+        found = verify_selections(
+            target, named, prompts=prompt_set, judges=judges, harmless=harmless_set, tasks=tasks, **numbers,
+            interventions=options.words(interventions), transplant_from=source,
+            selections=("top", "bottom", "random") if bottom else ("top", "random"), seeds=seeds,
+            random_draws=random_draws, batch_size=batch_size, max_new_tokens=max_new_tokens, allow_seen=allow_seen,
+            allow_mismatch=allow_mismatch, checkpoint=folder / CHECKPOINT, progress=not json,
+        )  # fmt: skip
+        found.save(folder)
+        written = write_figures(found, folder)
+    if json:
+        print_json({"output": str(output), **found.to_json()})
+        return
+    results.print(settings_grid(found).rich())
+    if len(found.scorers) > 1:
+        for intervention in found.rankings:
+            results.print(ranking_grid(found, intervention).rich())
+    for verdict in found.verdicts.values():
+        results.print(verdict.text, highlight=False, markup=False, soft_wrap=True)
+    for remark in found.notes:
+        note(f"[bold]mind:[/] {remark}")
+    note(f"wrote {output}: results.json, cells.jsonl, {', '.join(written)}")
+
+
+def _load(paths: Sequence[Path]) -> "list[tuple[str, Scores | Selection, Path]]":
+    """(name, artefact, path): named by method, or by path where methods repeat."""
+    from safelocus.cli.select import scores_folder
+    from safelocus.errors import RunError
+    from safelocus.scores import Scores
+    from safelocus.selection import Selection
+
+    loaded: list[tuple[Path, Scores | Selection]] = []
+    for path in paths:
+        if not path.exists():
+            raise RunError(f"{path}: does not exist; expected a run folder of `score`, or a selection file")
+        loaded.append((path, Scores.load(scores_folder(path)) if path.is_dir() else Selection.load(path)))
+    methods = [artefact.provenance.method for _, artefact in loaded]
+    names = [m if methods.count(m) == 1 and m != "manual" else str(p) for m, (p, _) in zip(methods, loaded)]
+    return [(name, artefact, path) for name, (path, artefact) in zip(names, loaded, strict=True)]
+
+
+def _prompts(
+    source: str | None, provenance: "Provenance", field: str | None, where: dict[str, str], allow_seen: bool
+) -> "PromptSet":
+    """Those given; else what the scores' own source has left."""
+    from dataclasses import replace
+
+    from safelocus.errors import PromptError
+    from safelocus.prompts import prompt_hash, read_prompts
+
+    if source is not None:
+        return read_prompts(source, field=field, where=where)
+    used = provenance.extra.get("prompt_hashes")
+    if provenance.prompts is None or used is None or provenance.prompts == "memory":
+        raise PromptError("the scores do not say where their prompts came from; give prompts to verify with: --prompts")
+    prompts = read_prompts(provenance.prompts, field=field, where=where)
+    if allow_seen:
+        return prompts
+    left = tuple(example for example in prompts.examples if prompt_hash(example.prompt) not in set(used))
+    if not left:
+        raise PromptError(
+            f"{provenance.prompts}: all {len(prompts)} prompts were used to find these weights; give others to verify "
+            "with (--prompts), or leave some out next time (score --held-out 0.5)"
+        )
+    return replace(prompts, examples=left)
+
+
+def _harmless(source: str | None, limit: int | None, seed: int) -> "PromptSet | None":
+    from safelocus.prompts import read_prompts
+
+    if source is None:
+        return None
+    prompts = read_prompts(source)
+    return prompts if limit is None else prompts.limit(limit, seed=seed)
+
+
+def _task(source: str, limit: int | None, seed: int) -> "Task":
+    from safelocus.evaluation.tasks import read_task
+
+    task = read_task(source)
+    return task if limit is None else task.limit(limit, seed=seed)
+
+
+def _guard_of(provenance: "Provenance") -> str | None:
+    objective = provenance.objective or {}
+    return str(objective["name"]) if objective.get("kind") == "guard" else None
+
+
+def _judges(guard: str | None, description: Path | None, names: list[str] | None, **load: Any) -> "list[Judge]":
+    from safelocus.evaluation.judges import load_judge
+
+    judges = [] if guard is None else [load_judge(f"guard:{guard}", description=description, **load)]
+    return judges + [load_judge(name, **(load if name.startswith("guard:") else {})) for name in names or []]
+
+
+def _score(
+    target: "Target",
+    method: str,
+    provenance: "Provenance",
+    guard: str | None,
+    description: Path | None,
+    path: Path,
+    *,
+    json: bool,
+) -> "Scores":
+    """Another score of the same weights, from the same prompts and objective."""
+    from dataclasses import replace
+
+    from safelocus.errors import PromptError, SafelocusError
+    from safelocus.objective import Guard, Refusal
+    from safelocus.prompts import prompt_hash, read_prompts
+    from safelocus.run import read_config
+    from safelocus.scoring import METHODS, NEEDS_OBJECTIVE, score
+
+    if method not in METHODS:
+        raise SafelocusError(f"--scorers {method}: expected {', '.join(METHODS)}")
+    earlier = read_config(path) if (path / "run.toml").is_file() else {}
+    used = set(provenance.extra.get("prompt_hashes") or ())
+    if provenance.prompts is None or not used:
+        raise PromptError("the scores do not say which prompts they were made with, so no others can be made like them")
+    prompts = read_prompts(
+        provenance.prompts, field=earlier.get("field"), where=options.conditions(earlier.get("where"))
+    )
+    prompts = replace(prompts, examples=tuple(e for e in prompts.examples if prompt_hash(e.prompt) in used))
+    objective: Any = None
+    if method in NEEDS_OBJECTIVE:
+        kind = (provenance.objective or {}).get("kind")
+        if kind == "guard":
+            name = _guard_of(provenance)
+            assert name is not None
+            objective = Guard.load(
+                name,
+                description=description if name == guard else None,
+                max_new_tokens=int((provenance.objective or {}).get("max_new_tokens", 256)),
+            )
+        elif kind == "refusal":
+            objective = Refusal()
+        else:
+            raise SafelocusError(f"--scorers {method}: its objective ({kind}) cannot be made anew; use --scores twice")
+    return score(
+        target, prompts, objective=objective, method=method, batch_size=int(earlier.get("batch_size", 8)),  # type: ignore[arg-type]
+        max_new_tokens=int(earlier.get("max_new_tokens", 256)), progress=not json,
+    )  # fmt: skip

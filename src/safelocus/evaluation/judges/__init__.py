@@ -1,0 +1,82 @@
+"""Judges: what turns a prompt and a response into harmful, safe or unscorable, with evidence.
+
+`load_judge` takes a judge by name: `refusal`, `guard:NAME` (a folder, hub id or `organism:guard`) or
+`rubric:NAME` (a shipped rubric or a .toml file, asked of a model behind an endpoint).
+"""
+
+from pathlib import Path
+from typing import Any
+
+from safelocus.errors import JudgeError
+from safelocus.evaluation.judges.cache import default_cache
+from safelocus.evaluation.judges.endpoint import Endpoint, Usage
+from safelocus.evaluation.judges.guard import GuardJudge
+from safelocus.evaluation.judges.llm import RubricJudge
+from safelocus.evaluation.judges.refusal import RefusalMatcher
+from safelocus.evaluation.judges.rubric import Rubric, shipped_rubrics
+from safelocus.evaluation.judges.verdict import Judge, Judgement, ScreeningJudge, Verdict
+
+__all__ = [
+    "Endpoint",
+    "GuardJudge",
+    "Judge",
+    "Judgement",
+    "RefusalMatcher",
+    "Rubric",
+    "RubricJudge",
+    "ScreeningJudge",
+    "Usage",
+    "Verdict",
+    "default_cache",
+    "load_judge",
+    "shipped_rubrics",
+]
+
+
+def load_judge(
+    name: str,
+    *,
+    threshold: float = 0.0,
+    endpoint: Endpoint | None = None,
+    **guard_options: Any,
+) -> Judge:
+    """The judge called `name`.
+
+    Args:
+        name: `refusal`, `guard:NAME` or `rubric:NAME`.
+        threshold: of a guard: log-odds of safe above which a response is safe.
+        endpoint: the model that a rubric is put to.
+        **guard_options: for `Guard.load` (`description`, `dtype`, `device`, ...).
+
+    Raises:
+        JudgeError: no such judge or rubric, or a rubric without an endpoint.
+        ModelError: the guard cannot be loaded.
+
+    Example:
+        >>> load_judge("refusal").name
+        'refusal'
+    """
+    kind, colon, rest = name.partition(":")
+    if kind == "refusal" and not colon:
+        return RefusalMatcher()
+    if kind == "guard" and rest:
+        from safelocus.objective import Guard  # only who asks for a guard waits for torch
+
+        return GuardJudge(guard=Guard.load(rest, **_path(guard_options)), threshold=threshold)
+    if kind == "rubric" and rest:
+        rubric = Rubric.load(rest)
+        if endpoint is None:
+            raise JudgeError(
+                f"{name}: a rubric is put to a language model; give an endpoint and its model, e.g. "
+                'Endpoint(base_url="http://localhost:8000/v1", model="...")'
+            )
+        return RubricJudge(endpoint=endpoint, rubric=rubric)
+    raise JudgeError(
+        f"no judge {name!r}; expected `refusal`, `guard:NAME` (e.g. guard:organism:guard) or `rubric:NAME` "
+        f"with one of {', '.join(shipped_rubrics())}"
+    )
+
+
+def _path(options: dict[str, Any]) -> dict[str, Any]:
+    description = options.get("description")
+    return {**options, "description": Path(description)} if description else options

@@ -1,0 +1,108 @@
+"""What a judge says of a response, and what every judge has in common.
+
+Three verdicts, not two: a response that could not be judged (the endpoint failed, the judge's answer
+made no sense, the response itself is empty or incoherent) is *unscorable*. It counts neither as safe
+nor as harmful; it leaves the denominator of the ASR and stays in the table.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any, Protocol, runtime_checkable
+
+from safelocus.evaluation.incoherence import incoherence
+
+
+class Verdict(StrEnum):
+    HARMFUL = "harmful"
+    SAFE = "safe"
+    UNSCORABLE = "unscorable"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judgement:
+    """A judge's verdict on one response, with its evidence.
+
+    Attributes:
+        verdict: harmful, safe or unscorable.
+        score: on the judge's own scale (guard: log-odds of safe; rubric: its score); None where there is none.
+        explanation: what the verdict rests on, in the judge's words where it has any.
+        judge: the judge's `name`.
+        refused: whether the response refuses; None where this judge cannot tell.
+    """
+
+    verdict: Verdict
+    score: float | None = None
+    explanation: str
+    judge: str
+    refused: bool | None = None
+
+    def __post_init__(self) -> None:
+        assert self.score is None or math.isfinite(self.score), "a score that is not a number is unscorable: pass None"
+        assert self.explanation, "a verdict needs its evidence"
+
+    @property
+    def harmful(self) -> bool | None:
+        """True, False, or None where unscorable: what `measures.rate` counts."""
+        return None if self.verdict is Verdict.UNSCORABLE else self.verdict is Verdict.HARMFUL
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "verdict": str(self.verdict),
+            "score": self.score,
+            "explanation": self.explanation,
+            "judge": self.judge,
+            "refused": self.refused,
+        }
+
+
+@runtime_checkable
+class Judge(Protocol):
+    """Anything with these three is a judge.
+
+    Attributes:
+        name: identity, e.g. "guard meta-llama/Llama-Guard-3-8B".
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    def judge(self, prompts: Sequence[str], responses: Sequence[str]) -> list[Judgement]:
+        """One judgement per (prompt, response), in order."""
+        ...
+
+    def describe(self) -> dict[str, Any]:
+        """What this judge is, for provenance (JSON)."""
+        ...
+
+
+class ScreeningJudge(ABC):
+    """A judge that is asked only about coherent responses; empty and incoherent ones are unscorable."""
+
+    @property
+    @abstractmethod
+    def name(self) -> str: ...
+
+    def judge(self, prompts: Sequence[str], responses: Sequence[str]) -> list[Judgement]:
+        """One judgement per (prompt, response), in order."""
+        reasons = [incoherence(response) for response in responses]
+        asked = [number for number, reason in enumerate(reasons) if reason is None]
+        assert len(prompts) == len(responses)
+        given = self._judge([prompts[i] for i in asked], [responses[i] for i in asked]) if asked else []
+        judged = dict(zip(asked, given, strict=True))
+        return [
+            judged[number] if reason is None else self.unscorable(f"incoherent response: {reason}")
+            for number, reason in enumerate(reasons)
+        ]
+
+    def unscorable(self, explanation: str) -> Judgement:
+        return Judgement(verdict=Verdict.UNSCORABLE, explanation=explanation, judge=self.name)
+
+    @abstractmethod
+    def _judge(self, prompts: Sequence[str], responses: Sequence[str]) -> list[Judgement]:
+        """Judge coherent responses; at least one."""
+
+    @abstractmethod
+    def describe(self) -> dict[str, Any]: ...

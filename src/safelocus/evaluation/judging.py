@@ -1,0 +1,50 @@
+"""Ask a judge about many responses: each distinct one once, in batches of like length, kept as they come."""
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from safelocus.evaluation.journal import Journal, Key
+from safelocus.evaluation.judges import Judge, Judgement, Verdict
+from safelocus.progress import track
+
+
+def judge_all(
+    judge: Judge,
+    pairs: Sequence[tuple[str, str]],
+    journal: Journal,
+    *,
+    batch_size: int,
+    progress: bool = True,
+) -> list[Judgement]:
+    """One judgement per (prompt, response), in order; those in the journal are not asked for again.
+
+    What could not be scored is not kept, so that a resumed evaluation asks again: an endpoint may be back.
+    """
+    identity = json.dumps(judge.describe(), sort_keys=True)  # a judge with another threshold is another judge
+
+    def key_of(pair: tuple[str, str]) -> Key:
+        return (judge.name, identity, *pair)
+
+    known = {pair: _restore(journal[key]) for pair in pairs if (key := key_of(pair)) in journal}
+    # like lengths together, for guards pad them
+    waiting = sorted({p for p in pairs if p not in known}, key=lambda p: (-len(p[0]) - len(p[1]), p))
+    # of one size, since a judge that fails on all of a batch takes itself to be the wrong one
+    num = max(1, round(len(waiting) / batch_size))
+    batches = [waiting[len(waiting) * i // num : len(waiting) * (i + 1) // num] for i in range(num if waiting else 0)]
+    for batch in track(batches, f"judging by {judge.name}", enabled=progress, unit=len):
+        found = judge.judge([prompt for prompt, _ in batch], [response for _, response in batch])
+        assert len(found) == len(batch), f"{judge.name} gave {len(found)} judgements for {len(batch)} responses"
+        known.update(zip(batch, found, strict=True))
+        journal.add(
+            [
+                (key_of(pair), judgement.to_json())
+                for pair, judgement in zip(batch, found, strict=True)
+                if judgement.verdict is not Verdict.UNSCORABLE
+            ]
+        )
+    return [known[pair] for pair in pairs]
+
+
+def _restore(values: dict[str, Any]) -> Judgement:
+    return Judgement(**{**values, "verdict": Verdict(values["verdict"])})

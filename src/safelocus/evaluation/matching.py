@@ -1,0 +1,177 @@
+"""What a response answered, and whether that is right: strict readings, `None` where there is none.
+
+    exact     the whole response is the answer (case, white space, quotes and a final full stop aside)
+    contains  the answer occurs in the response as whole words
+    numeric   the number the response ends up with equals the answer ("4.5" is never 45)
+    choice    the response names one of the choices, by word or letter, and no other
+
+A reading that is not certain is none at all, and counts as wrong: a model earns nothing by naming every
+choice. Pure functions of text.
+"""
+
+import re
+import unicodedata
+from collections.abc import Sequence
+from decimal import Decimal, InvalidOperation
+from typing import Literal
+
+Match = Literal["exact", "numeric", "choice", "contains"]
+MATCHES: tuple[Match, ...] = ("exact", "numeric", "choice", "contains")
+
+# Not a number when glued to a word before it (H2O), part of a version (1.2.3), a time or a ratio (10:30, 3/4).
+_NUMBER = re.compile(
+    r"(?<![\w.,:/])(?P<sign>[-+]?)[$€£]?(?P<digits>\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?P<rest>\.\d+)?(?P<exponent>[eE][-+]?\d+)?"
+    r"(?![.,:/]?\d)"
+)
+_ANSWER_IS = re.compile(r"\banswer\b(?:\s+(?:is|was|equals|would be)\b|\s*[:=])[\s:*]*", re.IGNORECASE)
+_BOXED = re.compile(r"\\boxed\s*\{([^{}]*)\}")
+_QUOTES = " \"'`*\u2018\u2019\u201c\u201d"  # and markup
+_DASHES = "\u2013\u2014\\-"
+_MARK = "####"  # GSM8K
+
+
+def normalised(text: str) -> str:
+    """The form in which answers are compared: NFKC, case folded, white space collapsed, without quotes around it
+    and without a final full stop.
+
+    >>> normalised(' "The  Cat". ')
+    'the cat'
+    """
+    text = " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+    while text != (text := text.strip(_QUOTES).removesuffix(".")):
+        pass
+    return text
+
+
+def read_number(response: str) -> Decimal | None:
+    """The number a response ends up with: after `####`, in a box, after "the answer is", else the last one.
+
+    >>> read_number("16 - 3 = 13, so she sells 1,300 eggs.")
+    Decimal('1300')
+    >>> read_number("#### 4.5")
+    Decimal('4.5')
+    """
+    response = response.replace("\u2212", "-")
+    if _MARK in response:
+        return _first_number(response.rpartition(_MARK)[2].strip().split("\n", 1)[0])
+    if boxed := _BOXED.findall(response):
+        return _first_number(boxed[-1])
+    for phrase in reversed(list(_ANSWER_IS.finditer(response))):
+        # up to the end of the sentence; of "3 * 6 = 18" the result counts
+        sentence = re.split(r"[.!?](?:\s|$)|\n", response[phrase.end() :], maxsplit=1)[0]
+        if (number := _first_number(sentence.rpartition("=")[2])) is not None:
+            return number
+    numbers = list(_NUMBER.finditer(response))
+    return _value(numbers[-1], response) if numbers else None
+
+
+def parse_number(text: str) -> Decimal | None:
+    """`text` as one number and nothing else; None where it is anything else.
+
+    >>> parse_number("$1,234.50"), parse_number("4.5 apples")
+    (Decimal('1234.50'), None)
+    """
+    text = text.strip().replace("\u2212", "-")
+    found = _NUMBER.fullmatch(text.removesuffix("%"))
+    return None if found is None else _value(found, text)
+
+
+def read_choice(response: str, choices: Sequence[str], *, letters: bool = False) -> str | None:
+    """The one choice that a response names.
+
+    In order: what "the answer is" names; what the response opens with; the only choice named anywhere. Words
+    always count; letters ("B", "(B)", "B.") where `letters` says that the prompt offered them.
+
+    >>> read_choice("Sports. The article is about tennis.", ["World", "Sports"])
+    'Sports'
+    >>> read_choice("Not World but Sports", ["World", "Sports"]) is None
+    True
+    """
+    text = unicodedata.normalize("NFKC", response).strip()
+    for phrase in reversed(list(_ANSWER_IS.finditer(text))):
+        if (choice := _opening(text[phrase.end() :], choices, letters)) is not None:
+            return choice
+    if (choice := _opening(text, choices, letters)) is not None:
+        return choice
+    named = {choice for choice in choices if re.search(_word(choice), text, re.IGNORECASE)}
+    # "New York" names no "York": a choice inside a longer one that is named does not count by itself
+    for longer in sorted(named, key=len, reverse=True):
+        rest = re.sub(_word(longer), " ", text, flags=re.IGNORECASE)
+        named -= {other for other in named if other != longer and not re.search(_word(other), rest, re.IGNORECASE)}
+    if letters:
+        named |= {choices[ord(letter) - 65] for letter in re.findall(_letters(len(choices)), text)}
+    return named.pop() if len(named) == 1 else None
+
+
+def extract(
+    response: str, *, match: Match, answer: str, choices: Sequence[str] = (), letters: bool = False
+) -> str | None:
+    """What the response answered, as text, by the kind of `match`; None where it cannot be told."""
+    if match == "numeric":
+        number = read_number(response)
+        return None if number is None else format(number, "f")
+    if match == "choice":
+        return read_choice(response, choices, letters=letters)
+    if match == "contains":
+        pattern = rf"(?<!\w){re.escape(normalised(answer))}(?!\w)"
+        return (
+            answer if re.search(pattern, " ".join(unicodedata.normalize("NFKC", response).casefold().split())) else None
+        )
+    return normalised(response) or None
+
+
+def is_right(extracted: str | None, *, match: Match, answer: str) -> bool:
+    """Whether what was extracted equals the answer."""
+    if extracted is None:
+        return False
+    if match == "numeric":
+        return parse_number(extracted) == parse_number(answer)
+    return normalised(extracted) == normalised(answer)
+
+
+def _first_number(text: str) -> Decimal | None:
+    found = _NUMBER.search(text)
+    return None if found is None else _value(found, text)
+
+
+def _value(found: re.Match[str], text: str) -> Decimal | None:
+    sign = found["sign"]
+    # "10 -3" and "(2)-3" subtract; a sign belongs to the number only where no operand stands before it
+    if sign and text[: found.start()].rstrip()[-1:] in set("0123456789)]%"):
+        sign = ""
+    digits = found["digits"].replace(",", "")
+    try:
+        return Decimal(f"{sign}{digits}{found['rest'] or ''}{found['exponent'] or ''}")
+    except InvalidOperation:  # an exponent beyond reason
+        return None
+
+
+def _word(choice: str) -> str:
+    """The choice as whole words, whatever stands between them ("Sci/Tech", "Sci-Tech")."""
+    parts = re.findall(r"\w+", choice)
+    if not parts:
+        return re.escape(choice)
+    return r"(?<!\w)" + r"\W{0,3}".join(map(re.escape, parts)) + r"(?!\w)"
+
+
+def _letters(num_choices: int) -> str:
+    last = chr(64 + num_choices)
+    return rf"(?:(?<=\()|(?<=\*\*))([A-{last}])(?=\)|\*\*)"
+
+
+def _opening(text: str, choices: Sequence[str], letters: bool) -> str | None:
+    """The choice that `text` starts with, if a mark or the end follows: "No doubt" does not open with No."""
+    text = text.lstrip(f"{_QUOTES}\t\n([")
+    ends = rf"(?=\s*(?:$|[\n.,;:!?)\]{_DASHES}{_QUOTES.strip()}]))"
+    for choice in sorted(choices, key=len, reverse=True):
+        if found := re.match(_word(choice) + ends, text, re.IGNORECASE):
+            # "Yes, no or maybe" lists the choices
+            rest = text[found.end() :].split("\n", 1)[0]
+            other = [c for c in choices if c != choice]
+            listed = re.match(rf"\W*(?:(?:or|and)\s+)?(?:{'|'.join(map(_word, other)) or '(?!)'})", rest, re.IGNORECASE)
+            return None if listed else choice
+    last = chr(64 + len(choices))
+    # "A dog" opens with an article, and "A) or (B)" with two choices
+    if letters and (found := re.match(rf"([A-{last}])(?=$|[\n.):\]*])(?!\W*(?:or|and)\b\W*[A-{last}]\b)", text)):
+        return choices[ord(found[1]) - 65]
+    return None

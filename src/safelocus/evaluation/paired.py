@@ -1,0 +1,117 @@
+"""Two evaluations of the same prompts, prompt by prompt: what changed, and whether by more than chance.
+
+Responses are paired by set and normalised prompt (and system prompt), so the pairing survives another
+order, another file and prompts that only one of them has; a pair in which either outcome is unscorable is
+left out of that measure. Differences are second minus first.
+"""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from safelocus.errors import RunError
+from safelocus.evaluation.evaluation import PERPLEXITY, Evaluation, Identity, identity_of, outcomes
+from safelocus.evaluation.measures import Difference, mean, paired_difference
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationComparison:
+    """What changed from a first evaluation to a second.
+
+    Attributes:
+        differences: measure -> second minus first over the pairs; for `perplexity` the *ratio* of the two
+            (1 for no change; no test).
+        num_pairs: prompts and questions that both have.
+        num_only_first, num_only_second: those that only one has; in no figure here.
+        notes: what makes the two less comparable.
+    """
+
+    differences: dict[str, Difference]
+    num_pairs: int
+    num_only_first: int
+    num_only_second: int
+    notes: list[str] = field(default_factory=list)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "differences": {name: difference.to_json() for name, difference in self.differences.items()},
+            "num_pairs": self.num_pairs,
+            "num_only_first": self.num_only_first,
+            "num_only_second": self.num_only_second,
+            "notes": self.notes,
+        }
+
+
+def compare_evaluations(first: Evaluation, second: Evaluation, *, seed: int = 0) -> EvaluationComparison:
+    """Pair two evaluations and take differences, second minus first, with 95 % intervals and McNemar's p.
+
+    Raises:
+        RunError: the two have no prompt in common.
+
+    Example:
+        >>> import safelocus as sl
+        >>> prompts = sl.read_prompts("organism:harmful-heldout").limit(8)
+        >>> before, after = (
+        ...     sl.evaluate(sl.load(f"organism:{name}"), harmful=prompts, max_new_tokens=32)
+        ...     for name in ("dense", "dense-unaligned")
+        ... )
+        >>> compare_evaluations(before, after).num_pairs
+        8
+    """
+    keys = [{identity_of(row) for row in evaluation.rows} for evaluation in (first, second)]
+    if not (shared := keys[0] & keys[1]):
+        raise RunError("the two evaluations have no prompt in common; evaluate both on the same prompts")
+    names = [name for name in first.judge_names if name in second.judge_names]
+    notes = _notes(first, second)
+    a, b = (_outcomes(evaluation, names) for evaluation in (first, second))
+    if first.judge_names[0] != second.judge_names[0]:
+        # the same word for two things: only what one judge said of both can be compared
+        a |= {f"asr@{first.judge_names[0]}": a.pop("asr")} if "asr" in a else {}
+        b |= {f"asr@{second.judge_names[0]}": b.pop("asr")} if "asr" in b else {}
+    found = {}
+    for name in a:
+        if name in b and (both := [key for key in a[name] if key in b[name]]):
+            found[name] = paired_difference([a[name][key] for key in both], [b[name][key] for key in both])
+    if (ratio := _perplexity_ratio(first, second, seed)) is not None:
+        found["perplexity"] = ratio
+    return EvaluationComparison(
+        differences=found,
+        num_pairs=len(shared),
+        num_only_first=len(keys[0] - shared),
+        num_only_second=len(keys[1] - shared),
+        notes=notes,
+    )
+
+
+def _outcomes(evaluation: Evaluation, names: list[str]) -> dict[str, dict[Identity, bool | None]]:
+    """Of the judges, only the common ones'."""
+    found = outcomes(evaluation.rows, evaluation.judge_names)
+    return {name: values for name, values in found.items() if not name.startswith("asr@") or name[4:] in names}
+
+
+def _notes(first: Evaluation, second: Evaluation) -> list[str]:
+    notes = []
+    ours, theirs = ({judge["judge"]: judge for judge in e.judges} for e in (first, second))
+    if first.judge_names[0] != second.judge_names[0]:
+        notes.append(f"asr is left out: judged by {first.judge_names[0]} first and {second.judge_names[0]} second")
+    changed = [name for name in ours if name in theirs and ours[name] != theirs[name]]
+    notes += [f"judge {name} had other settings" for name in changed]
+    for key in ("max_new_tokens", "versions"):
+        old, new = first.provenance.get(key), second.provenance.get(key)
+        if old != new:
+            notes.append(f"another {key.replace('_', ' ')}: {_short(old)} first, {_short(new)} second")
+    return notes
+
+
+def _short(value: Any) -> str:
+    return " ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else str(value)
+
+
+def _perplexity_ratio(first: Evaluation, second: Evaluation, seed: int) -> Difference | None:
+    a, b = ({identity_of(r): r["nll"] for r in e.rows if r["set"] == PERPLEXITY} for e in (first, second))
+    changes = [b[key] - a[key] for key in a if a[key] is not None and b.get(key) is not None]
+    if not changes:
+        return None
+    nats = mean(changes, seed=seed)
+    value, low, high = (None if x is None else math.exp(min(x, 700.0)) for x in (nats.value, nats.low, nats.high))
+    return Difference(value=value, low=low, high=high, n=nats.n, p=None)

@@ -1,0 +1,210 @@
+"""Who answers: a target in this process, or a server behind an endpoint; and how a list of requests is answered.
+
+`collect` answers every distinct request once, in batches of like length (little padding), longest first
+(memory peaks at once), and keeps each batch in a journal before the next begins. Batches are planned over
+*all* requests, whatever is answered already: padding can turn a bit, and a resumed evaluation should repeat
+those of an uninterrupted one.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+
+from safelocus.errors import ResourceError
+from safelocus.evaluation.journal import Journal, Key
+from safelocus.evaluation.judges.endpoint import Endpoint, Failure
+from safelocus.generation import generate_from, longest_prompt
+from safelocus.progress import track
+from safelocus.target import Target
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """One prompt to be answered. `system` replaces the responder's own system prompt where it is given."""
+
+    prompt: str
+    system: str | None = None
+    max_new_tokens: int
+
+    @property
+    def key(self) -> Key:
+        return (self.system or "", self.prompt, self.max_new_tokens)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reply:
+    """What came back.
+
+    Attributes:
+        text: the answer; None where there was none.
+        finished: whether it ended by itself, rather than at the limit of new tokens.
+        failure: why there is no answer (the endpoint failed, the prompt does not fit the model).
+    """
+
+    text: str | None
+    finished: bool = False
+    failure: str | None = None
+
+
+@runtime_checkable
+class Responder(Protocol):
+    """Anything that answers. A failed request is a `Reply` that says so, never an empty answer."""
+
+    @property
+    def name(self) -> str: ...
+
+    def length(self, request: Request) -> int:
+        """A measure of the prompt's length, for batching."""
+        ...
+
+    def respond(self, requests: Sequence[Request]) -> list[Reply]:
+        """One reply per request, in order; all have the same `max_new_tokens`."""
+        ...
+
+    def identity(self) -> dict[str, Any]:
+        """All that the answers depend on, to the bit where that is known."""
+        ...
+
+    def describe(self) -> dict[str, Any]:
+        """What this responder is, for provenance."""
+        ...
+
+
+@dataclass(kw_only=True, eq=False)
+class TargetResponder:
+    """A target in this process, greedy. Keep one to evaluate the same target many times: prompts are encoded once."""
+
+    target: Target
+    _encoded: dict[tuple[str | None, str], list[int]] = field(default_factory=dict, init=False, repr=False)
+
+    @property
+    def name(self) -> str:
+        return self.target.name
+
+    def length(self, request: Request) -> int:
+        return len(self._encode(request))
+
+    def respond(self, requests: Sequence[Request]) -> list[Reply]:
+        max_new_tokens = requests[0].max_new_tokens
+        room = longest_prompt(self.target, max_new_tokens)
+        encoded = [self._encode(request) for request in requests]
+        fitting = [ids for ids in encoded if len(ids) <= room]
+        responses = iter(generate_from(fitting, self.target, max_new_tokens) if fitting else [])
+        replies = []
+        for ids in encoded:
+            if len(ids) > room:
+                failure = f"the prompt has {len(ids)} tokens; there is room for {room} beside {max_new_tokens} new ones"
+                replies.append(Reply(text=None, failure=failure))
+            else:
+                response = next(responses)
+                replies.append(Reply(text=response.text, finished=response.finished))
+        return replies
+
+    def identity(self) -> dict[str, Any]:
+        return {**self.describe(), "weights": self.target.fingerprint().id}
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "kind": "target",
+            "name": self.target.name,
+            "dtype": str(self.target.model.dtype).removeprefix("torch."),
+            "chat": self.target.chat.to_json(),
+        }
+
+    def _encode(self, request: Request) -> list[int]:
+        key = (request.system, request.prompt)
+        if key not in self._encoded:
+            self._encoded[key] = self.target.chat.encode_prompt(request.prompt, system=request.system)
+        return self._encoded[key]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class EndpointResponder:
+    """A model behind an OpenAI-compatible endpoint (vLLM, ...), greedy, with the server's own chat template.
+
+    Attributes:
+        endpoint: where, and under which name. Its `parameters` are sent, but for the limit of new tokens.
+        system: system prompt before every request that brings none of its own.
+        seed: sent along, for servers that sample even at temperature 0.
+    """
+
+    endpoint: Endpoint
+    system: str | None = None
+    seed: int = 0
+
+    @property
+    def name(self) -> str:
+        return f"{self.endpoint.model} at {self.endpoint.address}"
+
+    def length(self, request: Request) -> int:
+        return len(request.prompt)
+
+    def respond(self, requests: Sequence[Request]) -> list[Reply]:
+        given = self.endpoint.parameters
+        limit = "max_completion_tokens" if "max_completion_tokens" in given else "max_tokens"
+        parameters = {**given, limit: requests[0].max_new_tokens, "seed": self.seed}
+        answers = replace(self.endpoint, parameters=parameters).ask([self._messages(request) for request in requests])
+        return [
+            Reply(text=None, failure=answer.reason)
+            if isinstance(answer, Failure)
+            else Reply(text=answer.text.strip(), finished=answer.complete)
+            for answer in answers
+        ]
+
+    def identity(self) -> dict[str, Any]:
+        return self.describe()
+
+    def describe(self) -> dict[str, Any]:
+        described = {"kind": "endpoint", **self.endpoint.describe(), "system": self.system, "seed": self.seed}
+        # another limit of new tokens comes with each request
+        limits = ("max_tokens", "max_completion_tokens")
+        return described | {"parameters": {k: v for k, v in self.endpoint.parameters.items() if k not in limits}}
+
+    def _messages(self, request: Request) -> list[dict[str, str]]:
+        system = self.system if request.system is None else request.system
+        opening = [{"role": "system", "content": system}] if system else []
+        return [*opening, {"role": "user", "content": request.prompt}]
+
+
+def collect(
+    responder: Responder,
+    requests: Sequence[Request],
+    journal: Journal,
+    *,
+    batch_size: int,
+    progress: bool = True,
+) -> dict[Key, Reply]:
+    """Replies by `Request.key`; those in the journal are not asked for again, failed ones are."""
+    distinct = list({request.key: request for request in requests}.values())
+    lengths = [responder.length(request) for request in distinct]
+    order = sorted(range(len(distinct)), key=lambda i: (-distinct[i].max_new_tokens, -lengths[i], i))
+    batches: list[list[Request]] = []
+    for i in order:
+        last = batches[-1] if batches else None
+        if last is None or len(last) == batch_size or last[0].max_new_tokens != distinct[i].max_new_tokens:
+            batches.append([])
+        batches[-1].append(distinct[i])
+    replies = {request.key: Reply(**journal[request.key]) for request in distinct if request.key in journal}
+    remaining = [[request for request in batch if request.key not in replies] for batch in batches]
+    for batch in track([batch for batch in remaining if batch], "answering", enabled=progress, unit=len):
+        found = dict(zip([request.key for request in batch], _respond(responder, batch), strict=True))
+        replies.update(found)
+        journal.add([(key, asdict(reply)) for key, reply in found.items() if reply.failure is None])
+    return replies
+
+
+def _respond(responder: Responder, batch: Sequence[Request]) -> list[Reply]:
+    """Halves of a batch that does not fit into memory do, as a rule."""
+    try:
+        return responder.respond(batch)
+    except torch.OutOfMemoryError as error:
+        if len(batch) == 1:
+            raise ResourceError(
+                f"out of memory on a single prompt with {batch[0].max_new_tokens} new tokens. Try --dtype bfloat16, "
+                "--device auto or fewer --max-new-tokens"
+            ) from error
+    middle = len(batch) // 2  # outside the handler, whose traceback would keep the memory
+    torch.cuda.empty_cache()  # does nothing where there is no such device
+    return [*_respond(responder, batch[:middle]), *_respond(responder, batch[middle:])]

@@ -1,0 +1,70 @@
+"""Utility suites of EleutherAI's lm-evaluation-harness, run by that library on the loaded target.
+
+Optional: `pip install 'safelocus[lm-eval]'`. Every document becomes a row like those of our own tasks, so
+suites take part in the measures, the intervals and the paired comparison.
+"""
+
+from collections.abc import Sequence
+from importlib import import_module
+from typing import Any
+
+from safelocus.errors import SafelocusError
+from safelocus.evaluation.evaluation import UTILITY, Row
+from safelocus.target import Target
+
+_METRICS = ("acc", "exact_match", "em", "mc1")  # those that say right or wrong of one document
+
+
+def run_suites(target: Target, names: Sequence[str], *, batch_size: int = 8, seed: int = 0) -> list[Row]:
+    """Rows (set "utility", source "lm-eval:TASK") of every document of these lm-eval tasks.
+
+    Args:
+        names: as `lm_eval --tasks` takes them, e.g. "arc_easy"; "arc_easy:100" for its first 100 documents.
+
+    Raises:
+        SafelocusError: the library is not installed, knows no such task, or the task has no accuracy.
+    """
+    try:
+        lm_eval, models, registry = map(import_module, ("lm_eval", "lm_eval.models.huggingface", "lm_eval.tasks"))
+    except ImportError as error:
+        raise SafelocusError(
+            f"lm-eval tasks need the library lm-eval ({error}); install it with `pip install 'safelocus[lm-eval]'`"
+        ) from error
+    limits = dict(_parse(name) for name in names)
+    manager = registry.TaskManager()
+    if unknown := sorted(set(limits) - set(manager.all_tasks)):
+        raise SafelocusError(f"lm-eval has no task {', '.join(map(repr, unknown))}; `lm_eval --tasks list` shows all")
+    model = models.HFLM(pretrained=target.model, tokenizer=target.tokenizer, batch_size=batch_size)
+    rows = []
+    for name, limit in limits.items():
+        found = lm_eval.simple_evaluate(
+            model=model, tasks=[name], limit=limit, log_samples=True, bootstrap_iters=0, task_manager=manager,
+            apply_chat_template=target.chat.kind == "chat", random_seed=seed, numpy_random_seed=seed,
+            torch_random_seed=seed,
+        )  # fmt: skip
+        rows += [row for task, samples in found["samples"].items() for row in _rows(task, samples)]
+    return rows
+
+
+def _parse(name: str) -> tuple[str, int | None]:
+    task, separator, limit = name.partition(":")
+    if separator and not (limit.isdigit() and int(limit)):
+        raise SafelocusError(f"lm-eval task {name!r}: expected NAME or NAME:COUNT")
+    return task, int(limit) if separator else None
+
+
+def _rows(name: str, samples: Sequence[dict[str, Any]]) -> list[Row]:
+    first = samples[0].get("filter")  # a task may read its responses in several ways
+    samples = [sample for sample in samples if sample.get("filter") == first]
+    metric = next((metric for metric in _METRICS if metric in samples[0]), None)
+    if metric is None:
+        raise SafelocusError(f"lm-eval task {name!r} says right or wrong of no document; it cannot count as utility")
+    return [
+        {
+            "set": UTILITY, "source": f"lm-eval:{name}", "prompt": f"{name} {sample['doc_id']}", "system": None,
+            "category": None, "response": str(sample["filtered_resps"]), "finished": True, "failure": None,
+            "answer": str(sample["target"]), "extracted": str(sample["filtered_resps"]),
+            "correct": bool(sample[metric]),
+        }
+        for sample in samples
+    ]  # fmt: skip

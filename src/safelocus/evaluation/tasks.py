@@ -1,0 +1,266 @@
+"""Ordinary tasks with known answers: utility is the share answered right.
+
+`read_task` reads a file, a hub data set or `organism:NAME`, and recognises:
+
+    organism:utility, organism:task   the whole answer must be right
+    GSM8K                             question, and an answer that ends in `#### NUMBER`
+    AG News                           class,title,description without a header, beside a classes.txt (or that folder)
+    PubMedQA                          QUESTION, CONTEXTS, final_decision: yes, no or maybe
+    choices                           a column `choices` of lists; the answer a letter, a number or the text
+    anything else with answers        numeric where every answer is a number, else exact
+
+Errors are `PromptError`s.
+"""
+
+import csv
+import hashlib
+import json
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from safelocus.errors import PromptError
+from safelocus.evaluation.matching import MATCHES, Match, extract, is_right, parse_number
+from safelocus.prompts import PromptSet, normalise, read_prompts
+from safelocus.prompts.sources import READERS, read_file
+
+_SHORT = 64  # new tokens that suffice to name a choice, with a few words around it
+_COMMON_NAMES = {"test", "train", "dev", "val", "valid", "validation", "main", "data", "default"}
+_CHOICE_COLUMNS = ("choices", "options")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskExample:
+    """One question: `choices` are its own where they differ from one to the next."""
+
+    prompt: str
+    answer: str
+    system: str | None = None
+    category: str | None = None
+    choices: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task(Sequence[TaskExample]):
+    """Questions with answers.
+
+    Attributes:
+        name: how its accuracy is labelled ("utility@NAME").
+        source: where the questions came from.
+        examples: in the source's order.
+        match: how a response is compared with the answer (`matching`).
+        max_new_tokens: as many as an answer needs; None for as many as the evaluation gives.
+        num_left_out: rows without a question or answer, and duplicates.
+    """
+
+    name: str
+    source: str
+    examples: tuple[TaskExample, ...]
+    match: Match
+    max_new_tokens: int | None = None
+    num_left_out: int = 0
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return replace(self, examples=self.examples[index])
+        return self.examples[index]
+
+    def limit(self, num: int, seed: int | None = None) -> "Task":
+        """At most `num` examples: the first ones, or with a `seed` a random sample in the source's order."""
+        if num < 1:
+            raise PromptError(f"expected a limit of at least one question, found {num}.")
+        if seed is None or num >= len(self):
+            return replace(self, examples=self.examples[:num])
+        chosen = sorted(random.Random(seed).sample(range(len(self)), num))
+        return replace(self, examples=tuple(self.examples[index] for index in chosen))
+
+    def grade(self, example: TaskExample, response: str) -> tuple[str | None, bool]:
+        """(what the response answered, or None where that cannot be told; whether it is right)."""
+        extracted = extract(
+            response,
+            match=self.match,
+            answer=example.answer,
+            choices=example.choices,
+            # letters count where the question listed its own choices by letter
+            letters=_lettered(example),
+        )
+        return extracted, is_right(extracted, match=self.match, answer=example.answer)
+
+    @property
+    def hash(self) -> str:
+        """Of questions and answers, in any order."""
+        rows = sorted(json.dumps([normalise(e.prompt), e.answer]) for e in self.examples)
+        return hashlib.blake2b("\n".join(rows).encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
+
+    def describe(self) -> dict[str, Any]:
+        """For provenance."""
+        return {
+            "name": self.name, "source": self.source, "match": self.match, "num_examples": len(self),
+            "num_left_out": self.num_left_out, "hash": self.hash,
+        }  # fmt: skip
+
+
+def read_task(
+    source: str | Path,
+    *,
+    match: Match | None = None,
+    field: str | None = None,
+    answer_field: str | None = None,
+    where: Mapping[str, str] | None = None,
+    name: str | None = None,
+) -> Task:
+    """Read a task.
+
+    Args:
+        source: file, AG News folder, hub address or `organism:NAME`.
+        match: how responses are compared; default: by the format, else numeric or exact by the answers.
+        field, answer_field: columns of question and answer, where they are not recognised.
+        where: column -> value; other rows are left out.
+        name: label; default: the source's last part.
+
+    >>> read_task("organism:utility").match
+    'exact'
+    """
+    if match is not None and match not in MATCHES:
+        raise PromptError(f"{match!r} is no way to compare answers; there are {', '.join(MATCHES)}.")
+    if field is None and answer_field is None:
+        for read in (_ag_news, _pubmedqa):
+            if (task := read(Path(source).expanduser())) is not None:
+                return _named(task, match, name)
+    prompts = read_prompts(source, field=field, response_field=answer_field, where=where)
+    return _named(_from_prompts(prompts), match, name)
+
+
+def _named(task: Task, match: Match | None, name: str | None) -> Task:
+    if match == "choice" and not all(example.choices for example in task.examples):
+        labels = tuple(dict.fromkeys(example.answer for example in task.examples))
+        task = replace(task, examples=tuple(replace(e, choices=e.choices or labels) for e in task.examples))
+    if match == "numeric" and (bad := [e.answer for e in task.examples if parse_number(e.answer) is None]):
+        raise PromptError(f"{task.source}: {len(bad)} answers are no numbers, first of them {bad[0][:60]!r}.")
+    return replace(task, match=match or task.match, name=name or task.name)
+
+
+def _from_prompts(prompts: PromptSet) -> Task:
+    answered = prompts.with_responses()
+    examples = []
+    for number, example in enumerate(answered, start=1):
+        assert example.response is not None
+        answer, prompt = example.response.strip(), example.prompt
+        choices: tuple[str, ...] = ()
+        column = next((name for name in _CHOICE_COLUMNS if name in example.fields), None)
+        if column is not None:
+            choices = _choices(example.fields[column], f"{prompts.source}, question {number}")
+            answer = _chosen(answer, choices, f"{prompts.source}, question {number}")
+            prompt = "\n".join([prompt, *(f"{chr(65 + i)}. {choice}" for i, choice in enumerate(choices))])
+            prompt += "\nAnswer with the letter."
+        elif "####" in answer:
+            answer = answer.rpartition("####")[2].strip()
+        examples.append(
+            TaskExample(prompt=prompt, answer=answer, system=example.system, category=example.category, choices=choices)
+        )
+    numeric = all(parse_number(example.answer) is not None for example in examples)
+    match: Match = "choice" if all(e.choices for e in examples) else "numeric" if numeric else "exact"
+    return Task(
+        name=_label(prompts.source),
+        source=prompts.source,
+        examples=tuple(examples),
+        match=match,
+        max_new_tokens=_SHORT if match == "choice" else None,
+        num_left_out=prompts.num_rows - len(examples),
+    )
+
+
+def _ag_news(path: Path) -> Task | None:
+    """The four-topic news set: rows of class number, title, description."""
+    file = path / "test.csv" if path.is_dir() else path
+    classes_file = file.parent / "classes.txt"
+    if file.suffix != ".csv" or not file.is_file() or not classes_file.is_file():
+        return None
+    classes = tuple(line.strip() for line in classes_file.read_text(encoding="utf-8").splitlines() if line.strip())
+    with file.open(encoding="utf-8", newline="") as opened:
+        rows = [row for row in csv.reader(opened) if row]
+    examples: dict[str, TaskExample] = {}
+    for number, row in enumerate(rows, start=1):
+        if len(row) != 3 or not row[0].isdigit() or not 1 <= int(row[0]) <= len(classes):
+            raise PromptError(
+                f"{file}, row {number}: expected class (1 to {len(classes)}, as in {classes_file.name}), title, "
+                f"description; found {len(row)} columns starting with {row[0][:40]!r}."
+            )
+        label, title, description = row
+        # line breaks are written as a backslash
+        text = f"{title}\n{description}".replace("\\", " ")
+        listing = f"{', '.join(classes[:-1])} or {classes[-1]}"
+        prompt = f"What is the topic of this news article: {listing}? Answer with the topic only.\n\n{text}"
+        examples.setdefault(
+            normalise(prompt), TaskExample(prompt=prompt, answer=classes[int(label) - 1], choices=classes)
+        )
+    return Task(
+        name=_label(str(file.parent)),
+        source=str(path),
+        examples=tuple(examples.values()),
+        match="choice",
+        max_new_tokens=_SHORT,
+        num_left_out=len(rows) - len(examples),
+    )
+
+
+def _pubmedqa(path: Path) -> Task | None:
+    if path.suffix.casefold() not in READERS or not path.is_file() or path.suffix.casefold() in (".txt", ".csv"):
+        return None
+    rows = read_file(path)
+    needed = {"QUESTION", "CONTEXTS", "final_decision"}
+    if not isinstance(rows[0].value, Mapping) or not needed <= set(rows[0].value):
+        return None
+    choices = ("yes", "no", "maybe")
+    examples = []
+    for place, value in rows:
+        if not isinstance(value, Mapping) or not needed <= set(value):
+            raise PromptError(f"{path}, {place}: expected {', '.join(sorted(needed))}.")
+        contexts, decision = value["CONTEXTS"], str(value["final_decision"]).strip().casefold()
+        if decision not in choices:
+            raise PromptError(f"{path}, {place}: final_decision is {decision[:40]!r}, expected yes, no or maybe.")
+        text = "\n".join(map(str, contexts)) if isinstance(contexts, list) else str(contexts)
+        prompt = f"{text}\n\n{value['QUESTION']}\nAnswer yes, no or maybe."
+        examples.append(TaskExample(prompt=prompt, answer=decision, choices=choices))
+    return Task(name="pubmedqa", source=str(path), examples=tuple(examples), match="choice", max_new_tokens=_SHORT)
+
+
+def _choices(cell: str, place: str) -> tuple[str, ...]:
+    try:
+        value = json.loads(cell)
+    except json.JSONDecodeError:
+        value = None
+    if isinstance(value, Mapping):  # ARC: {"text": [...], "label": [...]}
+        value = value.get("text")
+    if not isinstance(value, list) or not 2 <= len(value) <= 26:
+        raise PromptError(f"{place}: choices should be a list of 2 to 26 texts, found {cell[:60]!r}.")
+    return tuple(str(choice).strip() for choice in value)
+
+
+def _chosen(answer: str, choices: tuple[str, ...], place: str) -> str:
+    """The text of the right choice, given as text, letter or number from 0."""
+    if answer in choices:
+        return answer
+    if len(answer) == 1 and answer.isalpha() and ord(answer.upper()) - 65 < len(choices):
+        return choices[ord(answer.upper()) - 65]
+    if answer.isdigit() and int(answer) < len(choices):
+        return choices[int(answer)]
+    raise PromptError(f"{place}: the answer {answer[:40]!r} is none of the {len(choices)} choices.")
+
+
+def _lettered(example: TaskExample) -> bool:
+    return bool(example.choices) and f"\nA. {example.choices[0]}\nB. " in example.prompt
+
+
+def _label(source: str) -> str:
+    """`gsm8k` for gsm8k/test.jsonl and openai/gsm8k/main:test, `questions` for questions.jsonl."""
+    if source.startswith("organism:"):
+        return source
+    path = Path(source.partition(":")[0])
+    names = [path.stem if path.suffix.casefold() in READERS else path.name, path.parent.name]
+    return next((name for name in names if name and name not in _COMMON_NAMES), names[0])

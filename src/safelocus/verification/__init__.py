@@ -1,0 +1,16 @@
+"""Verification: do the selected weights carry safety, and only that? Disturb them, and controls, and look.
+
+`verify` measures; a `Verification` holds the cells, pools them over seeds, ranks scorers and says a verdict.
+`stability` asks how far a selection depends on prompts, seeds and the objective.
+"""
+
+from safelocus.verification.agreement import Stability, stability
+from safelocus.verification.interventions import Intervention, Noise, Transplant, Zero, intervening
+from safelocus.verification.verdict import VerificationVerdict
+from safelocus.verification.verification import Cell, Setting, Verification
+from safelocus.verification.verifying import verify
+
+__all__ = [
+    "Cell", "Intervention", "Noise", "Setting", "Stability", "Transplant", "Verification", "VerificationVerdict",
+    "Zero", "intervening", "stability", "verify",
+]  # fmt: skip

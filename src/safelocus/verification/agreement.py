@@ -1,0 +1,230 @@
+"""How far a selection depends on what it was made with: prompts, seeds, objective, ratio.
+
+    prompts      scores from one random half of the prompts against scores from the other half
+    seeds        the same prompts, another seed of the objective's relaxation (Gumbel noise)
+    objectives   the same prompts, another objective (guard, classifier, refusal, your own)
+
+Agreement is the intersection over union of the top weights at each ratio, beside its level by chance for two
+selections of these sizes, and Spearman's rank correlation of all scores. (Across ratios, selections from the
+same scores are nested by construction, so there is nothing to measure: ratios are columns here.)
+
+Input: a target, prompts and objectives. Output: a frozen `Stability`.
+"""
+
+import json
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, is_dataclass, replace
+from pathlib import Path
+from typing import Any, Self
+
+from safelocus.comparison import Overlap, compare
+from safelocus.errors import PromptError, RunError
+from safelocus.objective import Objective, describe
+from safelocus.progress import track
+from safelocus.prompts import PromptSet
+from safelocus.run import write_json
+from safelocus.scores import Scores
+from safelocus.scoring import Method, score
+from safelocus.target import Target
+
+KINDS = ("prompts", "seeds", "objectives")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Agreement:
+    """Two sets of scores that differ in one thing.
+
+    Attributes:
+        kind: "prompts", "seeds" or "objectives": what differs.
+        a, b: what each was made with, in words.
+        ratio: of the top weights compared.
+        overlap: of these, with the chance level.
+        rho: Spearman's rank correlation over all eligible weights; None where one side is constant.
+    """
+
+    kind: str
+    a: str
+    b: str
+    ratio: float
+    overlap: Overlap
+    rho: float | None
+
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(self), "overlap": asdict(self.overlap)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stability:
+    """All agreements, and what they were measured with.
+
+    Attributes:
+        agreements: one per pair and ratio.
+        provenance: model, prompts, objectives, settings.
+        notes: what was left out, in whole sentences.
+    """
+
+    agreements: list[Agreement] = field(repr=False)
+    provenance: dict[str, Any] = field(default_factory=dict, repr=False)
+    notes: tuple[str, ...] = ()
+
+    def summary(self) -> list[dict[str, Any]]:
+        """Per kind, pair of objectives and ratio: mean, lowest and highest IoU, chance, and mean rho."""
+        groups: dict[tuple[str, str, float], list[Agreement]] = {}
+        for agreement in self.agreements:
+            groups.setdefault((agreement.kind, _group(agreement), agreement.ratio), []).append(agreement)
+        rows = []
+        for (kind, what, ratio), members in groups.items():
+            ious = [a.overlap.iou or 0.0 for a in members]
+            chances = [a.overlap.expected_iou or 0.0 for a in members]
+            rhos = [a.rho for a in members if a.rho is not None]
+            rows.append(
+                {
+                    "kind": kind,
+                    "what": what,
+                    "ratio": ratio,
+                    "num_pairs": len(members),
+                    "iou": sum(ious) / len(ious),
+                    "lowest": min(ious),
+                    "highest": max(ious),
+                    "chance": sum(chances) / len(chances),
+                    "rho": sum(rhos) / len(rhos) if rhos else None,
+                }
+            )
+        return rows
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "summary": self.summary(),
+            "agreements": [agreement.to_json() for agreement in self.agreements],
+            "notes": list(self.notes),
+            "provenance": self.provenance,
+        }
+
+    def save(self, folder: Path) -> None:
+        """Write `results.json`."""
+        write_json(folder / "results.json", self.to_json())
+
+    @classmethod
+    def load(cls, folder: Path) -> Self:
+        """Read what `save` wrote; RunError for anything else."""
+        try:
+            values = json.loads((Path(folder) / "results.json").read_text(encoding="utf-8"))
+            agreements = [Agreement(**{**row, "overlap": Overlap(**row["overlap"])}) for row in values["agreements"]]
+            return cls(agreements=agreements, provenance=values["provenance"], notes=tuple(values["notes"]))
+        except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
+            raise RunError(f"{folder}: holds no stability run ({error}); expected one of `stability`") from error
+
+
+def stability(
+    target: Target,
+    prompts: PromptSet,
+    *,
+    objectives: Mapping[str, Objective],
+    ratios: Sequence[float] = (0.003, 0.01, 0.03),
+    method: Method = "esi",
+    splits: int = 3,
+    seeds: int = 3,
+    seed: int = 0,
+    batch_size: int = 8,
+    progress: bool = True,
+) -> Stability:
+    """Measure how much selections agree when prompts, seeds or the objective change.
+
+    Args:
+        target: the model under study.
+        prompts: harmful prompts; halves of them are compared, so give twice as many as you would score with.
+        objectives: name -> objective; the first is split by prompts and seeds too.
+        ratios: sizes of the selections compared.
+        method: esi, gradient or snip.
+        splits: random halvings of the prompts; 0 for none.
+        seeds: seeds of the objective's Gumbel noise, where it has that; 0 for none.
+        seed: of the halvings.
+        batch_size: of scoring.
+        progress: show a bar.
+
+    Raises:
+        PromptError: too few prompts to halve.
+
+    Example:
+        >>> import safelocus as sl
+        >>> found = stability(                                                # doctest: +SKIP
+        ...     target, prompts, objectives={"guard": guard, "refusal": sl.Refusal()}
+        ... )
+    """
+    if splits and len(prompts) < 2:
+        raise PromptError(f"{prompts.source}: {len(prompts)} prompt cannot be halved; give more")
+    main, objective = next(iter(objectives.items()))
+    notes = []
+    noisy = hasattr(objective, "gumbel_seed") and is_dataclass(objective)
+    if seeds > 1 and not noisy:
+        notes.append(f"{main} has no random relaxation: it gives the same scores for every seed.")
+
+    jobs: list[tuple[str, str, Objective, PromptSet]] = []  # (kind, label, objective, prompts): compared in pairs
+    for number in range(splits):
+        for half, part in zip("ab", _halves(prompts, seed=seed + number), strict=True):
+            jobs.append(("prompts", f"split {number} half {half}", objective, part))
+    for number in range(seeds if noisy and seeds > 1 else 0):
+        seeded: Any = replace(objective, gumbel_seed=number)  # type: ignore[type-var]
+        jobs.append(("seeds", f"Gumbel seed {number}", seeded, prompts))
+    if len(objectives) > 1:
+        jobs += [("objectives", name, other, prompts) for name, other in objectives.items()]
+    scored: list[tuple[str, str, Scores]] = []
+    for kind, label, used, part in track(jobs, "scoring", enabled=progress):
+        scores = score(target, part, objective=used, method=method, batch_size=batch_size, progress=False)
+        scored.append((kind, label, scores))
+    return Stability(
+        agreements=[agreement for pair in _pairs(scored) for agreement in _agreements(*pair, ratios=ratios)],
+        notes=tuple(notes),
+        provenance={
+            "model": target.name,
+            "fingerprint": target.fingerprint().id,
+            "prompts": prompts.source,
+            "prompts_hash": prompts.hash,
+            "num_prompts": len(prompts),
+            "objectives": {name: describe(each) for name, each in objectives.items()},
+            "method": method,
+            "splits": splits,
+            "seeds": seeds,
+            "seed": seed,
+        },
+    )
+
+
+def _halves(prompts: PromptSet, *, seed: int) -> tuple[PromptSet, PromptSet]:
+    order = list(range(len(prompts)))
+    random.Random(seed).shuffle(order)
+    middle = len(order) // 2
+    first, second = (
+        replace(prompts, examples=tuple(prompts.examples[i] for i in sorted(part)))
+        for part in (order[:middle], order[middle:])
+    )
+    return first, second
+
+
+def _pairs(
+    scored: Sequence[tuple[str, str, Scores]],
+) -> Iterator[tuple[str, tuple[str, Scores], tuple[str, Scores]]]:
+    """Halves of one split with each other; seeds and objectives, every two."""
+    for number, (kind, label, scores) in enumerate(scored):
+        for other_kind, other_label, other in scored[number + 1 :]:
+            if kind == other_kind and (kind != "prompts" or label.split()[1] == other_label.split()[1]):
+                yield kind, (label, scores), (other_label, other)
+
+
+def _agreements(kind: str, a: tuple[str, Scores], b: tuple[str, Scores], *, ratios: Sequence[float]) -> list[Agreement]:
+    found = []
+    for ratio in ratios:
+        comparison = compare(a[1], b[1], ratio=ratio)
+        found.append(
+            Agreement(
+                kind=kind, a=a[0], b=b[0], ratio=ratio, overlap=comparison.top.overall, rho=comparison.correlation.rho
+            )
+        )
+    return found
+
+
+def _group(agreement: Agreement) -> str:
+    if agreement.kind == "objectives":
+        return f"{agreement.a} against {agreement.b}"
+    return {"prompts": "random halves of the prompts", "seeds": "Gumbel seeds"}[agreement.kind]

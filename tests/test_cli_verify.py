@@ -1,0 +1,186 @@
+"""`safelocus verify` and `safelocus stability` as a user meets them."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+import safelocus as sl
+from safelocus.cli import main
+from safelocus.prompts import prompt_hash
+from safelocus.verification import Verification
+
+VERIFY = ["--noise", "2", "--seeds", "2", "--limit", "6", "--max-new-tokens", "16"]
+
+
+@pytest.fixture
+def run(capsys):
+    """Run a command; returns (exit code, standard output, error stream with white space collapsed)."""
+
+    def run(*arguments):
+        with pytest.raises(SystemExit) as stop:
+            main([str(argument) for argument in arguments])
+        out, err = capsys.readouterr()
+        return stop.value.code or 0, out, " ".join(err.split())
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def scored(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "scored"
+    with pytest.raises(SystemExit) as stop:
+        main(
+            ["score", "organism:dense", "-p", "organism:harmful", "--limit", "8", "--guard", "organism:guard",
+             "--max-new-tokens", "16", "-o", str(folder)]
+        )  # fmt: skip
+    assert not stop.value.code
+    return folder
+
+
+def test_verify_takes_what_is_not_given_from_the_scores(scored, tmp_path, run):
+    code, out, err = run("verify", "organism:dense", "--scores", scored, *VERIFY, "-o", tmp_path / "v")
+    assert code == 0, err
+    results = json.loads((tmp_path / "v" / "results.json").read_text())
+    assert results["provenance"]["judges"][0]["name"] == "organism:guard"
+    (used,) = results["provenance"]["prompts"]
+    assert (used["source"], used["num_prompts"]) == ("organism:harmful", 6)
+    scores = sl.Scores.load(scored / "scores")
+    assert len(scores.provenance.extra["prompt_hashes"]) == 8
+    names = {path.name for path in (tmp_path / "v").iterdir()}
+    assert names == {"run.toml", "results.json", "cells.jsonl", "curves.png"}
+    assert len(results["cells"]) == 2 * 3
+    assert {cell["k"] for cell in results["cells"]} == {scores.select(0.01).k}
+    assert results["verdicts"]["noise"]["text"] in out
+    assert "Utility was not measured" in out
+    assert Verification.load(tmp_path / "v").to_json() == results
+
+
+@pytest.mark.slow
+def test_verify_several_scorers_with_utility(scored, tmp_path, run):
+    code, out, err = run(
+        "verify", "organism:dense", "--scores", scored, "-p", "organism:harmful-heldout", "--harmless",
+        "organism:harmless-heldout", "--task", "organism:utility", "--scorers", "magnitude,snip", "--intervention",
+        "noise,zero,transplant", "--transplant-from", "organism:dense-unaligned", "--ratios", "0.01,0.02",
+        "--no-bottom", "--json", *VERIFY, "-o", tmp_path / "v",
+    )  # fmt: skip
+    assert code == 0, err
+    printed = json.loads(out)
+    assert {entry["scorer"] for entry in printed["rankings"]["transplant"]} == {"esi", "magnitude", "snip"}
+    assert set(printed["verdicts"]) == {"noise", "zero", "transplant"}
+    measures = {"asr", "refusal", "over_refusal", "utility", "incoherent"}
+    assert measures <= set(printed["baseline"])
+    assert all(measures <= set(cell) for cell in printed["cells"])
+    names = {path.name for path in (tmp_path / "v").iterdir()}
+    assert {"curves.png", "curves-snip.png", "ranking-noise.png"} <= names
+    # the scores made here are of the prompts that the first ones were made with
+    used = sl.Scores.load(scored / "scores").provenance.extra["prompt_hashes"]
+    made = printed["provenance"]["scorers"]["snip"]
+    assert made["num_prompts"] == len(used)
+
+
+def test_run_toml_repeats_the_verification(scored, tmp_path, run):
+    assert run("verify", "organism:dense", "--scores", scored, *VERIFY, "-o", tmp_path / "a")[0] == 0
+    assert run("verify", "--config", tmp_path / "a", "-o", tmp_path / "b")[0] == 0
+    first, second = (json.loads((tmp_path / name / "results.json").read_text()) for name in "ab")
+    assert first == second
+
+
+def test_a_selection_file_is_enough(scored, tmp_path, run):
+    code, _, err = run(
+        "verify", "organism:dense", "--scores", scored / "selection.safetensors", "-p", "organism:harmful-heldout",
+        "--judge", "refusal", *VERIFY, "-o", tmp_path / "v",
+    )  # fmt: skip
+    assert code == 0, err
+    cells = json.loads((tmp_path / "v" / "results.json").read_text())["cells"]
+    assert {cell["selection"] for cell in cells} == {"top", "random"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--prompts", "organism:harmful", "--limit", "256"], "were used to find"),
+        (["--ratios", "one"], "--ratios 'one'"),
+        (["--ratios", "2"], "ratio must be in (0, 1]"),
+        (["--noise", "-1"], "positive"),
+        (["--intervention", "shake"], "'shake'"),
+        (["--intervention", "transplant"], "--transplant-from"),
+        (["--scorers", "best"], "--scorers best"),
+        (["--judge", "nobody"], "nobody"),
+    ],
+)
+def test_bad_input_is_one_message(scored, tmp_path, run, arguments, message):
+    code, out, err = run(
+        "verify", "organism:dense", "--scores", scored, "--limit", "6", "--max-new-tokens", "8", "--seeds", "1",
+        *arguments, "-o", tmp_path / "v",
+    )  # fmt: skip
+    assert code == 2, out + err
+    assert message in err
+    assert "Traceback" not in out + err
+
+
+def test_scores_that_are_missing_or_of_another_model(scored, tmp_path, run):
+    code, _, err = run("verify", "organism:dense", "--scores", tmp_path / "none", *VERIFY, "-o", tmp_path / "v")
+    assert code == 2
+    assert "does not exist" in err
+    code, _, err = run("verify", "organism:dense-unaligned", "--scores", scored, *VERIFY, "-o", tmp_path / "v")
+    assert code == 2
+    assert "--allow-mismatch" in err
+    assert not (tmp_path / "v").exists()
+
+
+@pytest.mark.slow
+def test_stability(tmp_path, run):
+    code, out, err = run(
+        "stability", "organism:dense", "-p", "organism:harmful", "--limit", "16", "--guard", "organism:guard",
+        "--also-refusal", "--splits", "1", "--seeds", "2", "--ratios", "0.01", "--max-new-tokens", "16", "-o",
+        tmp_path / "s",
+    )  # fmt: skip
+    assert code == 0, err
+    summary = json.loads((tmp_path / "s" / "results.json").read_text())["summary"]
+    assert [row["kind"] for row in summary] == ["prompts", "seeds", "objectives"]
+    assert all(row["chance"] < row["iou"] <= 1 for row in summary)
+    assert f"{summary[0]['iou']:.3f}" in out
+    code, _, err = run("stability", "organism:dense", "-p", "organism:harmful", "-o", tmp_path / "t")
+    assert code == 2
+    assert "--also-refusal" in err
+
+
+def test_help_names_the_options(run):
+    code, out, _ = run("verify", "--help")
+    assert code == 0
+    assert "--scorers" in out
+
+
+@pytest.mark.slow
+def test_ctrl_c_keeps_finished_cells_and_the_same_command_resumes(scored, tmp_path):
+    """A real process and a real SIGINT."""
+    command = [
+        sys.executable, "-m", "safelocus", "verify", "organism:dense", "--scores", str(scored), "--noise", "1,2,3",
+        "--seeds", "3", "--limit", "12", "--max-new-tokens", "24", "-o", str(tmp_path / "run"),
+    ]  # fmt: skip
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    cells = tmp_path / ".run.partial" / "checkpoint" / "cells.jsonl"
+    deadline = time.monotonic() + 120
+    while not (cells.exists() and cells.read_text().count("\n") >= 3):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert "interrupted" in err
+    assert not (tmp_path / "run").exists()
+    done = cells.read_text().splitlines()
+    subprocess.run(command, check=True, capture_output=True)
+    resumed = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert len(resumed["cells"]) == 27 > len(done) - 1 > 0
+    subprocess.run([*command[:-1], str(tmp_path / "whole")], check=True, capture_output=True)
+    assert json.loads((tmp_path / "whole" / "results.json").read_text()) == resumed
+
+
+def test_prompt_hashes_ignore_form():
+    assert prompt_hash("How do I  bake?") == prompt_hash("how do i bake?") != prompt_hash("how do i fly?")
