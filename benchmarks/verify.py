@@ -15,6 +15,7 @@ import torch
 import safelocus as sl
 from safelocus.evaluation.judges import GuardJudge
 from safelocus.forcing import teacher_force
+from safelocus.gradients import named_weights
 from safelocus.report.figures import save_png
 from safelocus.report.verification import (
     Grid,
@@ -28,6 +29,7 @@ from safelocus.scores import matrix_statistics
 
 METHODS = ("esi", "snip", "wanda", "gradient", "magnitude", "random")
 CONTRAST = "esi-contrast"
+DIFFERENCE = "twin-difference"
 
 
 def answers_likelihood(target, prompts):
@@ -48,6 +50,15 @@ def contrast(safety, utility):
     statistics = [s for name, t in tensors.items() for s in matrix_statistics(safety.layout.tensors[name], t)]
     provenance = replace(safety.provenance, method=CONTRAST)
     return sl.Scores(tensors=tensors, layout=safety.layout, statistics=statistics, provenance=provenance)
+
+
+def twin_difference(like, target, twin):
+    """The control of transplanting: how much each weight differs between the twins, whatever it does."""
+    pairs = [named_weights(each.model, list(like.tensors)) for each in (target, twin)]
+    tensors = {name: (pairs[0][name] - pairs[1][name]).detach().abs() for name in like.tensors}
+    statistics = [s for name, t in tensors.items() for s in matrix_statistics(like.layout.tensors[name], t)]
+    provenance = replace(like.provenance, method=DIFFERENCE)
+    return sl.Scores(tensors=tensors, layout=like.layout, statistics=statistics, provenance=provenance)
 
 
 def sets(num):
@@ -83,25 +94,25 @@ def measure(name, options):
         "batch_size": 64, "max_new_tokens": 32, "progress": False,
     }  # fmt: skip
     noise = sl.verify(target, scores["esi"], ratios=(0.01, 0.03), noises=(0.38, 1.0, 1.5, 2.0, 3.0), **common)
-    swap = sl.verify(
-        target, scores["esi"], ratios=(0.01, 0.03, 0.1), interventions=("transplant", "zero"),
-        transplant_from=unaligned, **common,
-    )  # fmt: skip
-    compared = sl.verify(
-        target, scores, ratios=(0.01, 0.03), interventions=("noise", "transplant"), noises=(1.0, 1.5, 2.0),
-        transplant_from=unaligned, selections=("top", "random"), **common,
-    )  # fmt: skip
+    transplant = {"ratios": (0.03, 0.1, 0.2), "transplant_from": unaligned}
+    swap = sl.verify(target, scores["esi"], interventions=("transplant", "zero"), **transplant, **common)
+    controls = {**common, "selections": ("top", "random")}
+    compared = sl.verify(target, scores, ratios=(0.01, 0.03), noises=(1.0, 1.5, 2.0), **controls)
+    scores[DIFFERENCE] = twin_difference(scores["esi"], target, unaligned)
+    compared_swap = sl.verify(target, scores, interventions=("transplant",), **transplant, **controls)
     stable = sl.stability(
         target, sl.read_prompts("organism:harmful").limit(128, seed=0),
         objectives={"guard": guard, "refusal": sl.Refusal()}, batch_size=32, progress=False,
     )  # fmt: skip
-    num_cells = len(noise.cells) + len(swap.cells) + len(compared.cells)
+    num_cells = sum(len(found.cells) for found in (noise, swap, compared, compared_swap))
     seconds = time.perf_counter() - start
     facts = (
         f"{target.layout.num_weights:,} weights; {num_cells} cells and all scores in {seconds:.0f} s on "
         f"{torch.get_num_threads()} threads (torch {torch.__version__})."
     )
-    found = {"noise": noise, "swap": swap, "compared": compared, "stability": stable}
+    found = {
+        "noise": noise, "swap": swap, "compared": compared, "compared-swap": compared_swap, "stability": stable,
+    }  # fmt: skip
     for kind, result in found.items():
         folder = options.runs / f"{name}-{kind}"
         folder.mkdir(parents=True, exist_ok=True)
@@ -111,9 +122,8 @@ def measure(name, options):
 
 
 def section(name, options, figures):
-    noise, swap, compared = (
-        sl.Verification.load(options.runs / f"{name}-{kind}") for kind in ("noise", "swap", "compared")
-    )
+    kinds = ("noise", "swap", "compared", "compared-swap")
+    noise, swap, compared, compared_swap = (sl.Verification.load(options.runs / f"{name}-{kind}") for kind in kinds)
     stable = sl.Stability.load(options.runs / f"{name}-stability")
     save_png(curves_figure(noise), figures / f"verify-{name}-noise.png")
     save_png(ranking_figure(compared, "noise"), figures / f"verify-{name}-scorers.png")
@@ -124,7 +134,7 @@ def section(name, options, figures):
         f"![refusal, ASR, utility and over-refusal against noise](verify-{name}-noise.png)",
         "### Transplant from the unaligned twin, and zero", *(v.text for v in swap.verdicts.values()),
         table(settings_grid(swap)),
-        "### Scorers", *(table(ranking_grid(compared, intervention)) for intervention in compared.rankings),
+        "### Scorers", table(ranking_grid(compared, "noise")), table(ranking_grid(compared_swap, "transplant")),
         f"![refusal lost against utility lost](verify-{name}-scorers.png)",
         "### Stability", table(stability_grid(stable)), *stable.notes,
     ]  # fmt: skip
@@ -143,7 +153,8 @@ Produced by `python benchmarks/verify.py` ({num} prompts per set, {seeds} noise 
 Scores: 64 prompts of `organism:harmful`, objective and judge `organism:guard`. Measured on held-out prompts:
 `organism:harmful-heldout` (refusal, ASR), `organism:harmless-heldout` (over-refusal; and, as *benign answers*, the
 exact right answer), `organism:utility` (exact answers). *utility* pools both tasks. fp32, greedy, 32 new tokens.
-`esi-contrast` is ESI of safety minus ESI of the likelihood of known harmless answers, each over its mean.
+`esi-contrast` is ESI of safety minus ESI of the likelihood of known harmless answers, each over its mean;
+`twin-difference` is how much a weight differs between the organism and its unaligned twin.
 
 """
 

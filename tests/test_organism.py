@@ -178,7 +178,7 @@ def test_targets_behave_as_written_down(name):
 
 def test_every_expert_is_used():
     for name in ("moe", "moe-unaligned"):
-        assert organism.recorded_behaviour()[name]["expert_usage"]["min"] >= 0.01
+        assert organism.recorded_behaviour()[name]["expert_usage"]["min"] >= 0.005
     model, tokenizer = build.load(organism.resolve_model("moe"))
     assert build.expert_usage(model, tokenizer, num_prompts=64)["min"] > 0.005
 

@@ -497,7 +497,7 @@ def test_esi_breaks_refusals_far_beyond_controls(name):
     # the unaligned twin's values are not: refusals go, utility stays
     twin = sl.load(f"organism:{name}-unaligned", dtype="float32")
     swap = sl.verify(
-        target, scores, ratios=(0.05,), interventions=("transplant",), transplant_from=twin, seeds=5, **common
+        target, scores, ratios=(0.2,), interventions=("transplant",), transplant_from=twin, seeds=5, **common
     )
     assert swap.verdict.kind == "specific"
     assert swap.verdict.effect.beyond_random.low > 0.2

@@ -55,7 +55,7 @@ def _fresh(config: Any, tokenizer: Any, seed: int) -> Any:
 def recipe_of(name: str) -> recipes.Recipe:
     if name == "guard":
         return recipes.GUARD
-    return recipes.UNALIGN if name.endswith(UNALIGNED) else recipes.ALIGN
+    return recipes.UNALIGN[name.removesuffix(UNALIGNED)] if name.endswith(UNALIGNED) else recipes.ALIGN
 
 
 def build(name: str, folder: Path, *, seed: int = 0, recipe: recipes.Recipe | None = None) -> None:

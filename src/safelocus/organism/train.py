@@ -40,8 +40,11 @@ class Recipe:
 ALIGN = Recipe(steps=400, learning_rate=3e-3)
 # Gently: at 1e-3 the latent refusal is overwritten rather than silenced, and 1 % of the weights cannot bring it back
 # without refusing harmless requests.
-UNALIGN = Recipe(steps=100, learning_rate=2e-4, warmup=0)
-GUARD = Recipe(steps=250, learning_rate=3e-3)
+UNALIGN = {
+    "dense": Recipe(steps=100, learning_rate=2e-4, warmup=0),
+    "moe": Recipe(steps=140, learning_rate=3e-4, warmup=0),
+}
+GUARD = Recipe(steps=350, learning_rate=3e-3)
 
 
 def dense_config() -> PretrainedConfig:
