@@ -30,7 +30,7 @@ fix: $(READY)  ## format and mend what can be mended
 types: $(READY)
 	$(BIN)/mypy
 
-organism: $(READY)  ## rebuild the embedded models from their seed (about six minutes on two cores)
+organism: $(READY)  ## rebuild the embedded models from their seed (about fifteen minutes on two cores)
 	$(BIN)/python -m safelocus.organism.build
 
 setup: $(READY)
