@@ -180,8 +180,8 @@ def test_deep_models_are_taken_in_bands():
 
 def test_names_with_brackets_are_not_markup():
     shown = rendered(top_matrices_table(make_map()))
-    assert "model.layers.2.self_attn.qkv_proj.weight[value]" in shown
-    assert "model.layers.2.self_attn.qkv_proj.weight[key]" not in shown  # holds nothing
+    assert "layers.2.self_attn.qkv_proj.weight[value]" in shown
+    assert "layers.2.self_attn.qkv_proj.weight[key]" not in shown  # holds nothing
 
 
 def test_experts_without_tokens_are_said_to_have_none():

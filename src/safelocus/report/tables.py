@@ -90,8 +90,9 @@ def top_matrices_table(located: SafetyMap, *, n: int = 15) -> Table:
     if with_tokens:
         table.add_column("tokens", justify="right", no_wrap=True)
     for row in top_matrices(located, n):
-        # Text, because Rich would read "[query]" in a name as markup
-        cells: list[str | Text] = [Text(row.name), times(row.enrichment), count(row.num_selected)]
+        # without what is the same in all names, to fit one line; Text, because Rich would read "[query]" as markup
+        name = row.name.removeprefix("model.").removesuffix(".weight")
+        cells: list[str | Text] = [Text(name), times(row.enrichment), count(row.num_selected)]
         cells.append(share_percent(row.share))
         if with_mass:
             cells.append(_NONE if row.score_mass is None else share_percent(row.score_mass))
