@@ -1,7 +1,24 @@
-"""One thread per test process: the tensors are tiny, and test processes share the cores."""
+"""One thread per test process (the tensors are tiny, and test processes share the cores), and the command line."""
 
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+
+from safelocus.cli import main
+
+
+@pytest.fixture
+def run(capsys):
+    """Run a command; returns (exit code, standard output, error stream with white space collapsed)."""
+
+    def run(*arguments):
+        with pytest.raises(SystemExit) as stop:
+            main([str(argument) for argument in arguments])
+        out, err = capsys.readouterr()
+        return stop.value.code or 0, out, " ".join(err.split())
+
+    return run

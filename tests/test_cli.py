@@ -18,19 +18,6 @@ from tiny_targets import dense
 SCORE = ["score", "organism:dense", "--prompts", "organism:harmful", "--limit", "8"]
 
 
-@pytest.fixture
-def run(capsys):
-    """Run a command; returns (exit code, standard output, error stream with white space collapsed)."""
-
-    def run(*arguments):
-        with pytest.raises(SystemExit) as stop:
-            main([str(argument) for argument in arguments])
-        out, err = capsys.readouterr()
-        return stop.value.code or 0, out, " ".join(err.split())
-
-    return run
-
-
 @pytest.fixture(scope="module")
 def scored(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "dense"

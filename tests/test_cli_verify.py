@@ -16,19 +16,6 @@ from safelocus.verification import Verification
 VERIFY = ["--noise", "2", "--seeds", "2", "--limit", "6", "--max-new-tokens", "16"]
 
 
-@pytest.fixture
-def run(capsys):
-    """Run a command; returns (exit code, standard output, error stream with white space collapsed)."""
-
-    def run(*arguments):
-        with pytest.raises(SystemExit) as stop:
-            main([str(argument) for argument in arguments])
-        out, err = capsys.readouterr()
-        return stop.value.code or 0, out, " ".join(err.split())
-
-    return run
-
-
 @pytest.fixture(scope="module")
 def scored(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "scored"

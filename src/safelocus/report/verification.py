@@ -232,10 +232,9 @@ def interval(measure: Measure | None) -> str:
 def _quotient(entry: Rank) -> str:
     if entry.mean_utility_fall is None or not entry.has_contrast:
         return "-"
-    if entry.per_utility is None:
+    if entry.keeps_utility or entry.per_utility is None:
         return "utility kept"
-    high = "open" if entry.high is None else f"{entry.high:.2f}"
-    return f"{entry.per_utility:.2f} [{'open' if entry.low is None else f'{entry.low:.2f}'}, {high}]"
+    return f"{entry.per_utility:.2f} [{entry.low or 0.0:.2f}, {entry.high or 0.0:.2f}]"
 
 
 def _by_size(settings: Sequence[Setting]) -> list[tuple[str, list[Setting]]]:

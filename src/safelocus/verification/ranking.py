@@ -4,7 +4,8 @@
 
 over the settings of one intervention that all scorers share. Its interval is a percentile bootstrap over seeds
 and prompts (both resampled, independently: the pigeonhole bootstrap, which is conservative; Owen 2007). A
-quotient needs a denominator: where utility's fall cannot be told from zero the interval is open above, and
+quotient needs a denominator: where utility's fall cannot be told from zero the interval is open above, such scorers come first, ordered
+by the refusal they break, and
 scorers that at no setting break refusals beyond random selections come last, whatever their quotient.
 """
 
@@ -44,6 +45,11 @@ class Rank:
     high: float | None
     mean_fall: float
     mean_utility_fall: float | None
+
+    @property
+    def keeps_utility(self) -> bool:
+        """Utility was measured, and its fall cannot be told from zero: a quotient would be of chance."""
+        return self.mean_utility_fall is not None and self.high is None
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -88,14 +94,12 @@ def rank(found: "Verification", intervention: str, *, seed: int = 0) -> list[Ran
                 mean_utility_fall=float(np.mean([np.nanmean(fall) for fall in utility])) if utility else None,
             )
         )
-    return sorted(
-        ranks,
-        key=lambda r: (
-            not r.has_contrast,
-            -(r.per_utility if r.per_utility is not None else (np.inf if r.mean_utility_fall is not None else 0.0)),
-            -r.mean_fall,
-        ),
-    )
+    return sorted(ranks, key=lambda r: (not r.has_contrast, *_place(r), -r.mean_fall))
+
+
+def _place(entry: Rank) -> tuple[bool, float]:
+    """Utility kept first (there the fall of refusal decides), then by quotient."""
+    return not entry.keeps_utility, 0.0 if entry.keeps_utility else -(entry.per_utility or 0.0)
 
 
 def _quotient(
