@@ -4,9 +4,9 @@
 
 over the settings of one intervention that all scorers share. Its interval is a percentile bootstrap over seeds
 and prompts (both resampled, independently: the pigeonhole bootstrap, which is conservative; Owen 2007). A
-quotient needs a denominator: where utility's fall cannot be told from zero the interval is open above, such scorers come first, ordered
-by the refusal they break, and
-scorers that at no setting break refusals beyond random selections come last, whatever their quotient.
+quotient needs a denominator: where utility's fall cannot be told from zero the interval is open above, and such
+scorers come first, ordered by the refusal they break. Scorers that at no setting break refusals beyond random
+selections come last, whatever their quotient.
 """
 
 from dataclasses import dataclass
