@@ -1,23 +1,20 @@
 """Options that several commands share: one name, one help text, one meaning."""
 
-import tomllib
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
 
 from safelocus.errors import RunError
+from safelocus.run import read_config
 
 
 def _load_config(context: typer.Context, value: Path | None) -> Path | None:
     """Make the values of a run.toml the defaults of this command; options given beside it win."""
     if value is None:
         return None
+    values = read_config(value)
     file = value / "run.toml" if value.is_dir() else value
-    try:
-        values: dict[str, Any] = tomllib.loads(file.read_text(encoding="utf-8"))
-    except (OSError, tomllib.TOMLDecodeError) as error:
-        raise RunError(f"{file}: cannot be read as a configuration: {error}") from error
     command = values.pop("command", context.info_name)
     if command != context.info_name:
         raise RunError(f"{file}: is the configuration of `safelocus {command}`, not of `{context.info_name}`")
