@@ -237,7 +237,7 @@ def test_what_fails_for_all_stops_at_once(options, script, message):
         judge = judge_at(server, concurrency=2, **options)
         with pytest.raises(JudgeError, match=message) as caught:
             judge.judge([f"request {i}" for i in range(200)], ["an answer"] * 200)
-        assert len(server.requests) < 10
+        assert len(server.requests) <= 2  # as many as were under way
     assert "sk-" not in str(caught.value)
 
 

@@ -168,9 +168,15 @@ class Endpoint:
         with openai.OpenAI(
             base_url=self.base_url, api_key=self._key(), timeout=self.timeout, max_retries=0
         ) as client, ThreadPoolExecutor(self.concurrency) as pool:  # fmt: skip
-            futures = {
-                key: pool.submit(self._ask_one, client, key, messages, stop) for key, messages in pending.items()
-            }
+
+            def ask(key: str, messages: list[Message]) -> Answer | Failure:
+                try:
+                    return self._ask_one(client, key, messages, stop)
+                except BaseException:
+                    stop.set()  # here, not in the waiting thread: by the time that one runs others have been asked
+                    raise
+
+            futures = {key: pool.submit(ask, key, messages) for key, messages in pending.items()}
             try:
                 done, _ = wait(futures.values(), return_when=FIRST_EXCEPTION)
                 for future in done:
