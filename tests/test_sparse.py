@@ -2,6 +2,7 @@
 
 import math
 import signal
+from dataclasses import replace
 
 import pytest
 import torch
@@ -132,19 +133,19 @@ def test_ctrl_c_while_writing_back_waits_until_all_is_back(monkeypatch, at):
     target = dense()
     selection = some(target)
     before = everything(target.model)
-    write, calls = sparse._write, []
+    write, calls = sparse.Site.write, []
 
-    def interrupted(parameter, index, values):
+    def interrupted(site, values):
         calls.append(1)
         if len(calls) == at:
-            write(parameter, index[:1], values[:1])  # half-written
+            write(replace(site, index=site.index[:1]), values[:1])  # half-written
             raise KeyboardInterrupt
-        write(parameter, index, values)
+        write(site, values)
 
     def disturb():
         with restoring(target.model, selection) as values:
             scatter(target.model, selection, {name: torch.zeros_like(v) for name, v in values.items()})
-            monkeypatch.setattr(sparse, "_write", interrupted)
+            monkeypatch.setattr(sparse.Site, "write", interrupted)
 
     with pytest.raises(KeyboardInterrupt):
         disturb()

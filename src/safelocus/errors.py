@@ -30,6 +30,14 @@ class SelectionError(SafelocusError):
     """A selection is impossible, matches nothing, or belongs to another model."""
 
 
+class PatchError(SafelocusError):
+    """A patch file is damaged, or a patch does not belong to this model."""
+
+
+class TrainingError(SafelocusError):
+    """A training run cannot be set up as asked."""
+
+
 class NumericalError(SafelocusError):
     """NaN or infinity in weights, gradients or scores; the message names the tensor and the batch."""
 

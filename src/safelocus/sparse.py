@@ -1,16 +1,20 @@
 """The one place where a selection's indices touch a model's tensors: read, write, and put back exactly.
 
+    sites(model, selection)             -> name -> Site: where each tensor's selected weights are in this process
     gather(model, selection)            -> name -> values at the coordinates, in the parameter's dtype
     scatter(model, selection, values)      writes values there
     restoring(model, selection)            within: write what you like there; afterwards: the old bits
 
 A parameter may have any dtype, strides and device, and any name that PEFT, `torch.compile` or FSDP gives it.
+Where it is sharded (FSDP2), every process reads and writes the weights of its own shard and no others.
 A selection that finds no tensor, or not all of its tensors, is an error that lists names; so are values of
 another length. Bits are moved as integers, so NaN payloads, negative zeros and 8-bit floats survive.
 """
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,12 +25,58 @@ from safelocus.selection import Selection
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Site:
+    """The selected weights of one tensor that this process holds: k of them, all unless it is sharded.
+
+    Attributes:
+        parameter: the tensor.
+        index: int64 [k], flat indices into the tensor (its local shard), on its device.
+        position: int64 [k], which of the tensor's selected weights these are; None for all, in order.
+    """
+
+    parameter: nn.Parameter
+    index: Tensor
+    position: Tensor | None = None
+
+    def read(self) -> Tensor:
+        """[k] copies of the weights."""
+        bits = _bits(self.parameter)
+        return bits.take(self.index.to(bits.device)).view(self.parameter.dtype)
+
+    def write(self, values: Tensor) -> None:
+        """Put [k] values in place, rounded to the parameter's dtype."""
+        bits = _bits(self.parameter)
+        own = values.detach().to(bits.device, self.parameter.dtype)
+        # put_ counts elements in logical order whatever the strides are, like the flat indices
+        bits.put_(self.index.to(bits.device), _bits(own))
+
+    def take(self, gradient: Tensor) -> Tensor:
+        """[k] elements of a tensor that is shaped and sharded like the parameter, such as its gradient."""
+        return local(gradient.detach()).take(self.index)
+
+    def part_of(self, values: Tensor) -> Tensor:
+        """[k] of the values given for all selected weights of the whole tensor."""
+        return values if self.position is None else values[self.position.to(values.device)]
+
+
+def sites(model: nn.Module, selection: Selection) -> dict[str, Site]:
+    """Canonical name -> site, for every tensor of the selection, in its order.
+
+    Raises:
+        SelectionError: tensors are missing or have another shape (names are listed), hold no values
+            (offloaded to disk or on the meta device), or are of a type without single weights (4-bit).
+    """
+    return {
+        name: _site(parameter, selection[name]) for name, parameter in selected_parameters(model, selection).items()
+    }
+
+
 def selected_parameters(model: nn.Module, selection: Selection) -> dict[str, nn.Parameter]:
     """Canonical name -> the parameter, for every tensor of the selection, in its order.
 
     Raises:
-        SelectionError: tensors are missing or have another shape (names are listed), or hold no values
-            (offloaded to disk or on the meta device).
+        SelectionError: see `sites`.
     """
     own = dict(model.named_parameters())
     matched = selection.require({name: tuple(parameter.shape) for name, parameter in own.items()})
@@ -42,16 +92,13 @@ def gather(model: nn.Module, selection: Selection) -> dict[str, Tensor]:
     """Copies of the weights at the coordinates: name -> [k of this tensor], dtype and device of the parameter.
 
     Raises:
-        SelectionError: see `selected_parameters`.
+        SelectionError: see `sites`.
 
     Example:
         >>> values = gather(target.model, selection)                      # doctest: +SKIP
         >>> scatter(target.model, selection, values)     # changes nothing  # doctest: +SKIP
     """
-    return {
-        name: _bits(parameter).take(selection[name].to(parameter.device)).view(parameter.dtype)
-        for name, parameter in selected_parameters(model, selection).items()
-    }
+    return {name: site.read() for name, site in sites(model, selection).items()}
 
 
 def scatter(model: nn.Module, selection: Selection, values: Mapping[str, Tensor]) -> None:
@@ -59,20 +106,20 @@ def scatter(model: nn.Module, selection: Selection, values: Mapping[str, Tensor]
 
     Nothing is written unless everything fits. Raises SelectionError for names or lengths that differ.
     """
-    parameters = selected_parameters(model, selection)
-    if differing := sorted(set(values) ^ set(parameters)):
+    found = sites(model, selection)
+    if differing := sorted(set(values) ^ set(found)):
         raise SelectionError(
             f"values and selection name different tensors: {', '.join(differing[:5])}"
             f"{' ...' if len(differing) > 5 else ''}. Give one value per selected weight"
         )
-    for name in parameters:
+    for name in found:
         if values[name].shape != selection[name].shape:
             raise SelectionError(
                 f"values for {name!r} have shape {list(values[name].shape)}; expected "
                 f"{list(selection[name].shape)}, one per selected weight"
             )
-    for name, parameter in parameters.items():
-        _write(parameter, selection[name], values[name].detach().to(parameter.device, parameter.dtype))
+    for name, site in found.items():
+        site.write(site.part_of(values[name]))
 
 
 @contextmanager
@@ -91,35 +138,58 @@ def restoring(model: nn.Module, selection: Selection) -> Iterator[dict[str, Tens
         >>> with restoring(target.model, selection) as values:                                    # doctest: +SKIP
         ...     scatter(target.model, selection, {name: 0 * value for name, value in values.items()})
     """
-    parameters = selected_parameters(model, selection)
-    saved = gather(model, selection)
+    found = sites(model, selection)
+    dtypes = {name: site.parameter.dtype for name, site in found.items()}
+    saved = {name: site.read() for name, site in found.items()}
     try:
         yield saved
     finally:
         interrupted = None
-        while parameters:
+        while found:
             try:
                 # a tensor leaves the list when it is written: an interruption repeats at most that one
-                name = next(iter(parameters))
-                _write(parameters[name], selection[name], saved[name].to(parameters[name].device))
-                del parameters[name]
+                name = next(iter(found))
+                assert found[name].parameter.dtype == dtypes[name], f"{name} changed its dtype in between"
+                found[name].write(saved[name])
+                del found[name]
             except KeyboardInterrupt as error:
                 interrupted = error
         if interrupted is not None:
             raise interrupted
 
 
-def _bits(parameter: Tensor) -> Tensor:
-    """The same memory as integers of the same width; strides stay as they are."""
-    if parameter.element_size() not in _INTEGERS:
+def _site(parameter: nn.Parameter, index: Tensor) -> Site:
+    if parameter.element_size() not in _INTEGERS or not parameter.is_floating_point():
         raise SelectionError(
             f"weights of type {parameter.dtype} cannot be changed one by one; load them as bf16 or fp32"
         )
-    return parameter.detach().view(_INTEGERS[parameter.element_size()])
+    device = local(parameter).device
+    if not _is_sharded(parameter):
+        return Site(parameter=parameter, index=index.to(device))
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    shard: Any = parameter
+    shape, offset = compute_local_shape_and_global_offset(shard.shape, shard.device_mesh, shard.placements)
+    here = torch.ones_like(index, dtype=torch.bool)
+    flat = torch.zeros_like(index)
+    for along, size, first in zip(torch.unravel_index(index, shard.shape), shape, offset, strict=True):
+        here &= (along >= first) & (along < first + size)
+        flat = flat * size + (along - first)
+    position = here.nonzero().squeeze(1)
+    return Site(parameter=parameter, index=flat[position].to(device), position=position.to(device))
 
 
-def _write(parameter: nn.Parameter, index: Tensor, values: Tensor) -> None:
-    """In place. `put_` counts elements in logical order whatever the strides are, like the flat indices."""
-    assert values.dtype == parameter.dtype, f"the parameter became {parameter.dtype} while its weights were changed"
-    with torch.no_grad():
-        _bits(parameter).put_(index.to(parameter.device), _bits(values))
+def _is_sharded(tensor: Tensor) -> bool:
+    return hasattr(tensor, "to_local")  # a DTensor, without importing what only sharded models need
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What this process holds of a tensor: its shard, or all of it."""
+    shard: Any = tensor
+    return shard.to_local() if _is_sharded(tensor) else tensor
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    """The same memory as integers of the same width; strides stay as they are."""
+    own = local(tensor.detach())
+    return own.view(_INTEGERS[own.element_size()])
