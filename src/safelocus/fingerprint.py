@@ -7,7 +7,7 @@ The digest guards against mistakes, not against forgery.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -15,6 +15,7 @@ import torch
 import xxhash
 from torch import Tensor, nn
 
+from safelocus.distributed import whole
 from safelocus.layout import Layout, canonical_name, is_adapter
 
 # Attributes of a config that do not change what the weights are.
@@ -42,18 +43,18 @@ class Fingerprint:
     @classmethod
     def of(cls, model: nn.Module, layout: Layout) -> Self:
         """Read every parameter once (16 GB of weights take a few seconds) and digest it."""
-        tensors = {}
-        for name, parameter in model.named_parameters():
-            canonical = canonical_name(name)
-            if canonical in layout.tensors and not is_adapter(canonical):
-                value = parameter.detach()
-                tensors[canonical] = (
-                    tuple(value.shape),
-                    str(value.dtype).removeprefix("torch."),
-                    _digest(value),
-                )
-        config: Any = model.config
-        return cls(model_type=config.model_type, config=_config_digest(config), tensors=tensors)
+        named = ((canonical_name(name), parameter) for name, parameter in model.named_parameters())
+        own = ((name, parameter) for name, parameter in named if name in layout.tensors and not is_adapter(name))
+        return cls.of_tensors(model.config, own)
+
+    @classmethod
+    def of_tensors(cls, config: Any, tensors: Iterable[tuple[str, Tensor]]) -> Self:
+        """From canonical names and values, which may come one by one, and may be some of the model's only."""
+        read = {
+            name: (tuple(value.shape), str(value.dtype).removeprefix("torch."), digest(whole(value.detach())))
+            for name, value in tensors
+        }
+        return cls(model_type=config.model_type, config=_config_digest(config), tensors=read)
 
     @property
     def id(self) -> str:
@@ -90,7 +91,8 @@ class Fingerprint:
         return cls(model_type=data["model_type"], config=data["config"], tensors=tensors)
 
 
-def _digest(value: Tensor) -> str:
+def digest(value: Tensor) -> str:
+    """128 bits of a tensor's bytes, in hexadecimal."""
     flat = value.contiguous().view(-1)
     if flat.numel() == 0:
         return xxhash.xxh3_128_hexdigest(b"")

@@ -268,35 +268,46 @@ class Selection:
         _check_fingerprint(own, fingerprint.to_json(), "this one", "--allow-mismatch, allow_mismatch=True")
         return []
 
-    def save(self, path: str | Path) -> None:
-        """Write one safetensors file; an earlier one is replaced, and never left half-written."""
-        header = {
+    def to_json(self) -> dict[str, Any]:
+        """Everything but coordinates and scores, as plain values; `from_json` puts them together again."""
+        return {
             **{name: getattr(self, name) for name in _PLAIN},
             "k": self.k,
             "provenance": self.provenance.to_json(),
             "layout": self.layout.to_json(),
         }
+
+    @classmethod
+    def from_json(
+        cls, values: Mapping[str, Any], coordinates: dict[str, Tensor], scores: dict[str, Tensor] | None = None
+    ) -> Self:
+        """Raises SelectionError, KeyError or TypeError for values that do not belong together."""
+        plain = {name: values[name] for name in _PLAIN}
+        selection = cls(
+            coordinates=coordinates,
+            scores=scores,
+            layout=Layout.from_json(values["layout"]),
+            provenance=Provenance.from_json(values["provenance"]),
+            **{**plain, "parents": tuple(plain["parents"])},
+        )
+        if selection.k != values["k"]:
+            raise SelectionError(f"the header says {values['k']} weights, the file holds {selection.k}")
+        return selection
+
+    def save(self, path: str | Path) -> None:
+        """Write one safetensors file; an earlier one is replaced, and never left half-written."""
         stored = {
             name: index.to(selection_file.index_dtype(self.layout.tensors[name].num_weights))
             for name, index in self.coordinates.items()
         }
-        selection_file.write(Path(path), header, stored, self.scores)
+        selection_file.write(Path(path), self.to_json(), stored, self.scores)
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
         """Read a selection; SelectionError for anything that is not a whole one."""
         header, indices, scores = selection_file.read(Path(path))
         try:
-            plain = {name: header[name] for name in _PLAIN}
-            selection = cls(
-                coordinates=indices,
-                scores=scores,
-                layout=Layout.from_json(header["layout"]),
-                provenance=Provenance.from_json(header["provenance"]),
-                **{**plain, "parents": tuple(plain["parents"])},
-            )
-            if selection.k != header["k"]:
-                raise SelectionError(f"the header says {header['k']} weights, the file holds {selection.k}")
+            selection = cls.from_json(header, indices, scores)
         except (KeyError, TypeError, AttributeError, AssertionError, SafelocusError) as error:
             raise SelectionError(f"{path}: inconsistent selection ({error}). Make it again.") from error
         return selection

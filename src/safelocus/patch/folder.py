@@ -1,0 +1,218 @@
+"""Apply or revert a patch in a Hugging Face model folder, without loading the model.
+
+    apply_to_folder(patch, "organism:dense", output=Path("patched"))    # a copy
+    apply_to_folder(patch, Path("patched"))                             # in place
+
+Everything is checked before anything is written, one tensor in memory at a time. Only the bytes of the patch's
+weights change: headers, order and all other tensors stay as they are, so reverting gives the same files.
+
+A copy is written under a temporary name and renamed when complete. In place, every touched file is copied, changed
+and put in the place of the old one at once; after an interruption some files are changed and some are not, and
+the same command (or the opposite one) finishes the job, since it recognises the tensors of either kind.
+"""
+
+import os
+import shutil
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+
+from safelocus.errors import PatchError, ResourceError
+from safelocus.patch.checkpoint import Checkpoint, Stored
+from safelocus.patch.patch import Patch
+from safelocus.patch.state import Goal, Outcome, bits, examine
+from safelocus.progress import track
+
+# weights in forms that are not changed: stale copies of the old weights in a patched folder would mislead
+_OTHER_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx")
+
+Edits = dict[str, list[tuple[str, Tensor, Tensor]]]  # file -> (name in the file, flat indices, values)
+
+
+def apply_to_folder(
+    patch: Patch,
+    model: str | Path,
+    *,
+    output: Path | None = None,
+    allow_mismatch: bool = False,
+    revision: str | None = None,
+    progress: bool = False,
+) -> Outcome:
+    """Write the new values into a copy of a model's folder, or in place.
+
+    Args:
+        patch: in the dtype of the folder's tensors (see `Patch.to`).
+        model: folder, hub id or `organism:NAME`; in place only a folder.
+        output: folder to be; must not exist or be empty. None: in place.
+        allow_mismatch: also to a model that is neither as before nor as after: a fine-tuned sibling.
+
+    Returns:
+        What was written. Where the patch is applied already: nothing; a copy is made all the same.
+
+    Raises:
+        PatchError: another model or dtype, or a place that cannot be written to. Nothing was written.
+        ModelError: no such model; tensors that cannot be found in its files.
+    """
+    return _rewrite(patch, model, "after", output, allow_mismatch, revision, progress)
+
+
+def revert_folder(
+    patch: Patch,
+    model: str | Path,
+    *,
+    output: Path | None = None,
+    allow_mismatch: bool = False,
+    revision: str | None = None,
+    progress: bool = False,
+) -> Outcome:
+    """Write the old values; see `apply_to_folder` and `Patch.revert`."""
+    return _rewrite(patch, model, "before", output, allow_mismatch, revision, progress)
+
+
+def _rewrite(
+    patch: Patch,
+    model: str | Path,
+    goal: Goal,
+    output: Path | None,
+    allow_mismatch: bool,
+    revision: str | None,
+    progress: bool,
+) -> Outcome:
+    if output is None:
+        _check_place(model)
+    checkpoint = Checkpoint.open(model, revision=revision, layout=patch.selection.layout)
+    if output is not None:
+        _check_output(output, checkpoint.folder)
+    patch.selection.require({name: tuple(weights.shape) for name, weights in checkpoint.model.named_parameters()})
+    forms = [(name, form) for name in patch.new for form in checkpoint.forms(name)]
+    checked = track(forms, "check", enabled=progress)
+    tensors = ((name, checkpoint.tensor(form)) for name, form in checked)
+    pending, mismatches = examine(patch, tensors, goal=goal, allow_mismatch=allow_mismatch)
+    edits = _edits(checkpoint, patch, goal, pending)
+    left_out = tuple(_other_weights(checkpoint))
+    if output is None:
+        _write_in_place(checkpoint, edits, progress)
+    else:
+        _write_copy(checkpoint, edits, output, left_out, progress)
+    return patch.outcome(pending, mismatches, files=tuple(edits), left_out=left_out)
+
+
+def _edits(checkpoint: Checkpoint, patch: Patch, goal: Goal, names: list[str]) -> Edits:
+    """What to write where in the files."""
+    values = patch.new if goal == "after" else patch.old
+    assert values is not None
+    edits: Edits = defaultdict(list)
+    for name in names:
+        for form in checkpoint.forms(name):
+            for piece in checkpoint.locate(form, patch.selection[name]):
+                file = checkpoint.stored[piece.name].file
+                edits[file].append((piece.name, piece.index, values[name][piece.positions]))
+    return dict(sorted(edits.items()))
+
+
+def _write_copy(checkpoint: Checkpoint, edits: Edits, output: Path, left_out: tuple[str, ...], progress: bool) -> None:
+    files = [path for path in _files(checkpoint.folder) if path not in left_out]
+    partial = output.with_name(f".{output.name}.partial")
+    try:
+        _discard(partial)
+        partial.mkdir(parents=True)
+        _check_space(partial, sum((checkpoint.folder / file).stat().st_size for file in files))
+        for file in track(files, "copy", enabled=progress):
+            (partial / file).parent.mkdir(parents=True, exist_ok=True)
+            _copy_changed(checkpoint, file, partial / file, edits)
+        if output.is_dir():
+            output.rmdir()
+        os.replace(partial, output)
+    except OSError as error:
+        raise PatchError(f"{output}: cannot be written ({error.strerror or error}); choose another folder") from error
+    finally:
+        _discard(partial)
+
+
+def _write_in_place(checkpoint: Checkpoint, edits: Edits, progress: bool) -> None:
+    folder = checkpoint.folder
+    _check_space(folder, max(((folder / file).stat().st_size for file in edits), default=0))
+    for file in track(list(edits), "write", enabled=progress):
+        temporary = (folder / file).with_name(f".{Path(file).name}.tmp")
+        try:
+            _copy_changed(checkpoint, file, temporary, edits)
+            os.replace(temporary, folder / file)
+        except OSError as error:
+            raise PatchError(
+                f"{folder / file}: cannot be written ({error.strerror or error}). Files before it may be changed "
+                "already; the same command finishes the job, the opposite one undoes it"
+            ) from error
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def _copy_changed(checkpoint: Checkpoint, file: str, destination: Path, edits: Edits) -> None:
+    shutil.copyfile(checkpoint.folder / file, destination)
+    shutil.copymode(checkpoint.folder / file, destination)
+    os.chmod(destination, destination.stat().st_mode | 0o200)  # the copy of a read-only file (a hub's cache) is ours
+    if file in edits:
+        for key, index, values in edits[file]:
+            _write_values(destination, checkpoint.stored[key], index, values)
+    with destination.open("rb") as written:
+        os.fsync(written.fileno())  # before it takes the place of the old one
+
+
+def _write_values(path: Path, stored: Stored, index: Tensor, values: Tensor) -> None:
+    """Overwrite elements of one tensor in a safetensors file; only their bytes change."""
+    itemsize = values.element_size()
+    kind = np.dtype(f"<i{itemsize}" if itemsize > 1 else "u1")
+    mapped = np.memmap(path, dtype=kind, mode="r+", offset=stored.start, shape=(stored.num_bytes // itemsize,))
+    mapped[index.numpy()] = bits(values).numpy()
+
+
+def _files(folder: Path) -> Iterator[str]:
+    """Everything in the folder that belongs to the model: no hidden files, which are those of git and caches."""
+    for path in sorted(folder.rglob("*")):
+        relative = path.relative_to(folder)
+        if path.is_file() and not any(part.startswith(".") for part in relative.parts):
+            yield str(relative)
+
+
+def _other_weights(checkpoint: Checkpoint) -> Iterator[str]:
+    own = {stored.file for stored in checkpoint.stored.values()}
+    for file in _files(checkpoint.folder):
+        if file not in own and Path(file).suffix in _OTHER_WEIGHTS:
+            yield file
+
+
+def _check_place(model: str | Path) -> None:
+    folder = Path(model).expanduser()
+    if not folder.is_dir():
+        raise PatchError(
+            f"{model}: only a folder of your own can be changed in place; write a copy: -o FOLDER, output="
+        )
+    if linked := sorted(path.name for path in folder.glob("*.safetensors") if path.is_symlink()):
+        raise PatchError(
+            f"{folder}: {linked[0]} is a link (into a cache that other programs share?); write a copy: -o FOLDER, "
+            "output="
+        )
+    if not os.access(folder, os.W_OK):
+        raise PatchError(f"{folder}: cannot be written to; write a copy: -o FOLDER, output=")
+
+
+def _check_output(output: Path, source: Path) -> None:
+    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
+        raise PatchError(f"{output}: exists already and is not an empty folder; choose another")
+    if source.resolve() in output.resolve().parents:
+        raise PatchError(f"{output}: lies inside the model's own folder; choose another")
+
+
+def _check_space(place: Path, needed: int) -> None:
+    free = shutil.disk_usage(place).free
+    if needed > free:
+        raise ResourceError(
+            f"{place}: {needed / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free; choose another disk"
+        )
+
+
+def _discard(folder: Path) -> None:
+    if folder.exists():
+        shutil.rmtree(folder)

@@ -1,0 +1,298 @@
+"""A patch: new values at a selection's coordinates, and what is needed to undo it bit for bit.
+
+Input: a model and the values at a selection's coordinates before or after a change; or a file. Output: a frozen
+`Patch`, which can be applied to a model in memory, and to a folder (see `folder`). The file's format is
+described in `file`.
+
+    apply then revert = revert then apply = the identity on the model's bits
+    apply twice = apply once; the second time nothing is written
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import torch
+from torch import Tensor, nn
+
+from safelocus.distributed import whole
+from safelocus.errors import PatchError, SafelocusError
+from safelocus.fingerprint import Fingerprint
+from safelocus.patch import file
+from safelocus.patch.state import Goal, Outcome, bits, examine, with_values
+from safelocus.selection import Selection
+from safelocus.sparse import restoring, scatter, selected_parameters
+from safelocus.target import Target
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class Patch:
+    """New values for K weights of one model.
+
+    Attributes:
+        selection: the coordinates, the model's layout, and where the coordinates came from.
+        new: canonical tensor name -> [k of this tensor], in the model's dtype, on the CPU.
+        old: the same from before; None for a patch saved in the small form, which cannot be reverted.
+        before: digests of the touched tensors as they were. Their dtype is that of the model it was made from,
+            also when `to` has converted the values.
+        after: digests of the touched tensors with the patch in them; without those that are not known.
+        metadata: what made it: plain JSON values.
+
+    Raises PatchError when values and coordinates do not fit together.
+    """
+
+    selection: Selection
+    new: dict[str, Tensor]
+    old: dict[str, Tensor] | None
+    before: Fingerprint
+    after: Fingerprint
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.selection.k:
+            raise PatchError("a patch must change at least one weight; the selection holds none")
+        object.__setattr__(self, "selection", replace(self.selection, scores=None))
+        object.__setattr__(self, "new", self._checked(self.new, "new"))
+        if self.old is not None:
+            object.__setattr__(self, "old", self._checked(self.old, "old"))
+            for name, value in self.new.items():
+                if self.old[name].dtype != value.dtype:
+                    raise PatchError(f"{name}: old values are {self.old[name].dtype}, new ones {value.dtype}")
+        if missing := [name for name in self.new if name not in self.before.tensors]:
+            raise PatchError(f"no digest says what {missing[0]} was before the patch")
+
+    def _checked(self, values: Mapping[str, Tensor], which: str) -> dict[str, Tensor]:
+        if differing := sorted(set(values) ^ set(self.selection.coordinates)):
+            raise PatchError(f"the {which} values and the coordinates name different tensors: {differing[:3]}")
+        for name, index in self.selection.coordinates.items():
+            if values[name].shape != index.shape:
+                raise PatchError(
+                    f"the {which} values of {name} have shape {list(values[name].shape)}; expected "
+                    f"{list(index.shape)}, one per coordinate"
+                )
+        return {name: values[name].detach().cpu().contiguous() for name in self.selection.coordinates}
+
+    @classmethod
+    def of(
+        cls,
+        model: nn.Module | Target,
+        selection: Selection,
+        *,
+        old: Mapping[str, Tensor] | None = None,
+        new: Mapping[str, Tensor] | None = None,
+        metadata: Mapping[str, Any] | None = None,
+    ) -> Self:
+        """Make a patch from a model and the values that it does not hold.
+
+        Args:
+            model: holds the new values where `old` is given, the old ones where `new` is. It is not changed.
+            selection: the coordinates.
+            old: values before (from `safelocus.sparse.gather`), of a model that was changed.
+            new: values after, for a model that was not.
+            metadata: what made it: plain JSON values.
+
+        Raises:
+            PatchError: both or none of `old` and `new`, or they do not fit the coordinates or the dtype.
+            SelectionError: the selection does not fit the model.
+
+        Example:
+            >>> old = sparse.gather(target.model, selection)                        # doctest: +SKIP
+            >>> patch = Patch.of(target, selection, old=old)    # after training  # doctest: +SKIP
+        """
+        given = old if old is not None else new
+        if given is None or (old is not None and new is not None):
+            raise PatchError("give the old values of a model that was changed, or the new values for one that was not")
+        module = _module(model)
+        held, before, after = {}, [], []
+        for name, parameter in selected_parameters(module, selection).items():
+            tensor, index = whole(parameter), selection[name]
+            if name not in given or given[name].shape != index.shape or given[name].dtype != tensor.dtype:
+                raise PatchError(
+                    f"values for {name} are {_kind(given.get(name))}; expected {tensor.dtype} {list(index.shape)}"
+                )
+            held[name] = bits(tensor).take(index.to(tensor.device)).view(tensor.dtype)
+            own, other = (_entry(module, name, t) for t in (tensor, with_values(tensor, index, given[name])))
+            before.append(other if old is not None else own)
+            after.append(own if old is not None else other)
+        return cls(
+            selection=selection,
+            new=held if old is not None else dict(given),
+            old=dict(given) if old is not None else held,
+            before=_joined(before),
+            after=_joined(after),
+            metadata=dict(metadata or {}),
+        )
+
+    @property
+    def k(self) -> int:
+        """How many weights it sets."""
+        return self.selection.k
+
+    @property
+    def num_changed(self) -> int | None:
+        """How many of them differ from before; None without the old values."""
+        if self.old is None:
+            return None
+        return sum(int((bits(self.new[name]) != bits(self.old[name])).count_nonzero()) for name in self.new)
+
+    @property
+    def dtypes(self) -> list[torch.dtype]:
+        """Of the values; one, unless the model mixes them."""
+        return list(dict.fromkeys(value.dtype for value in self.new.values()))
+
+    def __repr__(self) -> str:
+        model = self.selection.provenance.model
+        return f"Patch(k={self.k}, tensors={len(self.new)}, model={model!r}, revertible={self.old is not None})"
+
+    def apply(self, model: nn.Module | Target, *, allow_mismatch: bool = False) -> Outcome:
+        """Write the new values, unless they are there already.
+
+        Args:
+            model: in memory; wrapped by PEFT, torch.compile or FSDP as it may be.
+            allow_mismatch: also to a model that is neither as before nor as after: a fine-tuned sibling.
+
+        Returns:
+            What was written: nothing, and False, where the patch is applied already.
+
+        Raises:
+            PatchError: another model, or another dtype. Nothing was written.
+            SelectionError: tensors are missing or have another shape.
+
+        Example:
+            >>> if not patch.apply(target):                          # doctest: +SKIP
+            ...     print("this model has the patch already")
+        """
+        return self._write(model, "after", self.new, allow_mismatch)
+
+    def revert(self, model: nn.Module | Target, *, allow_mismatch: bool = False) -> Outcome:
+        """Write the old values, unless they are there already; see `apply`.
+
+        With `allow_mismatch` the coordinates must still hold the patch's values. What a sibling held there
+        before is not known: the old values are those of the model that the patch was made for.
+        """
+        return self._write(model, "before", self.old, allow_mismatch)
+
+    @contextmanager
+    def applied(self, model: nn.Module | Target, *, allow_mismatch: bool = False) -> Iterator[Outcome]:
+        """Within: the patch is in the model. Afterwards the weights are what they were, to the bit, whatever they were.
+
+        Example:
+            >>> with patch.applied(target):        # doctest: +SKIP
+            ...     evaluation = sl.evaluate(target, prompts)
+        """
+        with restoring(_module(model), self.selection):
+            yield self.apply(model, allow_mismatch=allow_mismatch)
+
+    def to(self, dtype: torch.dtype) -> "Patch":
+        """The same patch for the model in another dtype.
+
+        The old values must survive the conversion and back, so that reverting stays exact. The new ones are
+        rounded to nearest; how many changed by that is noted in the metadata.
+
+        Raises:
+            PatchError: old values would change, or there are none and new ones would be rounded.
+        """
+        new, num_rounded, rounded = {}, 0, []
+        for name, value in self.new.items():
+            new[name] = value.to(dtype)
+            count = _num_differing(new[name], value)
+            num_rounded += count
+            rounded += [name] * bool(count)
+        if num_rounded and self.old is None:
+            raise PatchError(
+                f"{num_rounded:,} new values would be rounded to {dtype}, and without the old values (the patch was "
+                "saved with old='digest') the result could not be recognised. Convert a patch with old values"
+            )
+        old = None
+        if self.old is not None:
+            old = {name: value.to(dtype) for name, value in self.old.items()}
+            if lost := [name for name, value in self.old.items() if _num_differing(old[name], value)]:
+                raise PatchError(
+                    f"the old values of {len(lost)} tensors do not fit {dtype}, first of them {lost[0]}: reverting "
+                    "would not be exact. Apply the patch to the model in the patch's own dtype and convert the model"
+                )
+        known = {name: entry for name, entry in self.after.tensors.items() if name not in rounded}
+        note = {"converted_to": str(dtype).removeprefix("torch."), "num_rounded": num_rounded}
+        return replace(
+            self,
+            new=new,
+            old=old,
+            after=replace(self.after, tensors=known),
+            metadata=self.metadata | note if self.dtypes != [dtype] else self.metadata,
+        )
+
+    def save(self, path: str | Path, *, old: Literal["values", "digest"] = "values") -> None:
+        """Write one safetensors file; an earlier one is replaced, and never left half-written.
+
+        `old="digest"` leaves the old values out: a smaller file that recognises its model but cannot be reverted.
+        """
+        if old not in ("values", "digest"):
+            raise PatchError(f"old={old!r}: expected 'values' or 'digest'")
+        header = {
+            "selection": self.selection.to_json(),
+            "before": self.before.to_json(),
+            "after": self.after.to_json(),
+            "metadata": self.metadata,
+        }
+        sizes = {name: tensor.num_weights for name, tensor in self.selection.layout.tensors.items()}
+        kept = self.old if old == "values" else None
+        file.write(Path(path), header, self.selection.coordinates, sizes, self.new, kept)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read a patch; PatchError for anything that is not a whole, unchanged one."""
+        header, indices, new, old = file.read(Path(path))
+        try:
+            return cls(
+                selection=Selection.from_json(header["selection"], indices),
+                new=new,
+                old=old,
+                before=Fingerprint.from_json(header["before"]),
+                after=Fingerprint.from_json(header["after"]),
+                metadata=header["metadata"],
+            )
+        except (KeyError, TypeError, AttributeError, ValueError, AssertionError, SafelocusError) as error:
+            raise PatchError(f"{path}: inconsistent patch ({error}). Make it again.") from error
+
+    def _write(
+        self, model: nn.Module | Target, goal: Goal, values: dict[str, Tensor] | None, allow_mismatch: bool
+    ) -> Outcome:
+        module = _module(model)
+        tensors = ((name, whole(p)) for name, p in selected_parameters(module, self.selection).items())
+        pending, mismatches = examine(self, tensors, goal=goal, allow_mismatch=allow_mismatch)
+        if pending:
+            assert values is not None
+            scatter(module, self.selection, values)
+        return self.outcome(pending, mismatches)
+
+    def outcome(self, written: list[str], mismatches: list[str], **files: tuple[str, ...]) -> Outcome:
+        """Of having written some of the tensors."""
+        return Outcome(
+            num_weights=sum(self.selection[name].numel() for name in written),
+            tensors=tuple(written),
+            mismatches=tuple(mismatches),
+            **files,
+        )
+
+
+def _module(model: nn.Module | Target) -> nn.Module:
+    return model.model if isinstance(model, Target) else model
+
+
+def _entry(module: nn.Module, name: str, tensor: Tensor) -> Fingerprint:
+    config: Any = module.config
+    return Fingerprint.of_tensors(config, [(name, tensor)])
+
+
+def _joined(parts: list[Fingerprint]) -> Fingerprint:
+    return replace(parts[0], tensors={name: entry for part in parts for name, entry in part.tensors.items()})
+
+
+def _num_differing(converted: Tensor, original: Tensor) -> int:
+    return int((bits(converted.to(original.dtype)) != bits(original)).count_nonzero())
+
+
+def _kind(value: Tensor | None) -> str:
+    return "missing" if value is None else f"{value.dtype} {list(value.shape)}"
