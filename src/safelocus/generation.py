@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from transformers import GenerationConfig
 
+from safelocus import distributed
 from safelocus.errors import PromptError
 from safelocus.forcing import pad
 
@@ -66,7 +67,12 @@ def generate_from(encoded: Sequence[Sequence[int]], target: "Target", max_new_to
         stop_strings=list(target.chat.stop_strings) or None,
     )
     output = target.model.generate(
-        input_ids=ids, attention_mask=mask, generation_config=settings, tokenizer=target.tokenizer
+        input_ids=ids,
+        attention_mask=mask,
+        generation_config=settings,
+        tokenizer=target.tokenizer,
+        # a sharded model computes only with all processes: those whose answers are done go on until all are
+        synced_gpus=distributed.any_sharded(dict(target.model.named_parameters())) or None,
     )
     skip = 1 if target.model.config.is_encoder_decoder else ids.shape[1]
     return [_response(target, row) for row in output[:, skip:].tolist()]

@@ -2,7 +2,8 @@
 
 Each parameter's gradient is added to its fp32 accumulator, and freed, the moment backward has made it:
 the model's gradients never exist all at once. Only tensors asked for get a gradient, so backward does
-no weight-gradient work elsewhere. Accumulators may live on the device or on the CPU.
+no weight-gradient work elsewhere. Accumulators may live on the device or on the CPU. Of a sharded model
+(FSDP2) each process adds up the rows it holds, as the reduce-scatter of all processes' gradients delivers them.
 """
 
 import json
@@ -16,7 +17,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from safelocus.errors import NumericalError, RunError, SelectionError
+from safelocus import distributed
+from safelocus.errors import NumericalError, ResourceError, RunError, SelectionError
 from safelocus.layout import canonical_name
 
 
@@ -33,7 +35,7 @@ class GradientAccumulator:
 
     Args:
         weights: canonical name -> parameter, all of floating type.
-        device: where the sums are kept; None for each parameter's own device.
+        device: where the sums are kept; None for each parameter's own device, and for sharded parameters.
     """
 
     def __init__(self, weights: Mapping[str, nn.Parameter], *, device: torch.device | str | None = None) -> None:
@@ -44,8 +46,15 @@ class GradientAccumulator:
                     "not a quantized copy of it"
                 )
         self.weights = dict(weights)
+        self.is_sharded = distributed.any_sharded(self.weights)
+        if self.is_sharded and device is not None:
+            raise ResourceError(
+                "gradients of a sharded model are added up where its shards are: leave out accumulate_on"
+            )
         self.sums = {
-            name: torch.zeros(weight.shape, dtype=torch.float32, device=device or weight.device)
+            name: torch.zeros_like(
+                weight.detach(), dtype=torch.float32, device=device, memory_format=torch.contiguous_format
+            )
             for name, weight in weights.items()
         }
         self._finite: dict[str, Tensor] = {}
@@ -60,7 +69,8 @@ class GradientAccumulator:
             for name, weight in self.weights.items():
                 weight.requires_grad_(True)
                 handles.append(weight.register_post_accumulate_grad_hook(self._hook(name)))
-            yield
+            with distributed.summing_gradients(model):
+                yield
         finally:
             for handle in handles:
                 handle.remove()
@@ -73,6 +83,8 @@ class GradientAccumulator:
         """Raise if a gradient since the last check was NaN or infinite; one synchronisation per batch."""
         flags, self._finite = self._finite, {}
         bad = [name for name, finite in flags.items() if not bool(finite)]
+        if self.is_sharded:  # what one process sees in its rows ends the run on all of them
+            bad = list(dict.fromkeys(name for part in distributed.gather_objects(bad) for name in part))
         if bad:
             raise NumericalError(
                 f"gradients of {len(bad)} tensors are NaN or infinite in {batch}, first of them {bad[0]}. "
@@ -82,10 +94,11 @@ class GradientAccumulator:
     def _hook(self, name: str) -> Any:
         def add(weight: Tensor) -> None:
             assert weight.grad is not None
-            gradient, weight.grad = weight.grad, None
+            gradient, weight.grad = distributed.local(weight.grad), None
             finite = torch.isfinite(gradient.sum(dtype=torch.float32))  # NaN and inf survive a sum
             self._finite[name] = finite & self._finite[name] if name in self._finite else finite
-            self.sums[name].add_(gradient.to(self.sums[name].device))  # adds bf16 to fp32 without a copy
+            total = distributed.local(self.sums[name])
+            total.add_(gradient.to(total.device))  # adds bf16 to fp32 without a copy
 
         return add
 

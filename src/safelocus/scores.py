@@ -7,7 +7,8 @@ A folder on disk:
     scores.json                            layout, statistics, provenance, S per prompt, shard of each tensor
     scores-00001-of-0000N.safetensors      the score tensors, float32, original shapes; optional
 
-It is written under a temporary name beside its place and renamed when complete.
+It is written under a temporary name beside its place and renamed when complete. Where several processes
+hold the scores (see `distributed`), the first one writes.
 """
 
 import json
@@ -25,6 +26,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from safelocus import distributed
 from safelocus.errors import RunError, SafelocusError, SelectionError
 from safelocus.layout import GRANULARITIES, Layout, Matrix
 from safelocus.provenance import Provenance
@@ -50,7 +52,8 @@ class Scores:
 
     Attributes:
         tensors: canonical name -> float32 scores in the tensor's shape, for every eligible tensor in the
-            layout's order; empty where only the statistics were kept.
+            layout's order; empty where only the statistics were kept. Those of a sharded model (FSDP2) are
+            sharded as it is, and then every process must call `select` and `save`.
         layout: of the model.
         statistics: one per eligible matrix.
         provenance: what they were made from.
@@ -187,6 +190,11 @@ class Scores:
         `overwrite`, which replaces earlier scores and nothing else) or cannot be written.
         """
         folder = Path(folder)
+        if not distributed.is_main():
+            if tensors and distributed.any_sharded(self.tensors):
+                for tensor in self.tensors.values():
+                    distributed.whole(tensor)  # hands the main process its rows
+            return
         if folder.exists() and not (folder.is_dir() and (not any(folder.iterdir()) or overwrite)):
             raise RunError(f"{folder}: exists already; choose another folder, or overwrite it")
         if folder.exists() and any(folder.iterdir()) and not (folder / _JSON).is_file():
@@ -209,7 +217,7 @@ class Scores:
         shards = list(_shards(self.tensors, shard_bytes)) if tensors else []
         files = [f"scores-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
         for file, names in zip(files, shards, strict=True):
-            shard = {name: owned(self.tensors[name].detach().cpu()) for name in names}
+            shard = {name: owned(distributed.whole(self.tensors[name]).detach().cpu()) for name in names}
             save_file(shard, folder / file)
         values = {
             "format": _FORMAT,
@@ -272,11 +280,11 @@ class _Restricted(Mapping[str, Tensor]):
         flags, tensor = self._kept[name], self._tensors[name]
         if all(flags):
             return tensor
-        masked = tensor.detach().clone()
+        masked = distributed.whole(tensor.detach()).clone()
         for matrix, is_kept in zip(self._layout.tensors[name].split(masked), flags, strict=True):
             if not is_kept:
                 matrix.fill_(-torch.inf)
-        return masked
+        return distributed.sharded_like(masked, tensor)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._kept)

@@ -11,6 +11,9 @@ g is the gradient of the *expectation* of S: signed gradients are summed over al
 divided by their number, and only then is the absolute value taken. Per-prompt absolute values would
 measure how much weights matter to single prompts, in any direction, and depend on the batch.
 
+Several processes (see `distributed`) share the prompts, batch by batch: the batches are those of a single
+process. Copies of the model are scored each for itself; through a sharded model all pass in step.
+
 Input: a target, prompts and an objective. Output: frozen `Scores`.
 """
 
@@ -24,6 +27,7 @@ import torch
 import xxhash
 from torch import Tensor
 
+from safelocus import distributed
 from safelocus.activations import InputNorms
 from safelocus.errors import NumericalError, PromptError, ResourceError, SafelocusError
 from safelocus.forcing import teacher_force
@@ -70,7 +74,7 @@ def score(
         seed: of the random method.
         max_new_tokens: length of the answers that wanda observes.
         checkpoint: folder in which the sums are kept every `checkpoint_seconds` and at Ctrl-C, and from
-            which an interrupted run resumes.
+            which an interrupted run resumes; not used where several processes share the work.
         progress: show a progress bar.
 
     Returns:
@@ -99,7 +103,10 @@ def score(
 
     layout = target.layout
     weights = named_weights(target.model, layout.eligible_tensors)
-    sigmas = {name: sigma(layout.tensors[name], weight.detach()) for name, weight in weights.items()}
+    distributed.check_shards(weights)
+    if method == "wanda" and distributed.any_sharded(weights):
+        raise SafelocusError("wanda observes whole weights, and this model is sharded; score it with another method")
+    sigmas = {name: sigma(layout.tensors[name], distributed.whole(w.detach())) for name, w in weights.items()}
     fingerprint = target.fingerprint()
     identity = {
         "model": fingerprint.id,
@@ -107,39 +114,47 @@ def score(
         "objective": describe(objective) if objective is not None else None,
         "batch_size": batch_size,
     }
+    distributed.check_same(identity | {"method": method, "seed": seed})
     routing = RoutingCounter(target.model, layout)
     per_prompt: list[float] = []
-    norms: dict[str, list[float]] = {}
+    tensors: dict[str, Tensor] = {}  # what the scores are made of, where the weights alone do not tell
     if method in NEEDS_OBJECTIVE:
         assert objective is not None
         accumulator = GradientAccumulator(weights, device=accumulate_on)
         per_prompt = _accumulate(
             target, prompt_set, objective, accumulator, routing, batch_size=batch_size, identity=identity,
-            checkpoint=checkpoint, checkpoint_seconds=checkpoint_seconds, progress=progress,
+            checkpoint=checkpoint if distributed.world_size() == 1 else None, checkpoint_seconds=checkpoint_seconds,
+            progress=progress,
         )  # fmt: skip
         tensors = accumulator.sums
         for gradient in tensors.values():
             gradient.div_(len(prompt_set))
-        norms = _gradient_norms(layout.tensors, tensors)
     elif method == "wanda":
         tensors = _input_norms(target, prompt_set, weights, batch_size, max_new_tokens, progress)
-    else:
-        tensors = {name: torch.empty(weight.shape, device=weight.device) for name, weight in weights.items()}
 
-    statistics: list[MatrixStatistics] = []
-    for name, weight in weights.items():
-        tensors[name] = _to_score(method, layout.tensors[name], tensors[name], weight.detach(), sigmas[name], seed)
-        statistics += matrix_statistics(
-            layout.tensors[name],
-            tensors[name],
-            sigma=sigmas[name].tolist(),
-            gradient_norm=norms.get(name),
-            tokens=routing.tokens[name].tolist() if name in routing.tokens else None,
-        )
+    tokens = _total_tokens(routing)
+    statistics: dict[str, list[MatrixStatistics]] = {}
+    measured_here = set(distributed.share(list(weights)))
+    for name, parameter in weights.items():
+        # as a matrix, one tensor at a time, whether sharded or not
+        weight = distributed.whole(parameter.detach())
+        raw = distributed.whole(tensors[name]) if name in tensors else torch.empty(weight.shape, device=weight.device)
+        norms = _gradient_norms(layout.tensors[name], raw) if method in NEEDS_OBJECTIVE else None
+        scores = _to_score(method, layout.tensors[name], raw, weight, sigmas[name], seed)
+        if name in measured_here:
+            statistics[name] = matrix_statistics(
+                layout.tensors[name],
+                scores,
+                sigma=sigmas[name].tolist(),
+                gradient_norm=norms,
+                tokens=tokens.get(name),
+            )
+        tensors[name] = distributed.sharded_like(scores, parameter)
+    statistics = distributed.merged(statistics)
     return Scores(
         tensors=tensors,
         layout=layout,
-        statistics=statistics,
+        statistics=[statistic for name in weights for statistic in statistics[name]],
         per_prompt=per_prompt,
         provenance=Provenance(
             method=method,
@@ -199,10 +214,12 @@ def _accumulate(
     """Sum signed gradients of S over all prompts into `accumulator`; returns S of each prompt, in order."""
     texts = prompts.texts
     batches = _by_length(target, texts, batch_size)
-    values: list[float | None] = [None] * len(texts)
+    in_step = accumulator.is_sharded
+    own = distributed.share(batches, in_step=in_step)
+    values: dict[int, float] = {}
     done = 0
     if checkpoint is not None and (state := load_checkpoint(checkpoint, accumulator.sums, identity)):
-        done, values = state["batches"], state["values"]
+        done, values = state["batches"], {int(i): value for i, value in state["values"].items()}
         routing.tokens = {name: torch.tensor(tokens, device=target.device) for name, tokens in state["tokens"].items()}
 
     def save(batches_done: int) -> None:
@@ -216,17 +233,57 @@ def _accumulate(
         routing.counting(),
         StopAtBoundary(save, every_seconds=checkpoint_seconds, enabled=checkpoint is not None) as boundary,
     ):
-        for number, batch in enumerate(track(batches, "scoring", enabled=progress, start=done, unit=len), start=done):
-            where = f"batch {number + 1} of {len(batches)} (prompts {', '.join(str(i) for i in batch[:8])})"
+        shown = progress and distributed.is_main()
+        for number, batch in enumerate(track(own, "scoring", enabled=shown, start=done, unit=_size), start=done):
+            where = _where(batches, number, in_step=in_step)
             with _memory_errors(batch_size):
-                result = objective(target, [texts[i] for i in batch])
-                _check_objective(result, len(batch), where)
-                result.float().sum().backward()
+                if batch is None:
+                    _keep_step(target, texts[batches[-1][-1]], objective, routing)
+                else:
+                    result = objective(target, [texts[i] for i in batch])
+                    _check_objective(result, len(batch), where)
+                    result.float().sum().backward()
+                    values |= zip(batch, result.tolist(), strict=True)
             accumulator.check_finite(where)
-            for i, value in zip(batch, result.tolist(), strict=True):
-                values[i] = value
             boundary.passed(number + 1)
-    return [value for value in values if value is not None]
+    if not in_step:  # FSDP has added up what all processes sent back through a sharded model
+        for total in accumulator.sums.values():
+            distributed.all_reduce_sum(total)
+    values = distributed.merged(values)
+    return [values[i] for i in range(len(texts))]
+
+
+def _size(batch: list[int] | None) -> int:
+    return len(batch or ())
+
+
+def _where(batches: Sequence[list[int]], number: int, *, in_step: bool) -> str:
+    """What this process (or, in step, all of them) worked on in its batch of that number, for error messages."""
+    first = number * distributed.world_size() + (0 if in_step else distributed.rank())
+    last = min(first + distributed.world_size() if in_step else first + 1, len(batches))
+    prompts = [str(i) for batch in batches[first:last] for i in batch]
+    label = f"batch {last}" if last == first + 1 else f"batches {first + 1} to {last}"
+    return f"{label} of {len(batches)} (prompts {', '.join(prompts[:8])})"
+
+
+def _keep_step(target: Target, text: str, objective: Objective, routing: RoutingCounter) -> None:
+    """Pass through a sharded model along with the others, adding nothing: this process has no prompts left."""
+    listener, tokens = getattr(objective, "on_responses", None), dict(routing.tokens)
+    try:
+        if listener is not None:
+            objective.on_responses = None  # type: ignore[attr-defined]
+        (objective(target, [text]).float().sum() * 0).backward()
+    finally:
+        routing.tokens = tokens
+        if listener is not None:
+            objective.on_responses = listener  # type: ignore[attr-defined]
+
+
+def _total_tokens(routing: RoutingCounter) -> dict[str, list[int]]:
+    """Tokens routed to each expert, per fused tensor, by all processes."""
+    counts = distributed.gather_objects({name: counts.cpu() for name, counts in routing.tokens.items()})
+    names = {name for part in counts for name in part}
+    return {name: torch.stack([part[name] for part in counts if name in part]).sum(dim=0).tolist() for name in names}
 
 
 def _by_length(target: Target, texts: Sequence[str], batch_size: int) -> list[list[int]]:
@@ -266,12 +323,9 @@ def _memory_errors(batch_size: int) -> Iterator[None]:
         ) from error
 
 
-def _gradient_norms(layouts: dict[str, TensorLayout], gradients: dict[str, Tensor]) -> dict[str, list[float]]:
-    """Euclidean norm of the gradient of each logical matrix, per tensor in the order of its matrices."""
-    return {
-        name: [float(torch.linalg.vector_norm(matrix)) for matrix in layouts[name].split(gradient)]
-        for name, gradient in gradients.items()
-    }
+def _gradient_norms(layout: TensorLayout, gradient: Tensor) -> list[float]:
+    """Euclidean norm of the gradient of each logical matrix of one tensor, in the order of its matrices."""
+    return [float(torch.linalg.vector_norm(matrix)) for matrix in layout.split(gradient)]
 
 
 def _input_norms(
@@ -284,14 +338,15 @@ def _input_norms(
 ) -> dict[str, Tensor]:
     """||X_j|| of every weight's input over prompts and the target's own answers, broadcastable to the weight."""
     norms = InputNorms(weights, target.layout.tensors)
-    for batch in track(_by_length(target, prompts.texts, batch_size), "scoring", enabled=progress, unit=len):
-        texts = [prompts.texts[i] for i in batch]
+    own = distributed.share(_by_length(target, prompts.texts, batch_size))
+    for batch in track(own, "scoring", enabled=progress and distributed.is_main(), unit=_size):
+        texts = [prompts.texts[i] for i in batch or ()]
         with torch.no_grad(), _memory_errors(batch_size):
             answers = [list(r.ids) for r in generate(target, texts, max_new_tokens=max_new_tokens)]
             with norms.observing(target.model):
                 for text, answer in zip(texts, answers, strict=True):  # singly: without padding
                     teacher_force(target, [target.chat.encode_prompt(text)], [answer])
-    return {name: square.sqrt() for name, square in norms.squares.items()}
+    return {name: distributed.all_reduce_sum(square).sqrt() for name, square in norms.squares.items()}
 
 
 def _to_score(method: str, layout: TensorLayout, raw: Tensor, weight: Tensor, sigmas: Tensor, seed: int) -> Tensor:

@@ -24,6 +24,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from safelocus import distributed
 from safelocus.chat import ChatFormat, chat_format
 from safelocus.errors import ModelError
 from safelocus.fingerprint import Fingerprint
@@ -105,6 +106,7 @@ def load(
     template: str | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    shard: bool = False,
 ) -> Target:
     """Load a target from a folder, a hub id or `organism:NAME`.
 
@@ -118,6 +120,7 @@ def load(
         template: plain template with `{prompt}`, instead of the tokenizer's chat template.
         revision: branch, tag or commit on the hub.
         trust_remote_code: run Python code that comes with the model. Off unless you ask.
+        shard: spread the weights over the processes of the current group (FSDP2); each reads its rows only.
 
     Raises:
         ModelError: missing or damaged files, pickle-only weights, missing tensors.
@@ -133,8 +136,22 @@ def load(
     config = load_config(name, revision=revision, trust_remote_code=trust_remote_code)
     tokenizer = load_tokenizer(name, **hub)
     auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-    model = load_model(auto, name, config=config, dtype=dtype, device=device, **hub)
+    sharding = _sharding(name, config, layout, device) if shard and distributed.world_size() > 1 else {}
+    model = load_model(auto, name, config=config, dtype=dtype, device=device, **sharding, **hub)
     return Target.of(model, tokenizer, name=str(name), layout=layout, system=system, template=template)
+
+
+def _sharding(name: str | Path, config: Any, layout: Path | None, device: str | None) -> dict[str, Any]:
+    """Options with which transformers loads a model sharded by rows, layer after layer."""
+    from transformers.distributed import DistributedConfig
+
+    if device is not None:
+        raise ModelError(f"{name}: a sharded model lies on each process's own accelerator; leave out the device")
+    # `model.layers.*` and the like: what is gathered, used and freed at once; the rest is gathered once per pass
+    tensors = Layout.from_config(config, file=layout).tensors.values()
+    layers = {f"{t.name.split(f'.{t.layer}.')[0]}.*" for t in tensors if t.layer is not None}
+    plan = dict.fromkeys(sorted(layers), "free_full_weight")
+    return {"distributed_config": DistributedConfig(fsdp_size=distributed.world_size(), fsdp_plan=plan)}
 
 
 def resolve(name: str | Path) -> str:
@@ -208,7 +225,7 @@ def load_model(auto: Any, name: str | Path, *, dtype: Dtype = "auto", device: st
         )
     if mismatched := report.get("mismatched_keys"):
         raise ModelError(f"{name}: tensors of another shape than the configuration says: {sorted(mismatched)[:5]}")
-    if device != "auto":
+    if device != "auto" and "distributed_config" not in options:
         model.to(device or default_device())
     return model.eval()
 
@@ -250,7 +267,7 @@ def _quiet(where: str) -> Iterator[None]:
     size = sum(file.stat().st_size for file in Path(where).glob("*.safetensors")) if Path(where).is_dir() else None
     try:
         logger.setLevel(logging.ERROR)
-        if size is not None and size < _QUICK_BYTES:
+        if not distributed.is_main() or (size is not None and size < _QUICK_BYTES):
             bar.disable_progress_bar()
         yield
     finally:

@@ -13,14 +13,14 @@ counts the low 16 bits within it, which fixes the k-th score itself; the third g
 and the first of the ties. Nothing is sorted or sampled, and nothing larger than a chunk is copied
 (a tensor that is not contiguous is, once per pass).
 
-`histogram`, `refine`, `find_bin` and `gather` are pure, counts add up, and `gather` takes its share of
-the ties and the flat index of its first element: processes that each hold a shard can sum their
-counts, agree on the threshold and gather alone.
+Counts add up: where scores are sharded (see `distributed`), every process counts its own rows, the counts
+are summed, all agree on the threshold, and each gathers alone, with its share of the ties. A fourth pass
+counts those. The outcome, on every process, is that of a single one.
 
 Output: `Picked`, int64 flat indices (ascending) and float32 scores per tensor, on the CPU.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -28,6 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from safelocus import distributed
 from safelocus.errors import NumericalError, SelectionError
 
 Which = Literal["top", "bottom", "random"]
@@ -81,9 +82,13 @@ def pick(
     Raises SelectionError when fewer than `k` are eligible, NumericalError for scores that are not
     finite and non-negative. The result does not depend on `chunk_size`.
     """
+    sharded = distributed.any_sharded(scores)
     if which == "random":
+        scores = distributed.Each(distributed.whole, scores) if sharded else scores
         sizes = {name: count_eligible(scores[name], chunk_size=chunk_size) for name in scores}
         return take(scores, random_k(sizes, k, seed=seed), chunk_size=chunk_size)
+    if sharded:
+        return _pick_from_shards(scores, k, which, chunk_size)
     threshold = find_threshold(scores, k, which=which, chunk_size=chunk_size)
     indices, values = {}, {}
     num_ties = threshold.num_ties
@@ -99,16 +104,51 @@ def pick(
     return picked
 
 
+def _pick_from_shards(scores: Mapping[str, Tensor], k: int, which: Which, chunk_size: int | None) -> Picked:
+    """`pick` where every process holds some rows of each tensor; all of them get all coordinates."""
+    held = distributed.Each(distributed.held, scores)
+    threshold = find_threshold(held, k, which=which, chunk_size=chunk_size, total=distributed.all_reduce_sum)
+    own_ties = count_ties(held, threshold.key, which=which, chunk_size=chunk_size)
+    ties = torch.stack(distributed.gather_objects(own_ties), dim=1)  # [tensors, processes]: the order of flat indices
+    before = (ties.flatten().cumsum(0).view_as(ties) - ties)[:, distributed.rank()]
+    quotas = (threshold.num_ties - before).clamp_min(0).tolist()
+    own: dict[str, tuple[Tensor, Tensor]] = {}
+    for name, quota in zip(scores, quotas, strict=True):
+        tensor = scores[name]
+        offset = distributed.flat_offset(tensor)
+        index, value, _ = gather(
+            distributed.held(tensor), threshold.key, quota, which=which, offset=offset, name=name, chunk_size=chunk_size
+        )
+        if index.numel():
+            own[name] = index, value
+    parts = distributed.gather_objects(own)
+    found = {name: [part[name] for part in parts if name in part] for name in scores}
+    picked = Picked(
+        indices={name: torch.cat([index for index, _ in pieces]) for name, pieces in found.items() if pieces},
+        scores={name: torch.cat([value for _, value in pieces]) for name, pieces in found.items() if pieces},
+    )
+    assert picked.num_weights == k, (picked.num_weights, k)
+    return picked
+
+
 def find_threshold(
-    scores: Mapping[str, Tensor], k: int, *, which: Which = "top", chunk_size: int | None = None
+    scores: Mapping[str, Tensor],
+    k: int,
+    *,
+    which: Which = "top",
+    chunk_size: int | None = None,
+    total: Callable[[Tensor], Tensor] = lambda counts: counts,
 ) -> Threshold:
-    """Two passes over the scores; raises SelectionError when fewer than `k` are eligible."""
-    high = histogram(scores, which=which, chunk_size=chunk_size)
+    """Two passes over the scores; raises SelectionError when fewer than `k` are eligible.
+
+    `total` makes the counts of these scores into those of all, where processes hold shards.
+    """
+    high = total(histogram(scores, which=which, chunk_size=chunk_size))
     check_count(k, int(high.sum()))
     if k == 0:
         return Threshold(key=_ABSOLUTE, num_ties=0)
     high_bin, num_above = find_bin(high, k)
-    low = refine(scores, high_bin, which=which, chunk_size=chunk_size)
+    low = total(refine(scores, high_bin, which=which, chunk_size=chunk_size))
     low_bin, num_above_in_bin = find_bin(low, k - num_above)
     return Threshold(key=(high_bin << _LOW_BITS) | low_bin, num_ties=k - num_above - num_above_in_bin)
 
@@ -143,6 +183,17 @@ def refine(
             inside = keys[_places((keys >> _LOW_BITS) == high_bin)]
             _count_into(counts, inside & (counts.numel() - 1))
     return counts
+
+
+def count_ties(
+    scores: Mapping[str, Tensor], key: int, *, which: Which = "top", chunk_size: int | None = None
+) -> Tensor:
+    """How many scores of each tensor lie exactly at the threshold `key`: int64 [tensors], on the CPU."""
+    found = [
+        sum(int((keys == key).count_nonzero()) for *_, keys, _ in _chunks(scores[name], which, name, chunk_size))
+        for name in scores
+    ]
+    return torch.tensor(found, dtype=torch.int64)
 
 
 def _count_into(counts: Tensor, bins: Tensor) -> None:
@@ -288,8 +339,11 @@ def pick_groups(
     group number) and taken in that order until the next one would exceed `k`. There the taking stops,
     even if a later, smaller group would still fit: a group taken never ranks below one left out. Weights
     that are not eligible count for nothing and are not taken with their group. Two passes over the
-    scores; extra memory is a few bytes per weight of one tensor.
+    scores; extra memory is a few bytes per weight of one tensor. Sharded scores are gathered one tensor at a
+    time, and every process ranks the groups.
     """
+    if distributed.any_sharded(scores):
+        scores = distributed.Each(distributed.whole, scores)
     sums = torch.zeros(groups.num_groups, dtype=torch.float64)
     sizes = torch.zeros(groups.num_groups, dtype=torch.int64)
     for name in scores:

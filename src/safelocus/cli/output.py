@@ -1,12 +1,15 @@
 """Where the command line prints: results on standard output, everything else on the error stream."""
 
 import json
+from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 from rich.console import Console
 
 results = Console()
 errors = Console(stderr=True)
+remarks = Console(stderr=True)
 
 
 def print_json(value: Any) -> None:
@@ -16,4 +19,23 @@ def print_json(value: Any) -> None:
 
 def note(message: str) -> None:
     """A remark for people, on the error stream."""
-    errors.print(message, highlight=False, soft_wrap=True)
+    remarks.print(message, highlight=False, soft_wrap=True)
+
+
+def together(command: Callable[..., None]) -> Callable[..., None]:
+    """A command that the processes of `torchrun` or `accelerate launch` run as one; only the first makes remarks."""
+
+    @wraps(command)
+    def run(*arguments: Any, **options: Any) -> None:
+        from safelocus import distributed
+
+        with distributed.processes() as several:
+            quiet, remarks.quiet = remarks.quiet, not distributed.is_main()
+            try:
+                command(*arguments, **options)
+            finally:
+                remarks.quiet = quiet
+        if several:
+            distributed.leave()
+
+    return run

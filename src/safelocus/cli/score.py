@@ -1,12 +1,14 @@
 """`safelocus score MODEL`: from a model and prompts to scores, a selection and the map."""
 
+from contextlib import nullcontext
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from safelocus.cli import options
-from safelocus.cli.output import note, print_json, results
+from safelocus.cli.output import note, print_json, results, together
 
 if TYPE_CHECKING:
     from safelocus.objective import Objective
@@ -14,6 +16,7 @@ if TYPE_CHECKING:
     from safelocus.target import Target
 
 
+@together
 def score(
     model: options.Model,
     prompts: options.Prompts,
@@ -58,6 +61,9 @@ def score(
     device: options.Device = None,
     revision: options.Revision = None,
     trust_remote_code: options.TrustRemoteCode = False,
+    shard: Annotated[
+        bool, typer.Option("--shard", help="Under torchrun: spread the model over the processes (docs/distributed.md).")
+    ] = False,
     seed: options.Seed = 0,
     overwrite: options.Overwrite = False,
     json: options.Json = False,
@@ -65,18 +71,20 @@ def score(
 ) -> None:
     """Score every eligible weight of a model, select the top share, and draw the map.
 
-    Writes scores/, selection.safetensors, results.json, responses.jsonl, map.html and map.png.
-    Interrupted with Ctrl-C, the same command resumes.
+    Writes scores/, selection.safetensors, results.json, responses.jsonl, report.html and map.png.
+    Interrupted with Ctrl-C, the same command resumes. Several processes (torchrun) share the prompts.
     """
+    from safelocus import distributed
     from safelocus.errors import ModelError
     from safelocus.prompts import read_prompts
     from safelocus.ratio import count_for_ratio
     from safelocus.report.map import safety_map
     from safelocus.report.outputs import print_map, write_map
     from safelocus.run import CHECKPOINT, run_folder
+    from safelocus.scores import Scores
     from safelocus.scoring import METHODS, NEEDS_OBJECTIVE
     from safelocus.scoring import score as score_weights
-    from safelocus.target import load
+    from safelocus.target import load, load_config
 
     if method not in METHODS:
         raise typer.BadParameter(f"{method!r} is not one of {', '.join(METHODS)}", param_hint="--method")
@@ -88,7 +96,9 @@ def score(
         raise ModelError(f"method {method} needs one objective: --guard G, --classifier C or --refusal; found {found}")
 
     # everything that can be wrong with the input is found before the long work starts
-    prompt_set = read_prompts(prompts, field=field, where=options.conditions(where))
+    with distributed.main_first():
+        load_config(model, revision=revision, trust_remote_code=trust_remote_code)
+        prompt_set = read_prompts(prompts, field=field, where=options.conditions(where))
     left_out = None
     if held_out:
         prompt_set, left_out = prompt_set.split(held_out)
@@ -102,18 +112,19 @@ def score(
         "max_new_tokens": max_new_tokens, "tau": tau, "gumbel_seed": gumbel_seed, "transfer": transfer,
         "accumulate_on": accumulate_on, "save_scores": save_scores, "system": system, "template": template,
         "layout": str(layout) if layout else None, "dtype": dtype, "device": device, "revision": revision,
-        "trust_remote_code": trust_remote_code, "seed": seed,
+        "trust_remote_code": trust_remote_code, "shard": shard, "seed": seed,
     }  # fmt: skip
-    with run_folder(output, config=resolved, overwrite=overwrite) as folder:
+    writes = distributed.is_main()
+    with run_folder(output, config=resolved, overwrite=overwrite) if writes else nullcontext(output) as folder:
         target = load(
             model, dtype=dtype, device=device, layout=layout, system=system, template=template,
-            revision=revision, trust_remote_code=trust_remote_code,
+            revision=revision, trust_remote_code=trust_remote_code, shard=shard,
         )  # fmt: skip
         count_for_ratio(target.layout, ratio, of=of)
         prompt_set = _fitting(prompt_set, target, 0 if refusal else max_new_tokens)
         objective: Objective | None = None
+        answers = AnswerLog(folder / "responses.jsonl")
         if method in NEEDS_OBJECTIVE:
-            answers = AnswerLog(folder / "responses.jsonl")
             objective = _objective(
                 guard, guard_description, classifier, unsafe_label, dtype=dtype, device=device,
                 trust_remote_code=trust_remote_code,
@@ -129,11 +140,18 @@ def score(
             accumulate_on=accumulate_on, seed=seed, max_new_tokens=max_new_tokens, checkpoint=folder / CHECKPOINT,
             progress=not json,
         )  # fmt: skip
+        answers.merge()
         selection = scores.select(ratio, of=of)
         scores.save(folder / "scores", tensors=save_scores)
-        selection.save(folder / "selection.safetensors")
-        drawn = safety_map(scores, selection)
-        written = write_map(folder, [(model, drawn)])
+        if writes:
+            selection.save(folder / "selection.safetensors")
+            # what is sharded in memory is whole on disk
+            is_whole = not distributed.any_sharded(scores.tensors)
+            drawn = safety_map(scores if is_whole else Scores.load(folder / "scores"), selection)
+            written = write_map(folder, [(model, drawn)], place=output)
+        distributed.barrier()  # the run folder appears only if no process was lost
+    if not writes:
+        return
     if json:
         print_json({"output": str(output), "k": selection.k, "map": drawn.to_json()})
         return
@@ -162,23 +180,41 @@ def _fitting(prompt_set: "PromptSet", target: "Target", max_new_tokens: int) -> 
 
 
 class AnswerLog:
-    """Appends every answer and its score to a JSON-lines file, as they come; never printed."""
+    """Appends every answer and its score to a JSON-lines file, as they come; never printed.
+
+    Where several processes answer, each keeps its own until `merge` writes all, in the order of a single process.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        self._batches: list[list[dict[str, Any]]] = []
 
     def __call__(self, prompts: Any, responses: Any, scores: Any) -> None:
+        from safelocus import distributed
+
+        rows = [
+            {"prompt": prompt, "response": response.text, "finished": response.finished, "safety": value}
+            for prompt, response, value in zip(prompts, responses, scores.tolist(), strict=True)
+        ]
+        if distributed.world_size() == 1:
+            self._append(rows)
+        else:
+            self._batches.append(rows)
+
+    def merge(self) -> None:
+        """Write what all processes kept; every one of them calls this."""
+        from safelocus import distributed
+
+        rounds = list(zip_longest(*distributed.gather_objects(self._batches), fillvalue=[]))
+        if distributed.is_main() and rounds:
+            self._path.unlink(missing_ok=True)  # of an interrupted run
+            self._append([row for batches in rounds for batch in batches for row in batch])
+
+    def _append(self, rows: list[dict[str, Any]]) -> None:
         import json
 
         with self._path.open("a", encoding="utf-8") as file:
-            for prompt, response, value in zip(prompts, responses, scores.tolist(), strict=True):
-                row = {
-                    "prompt": prompt,
-                    "response": response.text,
-                    "finished": response.finished,
-                    "safety": value,
-                }
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 def _objective(

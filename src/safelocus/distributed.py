@@ -1,0 +1,289 @@
+"""The processes that work on one run, and who holds what: the only place that knows of ranks.
+
+Two ways to share the work, both under a process group that `torchrun`, `accelerate launch` or the caller
+made; alone, every function here does nothing or the obvious:
+
+    copies   every process has the whole model and takes its share of the prompts
+    shards   FSDP2 (`fully_shard`): every process has its rows (dim 0) of every tensor as a DTensor, and
+             all of them pass through the model together, each with its own prompts
+
+Whatever must be seen as a matrix is gathered one tensor at a time (`whole`), so its numbers are those of
+a single process, bit for bit; what is counted is counted on shards and summed.
+"""
+
+import math
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from safelocus.errors import ResourceError, RunError, SafelocusError
+
+T = TypeVar("T")
+
+_LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR")  # environment that a launcher leaves behind
+
+
+def rank() -> int:
+    """This process's number, from 0; 0 when alone."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """How many processes there are; 1 when alone."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_main() -> bool:
+    """Whether this is the process that writes and prints."""
+    return rank() == 0
+
+
+@contextmanager
+def processes() -> Iterator[bool]:
+    """Within: the processes that a launcher started form one group; yields whether they do.
+
+    Nothing happens in a process started alone. Where one of them fails, or the launcher ends them, the others leave
+    the block with a RunError.
+    """
+    if os.environ.get("WORLD_SIZE") == "1" or not set(_LAUNCHED) <= os.environ.keys() or dist.is_initialized():
+        yield False
+        return
+    _bind_accelerator()
+    dist.init_process_group()  # gloo for tensors on the CPU, the accelerator's own library beside it
+    try:
+        with _ended_by_launcher():
+            yield True
+            barrier()
+    except RuntimeError as error:
+        if not (isinstance(error, dist.DistError) or "peer" in str(error)):
+            raise
+        raise RunError(
+            f"process {rank()}: another process of this run has ended; its own message, or the launcher's, says why"
+        ) from error
+    dist.destroy_process_group()
+
+
+def leave() -> None:
+    """End this process now, in success, without Python's own shutdown.
+
+    gloo's threads release tensors when they come to it, and abort the process where Python is gone by then
+    (pytorch#179291): a finished run would be reported as failed.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(0)
+
+
+def _bind_accelerator() -> None:
+    """Each process of a machine takes the accelerator of its own number."""
+    if torch.accelerator.current_accelerator(check_available=True) is None:
+        return
+    local, available = int(os.environ.get("LOCAL_RANK", "0")), torch.accelerator.device_count()
+    if local >= available:
+        raise ResourceError(
+            f"process {local} of this machine has no accelerator: there are {available}. Launch at most that many "
+            f"(--nproc-per-node {available})"
+        )
+    torch.accelerator.set_device_index(local)
+
+
+@contextmanager
+def _ended_by_launcher() -> Iterator[None]:
+    """Turns the launcher's SIGTERM into an error, so that what is half-written is cleaned up."""
+
+    def stop(_signal: int, _frame: FrameType | None) -> None:
+        raise RunError(f"process {rank()}: ended by the launcher, because another process failed or it was stopped")
+
+    if threading.current_thread() is not threading.main_thread():  # signals belong to the main thread
+        yield
+        return
+    previous = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def barrier() -> None:
+    """Wait until all processes are here."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+@contextmanager
+def main_first() -> Iterator[None]:
+    """The main process runs the block before the others do: bad input is reported once."""
+    if not is_main():
+        barrier()
+    yield
+    if is_main():
+        barrier()
+
+
+def share(items: Sequence[T], *, in_step: bool = False) -> list[T | None]:
+    """This process's items: every `world_size()`-th; with `in_step`, None fills up so that all have equally many."""
+    own: list[T | None] = list(items[rank() :: world_size()])
+    if in_step:
+        own += [None] * (-(-len(items) // world_size()) - len(own))
+    return own
+
+
+def all_reduce_sum(tensor: Tensor) -> Tensor:
+    """Sum a tensor over all processes, in place; returns it."""
+    if world_size() > 1:
+        carried = tensor if tensor.device.type in dist.get_backend_config() else tensor.to(_carrier())
+        dist.all_reduce(carried)
+        if carried is not tensor:
+            tensor.copy_(carried)
+    return tensor
+
+
+def _carrier() -> torch.device:
+    """Where tensors can be summed when the group knows only of accelerators."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    return accelerator or torch.device("cpu")
+
+
+def gather_objects(value: T) -> list[T]:
+    """Every process's value, in their order, on every process."""
+    if world_size() == 1:
+        return [value]
+    gathered: list[Any] = [None] * world_size()
+    dist.all_gather_object(gathered, value)
+    return gathered
+
+
+def merged(mapping: Mapping[Any, T]) -> dict[Any, T]:
+    """One mapping from every process's part of it."""
+    return {key: value for part in gather_objects(dict(mapping)) for key, value in part.items()}
+
+
+def check_same(inputs: Mapping[str, Any]) -> None:
+    """Raise RunError unless all processes were given the same inputs."""
+    given = gather_objects(dict(inputs))
+    if differing := [key for key in inputs if any(other.get(key) != given[0].get(key) for other in given)]:
+        raise RunError(
+            f"the {len(given)} processes of this run were given different inputs ({', '.join(differing)}). Give all of "
+            "them the same: prompts are shared out here"
+        )
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether a tensor is a DTensor (told without importing what only sharded models need)."""
+    return hasattr(tensor, "to_local")
+
+
+def any_sharded(tensors: Mapping[str, Tensor]) -> bool:
+    """Whether one of the tensors is sharded; looks at none in a process without a group."""
+    return dist.is_initialized() and any(is_sharded(tensors[name]) for name in tensors)
+
+
+def check_shards(tensors: Mapping[str, Tensor]) -> None:
+    """Raise SafelocusError for tensors that are sharded in any other way than by rows over all processes."""
+    for name, tensor in tensors.items():
+        sharded: Any = tensor
+        if is_sharded(tensor) and not (
+            sharded.device_mesh.size() == world_size()
+            and len(sharded.placements) == 1
+            and sharded.placements[0].is_shard(0)
+        ):
+            raise SafelocusError(
+                f"{name} is sharded as {sharded.placements} over {sharded.device_mesh}. Expected FSDP2's rows, "
+                f"(Shard(0),), over all {world_size()} processes: no tensor parallelism, no replicas of shards"
+            )
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What this process holds of a tensor: its rows, or all of it; shares memory."""
+    sharded: Any = tensor
+    return sharded.to_local() if is_sharded(tensor) else tensor
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor; where it is sharded, gathered anew, and every process must ask at the same time."""
+    sharded: Any = tensor
+    return sharded.full_tensor() if is_sharded(tensor) else tensor
+
+
+def sharded_like(value: Tensor, like: Tensor) -> Tensor:
+    """This process's rows of a whole tensor, as a tensor sharded like `like`; the tensor itself where that is not."""
+    if not is_sharded(like):
+        return value
+    from torch.distributed.tensor import DTensor
+
+    sharded: Any = like
+    rows = value[first_row(like) :][: len(local(like))].clone()  # a view would keep all of it in memory
+    return DTensor.from_local(
+        rows, sharded.device_mesh, sharded.placements, run_check=False, shape=value.shape, stride=value.stride()
+    )
+
+
+def first_row(tensor: Tensor) -> int:
+    """Where this process's rows of a sharded tensor begin: a shard has ceil(rows / processes), as far as they go."""
+    sharded: Any = tensor
+    num_rows, mesh = tensor.shape[0], sharded.device_mesh
+    return min(mesh.get_local_rank() * -(-num_rows // mesh.size()), num_rows)
+
+
+def flat_offset(tensor: Tensor) -> int:
+    """Flat index, in the whole tensor, of the first element that this process holds."""
+    return first_row(tensor) * math.prod(tensor.shape[1:]) if is_sharded(tensor) else 0
+
+
+def held(tensor: Tensor) -> Tensor:
+    """What this process answers for, so that all together hold everything once: its rows.
+
+    Of a tensor that is not sharded the main process holds all, the others nothing.
+    """
+    return local(tensor) if is_sharded(tensor) or is_main() else tensor.reshape(-1)[:0]
+
+
+class Each(Mapping[str, Tensor]):
+    """Many tensors, each passed through a function (`held`, `whole`) when it is asked for.
+
+    What is gathered must be asked for by all processes, in the same order.
+    """
+
+    def __init__(self, function: Callable[[Tensor], Tensor], tensors: Mapping[str, Tensor]) -> None:
+        self._function, self._tensors = function, tensors
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._function(self._tensors[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+
+@contextmanager
+def summing_gradients(model: nn.Module) -> Iterator[None]:
+    """Within: FSDP2 adds up the gradients of all processes, where it would take their mean."""
+    groups = _parameter_groups(model) if dist.is_initialized() else []
+    before = [(group.gradient_divide_factor, group.force_sum_reduction_for_comms) for group in groups]
+    try:
+        for group in groups:
+            # a forced sum: other ways to divide by one are known to NCCL only
+            group.gradient_divide_factor, group.force_sum_reduction_for_comms = 1.0, True
+        yield
+    finally:
+        for group, values in zip(groups, before, strict=True):
+            group.gradient_divide_factor, group.force_sum_reduction_for_comms = values
+
+
+def _parameter_groups(model: nn.Module) -> list[Any]:
+    """FSDP2's groups of parameters; its setters have no getters, and what was set must come back."""
+    from torch.distributed.fsdp import FSDPModule
+
+    states = [module._get_fsdp_state() for module in model.modules() if isinstance(module, FSDPModule)]
+    return [group for state in states for group in state._fsdp_param_groups]

@@ -1,0 +1,277 @@
+"""Several processes (gloo, CPU) against one: copies that share the prompts, and FSDP2 shards."""
+
+import json
+import os
+import subprocess
+import sys
+from multiprocessing import set_forkserver_preload
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing
+
+import safelocus as sl
+from safelocus import distributed
+from safelocus.errors import NumericalError, RunError, SafelocusError
+from safelocus.topk import pick
+from tiny_targets import PROMPTS, dense, guard, moe
+
+PRELOADED = [
+    "safelocus.scoring",
+    "torch.distributed.fsdp",
+    "torch.distributed.tensor",
+    "transformers.models.llama.modeling_llama",
+    "transformers.models.qwen3_moe.modeling_qwen3_moe",
+]
+REFUSAL = sl.Refusal(refusals=["I'm sorry"], compliances=["Sure"])
+SELECTIONS = [
+    {},
+    {"which": "bottom"},
+    {"which": "random", "seed": 3},
+    {"granularity": "neuron", "ratio": 0.05},
+    {"where": lambda matrix: matrix.component in ("up", "value")},
+]
+
+
+def odd():
+    """Tied embeddings, and rows that neither two nor three processes can share evenly."""
+    return dense(tie_word_embeddings=True, intermediate_size=49, hidden_size=40, num_key_value_heads=1, head_dim=6)
+
+
+MODELS = {"odd": odd, "moe": moe}
+
+
+def together(num_processes, function, folder, *arguments):
+    """Run `function(folder, *arguments)` in every process of a group; they start as copies of one that has imported."""
+    set_forkserver_preload(PRELOADED)
+    torch.multiprocessing.start_processes(
+        _join, (num_processes, function, folder, arguments), nprocs=num_processes, start_method="forkserver"
+    )
+
+
+def _join(rank, num_processes, function, folder, arguments):
+    torch.set_num_threads(1)
+    meeting = f"file://{folder}/meeting"
+    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=num_processes)
+    function(folder, *arguments)
+    distributed.barrier()
+    dist.destroy_process_group()
+
+
+def sharded(target):
+    from torch.distributed.fsdp import fully_shard
+
+    for layer in target.model.model.layers:
+        fully_shard(layer)
+    fully_shard(target.model)
+    return target
+
+
+# --- scores and selections ------------------------------------------------------------------------------
+
+
+def score_all(folder, shards, num_prompts):
+    """What one process, or any number of them, make of the same inputs."""
+    for name, make in MODELS.items():
+        for method in ("esi", "snip", "magnitude", "random"):
+            target = sharded(make()) if shards else make()
+            objective = guard() if method == "esi" else REFUSAL
+            scores = sl.score(
+                target, PROMPTS[:num_prompts], objective=objective, method=method, batch_size=2, progress=False
+            )
+            scores.save(folder / f"{name}-{method}")
+            for number, options in enumerate(SELECTIONS):
+                scores.select(**options).save(folder / f"{name}-{method}-{number}.{distributed.rank()}")
+            assert all(parameter.grad is None for parameter in target.model.parameters())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("num_processes", "num_prompts"), [(2, 5), (3, 1)])  # three batches, or one
+@pytest.mark.parametrize("shards", [False, True], ids=["copies", "shards"])
+def test_several_processes_score_and_select_like_one(tmp_path, num_processes, num_prompts, shards):
+    (alone := tmp_path / "alone").mkdir()
+    (many := tmp_path / "many").mkdir()
+    score_all(alone, False, num_prompts)
+    together(num_processes, score_all, many, shards, num_prompts)
+    for name in MODELS:
+        for method in ("esi", "snip", "magnitude", "random"):
+            expected, found = (sl.Scores.load(folder / f"{name}-{method}") for folder in (alone, many))
+            assert found.provenance == expected.provenance  # the fingerprint among it
+            assert found.per_prompt == expected.per_prompt
+            for ours, theirs in zip(found.statistics, expected.statistics, strict=True):
+                assert (ours.matrix, ours.sigma, ours.tokens) == (theirs.matrix, theirs.sigma, theirs.tokens)
+                assert ours.max == pytest.approx(theirs.max, rel=1e-4)
+                assert ours.gradient_norm == (theirs.gradient_norm and pytest.approx(theirs.gradient_norm, rel=1e-4))
+            for tensor, value in expected.tensors.items():
+                if method in ("magnitude", "random"):
+                    assert torch.equal(found.tensors[tensor], value)
+                torch.testing.assert_close(found.tensors[tensor], value, rtol=1e-4, atol=1e-5 * float(value.max()))
+            for number, options in enumerate(SELECTIONS):
+                read = [sl.Selection.load(many / f"{name}-{method}-{number}.{rank}") for rank in range(num_processes)]
+                # exactly what one process takes from the very same scores, in every process
+                exact = found.select(**options)
+                for selection in read:
+                    assert_same(selection, exact)
+                reference = sl.Selection.load(alone / f"{name}-{method}-{number}.0")
+                assert read[0].k == reference.k
+                assert read[0].iou(reference) > 0.98
+
+
+def assert_same(selection, other):
+    assert list(selection.coordinates) == list(other.coordinates)
+    for name, index in other.coordinates.items():
+        assert torch.equal(selection[name], index)
+        assert torch.equal(selection.scores[name], other.scores[name])
+
+
+# --- ties -----------------------------------------------------------------------------------------------
+
+
+def pick_from_ties(_):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, Shard
+
+    mesh = init_device_mesh("cpu", (distributed.world_size(),))
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"a": (7, 3), "b": (2, 5), "c": (4, 3, 2), "d": (1, 6), "e": (9,)}
+    plain = {name: torch.randint(3, shape, generator=generator).float() for name, shape in shapes.items()}
+    plain["a"][2] = -torch.inf  # not eligible
+    held = {
+        name: DTensor.from_local(
+            value.chunk(3)[r] if (r := distributed.rank()) < len(value.chunk(3)) else value[:0],
+            mesh, [Shard(0)], shape=value.shape, stride=value.stride(),
+        )
+        for name, value in plain.items()
+    }  # fmt: skip
+    held["e"] = plain["e"]  # not sharded: every process has it
+    num_eligible = sum(int((value >= 0).sum()) for value in plain.values())
+    for which in ("top", "bottom", "random"):
+        for k in (0, 1, 5, 20, 21, 40, num_eligible - 1, num_eligible):
+            expected, found = pick(plain, k, which=which), pick(held, k, which=which)
+            assert list(found.indices) == list(expected.indices), (which, k)
+            for name, index in expected.indices.items():
+                assert torch.equal(found.indices[name], index), (which, k, name)
+                assert torch.equal(found.scores[name], expected.scores[name])
+    with pytest.raises(SafelocusError, match="only"):
+        pick(held, num_eligible + 1)
+
+
+@pytest.mark.slow
+def test_ties_are_broken_by_tensor_and_flat_index_across_shards(tmp_path):
+    together(3, pick_from_ties, tmp_path)
+
+
+# --- errors ---------------------------------------------------------------------------------------------
+
+
+def break_rules(_):
+    target = sharded(odd())
+    with pytest.raises(SafelocusError, match="wanda"):
+        sl.score(target, PROMPTS, method="wanda", progress=False)
+    with pytest.raises(SafelocusError, match="accumulate_on"):
+        sl.score(target, PROMPTS, objective=REFUSAL, accumulate_on="cpu", progress=False)
+    with pytest.raises(RunError, match="different inputs \\(prompts\\)"):
+        sl.score(target, PROMPTS[distributed.rank() :], objective=REFUSAL, progress=False)
+
+    def explode(target, prompts):
+        slope = torch.inf if distributed.rank() == 1 else 1.0
+        return REFUSAL(target, prompts) * 0 + Slope.apply(REFUSAL(target, prompts), slope)
+
+    target.model.set_gradient_divide_factor(5.0)
+    with pytest.raises(NumericalError, match="batches 1 to 2 of 3"):
+        sl.score(target, PROMPTS, objective=explode, batch_size=2, progress=False)
+    (group,) = target.model._get_fsdp_state()._fsdp_param_groups
+    assert group.gradient_divide_factor == 5.0
+
+
+class Slope(torch.autograd.Function):
+    """The same value, another slope."""
+
+    @staticmethod
+    def forward(context, value, slope):
+        context.slope = slope
+        return value.clone()
+
+    @staticmethod
+    def backward(context, gradient):
+        return gradient * context.slope, None
+
+
+@pytest.mark.slow
+def test_what_cannot_be_done_together_is_an_error_in_every_process(tmp_path):
+    together(2, break_rules, tmp_path)
+
+
+def test_alone_everything_is_whole_and_nothing_is_shared():
+    value = torch.arange(6.0).view(3, 2)
+    assert (distributed.rank(), distributed.world_size(), distributed.is_main()) == (0, 1, True)
+    assert distributed.share([1, 2, 3], in_step=True) == [1, 2, 3]
+    assert distributed.all_reduce_sum(value) is value
+    assert distributed.whole(value) is distributed.local(value) is distributed.sharded_like(value, value) is value
+    assert distributed.gather_objects("x") == ["x"]
+    with distributed.processes() as several, distributed.main_first():
+        assert not several
+        assert not dist.is_initialized()
+
+
+# --- the command line -----------------------------------------------------------------------------------
+
+
+def launch(num_processes, *arguments):
+    """torchrun, as a user would; returns what it left."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_processes)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [*command, *map(str, arguments)], capture_output=True, text=True, env=environment, timeout=120, check=False
+    )
+
+
+@pytest.mark.slow
+def test_the_command_under_torchrun(tmp_path, run):
+    options = [
+        "organism:moe", "--prompts", "organism:harmful", "--limit", "7", "--batch-size", "2", "--guard",
+        "organism:guard", "--max-new-tokens", "12", "--dtype", "float32", "--json",
+    ]  # fmt: skip
+    code, out, _ = run("score", *options, "-o", tmp_path / "alone")
+    assert code == 0
+    found = launch(2, "-m", "safelocus", "score", *options, "--shard", "-o", tmp_path / "shards")
+    assert found.returncode == 0, found.stderr
+    assert json.loads(found.stdout)["k"] == json.loads(out)["k"]  # one document: the other process is silent
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["alone", "shards"]
+    names = sorted(p.name for p in (tmp_path / "alone").iterdir())
+    assert sorted(p.name for p in (tmp_path / "shards").iterdir()) == names
+    responses = [(tmp_path / folder / "responses.jsonl").read_text() for folder in ("alone", "shards")]
+    assert responses[0] == responses[1]
+    one, two = (sl.Selection.load(tmp_path / folder / "selection.safetensors") for folder in ("alone", "shards"))
+    assert one.iou(two) > 0.99
+    assert two.provenance == one.provenance
+
+
+KILLED = """
+import os, signal, sys
+import safelocus as sl
+from safelocus.cli import main
+from safelocus.objective import Refusal
+
+score = Refusal.__call__
+def killed(self, target, prompts):
+    if os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return score(self, target, prompts)
+Refusal.__call__ = killed
+main(sys.argv[1:])
+"""
+
+
+@pytest.mark.slow
+def test_a_killed_process_ends_the_run_and_leaves_no_artefact(tmp_path):
+    script = tmp_path / "killed.py"
+    script.write_text(KILLED)
+    found = launch(
+        2, script, "score", "organism:dense", "--prompts", "organism:harmful", "--limit", "4", "--batch-size", "1",
+        "--refusal", "--shard", "-o", tmp_path / "run",
+    )  # fmt: skip
+    assert found.returncode != 0
+    assert "error: process 0: " in found.stderr.split("Traceback")[0]  # before torchrun's own report
+    assert [p.name for p in tmp_path.iterdir()] == ["killed.py"]
