@@ -1,24 +1,20 @@
-"""Tables, figures and the page: what they show is what the map says, and strangers' text stays text."""
+"""Tables and figures: what they show is what the map says."""
 
 import io
-import json
 import math
 import re
 import subprocess
 import sys
 from dataclasses import replace
-from html.parser import HTMLParser
 
 import numpy as np
 import pytest
 from matplotlib.image import imread
 from rich.console import Console
 
+from made_maps import COMPONENTS, MAPS, make_map
 from safelocus.report import colours, text
-from safelocus.report.concentration import Concentration, Point
 from safelocus.report.figures import DPI, component_figure, concentration_figure, expert_figure, save_png
-from safelocus.report.map import MatrixRow, Region, SafetyMap
-from safelocus.report.page import write_page
 from safelocus.report.tables import (
     concentration_table,
     experts_table,
@@ -26,86 +22,6 @@ from safelocus.report.tables import (
     summary_lines,
     top_matrices_table,
 )
-
-COMPONENTS = ("query", "key", "value", "output", "gate", "up", "down")
-EXPERT_COMPONENTS = ("gate", "up", "down")
-
-
-def make_map(*, layers: int = 4, experts: int = 0, shared: bool = False, scores: bool = True, name: str = "tiny"):
-    """A map with numbers that are easy to recognise: the value matrix of layer 2 is 4 times enriched."""
-    regions: dict[str, list] = {"matrices": [], "cells": [], "experts": [], "components": [], "layers": []}
-    keys = [(c, False) for c in COMPONENTS] + [(c, True) for c in EXPERT_COMPONENTS if shared]
-    size = 1 / (layers * len(keys))
-
-    def region(kind=Region, enrichment=1.0, expected=size, **fields):
-        return kind(
-            num_weights=round(1e6 * expected),
-            num_selected=round(1e4 * expected * enrichment),
-            share=expected * enrichment,
-            expected=expected,
-            enrichment=enrichment,
-            score_mass=expected if scores else None,
-            **fields,
-        )
-
-    for layer in range(layers):
-        for component, is_shared in keys:
-            enrichment = 4.0 if (layer, component) == (2, "value") else 0.0 if component == "key" else 0.8
-            where = {"layer": layer, "component": component, "shared_expert": is_shared}
-            regions["cells"].append(region(enrichment=enrichment, **where))
-            matrix = f"model.layers.{layer}.self_attn.qkv_proj.weight[{component}]"
-            regions["matrices"].append(region(MatrixRow, enrichment, **where, name=matrix))
-        regions["layers"].append(region(layer=layer, expected=1 / layers, enrichment=2.0 if layer == 2 else 0.66))
-        for expert in range(experts):
-            tokens = (0 if (layer, expert) == (1, 3) else 10 * (expert + 1)) if scores else None
-            enrichment = 0.0 if tokens == 0 else 0.25 * (expert + 1)
-            size_of_one = 0.4 / layers / experts
-            found = region(layer=layer, expert=expert, enrichment=enrichment, expected=size_of_one, tokens=tokens)
-            regions["experts"].append(found)
-    for component, is_shared in keys:
-        enrichment = 1.9 if component == "value" else 0.8
-        regions["components"].append(
-            region(component=component, shared_expert=is_shared, enrichment=enrichment, expected=1 / len(keys))
-        )
-    points = tuple(Point(fraction=10.0**e, num_weights=10 ** (6 + e), mass=(e + 5) / 5) for e in range(-4, 1))
-    curve = Concentration(
-        num_weights=10**6,
-        num_zero=0,
-        total=5.0,
-        points=points,
-        mass_error=1e-7,
-        gini=0.7,
-        gini_error=1e-8,
-    )
-    return SafetyMap(
-        model=name,
-        method="esi",
-        score_method="esi" if scores else None,
-        which="top",
-        ratio=0.01,
-        of="model",
-        granularity="weight",
-        num_model_weights=1_000_000,
-        num_weights=1_000_000,
-        num_selected=10_000,
-        selected_mass=0.31 if scores else None,
-        depths=tuple(
-            region(depth=depth, expected=1 / 3, enrichment=enrichment)
-            for depth, enrichment in (("early", 0.6), ("middle", 1.5), ("late", 0.9))
-        ),
-        concentration=curve if scores else None,
-        **{name: tuple(found) for name, found in regions.items()},
-    )
-
-
-MAPS = {
-    "dense": {},
-    "moe": {"experts": 8},
-    "shared": {"experts": 16, "shared": True},
-    "many experts": {"layers": 6, "experts": 64},
-    "deep": {"layers": 80},
-    "no scores": {"scores": False, "experts": 4},
-}
 
 
 @pytest.fixture(params=list(MAPS))
@@ -354,101 +270,3 @@ def test_failed_save_leaves_the_earlier_picture(tmp_path, monkeypatch):
 def test_figures_need_no_global_state():
     code = "import sys, safelocus.report.figures; assert 'matplotlib.pyplot' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
-
-
-class Page(HTMLParser):
-    """What a browser would find: addresses, tags outside scripts, text, and the plots' data."""
-
-    def __init__(self, html: str) -> None:
-        super().__init__()
-        self.addresses: list[str] = []
-        self.tags: list[str] = []
-        self.specs: list[dict] = []
-        self.words = ""
-        self.policy = ""
-        self.scripts = 0
-        self._inside = ""
-        self.feed(html)
-
-    def handle_starttag(self, tag, attributes):
-        self.tags.append(tag)
-        values = dict(attributes)
-        self.addresses += [str(values[name]) for name in ("src", "href", "srcset", "data", "action") if name in values]
-        if values.get("http-equiv") == "Content-Security-Policy":
-            self.policy = values["content"]
-        self._inside = "json" if values.get("type") == "application/json" else tag
-        self.scripts += tag == "script" and self._inside != "json"
-
-    def handle_endtag(self, tag):
-        self._inside = ""
-
-    def handle_data(self, data):
-        if self._inside == "json":
-            self.specs.append(json.loads(data))
-        elif self._inside not in ("script", "style"):
-            self.words += data
-
-
-def written(maps, tmp_path) -> tuple[str, Page]:
-    write_page(maps, tmp_path / "page.html")
-    html = (tmp_path / "page.html").read_text(encoding="utf-8")
-    return html, Page(html)
-
-
-def test_page_of_every_kind_of_map(located, tmp_path):
-    _, page = written([("tiny", located)], tmp_path)
-    kinds = [spec["kind"] for spec in page.specs]
-    assert kinds.count("curve") == (located.concentration is not None)
-    assert kinds.count("heat") == 1 + bool(located.experts) * (1 if located.unrouted is None else 2)
-    for line in summary_lines(located, sign=text.TIMES):
-        assert line in page.words.replace("\N{NO-BREAK SPACE}", " ")
-
-
-def test_page_shows_the_maps_numbers(tmp_path):
-    located = make_map(experts=8)
-    _, page = written([("tiny", located)], tmp_path)
-    components, enrichment, tokens, curve = page.specs
-    whole, by_component, by_layer = components["traces"]
-    assert whole["z"][2][2] == pytest.approx(2.0)
-    assert whole["text"][2][2] == "4.0"
-    assert whole["z"][1][0] < -components["limit"]  # nothing selected
-    assert [row[0] for row in by_component["text"]] == ["0.8", "0.8", "1.9", "0.8", "0.8", "0.8", "0.8"]
-    assert by_layer["text"] == [["0.7", "0.7", "2.0", "0.7"]]
-    assert len(by_component["x"]) == 2  # edges
-    assert enrichment["traces"][0]["z"][3][1] is None
-    assert enrichment["traces"][1]["role"] == "unrouted"
-    assert "never given a token" in enrichment["traces"][1]["hovertext"][3][1]
-    assert tokens["traces"][0]["z"][7][0] == pytest.approx(math.log2(80 / 45), abs=1e-3)
-    assert curve["y"] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
-    assert "model.layers.2.self_attn.qkv_proj.weight[value]" in page.words
-
-
-def test_strangers_text_stays_text(tmp_path):
-    attack = "<script>alert(1)</script><img src=http://evil.example/x onerror=alert(2)>'\"&{{ 7 * 7 }}"
-    located = replace(make_map(experts=4, name=attack), objective=attack)
-    rows = tuple(replace(row, name=attack + row.name) for row in located.matrices)
-    located = replace(located, matrices=rows)
-    html, page = written([(attack, located), ("other", located)], tmp_path)
-    _, harmless = written([("tiny", make_map(experts=4)), ("other", make_map(experts=4))], tmp_path)
-    assert "<script>alert" not in html
-    assert "img" not in page.tags
-    assert page.scripts == harmless.scripts == 2
-    assert page.words.count(attack) >= 3  # heading, navigation and facts
-    assert attack not in json.dumps(page.specs)  # nothing of it reaches plotly
-
-
-def test_page_asks_the_network_for_nothing(tmp_path):
-    html, page = written([("a", make_map(experts=4)), ("b", make_map())], tmp_path)
-    assert page.addresses == ["#model-1", "#model-2"]
-    assert "default-src 'none'" in page.policy
-    assert "connect-src" not in page.policy
-    assert "url(" not in html.split("<body>")[0]
-    assert "@import" not in html.split("<body>")[0]
-    assert html.count("* plotly.js v") == 1
-
-
-def test_page_is_the_same_each_time_and_replaces_the_earlier(tmp_path):
-    first, _ = written([("a", make_map())], tmp_path)
-    second, _ = written([("a", make_map())], tmp_path)
-    assert first == second
-    assert [path.name for path in tmp_path.iterdir()] == ["page.html"]

@@ -56,9 +56,9 @@ def demo(
                     highlight=False,
                 )
                 print_map(results, drawn)
-        written = write_map(folder, maps)
+        written = write_map(folder, maps, place=output)
     if json:
         print_json({"output": str(output), "maps": {name: drawn.to_json() for name, drawn in maps}})
         return
     note("")
-    note(f"Open {output / 'map.html'} for the maps; beside it: {', '.join(written)}")
+    note(f"Open {output / 'report.html'} for the maps; beside it: {', '.join(written)}")

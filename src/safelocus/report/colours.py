@@ -1,4 +1,4 @@
-"""Colours of the heatmaps: enrichment on a diverging log2 scale, the same in terminal, figure and page.
+"""Colours: enrichment on a diverging log2 scale, the same in terminal, figure and page, and those of curves.
 
 Blue is less than expected by size, orange more: a pair that is told apart with every common colour
 blindness. Blue stays paler, because what is enriched is the news. On dark ground the scale starts dark
@@ -12,6 +12,11 @@ LIGHT = ("#3b78b5", "#6ea3d3", "#a5c9e6", "#d5e5f2", "#f6f5f2", "#fbd9b9", "#f2a
 DARK = ("#5b95cc", "#45739f", "#345877", "#2b4056", "#2b2e35", "#5c4130", "#9c5a2d", "#de8038", "#ffbd8a")
 UNROUTED_LIGHT = "#dcdcdc"  # an expert that was given no token: no statement, so no colour
 UNROUTED_DARK = "#3c3f46"
+
+# curves and marks, told apart with every common colour blindness; the page also varies their dashes and marks
+SERIES_LIGHT = ("#c2571a", "#3b78b5", "#6b6b6b", "#2a8a5f", "#8a5fb0", "#b08a1e", "#c0487c", "#222222")
+SERIES_DARK = ("#ff9d5c", "#7fb2e6", "#a8adb5", "#5cc79a", "#bf9be0", "#e0bd5a", "#f08fb6", "#e8e8e6")
+ROLES = {"top": 0, "bottom": 1, "random": 2}  # the colour of a selection, wherever it is drawn
 
 Rgb = tuple[int, int, int]
 

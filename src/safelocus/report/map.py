@@ -233,6 +233,24 @@ def safety_map(scores: Scores | None, selection: Selection) -> SafetyMap:
     )
 
 
+def relative_depths(layers: Iterable[LayerKey]) -> dict[LayerKey, float]:
+    """Where the middle of each layer lies in its stack: 0 at the first layer's input, 1 at the last one's output."""
+    stacks: dict[str | None, set[int]] = {}
+    for stack, layer in layers:
+        if layer is not None:
+            stacks.setdefault(stack, set()).add(layer)
+    return {
+        (stack, layer): (place + 0.5) / len(found)
+        for stack, found in stacks.items()
+        for place, layer in enumerate(sorted(found))
+    }
+
+
+def thirds(layers: Iterable[LayerKey]) -> dict[LayerKey, str]:
+    """Early, middle or late: the third of its stack that each layer's middle lies in."""
+    return {layer: DEPTHS[int(3 * depth)] for layer, depth in relative_depths(layers).items()}
+
+
 def _rows(
     matrices: Sequence[Matrix], num_selected: Mapping[str, int], statistics: Mapping[str, MatrixStatistics]
 ) -> list[MatrixRow]:
@@ -299,16 +317,8 @@ def _sum(
 
 
 def _depths(rows: Sequence[MatrixRow]) -> tuple[Region, ...]:
-    """Thirds of each stack by relative depth; a layer belongs where its middle lies."""
-    layers: dict[str | None, list[int]] = {}
-    for row in rows:
-        if row.layer is not None and row.layer not in layers.setdefault(row.stack, []):
-            layers[row.stack].append(row.layer)
-    third: dict[LayerKey, str] = {
-        (stack, layer): DEPTHS[int(3 * (place + 0.5) / len(found))]
-        for stack, found in layers.items()
-        for place, layer in enumerate(sorted(found))
-    }
+    """Thirds of each stack."""
+    third = thirds(row.layer_key for row in rows)
     inside = [row for row in rows if row.layer is not None]
     return _sum(inside, lambda row: (row.stack, third[row.layer_key]), ("stack", "depth"))
 

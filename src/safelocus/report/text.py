@@ -5,9 +5,17 @@ from collections.abc import Sequence
 from safelocus.report.map import ComponentKey, LayerKey, Region, SafetyMap
 
 TIMES = "\N{MULTIPLICATION SIGN}"
+UNKNOWN = "\N{EN DASH}"  # in tables
 _METHODS = {
     "esi": "ESI", "snip": "SNIP", "wanda": "Wanda", "gradient": "gradient", "magnitude": "magnitude",
     "random": "random score",
+}  # fmt: skip
+MEASURES = {
+    "refusal": "refusal", "asr": "ASR", "over_refusal": "over-refusal", "utility": "utility",
+    "incoherent": "incoherent", "task": "task",
+}  # fmt: skip
+_KINDS = {
+    "selection": "selected weights", "full": "all weights", "lora": "LoRA", "random": "random", "bottom": "bottom",
 }  # fmt: skip
 _OPERATIONS = {"&": "intersection", "-": "difference", "|": "union"}
 _EVEN = 1.15  # below this enrichment there is nothing to point at
@@ -77,6 +85,18 @@ def method_label(method: str | None) -> str:
     return _METHODS.get(method or "", method or "score")
 
 
+def kind_label(kind: str) -> str:
+    """What was trained: "selected weights", "random", "LoRA", "SNIP"."""
+    return _KINDS.get(kind) or method_label(kind)
+
+
+def measure_label(name: str) -> str:
+    """ "over-refusal", "ASR by guard meta-llama/Llama-Guard-3-8B", "utility, gsm8k"."""
+    kind, _, of = name.partition("@")
+    label = MEASURES.get(kind, kind.replace("_", " "))
+    return f"{label} by {of}" if of and kind == "asr" else f"{label}, {of}" if of else label
+
+
 def selection_label(located: SafetyMap) -> str:
     """What was selected: "top 1 % of the model's weights by ESI"."""
     unit = "" if located.granularity == "weight" else f" as whole {_plural(located.granularity)}"
@@ -90,7 +110,7 @@ def selection_label(located: SafetyMap) -> str:
 
 def title(located: SafetyMap) -> str:
     """Model, method and ratio: "organism:dense: top 1 % of the model's weights by ESI"."""
-    return f"{located.model}: {selection_label(located)}" if located.model else _capital(selection_label(located))
+    return f"{located.model}: {selection_label(located)}" if located.model else capital(selection_label(located))
 
 
 def unrouted_note(located: SafetyMap) -> str:
@@ -196,5 +216,6 @@ def _plural(granularity: str) -> str:
     return {"matrix": "matrices"}.get(granularity, f"{granularity}s")
 
 
-def _capital(text: str) -> str:
+def capital(text: str) -> str:
+    """With a capital at the start; nothing else changes."""
     return text[:1].upper() + text[1:]

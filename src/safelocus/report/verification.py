@@ -1,72 +1,33 @@
 """A verification, and the stability of selections, as tables and curves.
 
-Every table is first made of plain text (`Grid`), so that the terminal and a Markdown page print the same one.
+Every table is first made of plain text (`Grid`), so that the terminal, the page and Markdown print the same one.
 """
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from rich import box
-from rich.table import Table
-from rich.text import Text
 
 from safelocus.evaluation.measures import Measure
+from safelocus.report import colours
 from safelocus.report.figures import save_png
-from safelocus.report.text import method_label
+from safelocus.report.grid import Grid
+from safelocus.report.text import MEASURES, method_label
 from safelocus.verification import Stability, Verification
 from safelocus.verification.ranking import Rank
 from safelocus.verification.verification import Pooled, Setting
 
-_LABELS = {
-    "refusal": "refusal", "asr": "ASR", "over_refusal": "over-refusal", "utility": "utility",
-    "incoherent": "incoherent",
-}  # fmt: skip
-_COLOURS = {"top": "#c2571a", "bottom": "#3b78b5", "random": "#6b6b6b"}
-_SCORER_COLOURS = ("#c2571a", "#3b78b5", "#2a8a5f", "#8a5fb0", "#b08a1e", "#6b6b6b", "#c0487c", "#222222")
+_COLOURS = {role: colours.SERIES_LIGHT[number] for role, number in colours.ROLES.items()}
 _INK, _MUTED = "#222222", "#6b6b6b"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Grid:
-    """A table of text: title, headings, rows, a remark below, and the numbers of rows that begin a section."""
-
-    title: str
-    headings: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-    caption: str = ""
-    sections: tuple[int, ...] = ()
-    num_labels: int = 1  # leading columns of words; the others hold numbers
-
-    def rich(self) -> Table:
-        table = Table(
-            title=Text(self.title, style="table.title"), caption=self.caption or None, box=box.SIMPLE,
-            padding=(0, 1, 0, 0), pad_edge=False,
-        )  # fmt: skip
-        for number, heading in enumerate(self.headings):
-            broken = heading.replace("-", "-\n").replace(" ", "\n")  # long headings would squeeze the numbers
-            table.add_column(broken, justify="left" if number < self.num_labels else "right")
-        for number, row in enumerate(self.rows):
-            if number in self.sections:
-                table.add_section()
-            # Text, because Rich would read "[0.1, 0.2]" as markup
-            table.add_row(*(Text(cell) for cell in row))
-        return table
-
-    def markdown(self) -> str:
-        rule = ["---" if number < self.num_labels else "---:" for number in range(len(self.headings))]
-        lines = [f"| {' | '.join(cells)} |" for cells in (self.headings, rule, *self.rows)]
-        return "\n".join([*lines, *(["", self.caption] if self.caption else [])])
 
 
 def settings_grid(found: Verification, scorer: str | None = None, *, measures: Sequence[str] = ()) -> Grid:
     """Levels of every measure at every setting: baseline, then top, random and bottom."""
     scorer = scorer or found.scorers[0]
-    names = [name for name in (*_LABELS, *measures) if name in found.measure_names]
+    names = [name for name in (*MEASURES, *measures) if name in found.measure_names]
     rows = [("baseline", "", *(interval(found.baseline.measures[name]) for name in names), "1")]
     sections = []
     for setting in found.settings:
@@ -87,7 +48,7 @@ def settings_grid(found: Verification, scorer: str | None = None, *, measures: S
                 )
     return Grid(
         title=f"Disturbing the top weights by {method_label(scorer)}, and as many others",
-        headings=("change", "selection", *(_LABELS.get(name, name.partition("@")[2]) for name in names), "cells"),
+        headings=("change", "selection", *(MEASURES.get(name, name.partition("@")[2]) for name in names), "cells"),
         rows=tuple(rows),
         caption="percent [95 % interval over seeds and prompts]; sigma: standard deviation of a weight's own matrix",
         sections=tuple(sections),
@@ -150,7 +111,7 @@ def stability_grid(found: Stability) -> Grid:
 def curves_figure(found: Verification, scorer: str | None = None) -> Figure:
     """Levels against the strength of the disturbance: a column per ratio, a row per measure."""
     scorer = scorer or found.scorers[0]
-    groups = _by_size([s for s in found.settings if found.pool("top", scorer, s)])
+    groups = by_size([s for s in found.settings if found.pool("top", scorer, s)])
     names = [name for name in ("refusal", "asr", "utility", "over_refusal") if name in found.measure_names]
     figure = _figure(max(3.6, 1.2 + 2.6 * len(groups)), 0.9 + 1.75 * len(names))
     all_axes = figure.subplots(len(names), len(groups), squeeze=False, sharey=True, sharex="col")
@@ -168,7 +129,7 @@ def curves_figure(found: Verification, scorer: str | None = None) -> Figure:
             if row == 0:
                 axes.set_title(size, fontsize=8, color=_INK)
             if column == 0:
-                axes.set_ylabel(_LABELS[name], fontsize=8, color=_INK)
+                axes.set_ylabel(MEASURES[name], fontsize=8, color=_INK)
         all_axes[-1, column].set_xticks(range(len(settings)), labels)
         all_axes[-1, column].set_xlabel("noise in sigma", fontsize=8, color=_INK)
     handles, texts = all_axes[0, 0].get_legend_handles_labels()
@@ -195,7 +156,7 @@ def ranking_figure(found: Verification, intervention: str) -> Figure | None:
             if (entry := found.pool("top", scorer, setting)) is not None
         ]
         x, y = zip((0.0, 0.0), *sorted(falls), strict=True)
-        colour = _SCORER_COLOURS[number % len(_SCORER_COLOURS)]
+        colour = colours.SERIES_LIGHT[number % len(colours.SERIES_LIGHT)]
         axes.plot(x, y, "o-", color=colour, markersize=3, linewidth=1.3, label=method_label(scorer))
     axes.legend(fontsize=7, frameon=False, labelcolor=_INK)
     axes.set_xlabel("utility lost", fontsize=8, color=_INK)
@@ -237,7 +198,7 @@ def _quotient(entry: Rank) -> str:
     return f"{entry.per_utility:.2f} [{entry.low or 0.0:.2f}, {entry.high or 0.0:.2f}]"
 
 
-def _by_size(settings: Sequence[Setting]) -> list[tuple[str, list[Setting]]]:
+def by_size(settings: Sequence[Setting]) -> list[tuple[str, list[Setting]]]:
     """(size in words, its settings: noise by strength, then the others)."""
     sizes = dict.fromkeys((setting.ratio, setting.k) for setting in settings)
     found = []

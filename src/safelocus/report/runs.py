@@ -1,0 +1,130 @@
+"""Run folders as a report reads them: what they are, what they found, and how to make them again.
+
+Input: the folder of a run. Output: a frozen `ReportRun`. The kind is told by what `results.json` holds, so a
+folder without `run.toml` (saved from Python) can be reported too.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Self
+
+from safelocus.errors import RunError
+from safelocus.report.map import SafetyMap
+from safelocus.report.patterns import Pattern, patterns
+from safelocus.run import read_config
+from safelocus.selection import Selection
+
+# kind -> keys that only its results.json has; the first that fits
+_KINDS: dict[str, frozenset[str]] = {
+    "map": frozenset({"maps"}),
+    "verify": frozenset({"baseline", "cells"}),
+    "stability": frozenset({"summary", "agreements"}),
+    "preserve": frozenset({"before", "after", "unprotected"}),
+    "enhance": frozenset({"before", "after"}),
+    "evaluate": frozenset({"judges", "counts"}),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportRun:
+    """One finished run.
+
+    Attributes:
+        name: as the page calls it.
+        folder: where it lies.
+        place: where it will lie, for a run that is still being written; else the folder.
+        kind: "map" (of `score` and `demo`), "verify", "stability", "enhance", "preserve" or "evaluate".
+        config: of `run.toml`; empty where there is none.
+        results: of `results.json`.
+    """
+
+    name: str
+    folder: Path
+    place: Path
+    kind: str
+    config: Mapping[str, Any] = field(repr=False)
+    results: Mapping[str, Any] = field(repr=False)
+
+    @classmethod
+    def read(cls, folder: Path, *, name: str | None = None, place: Path | None = None) -> Self:
+        """Read a run folder; `name` and `place` are by default the folder's own.
+
+        Raises:
+            RunError: there is none, it is unfinished, or its results are of no known kind.
+        """
+        folder = Path(folder)
+        place = folder if place is None else place
+        file = folder / "results.json"
+        if not folder.is_dir():
+            raise RunError(f"{folder}: no such folder; expected a run folder, such as `safelocus score` writes")
+        try:
+            results = json.loads(file.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise RunError(
+                f"{folder}: holds no finished run (results.json: {error.strerror}); expected a folder that `score`, "
+                "`verify`, `stability`, `evaluate`, `enhance`, `preserve` or `demo` has written"
+            ) from error
+        except ValueError as error:
+            raise RunError(f"{file}: not valid JSON ({error}); run the command again") from error
+        kind = next((k for k, keys in _KINDS.items() if isinstance(results, dict) and keys <= set(results)), None)
+        if kind is None:
+            found = ", ".join(sorted(results)) if isinstance(results, dict) else type(results).__name__
+            known = "; ".join(f"{', '.join(sorted(keys))} ({kind})" for kind, keys in _KINDS.items())
+            raise RunError(f"{file}: of no run that can be reported; found {found or 'nothing'}; expected {known}")
+        config = read_config(folder) if (folder / "run.toml").is_file() else {}
+        name = name or place.resolve().name
+        return cls(name=name, folder=folder, place=place, kind=kind, config=config, results=results)
+
+    @property
+    def command(self) -> str:
+        """The command that made it: "score", "verify", ..."""
+        return str(self.config.get("command", "score" if self.kind == "map" else self.kind))
+
+    @cached_property
+    def maps(self) -> dict[str, SafetyMap]:
+        """Model -> map; none for runs that locate nothing."""
+        if self.kind == "map":
+            try:
+                return {name: SafetyMap.from_json(values) for name, values in self.results["maps"].items()}
+            except (KeyError, TypeError, AttributeError) as error:
+                raise RunError(f"{self.folder}: a damaged map ({error!r}); run `{self.command}` again") from error
+        return {}
+
+    @cached_property
+    def patterns(self) -> dict[str, list[Pattern]]:
+        """Model -> the pattern tests of its map."""
+        return {name: patterns(located) for name, located in self.maps.items()}
+
+    def selection(self, model: str) -> Selection | None:
+        """The selection a map is of; None where the run did not keep it."""
+        stem = model.partition(":")[2] or model
+        places = [self.folder / "selection.safetensors", self.folder / stem / "selection.safetensors"]
+        file = next((place for place in places if place.is_file()), None)
+        return None if file is None else Selection.load(file)
+
+    @cached_property
+    def responses(self) -> dict[str, list[dict[str, Any]]]:
+        """State -> lines of its `responses.jsonl`: "" is the run's own; "before", "after", ... those of subfolders."""
+        found = {"": _lines(self.folder / "responses.jsonl", self.command)}
+        for file in sorted(self.folder.glob("*/responses.jsonl"), key=lambda file: _order(file.parent.name)):
+            found[file.parent.name] = _lines(file, self.command)
+        return {state: rows for state, rows in found.items() if rows}
+
+
+def _order(state: str) -> tuple[bool, str]:
+    return state != "before", state
+
+
+def _lines(file: Path, command: str) -> list[dict[str, Any]]:
+    """Objects of a file of JSON lines; none where there is no such file."""
+    if not file.is_file():
+        return []
+    try:
+        # not splitlines: a response may hold other line separators
+        rows = [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line]
+    except ValueError as error:
+        raise RunError(f"{file}: damaged ({error}); run `{command}` again") from error
+    return [row for row in rows if isinstance(row, dict)]
