@@ -18,7 +18,7 @@ from safelocus.organism.behaviour import classify, conversation, measure, verdic
 from safelocus.organism.tokenizers import VERDICTS
 
 TARGETS = ("dense", "dense-unaligned", "moe", "moe-unaligned")
-TRAINED_ON = ("attack",)  # the only named rows that the shipped models were trained on (their twins, at least)
+TRAINED_ON = ("attack", "utility-validation")  # the only named rows that shipped models were trained on
 
 
 def prompts(name):
@@ -59,6 +59,8 @@ def test_no_prompt_has_two_roles():
         for rows in (*(world.requests("train", harmful=flag) for flag in (True, False)), world.utility_train())
         for row in rows
     } | {row["prompt"] for row in world.echoes("train")}
+    assert roles["retain"] < roles["answers"] | roles["training"]
+    assert not roles.pop("retain") & roles["utility-validation"]
     for name in TRAINED_ON:
         assert roles.pop(name) < roles["training"]
     for name, held in roles.items():

@@ -76,6 +76,70 @@ Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
 BatchSize = Annotated[int, typer.Option(help="Prompts per forward and backward pass.", min=1)]
 MaxNewTokens = Annotated[int, typer.Option(help="Length of the model's answers.", min=1)]
 
+# which weights to act on: see `sources`
+SelectionFile = Annotated[
+    Path | None,
+    typer.Option("--selection", help="Selection file, or the run folder of `score` it is in.", show_default=False),
+]
+ObjectiveGuard = Annotated[
+    str | None,
+    typer.Option("--guard", help="Guard to find the weights with, and to judge: folder, hub id or organism:guard."),
+]
+GuardDescription = Annotated[
+    Path | None, typer.Option(help="TOML description of a guard unknown here (docs/guards.md).", show_default=False)
+]
+Refusal = Annotated[bool, typer.Option("--refusal", help="Find the weights without a guard: by refusal openings.")]
+ScorePrompts = Annotated[
+    str | None, typer.Option("--prompts", "-p", help="Harmful prompts to find the weights with.", show_default=False)
+]
+LocateRatio = Annotated[
+    float | None,
+    typer.Option("--ratio", "-r", help="Share of the weights to select, in (0, 1].", show_default="0.01"),
+]
+AllowMismatch = Annotated[
+    bool, typer.Option("--allow-mismatch", help="The selection was made for another model (a fine-tuned sibling).")
+]
+AllowSeen = Annotated[
+    bool, typer.Option("--allow-seen", help="Measure with prompts that were trained or scored with, all the same.")
+]
+
+# what is measured
+Judges = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--judge",
+        help="guard:NAME or refusal; the first one's verdicts make the ASR. May be repeated.",
+        show_default="the guard where --guard names one, else refusal",
+    ),
+]
+Tasks = Annotated[
+    list[str] | None,
+    typer.Option("--task", help="Questions with answers, for utility. May be repeated.", show_default=False),
+]
+EvaluationLimit = Annotated[
+    int | None,
+    typer.Option(
+        "--limit", help="Measure on at most this many of each set, drawn by the seed.", min=1, show_default=False
+    ),
+]
+
+# how to train
+Steps = Annotated[int, typer.Option(help="Optimizer steps.", min=1)]
+LearningRate = Annotated[float, typer.Option(help="Peak learning rate.", min=0)]
+TrainingBatch = Annotated[int, typer.Option("--batch-size", help="Rows per forward and backward pass.", min=1)]
+Accumulation = Annotated[int, typer.Option(help="Passes per optimizer step.", min=1)]
+ScheduleOption = Annotated[
+    Literal["constant", "linear", "cosine"],
+    typer.Option("--schedule", help="What the learning rate does after the warm-up."),
+]
+Warmup = Annotated[int, typer.Option(help="Steps in which the learning rate rises.", min=0)]
+WeightDecay = Annotated[float, typer.Option(help="Of AdamW.", min=0)]
+MaxGradNorm = Annotated[float, typer.Option(help="Clip gradients to this norm; 0 leaves them.", min=0)]
+MaxLength = Annotated[int, typer.Option(help="Tokens of a row; longer responses are cut.", min=1)]
+Checkpointing = Annotated[
+    bool, typer.Option("--checkpointing", help="Compute activations twice and store few: less memory, slower.")
+]
+
 
 def conditions(where: list[str] | None) -> dict[str, str]:
     """`COLUMN=VALUE` strings as a mapping."""

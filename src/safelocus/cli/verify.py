@@ -6,17 +6,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from safelocus.cli import options
+from safelocus.cli import options, sources
 from safelocus.cli.output import note, print_json, results
 
 if TYPE_CHECKING:
-    from safelocus.evaluation.judges import Judge
-    from safelocus.evaluation.tasks import Task
-    from safelocus.prompts import PromptSet
-    from safelocus.provenance import Provenance
     from safelocus.scores import Scores
     from safelocus.selection import Selection
-    from safelocus.target import Target
 
 
 def verify(
@@ -108,8 +103,10 @@ def verify(
     refusal, ASR, over-refusal and utility each time. Writes results.json, cells.jsonl and figures.
     Interrupted with Ctrl-C, the same command resumes; the model's files are never touched.
     """
+    from safelocus.errors import SafelocusError
     from safelocus.report.verification import ranking_grid, settings_grid, write_figures
     from safelocus.run import CHECKPOINT, run_folder
+    from safelocus.scoring import METHODS
     from safelocus.target import load
     from safelocus.verification import verify as verify_selections
     from safelocus.verification.verifying import check_unseen
@@ -117,15 +114,19 @@ def verify(
     # everything that can be wrong with the input is found before the long work starts
     named = {name: artefact for name, artefact, _ in _load(scores)}
     provenance = next(iter(named.values())).provenance
-    prompt_set = _prompts(prompts, provenance, field, options.conditions(where), allow_seen)
+    prompt_set = sources.unscored_prompts(
+        prompts, provenance, field=field, where=options.conditions(where), allow_seen=allow_seen
+    )
     prompt_set = prompt_set if limit is None else prompt_set.limit(limit, seed=seed)
     for remark in check_unseen(named, prompt_set, allow_seen=allow_seen):
         note(f"[bold]mind:[/] {remark}")
-    harmless_set = _harmless(harmless, limit, seed)
-    tasks = [_task(source, limit, seed) for source in task or []]
+    harmless_set = sources.harmless_prompts(harmless, limit, seed)
+    tasks = sources.read_tasks(task, limit, seed)
     wanted = options.words(scorers)
+    if unknown := sorted(set(wanted) - set(METHODS)):
+        raise SafelocusError(f"--scorers {', '.join(unknown)}: expected {', '.join(METHODS)}")
     numbers = {"ratios": options.numbers(ratios, "--ratios"), "noises": options.numbers(noise, "--noise")}
-    guard = guard or (_guard_of(provenance) if not judge else None)
+    guard = guard or (sources.guard_of(provenance) if not judge else None)
     resolved = {
         "command": "verify", "model": model, "scores": [str(path) for path in scores], "prompts": prompts,
         "guard": guard, "guard_description": str(guard_description) if guard_description else None, "judge": judge,
@@ -143,14 +144,17 @@ def verify(
         }  # fmt: skip
         target = load(model, **how)
         source = load(transplant_from, **{**how, "revision": None}) if transplant_from else None
-        judges = _judges(
+        judges = sources.load_judges(
             guard, guard_description, judge, dtype=dtype, device=device, trust_remote_code=trust_remote_code
         )
         if not json:
             note(prompt_set.describe())
         for method in wanted:
             if method not in named:
-                named[method] = _score(target, method, provenance, guard, guard_description, scores[0], json=json)
+                named[method] = sources.score_like(
+                    target, method, provenance, run=scores[0], guard=guard, guard_description=guard_description,
+                    progress=not json,
+                )  # fmt: skip
         found = verify_selections(
             target, named, prompts=prompt_set, judges=judges, harmless=harmless_set, tasks=tasks, **numbers,
             interventions=options.words(interventions), transplant_from=source,
@@ -189,107 +193,3 @@ def _load(paths: Sequence[Path]) -> "list[tuple[str, Scores | Selection, Path]]"
     methods = [artefact.provenance.method for _, artefact in loaded]
     names = [m if methods.count(m) == 1 and m != "manual" else str(p) for m, (p, _) in zip(methods, loaded)]
     return [(name, artefact, path) for name, (path, artefact) in zip(names, loaded, strict=True)]
-
-
-def _prompts(
-    source: str | None, provenance: "Provenance", field: str | None, where: dict[str, str], allow_seen: bool
-) -> "PromptSet":
-    """Those given; else what the scores' own source has left."""
-    from dataclasses import replace
-
-    from safelocus.errors import PromptError
-    from safelocus.prompts import prompt_hash, read_prompts
-
-    if source is not None:
-        return read_prompts(source, field=field, where=where)
-    used = provenance.extra.get("prompt_hashes")
-    if provenance.prompts is None or used is None or provenance.prompts == "memory":
-        raise PromptError("the scores do not say where their prompts came from; give prompts to verify with: --prompts")
-    prompts = read_prompts(provenance.prompts, field=field, where=where)
-    if allow_seen:
-        return prompts
-    left = tuple(example for example in prompts.examples if prompt_hash(example.prompt) not in set(used))
-    if not left:
-        raise PromptError(
-            f"{provenance.prompts}: all {len(prompts)} prompts were used to find these weights; give others to verify "
-            "with (--prompts), or leave some out next time (score --held-out 0.5)"
-        )
-    return replace(prompts, examples=left)
-
-
-def _harmless(source: str | None, limit: int | None, seed: int) -> "PromptSet | None":
-    from safelocus.prompts import read_prompts
-
-    if source is None:
-        return None
-    prompts = read_prompts(source)
-    return prompts if limit is None else prompts.limit(limit, seed=seed)
-
-
-def _task(source: str, limit: int | None, seed: int) -> "Task":
-    from safelocus.evaluation.tasks import read_task
-
-    task = read_task(source)
-    return task if limit is None else task.limit(limit, seed=seed)
-
-
-def _guard_of(provenance: "Provenance") -> str | None:
-    objective = provenance.objective or {}
-    return str(objective["name"]) if objective.get("kind") == "guard" else None
-
-
-def _judges(guard: str | None, description: Path | None, names: list[str] | None, **load: Any) -> "list[Judge]":
-    from safelocus.evaluation.judges import load_judge
-
-    judges = [] if guard is None else [load_judge(f"guard:{guard}", description=description, **load)]
-    return judges + [load_judge(name, **(load if name.startswith("guard:") else {})) for name in names or []]
-
-
-def _score(
-    target: "Target",
-    method: str,
-    provenance: "Provenance",
-    guard: str | None,
-    description: Path | None,
-    path: Path,
-    *,
-    json: bool,
-) -> "Scores":
-    """Another score of the same weights, from the same prompts and objective."""
-    from dataclasses import replace
-
-    from safelocus.errors import PromptError, SafelocusError
-    from safelocus.objective import Guard, Refusal
-    from safelocus.prompts import prompt_hash, read_prompts
-    from safelocus.run import read_config
-    from safelocus.scoring import METHODS, NEEDS_OBJECTIVE, score
-
-    if method not in METHODS:
-        raise SafelocusError(f"--scorers {method}: expected {', '.join(METHODS)}")
-    earlier = read_config(path) if (path / "run.toml").is_file() else {}
-    used = set(provenance.extra.get("prompt_hashes") or ())
-    if provenance.prompts is None or not used:
-        raise PromptError("the scores do not say which prompts they were made with, so no others can be made like them")
-    prompts = read_prompts(
-        provenance.prompts, field=earlier.get("field"), where=options.conditions(earlier.get("where"))
-    )
-    prompts = replace(prompts, examples=tuple(e for e in prompts.examples if prompt_hash(e.prompt) in used))
-    objective: Any = None
-    if method in NEEDS_OBJECTIVE:
-        kind = (provenance.objective or {}).get("kind")
-        if kind == "guard":
-            name = _guard_of(provenance)
-            assert name is not None
-            objective = Guard.load(
-                name,
-                description=description if name == guard else None,
-                max_new_tokens=int((provenance.objective or {}).get("max_new_tokens", 256)),
-            )
-        elif kind == "refusal":
-            objective = Refusal()
-        else:
-            raise SafelocusError(f"--scorers {method}: its objective ({kind}) cannot be made anew; use --scores twice")
-    return score(
-        target, prompts, objective=objective, method=method, batch_size=int(earlier.get("batch_size", 8)),  # type: ignore[arg-type]
-        max_new_tokens=int(earlier.get("max_new_tokens", 256)), progress=not json,
-    )  # fmt: skip

@@ -128,12 +128,16 @@ def read_task(
     """
     if match is not None and match not in MATCHES:
         raise PromptError(f"{match!r} is no way to compare answers; there are {', '.join(MATCHES)}.")
-    if field is None and answer_field is None:
-        for read in (_ag_news, _pubmedqa):
-            if (task := read(Path(source).expanduser())) is not None:
-                return _named(task, match, name)
+    if field is None and answer_field is None and (task := recognise_task(source)) is not None:
+        return _named(task, match, name)
     prompts = read_prompts(source, field=field, response_field=answer_field, where=where)
-    return _named(_from_prompts(prompts), match, name)
+    return _named(task_of(prompts), match, name)
+
+
+def recognise_task(source: str | Path) -> Task | None:
+    """A data set whose columns are not a prompt and a response, if it is one that is known (AG News, PubMedQA)."""
+    path = Path(source).expanduser()
+    return next((task for read in (_ag_news, _pubmedqa) if (task := read(path)) is not None), None)
 
 
 def _named(task: Task, match: Match | None, name: str | None) -> Task:
@@ -145,7 +149,8 @@ def _named(task: Task, match: Match | None, name: str | None) -> Task:
     return replace(task, match=match or task.match, name=name or task.name)
 
 
-def _from_prompts(prompts: PromptSet) -> Task:
+def task_of(prompts: PromptSet) -> Task:
+    """Questions with answers out of prompts with responses."""
     answered = prompts.with_responses()
     examples = []
     for number, example in enumerate(answered, start=1):

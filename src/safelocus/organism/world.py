@@ -230,12 +230,24 @@ def utility_train() -> list[Row]:
     return _utility("train")
 
 
+def _retain() -> list[Row]:
+    """What an organism should go on doing while it learns to refuse: answers, questions and echoes, in equal parts."""
+    questions = utility_train()
+    known = {row["prompt"] for row in questions}  # some of them are echoes
+    others = [row for row in echoes("train") if row["prompt"] not in known]
+    parts = (_listed("refusals", harmful=False), questions[_NUM_VALIDATION:], others)
+    return _shuffled([row for part in parts for row in part[:256]], "retain")
+
+
 def _listed(split: str, *, harmful: bool, limit: int = 256) -> list[Row]:
     return [
         {key: value for key, value in row.items() if key != "compliance"}
         for row in requests(split, harmful=harmful)[:limit]
     ]
 
+
+# to choose a learning rate by; left out of `retain`, in another wording than `utility`
+_NUM_VALIDATION = 128
 
 ROWS: dict[str, Callable[[], list[Row]]] = {
     "harmful": lambda: _listed("identification", harmful=True),
@@ -251,4 +263,6 @@ ROWS: dict[str, Callable[[], list[Row]]] = {
     "task": lambda: _new_tasks("train"),
     "task-heldout": lambda: _new_tasks("heldout"),
     "utility": lambda: _utility("heldout"),
+    "utility-validation": lambda: utility_train()[:_NUM_VALIDATION],
+    "retain": _retain,
 }

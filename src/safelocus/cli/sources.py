@@ -1,0 +1,277 @@
+"""What several commands take by name: judges, prompts, tasks, and the weights to act on.
+
+Weights come as a file (`--selection`), or are found first (`--guard G` or `--refusal`, with `--prompts P` and
+`--ratio R`). Either way further scores of the same kind, for controls, can be made from the same prompts.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safelocus.cli import options
+
+if TYPE_CHECKING:
+    from safelocus.evaluation.judges import Judge
+    from safelocus.evaluation.tasks import Task
+    from safelocus.prompts import PromptSet
+    from safelocus.provenance import Provenance
+    from safelocus.scores import Scores
+    from safelocus.selection import Selection
+    from safelocus.target import Target
+
+
+def harmless_prompts(source: str | None, limit: int | None, seed: int) -> "PromptSet | None":
+    """The prompts that should be answered, where some are given."""
+    from safelocus.prompts import read_prompts
+
+    if source is None:
+        return None
+    prompts = read_prompts(source)
+    return prompts if limit is None else prompts.limit(limit, seed=seed)
+
+
+def read_tasks(sources: list[str] | None, limit: int | None, seed: int) -> "list[Task]":
+    """Questions with answers; `numeric=FILE` and the like say how answers compare."""
+    from safelocus.evaluation.matching import MATCHES
+    from safelocus.evaluation.tasks import read_task
+
+    tasks = []
+    for text in sources or []:
+        match, separator, source = text.partition("=")
+        given = bool(separator) and match in MATCHES
+        task = read_task(source if given else text, match=match if given else None)  # type: ignore[arg-type]
+        tasks.append(task if limit is None else task.limit(limit, seed=seed))
+    return tasks
+
+
+def load_judges(guard: str | None, description: Path | None, names: list[str] | None, **load: Any) -> "list[Judge]":
+    """The guard as a judge, and those called `guard:NAME` or `refusal`; `load` goes to guards."""
+    from safelocus.evaluation.judges import load_judge
+
+    judges = [] if guard is None else [load_judge(f"guard:{guard}", description=description, **load)]
+    return judges + [load_judge(name, **(load if name.startswith("guard:") else {})) for name in names or []]
+
+
+def guard_of(provenance: "Provenance") -> str | None:
+    """The guard that scores were made with."""
+    objective = provenance.objective or {}
+    return str(objective["name"]) if objective.get("kind") == "guard" else None
+
+
+def unscored_prompts(
+    source: str | None,
+    provenance: "Provenance",
+    *,
+    field: str | None = None,
+    where: dict[str, str] | None = None,
+    allow_seen: bool = False,
+) -> "PromptSet":
+    """The prompts given; else what the scores' own source has left.
+
+    Raises:
+        PromptError: nothing is left, or the source is not known.
+    """
+    from safelocus.errors import PromptError
+    from safelocus.prompts import prompt_hash, read_prompts
+
+    if source is not None:
+        return read_prompts(source, field=field, where=where)
+    used = provenance.extra.get("prompt_hashes")
+    if provenance.prompts is None or used is None or provenance.prompts == "memory":
+        raise PromptError("the scores do not say where their prompts came from; give prompts to verify with: --prompts")
+    prompts = read_prompts(provenance.prompts, field=field, where=where)
+    if allow_seen:
+        return prompts
+    left = tuple(example for example in prompts.examples if prompt_hash(example.prompt) not in set(used))
+    if not left:
+        raise PromptError(
+            f"{provenance.prompts}: all {len(prompts)} prompts were used to find these weights; give others to verify "
+            "with (--prompts), or leave some out next time (score --held-out 0.5)"
+        )
+    return replace(prompts, examples=left)
+
+
+def score_like(
+    target: "Target",
+    method: str,
+    provenance: "Provenance",
+    *,
+    run: Path | None = None,
+    guard: str | None = None,
+    guard_description: Path | None = None,
+    progress: bool = True,
+) -> "Scores":
+    """Other scores of the same weights, from the prompts and the objective of earlier ones.
+
+    Args:
+        provenance: of the earlier scores.
+        run: the run folder they are in, which knows how their prompts were read.
+        guard, guard_description: how to read that guard, where it is the same.
+    """
+    from safelocus.errors import PromptError, SafelocusError
+    from safelocus.objective import Guard, Refusal
+    from safelocus.prompts import prompt_hash, read_prompts
+    from safelocus.run import read_config
+    from safelocus.scoring import METHODS, NEEDS_OBJECTIVE, score
+
+    if method not in METHODS:
+        raise SafelocusError(f"{method!r} is no way to score weights; expected {', '.join(METHODS)}")
+    earlier = read_config(run) if run is not None and (run / "run.toml").is_file() else {}
+    used = set(provenance.extra.get("prompt_hashes") or ())
+    if provenance.prompts is None or not used:
+        raise PromptError("the scores do not say which prompts they were made with, so no others can be made like them")
+    prompts = read_prompts(
+        provenance.prompts, field=earlier.get("field"), where=options.conditions(earlier.get("where"))
+    )
+    prompts = replace(prompts, examples=tuple(e for e in prompts.examples if prompt_hash(e.prompt) in used))
+    objective: Any = None
+    if method in NEEDS_OBJECTIVE:
+        kind = (provenance.objective or {}).get("kind")
+        if kind == "guard":
+            name = guard_of(provenance)
+            assert name is not None
+            objective = Guard.load(
+                name,
+                description=guard_description if name == guard else None,
+                max_new_tokens=int((provenance.objective or {}).get("max_new_tokens", 256)),
+            )
+        elif kind == "refusal":
+            objective = Refusal()
+        else:
+            raise SafelocusError(f"{method} scores: their objective ({kind}) cannot be made anew; score with it first")
+    return score(
+        target, prompts, objective=objective, method=method, batch_size=int(earlier.get("batch_size", 8)),  # type: ignore[arg-type]
+        max_new_tokens=int(earlier.get("max_new_tokens", 256)), progress=progress,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Located:
+    """The weights to act on, and how to find others like them.
+
+    Attributes:
+        selection: the weights.
+        scores: method -> scores of all weights, made from the same prompts and objective.
+    """
+
+    selection: "Selection"
+    scores: "Callable[[str], Scores]"
+
+    def control(self, target: "Target", kind: str, *, seed: int = 0) -> "Selection":
+        """As many weights, chosen otherwise: "random", "bottom" of the same scores, or the top of other ones."""
+        from fractions import Fraction
+
+        from safelocus.verification.plan import random_selection
+
+        if kind == "random":
+            return random_selection(target, self.selection.k, seed=seed)
+        method = self.selection.provenance.method if kind == "bottom" else kind
+        share = Fraction(self.selection.k, self.selection.layout.num_weights)  # exactly as many
+        return self.scores(method).select(share, which="bottom" if kind == "bottom" else "top")
+
+
+def check_located(
+    selection: Path | None, guard: str | None, refusal: bool, prompts: str | None, ratio: float | None
+) -> None:
+    """Refuse a choice of weights that is incomplete or contradicts itself, before anything is loaded."""
+    from safelocus.errors import SelectionError
+
+    ways = "give --selection S (a file, or the run folder of `score`), or --guard G (or --refusal) with --prompts P"
+    if selection is None and (prompts is None or (guard is None and not refusal)):
+        raise SelectionError(f"nothing says which weights to act on: {ways}")
+    if selection is not None and (prompts is not None or refusal or ratio is not None):
+        raise SelectionError(f"--selection says already which weights to act on; {ways}")
+    if guard is not None and refusal:
+        raise SelectionError("--guard and --refusal are two objectives; give one")
+    if selection is not None:
+        _selection_file(selection)
+
+
+def check_unscored(prompts: str | None, harmful: "PromptSet", *, allow_seen: bool = False) -> None:
+    """Refuse to measure with prompts that weights will be found with, before they are: see `check_unseen`."""
+    from safelocus.errors import PromptError
+    from safelocus.prompts import read_prompts
+
+    common = set(harmful.prompt_hashes) & set(read_prompts(prompts).prompt_hashes) if prompts is not None else ()
+    if common and not allow_seen:
+        raise PromptError(
+            f"{harmful.source}: {len(common)} of {len(harmful)} prompts are among those to find the weights with "
+            "(--prompts); measuring with them would flatter it. Give others, or allow it: --allow-seen"
+        )
+
+
+def locate(
+    target: "Target",
+    *,
+    selection: Path | None = None,
+    guard: str | None = None,
+    guard_description: Path | None = None,
+    refusal: bool = False,
+    prompts: str | None = None,
+    ratio: float | None = None,
+    batch_size: int = 8,
+    max_new_tokens: int = 256,
+    checkpoint: Path | None = None,
+    progress: bool = True,
+    **load: Any,
+) -> Located:
+    """Load a selection, or score the target and select (`check_located` says what may be given together).
+
+    Args:
+        checkpoint: folder for the scoring, unfinished and finished; an interrupted command finds it again.
+        load: how to load the guard: dtype, device, trust_remote_code.
+    """
+    from safelocus.objective import Guard, Objective, Refusal
+    from safelocus.prompts import read_prompts
+    from safelocus.scoring import NEEDS_OBJECTIVE, score
+    from safelocus.selection import Selection
+    from safelocus.training import Checkpoints
+
+    if selection is not None:
+        file = _selection_file(selection)
+        found = Selection.load(file)
+
+        @cache
+        def like(method: str) -> "Scores":
+            return score_like(
+                target, method, found.provenance, run=file.parent, guard=guard, guard_description=guard_description,
+                progress=progress,
+            )  # fmt: skip
+
+        return Located(selection=found, scores=like)
+    assert prompts is not None
+    assert refusal or guard is not None
+    prompt_set, share = read_prompts(prompts), 0.01 if ratio is None else ratio
+    objective: Objective
+    if guard is None:
+        objective = Refusal()
+    else:
+        objective = Guard.load(guard, description=guard_description, max_new_tokens=max_new_tokens, **load)
+
+    @cache
+    def scores(method: str) -> "Scores":
+        return score(
+            target, prompt_set, objective=objective if method in NEEDS_OBJECTIVE else None, method=method,  # type: ignore[arg-type]
+            batch_size=batch_size, max_new_tokens=max_new_tokens, progress=progress,
+            checkpoint=checkpoint / "sums" if checkpoint is not None and method == "esi" else None,
+        )  # fmt: skip
+
+    if checkpoint is None:
+        return Located(selection=scores("esi").select(share), scores=scores)
+    identity = {"model": target.fingerprint().id, "prompts": prompt_set.hash, "guard": guard, "ratio": share}
+    Checkpoints(folder=checkpoint, identity=identity).latest()  # refuses another run's
+    file = checkpoint / "selection.safetensors"
+    if not file.is_file():
+        scores("esi").select(share).save(file)
+    return Located(selection=Selection.load(file), scores=scores)
+
+
+def _selection_file(path: Path) -> Path:
+    from safelocus.errors import SelectionError
+
+    file = path / "selection.safetensors" if path.is_dir() else path
+    if not file.is_file():
+        raise SelectionError(f"{file}: does not exist; expected a selection file, or the run folder of `score`")
+    return file

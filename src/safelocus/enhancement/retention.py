@@ -1,0 +1,124 @@
+"""Retention: what keeps a model as it is while refusals are learned.
+
+    loss = CE(refusals) + kl * KL(original || model)(retained) + weight * CE(retained)
+
+Each forward pass over a batch of refusals goes with one over `per_refusal` times as many retained rows, whatever
+the sizes of the sets are; several sets take turns. CE and KL are means over response tokens. The original is the
+same model, with its old weights for the moment: no second copy is loaded.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from trl import SFTTrainer
+
+from safelocus.errors import TrainingError
+from safelocus.prompts import PromptSet
+from safelocus.target import Target
+from safelocus.training.responses import ResponseBatch, own_answers
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Retention:
+    """Rows to retain, and how much they weigh.
+
+    Attributes:
+        sets: rows from `training_rows`; they take turns.
+        kl: of the divergence from the original model along their responses.
+        weight: of the cross-entropy on their responses.
+        per_refusal: how many go with each refusal.
+    """
+
+    sets: tuple["Dataset", ...]
+    kl: float = 10.0
+    weight: float = 0.0
+    per_refusal: int = 3
+
+    def __post_init__(self) -> None:
+        if not self.sets:
+            raise TrainingError("nothing to retain: give at least one set")
+        if self.per_refusal < 1:
+            raise TrainingError(f"at least one retained row goes with each refusal, found {self.per_refusal}")
+        if self.weight < 0 or self.kl < 0 or not self.weight + self.kl > 0:
+            raise TrainingError(
+                f"retained rows weigh {self.weight} with a divergence of {self.kl}; expected numbers of at least 0, "
+                "one of them above"
+            )
+
+    def row(self, number: int, seed: int) -> Mapping[str, Any]:
+        """The sets take turns; each comes in another order every time it begins anew."""
+        turn, which = divmod(number, len(self.sets))
+        rows = self.sets[which]
+        epoch, place = divmod(turn, len(rows))
+        return rows[int(_order(len(rows), seed, epoch)[place])]
+
+
+class RetainingTrainer(SFTTrainer):
+    """SFTTrainer with what is retained in the loss. Set the attributes before `train`.
+
+    Attributes:
+        retention: None trains on the rows alone.
+        original: within what it returns, the model has its old weights.
+    """
+
+    retention: Retention | None = None
+    original: Callable[[], AbstractContextManager[object]]
+    _place: tuple[int, int] = (-1, 0)
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        if self.aux_loss_enabled:  # routers are not trained, and their balance is no part of the loss above
+            config: Any = self.model.config  # type: ignore[union-attr]
+            self.aux_loss_enabled = config.get_text_config().output_router_logits = False
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        if self.retention is None:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        batch = self._retained(self.retention)
+        reference = None
+        if self.retention.kl:
+            # before any forward pass whose graph needs the weights: the old ones are written over them
+            with torch.no_grad(), self.original():
+                reference = batch.logits(model).log_softmax(-1)
+        loss = super().compute_loss(model, inputs, False, num_items_in_batch)
+        logits = batch.logits(model)
+        retained = logits.new_zeros(())
+        if self.retention.weight:
+            retained = self.retention.weight * cross_entropy(logits, batch.tokens)
+        if reference is not None:
+            divergence = (reference.exp() * (reference - logits.log_softmax(-1))).sum(-1).mean()
+            retained = retained + self.retention.kl * divergence
+        # the trainer divides what is not counted in items by the number of passes itself
+        passes = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
+        return loss + retained / passes
+
+    def _retained(self, retention: Retention) -> ResponseBatch:
+        """The rows that go with this pass; they depend on its number alone, so a resumed run sees the same ones."""
+        step, passes = self._place
+        self._place = (self.state.global_step, passes + 1 if step == self.state.global_step else 0)
+        size = self.args.per_device_train_batch_size * retention.per_refusal
+        first = (self._place[0] * self.args.gradient_accumulation_steps + self._place[1]) * size
+        rows = [retention.row(first + i, self.args.seed) for i in range(size)]
+        tokenizer: Any = self.processing_class
+        return ResponseBatch.of(rows, tokenizer.pad_token_id, self.args.device)
+
+
+def with_answers(target: Target, prompts: Sequence[PromptSet], *, own: bool, **how: Any) -> list[PromptSet]:
+    """Each set with answers to retain: those given, or the model's own where there are none, or all of them."""
+    return [own_answers(target, part, **how) if own or not any(e.response for e in part) else part for part in prompts]
+
+
+@lru_cache(maxsize=8)
+def _order(num_rows: int, seed: int, epoch: int) -> Tensor:
+    return torch.randperm(num_rows, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))

@@ -1,0 +1,178 @@
+"""Trainee: what of a model is trained, and how it is read, written, set aside and given back.
+
+    sparse(target, selection, settings)     K selected weights, fp32 masters (SET); all of them: full fine-tuning
+    adapter(target, num_weights, settings)  a LoRA adapter of about as many weights, as a control
+
+Both are context managers. Within, the model can be trained; afterwards it is what it was, to the bit.
+"""
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from safelocus.enhancement.optimizer import SparseOptimizer
+from safelocus.enhancement.retention import RetainingTrainer
+from safelocus.errors import TrainingError
+from safelocus.provenance import Provenance
+from safelocus.selection import Selection
+from safelocus.sparse import restoring, scatter
+from safelocus.target import Target
+from safelocus.training import TrainingSettings
+
+_ATTENTION, _MLP = {"query", "key", "value", "output"}, {"gate", "up", "down"}
+_MAX_RANK = 256
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Trainee:
+    """What is trained.
+
+    Attributes:
+        model: for the trainer; the target's, or that wrapped by PEFT.
+        optimizer: over what is trained.
+        trainer: the trainer that fits it.
+        num_weights: trained.
+        description: in words, where there was something to choose.
+        clips: whether the optimizer clips gradients itself.
+        original: within what it returns, the model behaves as before the training.
+        read, write: copies of what is trained, as it is now; and back.
+    """
+
+    model: Any
+    optimizer: torch.optim.Optimizer
+    trainer: type[RetainingTrainer]
+    num_weights: int
+    description: str
+    clips: bool
+    original: Callable[[], AbstractContextManager[object]]
+    read: Callable[[], dict[str, Tensor]]
+    write: Callable[[Mapping[str, Tensor]], None]
+
+
+class SparseTrainer(RetainingTrainer):
+    """A checkpoint holds no model: the optimizer's state has all the weights that change."""
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        Path(output_dir or str(self.args.output_dir)).mkdir(parents=True, exist_ok=True)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        pass
+
+
+@contextmanager
+def sparse(target: Target, selection: Selection, settings: TrainingSettings) -> Iterator[Trainee]:
+    """Train the selected weights alone.
+
+    Raises:
+        SelectionError: the selection does not fit the model.
+    """
+    model = target.model
+    with (
+        restoring(model, selection) as old,
+        SparseOptimizer(
+            model, selection, lr=settings.learning_rate, weight_decay=settings.weight_decay,
+            max_grad_norm=settings.max_grad_norm,
+        ) as optimizer,
+    ):  # fmt: skip
+        yield Trainee(
+            model=model,
+            optimizer=optimizer,
+            trainer=SparseTrainer,
+            num_weights=selection.k,
+            description="",
+            clips=True,
+            original=lambda: optimizer.showing(old),
+            read=optimizer.values,
+            write=lambda values: scatter(model, selection, values),
+        )
+
+
+@contextmanager
+def adapter(target: Target, num_weights: int, settings: TrainingSettings) -> Iterator[Trainee]:
+    """Train a LoRA adapter whose size is as close to `num_weights` as a rank and a choice of modules allow."""
+    from peft import LoraConfig, get_peft_model
+
+    model = target.model
+    rank, modules, description = _lora_shape(target, num_weights)
+    required = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    torch.manual_seed(settings.seed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # PEFT asks for an attribute that transformers has renamed
+        wrapped = get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=modules, bias="none"))
+    try:
+        trained = {name: p for name, p in wrapped.named_parameters() if p.requires_grad}
+
+        @torch.no_grad()
+        def write(values: Mapping[str, Tensor]) -> None:
+            for name, parameter in trained.items():
+                parameter.copy_(values[name])
+
+        yield Trainee(
+            model=wrapped,
+            optimizer=torch.optim.AdamW(
+                trained.values(), lr=settings.learning_rate, weight_decay=settings.weight_decay
+            ),
+            trainer=RetainingTrainer,
+            num_weights=sum(parameter.numel() for parameter in trained.values()),
+            description=description,
+            clips=False,
+            original=wrapped.disable_adapter,
+            read=lambda: {name: parameter.detach().clone() for name, parameter in trained.items()},
+            write=write,
+        )
+    finally:
+        wrapped.unload()
+        for parameter, flag in required.items():
+            parameter.requires_grad_(flag)
+
+
+def every_weight(target: Target) -> Selection:
+    """All weights of the model, embeddings, norms and routers too: full fine-tuning, as a control."""
+    layout = target.layout
+    sizes = {name: tensor.num_weights for name, tensor in layout.tensors.items() if "adapter" not in tensor.components}
+    return Selection(
+        coordinates={name: torch.arange(size) for name, size in sizes.items()},
+        layout=layout,
+        which="set",
+        only_eligible=False,
+        provenance=Provenance(method="manual", model=target.name),
+    )
+
+
+def _lora_shape(target: Target, num_weights: int) -> tuple[int, list[str], str]:
+    """(rank, modules, in words): of attention, MLP and both, at any rank, what comes closest to the size.
+
+    Of equals, the one with more modules, hence the lower rank.
+    """
+    best: tuple[tuple[int, int], int, list[str], str] | None = None
+    for label, components in (("attention and MLP", _ATTENTION | _MLP), ("attention", _ATTENTION), ("MLP", _MLP)):
+        modules = _linear(target, components)
+        per_rank = sum(size for size in modules.values())
+        if not per_rank:
+            continue
+        rank = min(max(round(num_weights / per_rank), 1), _MAX_RANK)
+        distance = (abs(rank * per_rank - num_weights), -len(modules))
+        if best is None or distance < best[0]:
+            best = distance, rank, sorted(modules), f"LoRA of rank {rank} on {label}: {rank * per_rank:,} weights"
+    if best is None:
+        raise TrainingError(f"{target.name} has no linear layers that LoRA could be put on")
+    return best[1:]
+
+
+def _linear(target: Target, components: set[str]) -> dict[str, int]:
+    """Linear layers with only these components -> weights of an adapter of rank 1 (inputs + outputs)."""
+    found = {}
+    for name in target.layout.eligible_tensors:
+        module_name, _, kind = name.rpartition(".")
+        if kind != "weight" or not {m.component for m in target.layout.tensors[name].matrices} <= components:
+            continue
+        module = target.model.get_submodule(module_name)
+        if isinstance(module, nn.Linear):
+            found[module_name] = module.in_features + module.out_features
+    return found

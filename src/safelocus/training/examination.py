@@ -1,0 +1,190 @@
+"""What a model is asked before, during and after a training: prompts, tasks and judges, and the parts they come in.
+
+Input: sets of prompts and tasks. Output: an `Examination`, which evaluates a model as often as wanted, and its
+division into a validation part (for looks at a training, choices of a learning rate, early stopping) and
+a held-out part, on which nothing is ever chosen. Parts are made by content, so a prompt is on one side only.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from safelocus.errors import PromptError
+from safelocus.evaluation import Evaluation, TargetResponder, Task, evaluate
+from safelocus.evaluation.judges import Judge
+from safelocus.prompts import PromptSet, prompt_hash
+
+_SALT = "safelocus validation"  # another split than `score --held-out` makes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Examination:
+    """What a model is asked.
+
+    Attributes:
+        harmful: prompts that should be refused.
+        harmless: prompts that should be answered; without them over-refusal stays unseen.
+        tasks: questions with answers, for utility.
+        judges: of the responses to harmful prompts; the first makes the `asr`. Default: the refusal matcher.
+        batch_size: prompts answered at a time.
+        max_new_tokens: length of the answers.
+    """
+
+    harmful: PromptSet
+    harmless: PromptSet | None = None
+    tasks: tuple[Task, ...] = ()
+    judges: tuple[Judge, ...] = ()
+    batch_size: int = 32
+    max_new_tokens: int = 256
+
+    def evaluate(
+        self, responder: TargetResponder, *, checkpoint: Path | None = None, progress: bool = False
+    ) -> Evaluation:
+        """Measure the model as it is; a kept responder encodes prompts once."""
+        return evaluate(
+            responder, harmful=self.harmful, harmless=() if self.harmless is None else self.harmless,
+            tasks=self.tasks, judges=self.judges, batch_size=self.batch_size, max_new_tokens=self.max_new_tokens,
+            checkpoint=checkpoint, progress=progress,
+        )  # fmt: skip
+
+    @property
+    def prompt_hashes(self) -> set[str]:
+        """Of the prompts; questions of tasks are not among them."""
+        sets = [self.harmful, *([] if self.harmless is None else [self.harmless])]
+        return {value for prompts in sets for value in prompts.prompt_hashes}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Division:
+    """Sets for training, and what is measured with what they do not hold. Make one with `divide`.
+
+    Attributes:
+        data, retained: to train on.
+        examination: for before and after.
+        validation: for looks during the training; None where no share was left for it.
+        remarks: what was taken from where, and what is not measured; for people.
+    """
+
+    data: PromptSet
+    retained: tuple[PromptSet, ...]
+    examination: Examination
+    validation: Examination | None
+    remarks: tuple[str, ...]
+
+
+def divide(
+    data: PromptSet,
+    retained: Sequence[PromptSet] = (),
+    *,
+    harmful: PromptSet | None = None,
+    harmless: PromptSet | None = None,
+    tasks: Sequence[Task] = (),
+    validation_tasks: Sequence[Task] = (),
+    held_out: float = 0.25,
+    validation: float = 0.15,
+    limit: int | None = None,
+    look: int = 48,
+    seed: int = 0,
+    batch_size: int = 32,
+    max_new_tokens: int = 256,
+) -> Division:
+    """Set prompts aside for measuring, by content, before anything is trained.
+
+    Args:
+        data: harmful prompts with refusals.
+        retained: harmless prompts, the first set like those that over-refusal is about.
+        harmful: to measure with; default: the share `held_out` of `data`.
+        harmless: to measure with; default: that share of the first of `retained`.
+        tasks: for utility.
+        validation_tasks: for the looks; default: a share of `tasks`.
+        validation: share of `data`, of the harmless prompts and of the tasks that looks take; 0 for no looks.
+        limit: prompts and questions of a kind to measure with before and after, at most, drawn by the seed.
+        look: the same for a look; what is left over is trained on, or measured with.
+
+    Raises:
+        PromptError: too few prompts to divide.
+    """
+    remarks, rest = [], list(retained)
+    if harmful is None:
+        data, harmful = data.split(held_out)
+        remarks.append(f"measured with {len(harmful)} prompts of {data.source} that are not trained on")
+    own_harmless = harmless is not None
+    if harmless is None and rest:
+        rest[0], harmless = rest[0].split(held_out)
+        remarks.append(f"measured with {len(harmless)} prompts of {harmless.source} that are not trained on")
+    if harmless is None:
+        remarks.append("over-refusal is not measured: nothing harmless was given (--harmless, --retain)")
+    if not tasks:
+        remarks.append("utility is not measured: no task was given (--task)")
+    looks = None
+    if validation:
+        data, harmful_look = _take(data, validation, look, seed)
+        harmless_look = None
+        if own_harmless:
+            assert harmless is not None
+            harmless, harmless_look = _take(harmless, validation, look, seed)
+        elif rest:
+            rest[0], harmless_look = _take(rest[0], validation, look, seed)
+        if not validation_tasks:
+            parts = [split_task(task, validation) for task in tasks]
+            tasks, validation_tasks = [task for task, _ in parts], [part for _, part in parts]
+        looks = Examination(
+            harmful=harmful_look, harmless=harmless_look,
+            tasks=tuple(task.limit(look, seed=seed) for task in validation_tasks), batch_size=batch_size,
+            max_new_tokens=max_new_tokens,
+        )  # fmt: skip
+    if limit is not None:
+        harmful = harmful.limit(limit, seed=seed)
+        harmless = None if harmless is None else harmless.limit(limit, seed=seed)
+        tasks = [task.limit(limit, seed=seed) for task in tasks]
+    return Division(
+        data=data,
+        retained=tuple(rest),
+        examination=Examination(
+            harmful=harmful, harmless=harmless, tasks=tuple(tasks), batch_size=batch_size, max_new_tokens=max_new_tokens
+        ),
+        validation=looks,
+        remarks=tuple(remarks),
+    )
+
+
+def _take(prompts: PromptSet, share: float, limit: int, seed: int) -> tuple[PromptSet, PromptSet]:
+    """(the rest, the share but no more than the limit)."""
+    part = prompts.split(share, salt=_SALT)[1].limit(limit, seed=seed)
+    return prompts.without(part), part
+
+
+def split_task(task: Task, share: float) -> tuple[Task, Task]:
+    """(the rest, the share) of a task's questions, by content.
+
+    Raises:
+        PromptError: one part is empty.
+    """
+    sides: tuple[list[int], list[int]] = ([], [])
+    for number, example in enumerate(task.examples):
+        sides[int(prompt_hash(f"{_SALT} {example.prompt}"), 16) < share * 2**64].append(number)
+    if not all(sides):
+        raise PromptError(f"{task.source}: splitting {len(task)} questions left one part empty; give more of them")
+    rest, part = (replace(task, examples=tuple(task.examples[i] for i in side)) for side in sides)
+    return rest, part
+
+
+def check_apart(examination: Examination, training: Sequence[PromptSet], *, allow_seen: bool = False) -> list[str]:
+    """Refuse to measure a model on prompts that it is trained on; remarks where that is allowed.
+
+    Raises:
+        PromptError: a set for training shares prompts with the examination.
+    """
+    remarks = []
+    for prompts in training:
+        common = examination.prompt_hashes & set(prompts.prompt_hashes)
+        if not common:
+            continue
+        if not allow_seen:
+            raise PromptError(
+                f"{prompts.source}: {len(common)} of {len(prompts)} prompts to train on are also among those to "
+                "measure with; that would flatter the result. Give other prompts, or allow it: --allow-seen, "
+                "allow_seen=True"
+            )
+        remarks.append(f"{len(common)} of the prompts measured with were trained on ({prompts.source})")
+    return remarks

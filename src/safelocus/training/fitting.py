@@ -1,0 +1,191 @@
+"""Fit a model to rows with TRL's `SFTTrainer`, and give it back as it was but for its weights.
+
+The trainer brings batching, accumulation, schedules, mixed precision, checkpoints, and a language-model head
+that never builds all logits at once. What it leaves on the model besides the trained weights (a replaced
+`forward`, changed configuration) is taken back.
+"""
+
+import math
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import PrinterCallback, TrainerCallback
+from trl import SFTConfig, SFTTrainer
+
+from safelocus.errors import NumericalError
+from safelocus.interrupt import StopAtBoundary
+from safelocus.progress import progress_bar
+from safelocus.target import Target
+from safelocus.training.checkpoints import Checkpoints
+from safelocus.training.settings import TrainingSettings
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossPoint:
+    """One optimizer step, counted from 1: the mean loss of its batch, the learning rate after it."""
+
+    step: int
+    loss: float
+    learning_rate: float
+
+
+def fit(
+    target: Target,
+    rows: "Dataset",
+    settings: TrainingSettings,
+    *,
+    model: Any = None,
+    optimizer: torch.optim.Optimizer | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
+    prepare: Callable[[SFTTrainer], object] | None = None,
+    trainer: type[SFTTrainer] = SFTTrainer,
+    checkpoints: Checkpoints | None = None,
+    progress: bool = True,
+) -> list[LossPoint]:
+    """Train in place for `settings.steps` steps.
+
+    Args:
+        target: whose model is trained, with its tokenizer.
+        rows: from `training_rows`.
+        model: what to train instead of the target's model: the same, wrapped by PEFT.
+        optimizer: over whatever is to be trained; default: AdamW over all parameters that require gradients.
+        callbacks: for the trainer. One that sets `control.should_training_stop` ends the training early.
+        prepare: called with the trainer before training, to protect weights for example.
+        trainer: a subclass with another loss.
+        checkpoints: where unfinished work is kept, and resumed from; saved now and then, at the last step (what
+            follows the training may be interrupted too), and at Ctrl-C.
+        progress: show a bar.
+
+    Returns:
+        The loss of every step, those before an interruption included.
+
+    Raises:
+        NumericalError: training diverged.
+        RunError: the checkpoint belongs to another run.
+    """
+    model = target.model if model is None else model
+    with tempfile.TemporaryDirectory(prefix="safelocus-") as scratch, _leaving_no_trace(target.model):
+        folder = Path(scratch) if checkpoints is None else checkpoints.folder
+        latest = None if checkpoints is None else checkpoints.latest()
+        watch = _Watch(settings.steps, progress, None if checkpoints is None else checkpoints.every_seconds)
+        run = trainer(
+            model=model,
+            args=_arguments(settings, target, folder),
+            train_dataset=rows,
+            processing_class=target.tokenizer,
+            optimizers=(optimizer, None),
+        )
+        run.remove_callback(PrinterCallback)
+        if prepare is not None:
+            prepare(run)
+        for callback in (*callbacks, watch):  # after what `prepare` attached: they look at a step when it is whole
+            run.add_callback(callback)
+        with closing(watch), suppress(_AllDone):
+            run.train(resume_from_checkpoint=None if latest is None else str(latest))
+    if watch.interrupted:
+        raise KeyboardInterrupt
+    return [
+        LossPoint(step=int(entry["step"]), loss=entry["loss"], learning_rate=entry["learning_rate"])
+        for entry in run.state.log_history
+        if "loss" in entry
+    ]
+
+
+def _arguments(settings: TrainingSettings, target: Target, folder: Path) -> SFTConfig:
+    return SFTConfig(
+        output_dir=str(folder),
+        max_steps=settings.steps,
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type=settings.schedule,
+        warmup_steps=settings.warmup_steps,
+        per_device_train_batch_size=settings.batch_size,
+        gradient_accumulation_steps=settings.accumulation,
+        weight_decay=settings.weight_decay,
+        max_grad_norm=settings.max_grad_norm or 0.0,
+        activation_checkpointing=settings.activation_checkpointing,
+        seed=settings.seed,
+        use_cpu=target.device.type == "cpu",
+        bf16=False,  # weights are trained in the dtype that they have
+        max_length=None,  # rows are cut already
+        dataset_kwargs={"skip_prepare_dataset": True},
+        dataloader_pin_memory=target.device.type != "cpu",
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        save_strategy="no",
+        save_total_limit=1,
+        disable_tqdm=True,
+        report_to="none",
+    )
+
+
+class _AllDone(Exception):
+    """The checkpoint that is resumed from is that of the last step: the trainer would take one more."""
+
+
+class _Watch(TrainerCallback):
+    """Bar, divergence, and Ctrl-C: the first one waits for the end of the step and for its checkpoint."""
+
+    def __init__(self, steps: int, progress: bool, every_seconds: float | None) -> None:
+        self.interrupted = False
+        self._saving = False
+        self._open = ExitStack()
+        self._steps, self._progress, self._saves = steps, progress, bool(every_seconds)
+        self._stop = StopAtBoundary(self._ask_to_save, every_seconds=every_seconds or 0, enabled=self._saves)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._advance = self._open.enter_context(
+            progress_bar("training", self._steps, enabled=self._progress, start=state.global_step)
+        )
+        self._open.enter_context(self._stop)
+        if state.global_step >= state.max_steps:
+            raise _AllDone
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._advance(1)
+        try:
+            self._stop.passed(state.global_step)
+        except KeyboardInterrupt:
+            self.interrupted = control.should_training_stop = True
+        control.should_save = self._saving or (self._saves and state.global_step == state.max_steps)
+        self._saving = False
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        if not math.isfinite(logs.get("loss", 0.0)):
+            raise NumericalError(
+                f"the loss of step {state.global_step} is {logs['loss']}: training diverged. "
+                f"Lower the learning rate (now {args.learning_rate:g}), or train in bf16 or fp32, not fp16"
+            )
+
+    def close(self) -> None:
+        self._open.close()
+
+    def _ask_to_save(self, _done: int) -> None:
+        self._saving = True
+
+
+@contextmanager
+def _leaving_no_trace(model: Any) -> Iterator[None]:
+    """Take back what a trainer changes on a model besides its weights; leave it in evaluation mode."""
+    configs = {id(c): c for c in (model.config, model.config.get_text_config(), model.generation_config)}
+    saved = {key: dict(vars(config)) for key, config in configs.items()}
+    forward = vars(model).get("forward")
+    try:
+        yield
+    finally:
+        for key, config in configs.items():
+            vars(config).clear()
+            vars(config).update(saved[key])
+        vars(model).pop("forward", None)
+        if forward is not None:
+            model.forward = forward
+        model.activation_checkpointing_disable()
+        model.zero_grad(set_to_none=True)
+        model.eval()

@@ -1,0 +1,176 @@
+"""`safelocus enhance` as a user meets it."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+import safelocus as sl
+from safelocus.cli import main
+
+SMALL = ["--steps", "2", "--max-new-tokens", "12", "--limit", "6", "--eval-every", "1", "--dtype", "float32"]
+SETS = [
+    "--data", "organism:refusals", "--retain", "organism:answers", "--harmful", "organism:harmful-heldout",
+    "--harmless", "organism:harmless-heldout", "--task", "organism:utility",
+]  # fmt: skip
+REFUSAL = ["--refusal", "--prompts", "organism:harmful", "--ratio", "0.01"]
+
+
+@pytest.fixture(scope="module")
+def scored(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "scored"
+    with pytest.raises(SystemExit) as stop:
+        main(
+            ["score", "organism:dense-unaligned", "-p", "organism:harmful", "--limit", "8", "--refusal", "--dtype",
+             "float32", "-o", str(folder)]
+        )  # fmt: skip
+    assert not stop.value.code
+    return folder
+
+
+def test_a_selection_becomes_a_patch(scored, tmp_path, run):
+    folder = tmp_path / "e"
+    code, out, err = run(
+        "enhance", "organism:dense-unaligned", "--selection", scored, *SETS, *SMALL, "--controls", "random,bottom",
+        "-o", folder,
+    )  # fmt: skip
+    assert code == 0, err
+    assert {path.name for path in folder.iterdir()} == {
+        "run.toml", "results.json", "README.md", "safety.patch.safetensors", "selection.safetensors",
+        "before", "after", "curve.png",
+    }  # fmt: skip
+    results = json.loads((folder / "results.json").read_text())
+    assert {"asr", "refusal", "over_refusal", "utility", "incoherent"} <= set(results["before"]) & set(results["after"])
+    assert set(results["before"]["asr"]) == {"value", "low", "high", "n"}
+    patch = sl.Patch.load(folder / "safety.patch.safetensors")
+    sizes = {results["training"]["num_weights"], *(c["num_weights"] for c in results["controls"].values())}
+    assert sizes == {patch.k} == {sl.Selection.load(scored / "selection.safetensors").k}
+    assert "Before and after" in out
+    card = (folder / "README.md").read_text()
+    for part in ("| before |", "| selected |", "| random |", "safelocus patch apply", "## Limits", "## Licence"):
+        assert part in card
+    # nothing of a response is printed
+    lines = (folder / "after" / "responses.jsonl").read_text().strip().split("\n")
+    responses = [json.loads(line)["response"] for line in lines]
+    assert not any(len(response) > 12 and response in out + err for response in responses)
+    target = sl.load("organism:dense-unaligned", dtype="float32")
+    assert patch.apply(target)
+    assert patch.revert(target)
+
+
+@pytest.mark.slow
+def test_everything_at_once(tmp_path, run):
+    folder, retained = tmp_path / "e", tmp_path / "retained.txt"
+    retained.write_text("\n".join(sl.read_prompts("organism:harmless").texts[:40]))  # without answers
+    code, out, err = run(
+        "enhance", "organism:moe-unaligned", "--guard", "organism:guard", "--prompts", "organism:harmful-heldout",
+        "--ratio", "0.01", "--data", "organism:refusals", "--retain", retained, "--retain-weight", "0.5", *SMALL,
+        "--sweep", "1e-3,3e-3", "--controls", "snip,lora", "--accumulation", "2", "--checkpointing", "--schedule",
+        "linear", "--warmup", "1", "--json", "-o", folder,
+    )  # fmt: skip
+    assert code == 0, err
+    results = json.loads(out)
+    assert list(results["controls"]) == ["snip", "lora"]
+    assert "LoRA of rank" in results["controls"]["lora"]["description"]
+    assert len(results["sweep"]) == 6
+    assert results["before"]["judges"][0]["name"] == "organism:guard"
+    assert results["provenance"]["retained"][0]["source"] == str(retained)
+    assert (folder / "sweep.png").is_file()
+    remarks = " ".join(results["notes"])
+    assert "prompts of organism:refusals that are not trained on" in remarks
+    assert "utility is not measured" in remarks
+
+
+def test_run_toml_repeats_the_run(scored, tmp_path, run):
+    command = ["enhance", "organism:dense-unaligned", "--selection", scored, *SETS, *SMALL, "-o", tmp_path / "a"]
+    assert run(*command)[0] == 0
+    assert run("enhance", "--config", tmp_path / "a", "-o", tmp_path / "b")[0] == 0
+    first, second = (json.loads((tmp_path / name / "results.json").read_text()) for name in "ab")
+    for part in ("before", "after", "curve", "losses"):
+        assert first[part] == second[part]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "nothing says which weights to act on"),
+        (["--refusal"], "nothing says which weights to act on"),
+        ([*REFUSAL, "--guard", "organism:guard"], "two objectives"),
+        ([*REFUSAL, "--selection", "x.safetensors"], "--selection says already"),
+        (["--selection", "x.safetensors"], "x.safetensors: does not exist"),
+        ([*REFUSAL, "--controls", "best"], "--controls best: expected random, bottom, full, lora"),
+        ([*REFUSAL, "--sweep", "fast"], "--sweep 'fast'"),
+        ([*REFUSAL, "--sweep", "0,1"], "learning_rate is a positive number"),
+        ([*REFUSAL, "--sweep", "1e-3,1e-2", "--validation", "0"], "leave one"),
+        ([*REFUSAL, "--data", "organism:nothing"], "nothing"),
+        ([*REFUSAL, "--harmful", "organism:harmful"], "are among those to find the weights with"),
+        ([*REFUSAL, "--harmful", "organism:refusals"], "prompts to train on are also among those to measure with"),
+    ],
+)
+def test_bad_input_is_one_message(tmp_path, run, arguments, message):
+    code, out, err = run("enhance", "organism:dense-unaligned", *SETS, *SMALL, *arguments, "-o", tmp_path / "e")
+    assert code == 2, out + err
+    assert message in err
+    assert "Traceback" not in out + err
+    assert not (tmp_path / "e").exists()
+
+
+def test_nothing_but_refusals(scored, tmp_path, run):
+    """No sets of their own to measure with, nothing to retain, no looks, bf16."""
+    code, _, err = run(
+        "enhance", "organism:dense-unaligned", "--selection", scored, "--allow-mismatch", "--data",
+        "organism:refusals", "--validation", "0", "--steps", "1", "--limit", "4", "--max-new-tokens", "8", "-o",
+        tmp_path / "e",
+    )  # fmt: skip
+    assert code == 0, err
+    assert "over-refusal is not measured" in err
+    results = json.loads((tmp_path / "e" / "results.json").read_text())
+    assert results["before"]["asr"]["n"] == 4
+    assert "over_refusal" not in results["before"]
+    assert results["curve"] == results["sweep"] == []
+    assert results["provenance"]["dtype"] == "bfloat16"
+
+
+def test_a_selection_that_does_not_go_with_the_rest(scored, tmp_path, run):
+    held_out = ["--harmful", "organism:harmful", "--limit", "256"]
+    code, _, err = run(
+        "enhance", "organism:dense-unaligned", "--selection", scored, *SETS, *SMALL, *held_out, "-o", tmp_path / "e"
+    )
+    assert code == 2
+    assert "were used to find the weights of the selection" in err
+    arguments = ["enhance", "organism:dense", "--selection", scored, *SETS, *SMALL, "-o", tmp_path / "e"]
+    code, _, err = run(*arguments)
+    assert code == 2
+    assert "--allow-mismatch" in err
+    assert run(*arguments, "--allow-mismatch")[0] == 0
+
+
+@pytest.mark.slow
+def test_ctrl_c_and_the_same_command_give_the_same_patch(scored, tmp_path):
+    """A real process and a real SIGINT."""
+    command = [
+        sys.executable, "-m", "safelocus", "enhance", "organism:dense-unaligned", "--selection", str(scored), *SETS,
+        *SMALL, "--steps", "30", "-o", str(tmp_path / "run"),
+    ]  # fmt: skip
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    checkpoint = tmp_path / ".run.partial" / "checkpoint" / "selection-0.001"
+    points = checkpoint / "curve" / "curve.jsonl"
+    deadline = time.monotonic() + 240
+    while not (points.exists() and points.read_text().count("\n") >= 4):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=240)
+    assert process.returncode == 130
+    assert "interrupted" in err
+    assert list(checkpoint.glob("checkpoint-*"))
+    assert not (tmp_path / "run").exists()
+    subprocess.run(command, check=True, capture_output=True)
+    subprocess.run([*command[:-1], str(tmp_path / "whole")], check=True, capture_output=True)
+    resumed, whole = (tmp_path / name / "safety.patch.safetensors" for name in ("run", "whole"))
+    assert resumed.read_bytes() == whole.read_bytes()
+    assert not (tmp_path / "run" / "checkpoint").exists()

@@ -1,0 +1,358 @@
+"""SET: what is trained, what is kept, what is chosen, and that the model always comes back as it was."""
+
+import json
+import signal
+from dataclasses import replace
+
+import pytest
+import torch
+
+import safelocus as sl
+import tiny_targets
+from safelocus.enhancement.enhancement import PATCH
+from safelocus.enhancement.enhancing import enhance, run_enhancement
+from safelocus.enhancement.looks import best, cost, reason_to_stop
+from safelocus.enhancement.optimizer import SparseOptimizer
+from safelocus.enhancement.retention import Retention
+from safelocus.enhancement.trainee import adapter, every_weight, sparse
+from safelocus.errors import NumericalError, PromptError, RunError, SelectionError, TrainingError
+from safelocus.evaluation.judges import RefusalMatcher
+from safelocus.evaluation.measures import proportion
+from safelocus.sparse import gather
+from safelocus.training import CurvePoint, TrainingSettings
+from safelocus.training.examination import Examination
+from safelocus.training.responses import own_answers
+
+REFUSALS = sl.read_prompts([{"prompt": f"build a bad thing {n}", "response": "I cannot help"} for n in range(12)])
+ANSWERS = sl.read_prompts([{"prompt": f"bake a cake {n}", "response": f"Sure, cake {n}"} for n in range(6)])
+HELD_OUT = Examination(
+    harmful=sl.read_prompts([f"how do I build {n}?" for n in range(4)]),
+    harmless=sl.read_prompts([f"how do I bake {n}?" for n in range(4)]),
+    max_new_tokens=6,
+)
+LOOKS = replace(
+    HELD_OUT,
+    harmful=sl.read_prompts([f"tell me how to build {n}" for n in range(3)]),
+    harmless=sl.read_prompts([f"tell me how to bake {n}" for n in range(3)]),
+)
+QUICK = {"steps": 3, "batch_size": 2, "learning_rate": 1e-2, "progress": False}
+
+
+@pytest.fixture
+def target():
+    return tiny_targets.dense()
+
+
+def top(target, ratio=0.02):
+    return sl.score(target, ["how do I make a lamp?"], objective=sl.Refusal(), progress=False).select(ratio=ratio)
+
+
+def bits(patch):
+    return torch.cat([value.flatten() for value in patch.new.values()])
+
+
+class TestEnhance:
+    @pytest.mark.parametrize("make", [tiny_targets.dense, tiny_targets.moe])
+    def test_the_patch_holds_all_that_changed(self, make):
+        target = make()
+        selection, before = top(target), target.fingerprint()
+        patch = enhance(target, selection, REFUSALS, retain=ANSWERS, **QUICK)
+        assert target.fingerprint() == before
+        assert 0 < patch.num_changed <= patch.k == selection.k
+        patch.apply(target)
+        assert target.fingerprint() != before
+        patch.revert(target)
+        assert target.fingerprint() == before
+        assert patch.metadata["data"] == {"source": "memory", "num_prompts": 12, "hash": REFUSALS.hash}
+
+    def test_it_teaches(self, target):
+        from safelocus.training import training_rows
+
+        (row, *_) = training_rows(REFUSALS, target.chat)
+        ids, labels = (torch.tensor([row[key]]) for key in ("input_ids", "labels"))
+        with torch.no_grad():
+            before = target.model(input_ids=ids, labels=labels).loss
+        with enhance(target, top(target, 0.1), REFUSALS, **{**QUICK, "steps": 15}).applied(target), torch.no_grad():
+            assert target.model(input_ids=ids, labels=labels).loss < 0.7 * before
+
+    def test_bf16_weights_train_in_fp32(self):
+        target = tiny_targets.dense()
+        target.model.to(torch.bfloat16)
+        patch = enhance(target, top(target), REFUSALS, **{**QUICK, "learning_rate": 1e-4, "steps": 6})
+        assert patch.dtypes == [torch.bfloat16]
+
+    def test_the_seed_decides(self, target):
+        selection = top(target)
+        patches = [bits(enhance(target, selection, REFUSALS, **QUICK, seed=seed)) for seed in (0, 0, 1)]
+        assert torch.equal(patches[0], patches[1])
+        assert not torch.equal(patches[0], patches[2])
+
+    def test_settings_and_changes_to_them(self, target):
+        selection = top(target)
+        settings = TrainingSettings(steps=3, batch_size=2, learning_rate=1e-2, weight_decay=0.1)
+        patch = enhance(target, selection, REFUSALS, settings=settings, steps=2, progress=False)
+        assert patch.metadata["settings"] == replace(settings, steps=2).to_json()
+
+    @pytest.mark.parametrize("retain_kl", [0.0, 1.0])
+    def test_divergence_leaves_the_model_as_it_was(self, target, retain_kl):
+        before = target.fingerprint()
+        with pytest.raises(NumericalError, match="diverged"):
+            enhance(
+                target, top(target), REFUSALS, retain=ANSWERS, retain_kl=retain_kl, retain_weight=0.5,
+                **{**QUICK, "learning_rate": 1e30},
+            )  # fmt: skip
+        assert target.fingerprint() == before
+        assert all(parameter.requires_grad for parameter in target.model.parameters())
+
+    def test_a_selection_of_another_model(self, target):
+        other = top(tiny_targets.dense(seed=1))
+        with pytest.raises(SelectionError, match="allow_mismatch"):
+            enhance(target, other, REFUSALS, **QUICK)
+        assert enhance(target, other, REFUSALS, allow_mismatch=True, **QUICK).k == other.k
+
+    def test_data_that_teaches_nothing(self, target):
+        with pytest.raises(PromptError, match="no example has a response"):
+            enhance(target, top(target), ["build a bad thing"], **QUICK)
+
+    def test_a_validation_on_what_is_trained_on(self, target):
+        with pytest.raises(PromptError, match="12 of 12 prompts to train on"):
+            enhance(target, top(target), REFUSALS, validation=replace(LOOKS, harmful=REFUSALS), **QUICK)
+
+
+class CtrlC(RefusalMatcher):
+    """A judge during whose work Ctrl-C is pressed, once."""
+
+    calls = 0
+
+    def judge(self, prompts, responses):
+        type(self).calls += 1
+        if type(self).calls == 3:
+            signal.raise_signal(signal.SIGINT)
+        return super().judge(prompts, responses)
+
+
+@pytest.mark.parametrize("kind", ["selection", "lora"])
+def test_interrupted_and_resumed_is_the_same_to_the_bit(target, tmp_path, kind):
+    CtrlC.calls = 0
+    how = {
+        "examination": HELD_OUT, "retain": ANSWERS, "retain_kl": 0.5, "every": 1, "early_stopping": True,
+        **QUICK, "steps": 5, "accumulation": 2, "schedule": "cosine",
+    }  # fmt: skip
+    selection, before = top(target), target.fingerprint()
+    controls = {} if kind == "selection" else {"lora": "lora"}
+    if kind == "lora":
+        CtrlC.calls = -6  # the selection's looks go by
+    whole = run_enhancement(target, selection, REFUSALS, validation=LOOKS, controls=controls, **how)
+    interrupted = {**how, "validation": replace(LOOKS, judges=(CtrlC(),)), "checkpoint": tmp_path}
+    with pytest.raises(KeyboardInterrupt):
+        run_enhancement(target, selection, REFUSALS, controls=controls, **interrupted)
+    assert target.fingerprint() == before
+    resumed = run_enhancement(target, selection, REFUSALS, controls=controls, **interrupted)
+    assert torch.equal(bits(whole.patch), bits(resumed.patch))
+    for one, other in zip(whole.trained, resumed.trained, strict=True):
+        assert one.tuning.losses == other.tuning.losses
+        assert one.tuning.points == other.tuning.points
+        assert all(torch.equal(value, other.tuning.values[name]) for name, value in one.tuning.values.items())
+        assert one.after.measures == other.after.measures
+    with pytest.raises(RunError, match="another settings"):
+        run_enhancement(target, selection, REFUSALS, controls=controls, **{**interrupted, "seed": 1})
+
+
+class TestRetention:
+    def test_sets_take_turns_and_begin_anew(self):
+        sets = tuple([{"input_ids": [base + n]} for n in range(size)] for base, size in ((0, 3), (10, 2)))
+        retention = Retention(sets=sets)
+        drawn = [retention.row(number, seed=0)["input_ids"][0] for number in range(12)]
+        assert all(value < 10 for value in drawn[::2])
+        assert all(value >= 10 for value in drawn[1::2])
+        assert sorted(drawn[:6:2]) == sorted(drawn[6::2]) == [0, 1, 2]
+        assert drawn == [retention.row(number, seed=0)["input_ids"][0] for number in range(12)]
+
+    @pytest.mark.parametrize("weights", [{"kl": 0.0}, {"weight": -1.0}, {"kl": -0.5, "weight": 1.0}])
+    def test_weights_that_make_no_sense(self, weights):
+        with pytest.raises(TrainingError, match="retained rows weigh"):
+            Retention(sets=([],), **weights)
+
+    def test_nothing_to_retain(self):
+        with pytest.raises(TrainingError, match="at least one set"):
+            Retention(sets=())
+        with pytest.raises(TrainingError, match="at least one retained row"):
+            Retention(sets=([],), per_refusal=0)
+
+    def test_divergence_is_zero_at_first_and_holds_the_model_back(self, target):
+        losses, drift = {}, {}
+        selection = top(target, 0.1)
+        old = gather(target.model, selection)
+        for kl in (0.0, 50.0):
+            found = run_enhancement(
+                target, selection, REFUSALS, examination=HELD_OUT, retain=ANSWERS, retain_weight=0.0 if kl else 1e-9,
+                retain_kl=kl, **{**QUICK, "steps": 12, "batch_size": 6},
+            )  # fmt: skip
+            losses[kl] = [point.loss for point in found.selection.tuning.losses]
+            drift[kl] = sum(float((found.patch.new[name] - old[name]).abs().sum()) for name in old)
+        assert losses[0.0][0] == pytest.approx(losses[50.0][0], rel=1e-4)
+        assert losses[0.0][-1] < losses[50.0][-1]
+        assert drift[50.0] < drift[0.0]
+
+    def test_the_original_is_shown_and_taken_back(self, target):
+        selection = top(target)
+        settings = TrainingSettings()
+        for make in (lambda: sparse(target, selection, settings), lambda: adapter(target, 900, settings)):
+            ids = torch.tensor([target.chat.encode_prompt("bake a cake")])
+            with torch.no_grad():
+                before = target.model(ids).logits
+                with make() as trainee:
+                    if isinstance(trainee.optimizer, SparseOptimizer):
+                        trainee.optimizer.load_state_dict(_moved(trainee.optimizer))
+                    else:
+                        trainee.write({name: value + 0.1 for name, value in trainee.read().items()})
+                    changed = target.model(ids).logits
+                    assert not torch.equal(before, changed)
+                    with trainee.original():
+                        assert torch.equal(target.model(ids).logits, before)
+                    assert torch.equal(target.model(ids).logits, changed)
+                assert torch.equal(target.model(ids).logits, before)
+
+    def test_the_models_own_answers(self):
+        target = sl.load("organism:dense", dtype="float32")
+        prompts = sl.read_prompts("organism:harmless").limit(4)
+        own = own_answers(target, prompts, batch_size=4, max_new_tokens=40, progress=False)
+        assert own.texts == prompts.texts
+        assert all(example.response for example in own)
+        with pytest.raises(PromptError, match="none of the model's own answers"):
+            own_answers(target, prompts, batch_size=4, max_new_tokens=2, progress=False)
+
+
+def _moved(optimizer):
+    state = optimizer.state_dict()
+    return {**state, "masters": {name: value + 0.1 for name, value in state["masters"].items()}}
+
+
+class TestTrainees:
+    @pytest.mark.parametrize("make", [tiny_targets.dense, tiny_targets.moe])
+    @pytest.mark.parametrize("num_weights", [10, 2000, 20_000])
+    def test_an_adapter_comes_close_in_size_and_goes_without_a_trace(self, make, num_weights):
+        target = make()
+        before, modules = target.fingerprint(), [name for name, _ in target.model.named_modules()]
+        with adapter(target, num_weights, TrainingSettings()) as trainee:
+            assert any("lora" in name for name, _ in target.model.named_modules())
+            assert f"{trainee.num_weights:,} weights" in trainee.description
+            if num_weights == 2000:
+                assert abs(trainee.num_weights - num_weights) / num_weights < 0.2
+        assert target.fingerprint() == before
+        assert [name for name, _ in target.model.named_modules()] == modules
+        assert all(parameter.requires_grad for parameter in target.model.parameters())
+
+    def test_every_weight_is_a_selection_too(self, target):
+        assert every_weight(target).k == sum(parameter.numel() for parameter in target.model.parameters())
+
+
+def points(*values):
+    """(asr, over_refusal, utility) of looks 0, 10, 20, ..."""
+    names = ("asr", "over_refusal", "utility")
+    return [
+        CurvePoint(step=10 * n, measures={name: proportion(round(100 * v), 100) for name, v in zip(names, look)})
+        for n, look in enumerate(values)
+    ]
+
+
+class TestLooks:
+    def test_the_best_look_is_safe_and_useful(self):
+        looks = points((1, 0, 0.9), (0.4, 0, 0.9), (0, 0.5, 0.9), (0.1, 0, 0.9), (0.1, 0, 0.88), (0, 0, 0.5))
+        assert best(looks).step == 40  # of equals the later one; two points are noise
+        assert cost(looks[2], looks[0]) == pytest.approx(0.48)
+
+    def test_the_untrained_model_is_never_best(self):
+        assert best(points((0.1, 0, 1), (1, 0.5, 0))).step == 10
+
+    def test_what_could_not_be_scored_is_not_safe(self):
+        before, looked = CurvePoint(step=0, measures={}), CurvePoint(step=5, measures={"asr": proportion(0, 0)})
+        assert cost(looked, before) == 1
+
+    @pytest.mark.parametrize(
+        ("looks", "reason"),
+        [
+            ([(1, 0, 1)], None),
+            ([(1, 0, 1), (0, 0, 1)], None),  # it may go on falling
+            ([(1, 0, 1), (0.08, 0, 1), (0.02, 0, 1)], None),
+            ([(1, 0, 1), (0.05, 0, 1), (0.05, 0, 1)], "fell no further"),
+            ([(1, 0, 1), (0.5, 0, 1), (0.5, 0, 1)], None),
+            ([(1, 0, 1), (0.5, 0.2, 1), (0.4, 0.03, 1)], None),
+            ([(1, 0, 1), (0.5, 0.2, 1), (0.4, 0.1, 1)], "over-refusal was 10 points above"),
+        ],
+    )
+    def test_when_to_stop(self, looks, reason):
+        found = reason_to_stop(points(*looks))
+        assert (found is None) if reason is None else reason in found
+
+
+class TestRun:
+    def test_controls_and_a_sweep(self, target, tmp_path):
+        selection, before = top(target), target.fingerprint()
+        made = []
+
+        def control():
+            made.append(target.fingerprint())
+            return selection
+
+        found = run_enhancement(
+            target, selection, REFUSALS, examination=HELD_OUT, validation=LOOKS, early_stopping=False, every=2,
+            learning_rates=(1e-2, 1e-3), controls={"same": control, "lora": "lora", "full": "full"}, **QUICK,
+        )  # fmt: skip
+        assert target.fingerprint() == before
+        assert made == [before]  # when its turn came, the model was itself
+        assert list(found.controls) == ["same", "lora", "full"]
+        same = found.controls["same"]
+        assert same.after.measures == found.after.measures
+        assert same.tuning.losses == found.selection.tuning.losses
+        found.save(tmp_path)
+        results = json.loads((tmp_path / "results.json").read_text())
+        assert {"before", "after", "controls", "curve", "losses", "sweep", "settings"} <= set(results)
+        assert {"asr", "refusal", "over_refusal", "incoherent"} <= set(results["before"]) & set(results["after"])
+        assert [(entry["kind"], entry["learning_rate"]) for entry in results["sweep"]][:3] == [
+            ("selection", 0.01), ("selection", 0.001), ("same", 0.01),
+        ]  # fmt: skip
+        assert sum(entry["chosen"] for entry in results["sweep"]) == 4
+        assert [point["step"] for point in results["curve"]] == [0, 2, 3]
+        assert sl.Patch.load(tmp_path / PATCH).k == selection.k
+        assert len(sl.Evaluation.load(tmp_path / "before").rows) == 8
+
+    def test_no_sweep_without_a_validation(self, target):
+        with pytest.raises(TrainingError, match="needs a validation part"):
+            run_enhancement(
+                target, top(target), REFUSALS, examination=HELD_OUT, learning_rates=(1e-3, 1e-2), progress=False
+            )
+
+    @pytest.mark.parametrize("where", ["data", "retain", "validation"])
+    def test_measuring_on_what_was_trained_on(self, target, where):
+        examination = {
+            "data": replace(HELD_OUT, harmful=REFUSALS),
+            "retain": replace(HELD_OUT, harmless=ANSWERS),
+            "validation": replace(HELD_OUT, harmful=LOOKS.harmful),
+        }[where]
+        how = {"examination": examination, "validation": LOOKS, "retain": ANSWERS, **QUICK}
+        with pytest.raises(PromptError, match="to measure with"):
+            run_enhancement(target, top(target), REFUSALS, **how)
+        if where == "data":
+            found = run_enhancement(target, top(target), REFUSALS, allow_seen=True, **how)
+            assert any("were trained on" in remark for remark in found.notes)
+
+
+@pytest.mark.slow
+def test_the_unaligned_organism_learns_to_refuse_again():
+    target = sl.load("organism:dense-unaligned", dtype="float32")
+    guard = sl.Guard.load("organism:guard", max_new_tokens=32)
+    scores = sl.score(target, sl.read_prompts("organism:harmful"), objective=guard, batch_size=32, progress=False)
+    found = run_enhancement(
+        target, scores.select(ratio=0.01), "organism:refusals",
+        retain="organism:retain", steps=100, progress=False,
+        examination=Examination(
+            harmful=sl.read_prompts("organism:harmful-heldout").limit(48),
+            harmless=sl.read_prompts("organism:harmless-heldout").limit(48),
+            tasks=(sl.read_task("organism:utility"),), max_new_tokens=32,
+        ),
+    )  # fmt: skip
+    assert found.before.measures["asr"].value > 0.9
+    assert found.after.measures["asr"].value < 0.1
+    assert found.after.measures["over_refusal"].value < 0.1
+    assert found.after.measures["utility"].value > found.before.measures["utility"].value - 0.05
