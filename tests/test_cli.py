@@ -35,7 +35,7 @@ def test_score_writes_a_complete_run(scored):
         "responses.jsonl",
         "scores",
         "selection.safetensors",
-        "map.html",
+        "report.html",
         "map.png",
     } <= names
     assert "checkpoint" not in names
@@ -265,3 +265,10 @@ def test_ctrl_c_stops_at_a_batch_and_the_same_command_resumes(tmp_path):
     subprocess.run([*command[:-1], str(tmp_path / "whole")], check=True, capture_output=True)
     resumed, whole = (sl.Scores.load(tmp_path / name / "scores") for name in ("run", "whole"))
     assert all(torch.equal(resumed.tensors[name], whole.tensors[name]) for name in whole.tensors)
+
+
+def test_only_some_commands_run_in_several_processes(run, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    code, _, err = run("inspect", "organism:dense")
+    assert code == 2
+    assert "runs in one process, and 2 were launched" in err

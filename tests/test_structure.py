@@ -12,6 +12,7 @@ import safelocus
 SOURCE = Path(safelocus.__file__).parent
 ORDER = [
     {"errors", "progress", "interrupt", "run"},
+    {"distributed"},
     {"provenance"},
     {"layout"},
     {"fingerprint"},
@@ -30,7 +31,11 @@ ORDER = [
     {"scoring"},
     {"evaluation"},
     {"sparse"},
+    {"patch"},
+    {"training"},
     {"verification"},
+    {"enhancement"},
+    {"preservation"},
     {"report"},
     {"cli"},
 ]
@@ -66,6 +71,13 @@ def test_imports_point_backwards(path):
         return
     later = {name for name in imports(path) if RANK[name] > RANK[room]}  # neighbours may use one another
     assert not later, f"{room} imports {later}, which come after it"
+
+
+@pytest.mark.parametrize("room", ["verification", "enhancement", "preservation"])
+def test_the_three_uses_of_a_selection_know_nothing_of_one_another(room):
+    others = {"verification", "enhancement", "preservation"} - {room}
+    for path in (SOURCE / room).rglob("*.py"):
+        assert not imports(path) & others, path
 
 
 def test_the_command_line_starts_without_torch():

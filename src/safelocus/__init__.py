@@ -10,15 +10,22 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from safelocus.enhancement.enhancement import Enhancement
+    from safelocus.enhancement.enhancing import enhance
+    from safelocus.enhancement.optimizer import SparseOptimizer
     from safelocus.evaluation import Evaluation, TargetResponder, Task, compare_evaluations, evaluate, read_task
     from safelocus.evaluation.judges import load_judge
     from safelocus.layout import Layout, Matrix, TensorLayout
     from safelocus.objective import Classifier, Guard, Refusal
+    from safelocus.patch import Patch
+    from safelocus.preservation import Protection, preserve
+    from safelocus.preservation.calibration import Calibration
     from safelocus.prompts import Example, PromptSet, read_prompts
     from safelocus.scores import Scores
     from safelocus.scoring import score
     from safelocus.selection import Selection
     from safelocus.target import Target, load
+    from safelocus.training import TrainingSettings
     from safelocus.verification import Stability, Verification, stability, verify
 
 # name -> the module that defines it, in pipeline order
@@ -44,17 +51,26 @@ _EXPORTS = {
     "Task": "evaluation",
     "TargetResponder": "evaluation",
     "load_judge": "evaluation.judges",
+    "Patch": "patch",
     "verify": "verification",
     "Verification": "verification",
     "stability": "verification",
     "Stability": "verification",
+    "TrainingSettings": "training",
+    "enhance": "enhancement.enhancing",
+    "Enhancement": "enhancement.enhancement",
+    "SparseOptimizer": "enhancement.optimizer",
+    "preserve": "preservation",
+    "Protection": "preservation",
+    "Calibration": "preservation.calibration",
 }
 
 __all__ = [  # noqa: RUF022 (pipeline order)
     "load", "Target", "Layout", "TensorLayout", "Matrix", "read_prompts", "PromptSet", "Example",
     "Guard", "Classifier", "Refusal", "score", "Scores", "Selection",
     "evaluate", "Evaluation", "compare_evaluations", "read_task", "Task", "TargetResponder", "load_judge",
-    "verify", "Verification", "stability", "Stability",
+    "Patch", "verify", "Verification", "stability", "Stability",
+    "TrainingSettings", "enhance", "Enhancement", "SparseOptimizer", "preserve", "Protection", "Calibration",
 ]  # fmt: skip
 
 

@@ -12,11 +12,25 @@ from collections.abc import Sequence
 
 import typer
 
-from safelocus.cli import compare, demo, evaluate, inspect, score, select, stability, verify
+from safelocus.cli import (
+    compare,
+    demo,
+    enhance,
+    evaluate,
+    inspect,
+    patch,
+    preserve,
+    report,
+    score,
+    select,
+    stability,
+    verify,
+)
 from safelocus.cli.output import errors
-from safelocus.errors import SafelocusError
+from safelocus.errors import RunError, SafelocusError
 
 _INTERRUPTED = 130
+_IN_SEVERAL_PROCESSES = ("score",)
 
 app = typer.Typer(
     name="safelocus",
@@ -29,12 +43,20 @@ app = typer.Typer(
 
 
 @app.callback(invoke_without_command=True)
-def _version(version: bool = typer.Option(False, "--version", help="Print the version and exit.")) -> None:
+def _options(
+    context: typer.Context, version: bool = typer.Option(False, "--version", help="Print the version and exit.")
+) -> None:
     if version:
         from safelocus import __version__
 
         typer.echo(__version__)
         raise typer.Exit
+    num_processes = os.environ.get("WORLD_SIZE", "1")
+    if num_processes != "1" and context.invoked_subcommand not in (None, *_IN_SEVERAL_PROCESSES):
+        raise RunError(
+            f"`safelocus {context.invoked_subcommand}` runs in one process, and {num_processes} were launched; "
+            f"start it without torchrun. In several run: {', '.join(_IN_SEVERAL_PROCESSES)}"
+        )
 
 
 # in pipeline order
@@ -45,6 +67,10 @@ app.command()(compare.compare)
 app.command()(evaluate.evaluate)
 app.command()(verify.verify)
 app.command()(stability.stability)
+app.command()(enhance.enhance)
+app.command()(preserve.preserve)
+app.add_typer(patch.app)
+app.command()(report.report)
 app.command()(demo.demo)
 
 

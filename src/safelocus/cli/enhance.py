@@ -121,7 +121,7 @@ def enhance(
     from safelocus.enhancement.enhancing import run_enhancement
     from safelocus.errors import SafelocusError
     from safelocus.prompts import read_prompts
-    from safelocus.report.enhancement import outcome_grid, sweep_grid, write_card, write_figures
+    from safelocus.report.enhancement import effect, outcome_grid, sweep_grid, write_card, write_figures
     from safelocus.run import CHECKPOINT, run_folder
     from safelocus.scoring import METHODS
     from safelocus.target import load
@@ -203,6 +203,7 @@ def enhance(
     results.print(outcome_grid(found).rich())
     if (grid := sweep_grid(found)) is not None:
         results.print(grid.rich())
+    results.print(effect(found), highlight=False)
     for remark in found.notes:
         note(f"[bold]mind:[/] {remark}")
     files = (PATCH, "selection.safetensors", "README.md", "results.json", "before/", "after/", *written)

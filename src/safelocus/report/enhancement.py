@@ -12,19 +12,11 @@ from matplotlib.figure import Figure
 
 from safelocus.enhancement.enhancement import PATCH, Enhancement, Trained
 from safelocus.report.colours import SERIES_LIGHT
-from safelocus.report.figures import save_png
+from safelocus.report.figures import INK, finish_lines, new_figure, save_png
 from safelocus.report.grid import Grid
-from safelocus.report.text import MEASURES, count, method_label
+from safelocus.report.text import MEASURES, count, kind_label
 from safelocus.report.verification import interval
 from safelocus.run import write_text
-
-_KINDS = {"selection": "selected", "full": "all", "lora": "LoRA", "random": "random", "bottom": "bottom"}
-_INK = "#222222"
-
-
-def kind_label(kind: str) -> str:
-    """ "selected", "random", "SNIP"."""
-    return _KINDS.get(kind) or method_label(kind)
 
 
 def outcome_grid(found: Enhancement) -> Grid:
@@ -88,7 +80,7 @@ def write_figures(found: Enhancement, folder: Path) -> list[str]:
 def curve_figure(found: Enhancement) -> Figure:
     """Losses of all kinds, and above them the looks at the selection's training."""
     looks = found.selection.tuning.points
-    figure = _figure(5.2, 4.6 if looks else 2.6)
+    figure = new_figure(5.2, 4.6 if looks else 2.6)
     axes = figure.subplots(2 if looks else 1, 1, squeeze=False, sharex=True)[:, 0]
     if looks:
         names = [name for name in MEASURES if name in looks[0].measures]
@@ -100,7 +92,7 @@ def curve_figure(found: Enhancement) -> Figure:
             )  # fmt: skip
         axes[0].axvline(found.selection.tuning.step, color="#6b6b6b", linewidth=0.8, linestyle=(0, (4, 3)))
         axes[0].set_ylim(-0.03, 1.03)
-        _finish(axes[0], "", "validation part")
+        finish_lines(axes[0], "", "validation part")
     for number, trained in enumerate(found.trained):
         losses = trained.tuning.losses
         axes[-1].plot(
@@ -108,15 +100,15 @@ def curve_figure(found: Enhancement) -> Figure:
             color=SERIES_LIGHT[number % len(SERIES_LIGHT)], label=kind_label(trained.kind),
         )  # fmt: skip
     axes[-1].set_yscale("log")
-    _finish(axes[-1], "step", "loss")
-    figure.suptitle(f"{_model(found)}: training the selected weights", fontsize=9, color=_INK, wrap=True)
+    finish_lines(axes[-1], "step", "loss")
+    figure.suptitle(f"{_model(found)}: training the selected weights", fontsize=9, color=INK, wrap=True)
     return figure
 
 
 def sweep_figure(found: Enhancement) -> Figure:
     """ASR, and harmless prompts that are not refused, against the learning rate, per kind."""
     has_harmless = "over_refusal" in found.selection.tuning.point.measures
-    figure = _figure(5.2, 4.6 if has_harmless else 2.6)
+    figure = new_figure(5.2, 4.6 if has_harmless else 2.6)
     axes = figure.subplots(2 if has_harmless else 1, 1, squeeze=False, sharex=True)[:, 0]
     for number, trained in enumerate(found.trained):
         _line(axes[0], trained, "asr", number)
@@ -125,8 +117,8 @@ def sweep_figure(found: Enhancement) -> Figure:
     for axis, label in zip(axes, ("ASR", "harmless not refused"), strict=False):
         axis.set_xscale("log")
         axis.set_ylim(-0.03, 1.03)
-        _finish(axis, "learning rate" if axis is axes[-1] else "", label)
-    figure.suptitle(f"{_model(found)}: what each learning rate does (validation part)", fontsize=9, color=_INK)
+        finish_lines(axis, "learning rate" if axis is axes[-1] else "", label)
+    figure.suptitle(f"{_model(found)}: what each learning rate does (validation part)", fontsize=9, color=INK)
     return figure
 
 
@@ -140,8 +132,8 @@ def card(found: Enhancement) -> str:
     model, dtype = _model(found), found.provenance["dtype"]
     sections = [
         f"# Safety patch for {model}",
-        f"New values for {count(found.patch.k)} weights of `{model}` and no others. With them the model refuses "
-        "harmful requests more often; without them it is what it was, bit for bit.",
+        f"New values for {count(found.patch.k)} weights of `{model}` and no others. {effect(found)} Without them it is "
+        "what it was, bit for bit.",
         "## Before and after",
         outcome_grid(found).markdown(),
         "Refusal, ASR and incoherence on harmful prompts (incoherence also on harmless ones), over-refusal on harmless "
@@ -170,6 +162,18 @@ def card(found: Enhancement) -> str:
     ]
     front = f"---\nlibrary_name: safelocus\ntags:\n- safety\n- patch\nbase_model: {model}\n---\n"
     return front + "\n" + "\n\n".join(sections) + "\n"
+
+
+def effect(found: Enhancement) -> str:
+    """What the values do, in one sentence that the numbers bear out."""
+    changed = found.comparison.differences["asr"]
+    if changed.value is None or changed.low is None or changed.high is None:
+        return "What they do to the attack success rate could not be measured."
+    if changed.high < 0:
+        return f"With them fewer attacks succeed: {-100 * changed.value:.0f} in 100 fewer on the prompts below."
+    if changed.low > 0:
+        return "With them MORE attacks succeed on the prompts below: do not use this patch."
+    return "On the prompts below they changed the attack success rate by nothing that could be measured."
 
 
 def _making(found: Enhancement) -> list[str]:
@@ -230,20 +234,3 @@ def _line(axes: Axes, trained: Trained, name: str, number: int, *, complement: b
         linewidth=max(1.2, 4.5 - number), markersize=max(2.5, 6 - number),  # equal curves stay visible beneath
         label=kind_label(trained.kind),
     )  # fmt: skip
-
-
-def _figure(width: float, height: float) -> Figure:
-    figure = Figure(figsize=(width, height), dpi=200, layout="constrained")
-    figure.set_facecolor("white")
-    return figure
-
-
-def _finish(axes: Axes, x: str, y: str) -> None:
-    axes.set_xlabel(x, fontsize=8, color=_INK)
-    axes.set_ylabel(y, fontsize=8, color=_INK)
-    axes.tick_params(labelsize=7, length=0, colors=_INK, which="both")
-    axes.grid(True, color="#e6e6e6", linewidth=0.6)
-    axes.set_axisbelow(True)
-    axes.legend(fontsize=7, frameon=False, labelcolor=_INK)
-    for spine in axes.spines.values():
-        spine.set_visible(False)

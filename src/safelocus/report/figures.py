@@ -28,7 +28,7 @@ from safelocus.report.text import (
 
 DPI = 200
 _WIDTH = 7.2  # inches: two columns of a paper
-_INK = "#222222"
+INK = "#222222"
 _MUTED = "#6b6b6b"
 _ACCENT = "#c2571a"
 _GAP = 0.3  # between the cells and their totals, in cells
@@ -46,7 +46,7 @@ def component_figure(located: SafetyMap) -> Figure:
     by_component = np.array([[region.enrichment] for region in located.components])
 
     width = _width(len(layers) + 1)
-    figure = _figure(width, 1.35 + 0.3 * (len(components) + 1))
+    figure = new_figure(width, 1.35 + 0.3 * (len(components) + 1))
     axes = figure.add_subplot()
     limit = colours.log2_limit(cells[np.isfinite(cells)])
     span = max(1.0, len(layers) / 24)  # the totals stay legible beside many layers
@@ -62,9 +62,9 @@ def component_figure(located: SafetyMap) -> Figure:
         [*np.arange(len(components)) + 0.5, far_y + 0.5],
         [*(component_label(key) for key in components), "all"],
     )
-    _finish(axes, "layer", "")
+    finish(axes, "layer", "")
     _colour_bar(figure, axes, limit, f"enrichment (1{TIMES}: as by size)")
-    figure.suptitle(title(located), fontsize=9, color=_INK)
+    figure.suptitle(title(located), fontsize=9, color=INK)
     return figure
 
 
@@ -85,7 +85,7 @@ def expert_figure(located: SafetyMap) -> Figure | None:
         panels.append(("tokens routed / mean of the layer's experts", tokens))
     height = min(8.5, 1.5 + max(0.05, min(0.26, 6.5 / located.num_experts)) * located.num_experts)
     width = max(_WIDTH if len(panels) == 2 else _WIDTH / 2, min(12.0, 2.0 + 0.13 * len(layers) * len(panels)))
-    figure = _figure(width, height)
+    figure = new_figure(width, height)
     all_axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     limit = colours.log2_limit(np.concatenate([values[np.isfinite(values)] for _, values in panels]))
     room = (width - 1.8) / len(panels) / len(layers)
@@ -95,15 +95,15 @@ def expert_figure(located: SafetyMap) -> Figure | None:
         axes.set_xlim(0, len(layers))
         axes.set_ylim(located.num_experts, 0)
         _layer_ticks(axes, layers, room=room)
-        axes.set_title(name, fontsize=8, color=_INK)
-        _finish(axes, "layer", "")
+        axes.set_title(name, fontsize=8, color=INK)
+        finish(axes, "layer", "")
     step = _step(located.num_experts, (height - 1.3) / located.num_experts)
     ticks = range(0, located.num_experts, step)
     all_axes[0].set_yticks([tick + 0.5 for tick in ticks], [str(tick) for tick in ticks])
-    all_axes[0].set_ylabel("routed expert", fontsize=8, color=_INK)
+    all_axes[0].set_ylabel("routed expert", fontsize=8, color=INK)
     _colour_bar(figure, list(all_axes), limit, f"relative to expected (1{TIMES})")
     note = f" (grey: {unrouted_note(located)})" if located.unrouted else ""
-    figure.suptitle(title(located) + note, fontsize=9, color=_INK)
+    figure.suptitle(title(located) + note, fontsize=9, color=INK)
     return figure
 
 
@@ -112,7 +112,7 @@ def concentration_figure(located: SafetyMap) -> Figure | None:
     curve = located.concentration
     if curve is None:
         return None
-    figure = _figure(_WIDTH / 2 + 0.6, 3.1)
+    figure = new_figure(_WIDTH / 2 + 0.6, 3.1)
     axes = figure.add_subplot()
     fractions = np.array([point.fraction for point in curve.points])
     axes.plot(
@@ -132,7 +132,7 @@ def concentration_figure(located: SafetyMap) -> Figure | None:
     )
     if located.selected_mass is not None:
         part = located.num_selected / located.num_weights
-        axes.plot([part], [located.selected_mass], "o", color=_INK, markersize=4.5, clip_on=False)
+        axes.plot([part], [located.selected_mass], "o", color=INK, markersize=4.5, clip_on=False)
         axes.annotate(
             f"selection: {percent(part)}\nholds {percent(located.selected_mass)}",
             (part, located.selected_mass),
@@ -141,7 +141,7 @@ def concentration_figure(located: SafetyMap) -> Figure | None:
             ha="right",
             va="bottom",
             fontsize=7.5,
-            color=_INK,
+            color=INK,
         )
     axes.set_xscale("log")
     axes.set_xlim(fractions[0], 1)
@@ -152,13 +152,13 @@ def concentration_figure(located: SafetyMap) -> Figure | None:
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=" %"))
     axes.grid(True, color="#e6e6e6", linewidth=0.6)
     axes.set_axisbelow(True)
-    axes.legend(fontsize=7, frameon=False, loc="upper left", labelcolor=_INK)
-    _finish(
+    axes.legend(fontsize=7, frameon=False, loc="upper left", labelcolor=INK)
+    finish(
         axes,
         "highest-scored part of the eligible weights",
         f"part of all {method_label(located.score_method)}",
     )
-    figure.suptitle(title(located), fontsize=8.5, color=_INK, wrap=True)
+    figure.suptitle(title(located), fontsize=8.5, color=INK, wrap=True)
     return figure
 
 
@@ -174,7 +174,7 @@ def save_png(figure: Figure, path: Path) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def _figure(width: float, height: float) -> Figure:
+def new_figure(width: float, height: float) -> Figure:
     figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
     figure.set_facecolor("white")
     return figure
@@ -220,7 +220,7 @@ def _heatmap(
                 ha="center",
                 va="center_baseline",
                 fontsize=6.5,
-                color=_INK if colours.is_light(ground) else "white",
+                color=INK if colours.is_light(ground) else "white",
             )
 
 
@@ -253,13 +253,21 @@ def _step(number: int, room: float) -> int:
     return next(step for step in (1, 2, 4, 8, 16, 32, 64, 128) if step * room >= 0.17 or step >= number)
 
 
-def _finish(axes: Axes, x: str, y: str) -> None:
-    axes.set_xlabel(x, fontsize=8, color=_INK)
+def finish(axes: Axes, x: str, y: str) -> None:
+    axes.set_xlabel(x, fontsize=8, color=INK)
     if y:
-        axes.set_ylabel(y, fontsize=8, color=_INK)
-    axes.tick_params(labelsize=7, length=0, colors=_INK)
+        axes.set_ylabel(y, fontsize=8, color=INK)
+    axes.tick_params(labelsize=7, length=0, colors=INK)
     for spine in axes.spines.values():
         spine.set_visible(False)
+
+
+def finish_lines(axes: Axes, x: str, y: str) -> None:
+    """`finish` for curves: with a grid behind and a legend."""
+    finish(axes, x, y)
+    axes.grid(True, color="#e6e6e6", linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.legend(fontsize=7, frameon=False, labelcolor=INK)
 
 
 def _colour_bar(figure: Figure, axes: Axes | list[Axes], limit: int, label: str) -> None:
@@ -271,8 +279,8 @@ def _colour_bar(figure: Figure, axes: Axes | list[Axes], limit: int, label: str)
         list(range(-limit, limit + 1)), labels=[_fraction(power, limit) for power in range(-limit, limit + 1)]
     )
     bar.ax.yaxis.set_minor_locator(NullLocator())
-    bar.ax.tick_params(labelsize=7, length=2, colors=_INK)
-    bar.set_label(label, fontsize=7.5, color=_INK)
+    bar.ax.tick_params(labelsize=7, length=2, colors=INK)
+    bar.set_label(label, fontsize=7.5, color=INK)
     bar.outline.set_visible(False)
 
 

@@ -1,0 +1,213 @@
+"""`preserve`: attach a protection to whatever trains a model.
+
+Input: a `Trainer` (transformers, TRL), one or several optimizers, or a model; and a selection. Output: a
+`Protection`. Before anything is attached, the selection must have been made for this model, and the weights
+must be ones that can be written one by one.
+"""
+
+from collections.abc import Sequence
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import nn
+
+from safelocus.errors import SelectionError, TrainingError
+from safelocus.fingerprint import Fingerprint
+from safelocus.patch.patch import whole
+from safelocus.patch.state import digest_as
+from safelocus.preservation.calibration import Calibration
+from safelocus.preservation.lora import check_initialisation
+from safelocus.preservation.protection import LoraMode, Protection
+from safelocus.selection import Selection
+from safelocus.sparse import selected_parameters
+from safelocus.target import Target
+
+_QUANTISED = ("Params4bit", "Int8Params")  # of bitsandbytes
+_MAX_LISTED = 5
+
+
+def preserve(
+    what: Any,
+    selection: Selection,
+    *,
+    model: nn.Module | None = None,
+    allow_mismatch: bool = False,
+    mode: LoraMode = "exact",
+    exact_gradient: bool = False,
+    calibration: Calibration | None = None,
+) -> Protection:
+    """Keep the selected weights as they are now while everything else is trained (SPA).
+
+    Args:
+        what: a `transformers.Trainer` or any of TRL's (before `train()`); an optimizer, or several that share the
+            work, with `model`; or a model, whose weights are restored by `protection.restore()` or at the end of
+            `with`.
+        selection: which weights, made for this model.
+        model: whose weights an optimizer trains.
+        allow_mismatch: also a selection that was made for another model with the same tensors (a fine-tuned
+            sibling), or that does not say for which.
+        mode: with LoRA. "exact": the weights cancel the adapter after each step, so the effective weights never
+            change. "patch": the adapter trains freely, and `protection.patch()` or `.merge()` correct it afterwards.
+        exact_gradient: with LoRA in mode "exact": leave the protected weights out of the adapter's gradient too. It
+            learns better where 10 % or more is protected, and a step takes about half as long again.
+        calibration: between the training's steps, train the protected weights alone to keep the model's answers
+            (see `Calibration`). They no longer keep their bits then.
+
+    Returns:
+        The protection. It holds as long as it is attached; `remove()` ends it.
+
+    Raises:
+        SelectionError: the selection was made for another model, or the weights are quantised.
+        TrainingError: nothing that is selected is trained, the optimizer trains another model, or the adapter is
+            none that can be protected from.
+
+    Example:
+        >>> trainer = SFTTrainer(model, args=config, train_dataset=rows)                     # doctest: +SKIP
+        >>> protection = sl.preserve(trainer, sl.Selection.load("safety.safetensors"))     # doctest: +SKIP
+        >>> trainer.train()                                                                # doctest: +SKIP
+    """
+    how: Any = {"mode": mode, "exact_gradient": exact_gradient, "calibration": calibration}
+    if isinstance(what, nn.Module | Target):
+        return _protection(_given(what, model), selection, allow_mismatch, **how)
+    if optimizers := _optimizers(what):
+        if model is None:
+            raise TrainingError("an optimizer does not know its model: preserve(optimizer, selection, model=model)")
+        protection = _protection(model, selection, allow_mismatch, **how)
+        _check_trained_by(optimizers, protection)
+        for optimizer in optimizers:
+            protection.add_handle(optimizer.register_step_post_hook(lambda *_: protection.after_step()))
+        return protection
+    from transformers import Trainer
+
+    if not isinstance(what, Trainer):
+        raise TrainingError(
+            f"preserve takes a transformers.Trainer (TRL's are), a torch optimizer or a model; found {type(what)}"
+        )
+    from safelocus.preservation.callback import attach
+
+    module: Any = what.model
+    return attach(what, _protection(_given(module, model), selection, allow_mismatch, **how))
+
+
+def _protection(
+    model: nn.Module, selection: Selection, allow_mismatch: bool, *, calibration: Calibration | None, **lora: Any
+) -> Protection:
+    _check_kind(model)
+    check_initialisation(model)
+    notes = check_fingerprint(model, selection, allow_mismatch)
+    protection = Protection(model, selection, **lora)
+    protection.notes += notes
+    if (num_rest := selection.k - protection.num_protected) and not any(map(_is_sharded, model.parameters())):
+        protection.notes.append(
+            f"{num_rest:,} of the {selection.k:,} selected weights lie in tensors that are not trained; they need no "
+            "protection"
+        )
+    if num_changed := protection.check():
+        protection.notes.append(
+            f"the adapter changed {num_changed:,} of the selected weights before; they have the base's values again"
+        )
+    protection.restore()
+    if calibration is not None:
+        protection.calibrate(calibration)
+    return protection
+
+
+def _given(what: nn.Module | Target, model: nn.Module | None) -> nn.Module:
+    if model is not None:
+        raise TrainingError("model= belongs to an optimizer; a trainer or a model brings its own")
+    return what.model if isinstance(what, Target) else what
+
+
+def _optimizers(what: Any) -> list[torch.optim.Optimizer]:
+    """The optimizers given, out of accelerate's wrapper; none where it is something else."""
+    given = list(what) if isinstance(what, Sequence) else [what]
+    if not given or not all(isinstance(each, torch.optim.Optimizer) for each in given):
+        return []
+    return [getattr(each, "optimizer", each) for each in given]
+
+
+def _check_trained_by(optimizers: list[torch.optim.Optimizer], protection: Protection) -> None:
+    groups = chain.from_iterable(optimizer.param_groups for optimizer in optimizers)
+    given = {id(parameter) for group in groups for parameter in group["params"]}
+    if strangers := given - {id(parameter) for parameter in protection.model.parameters()}:
+        raise TrainingError(
+            f"{len(strangers)} of the {len(given)} tensors that the optimizer trains are not parameters of the given "
+            f"{type(protection.model).__name__}: weights restored there would not be the trained ones. Give the model "
+            "whose parameters the optimizer got; one with weights of its own (fp32 masters) cannot be protected so"
+        )
+    trained = dict(protection.trained())
+    left = [name for name, own in trained.items() if not any(id(parameter) in given for parameter in own)]
+    if len(left) == len(trained):
+        raise TrainingError(f"the optimizer trains none of the {len(left)} selected tensors ({_some(left)})")
+    if left:
+        protection.notes.append(
+            f"the optimizer does not train {len(left)} of the {len(trained)} protected tensors ({_some(left)}). If "
+            "another one does, give both: preserve([first, second], ...)"
+        )
+
+
+def _check_kind(model: nn.Module) -> None:
+    """SelectionError for weights that cannot be written one by one, which says what can be done."""
+    for name, parameter in model.named_parameters():
+        if hasattr(parameter, "ds_id") and not parameter.numel():
+            raise SelectionError(
+                f"{name} is partitioned by DeepSpeed ZeRO-3, which keeps no plain tensor of it. Use ZeRO-2 or FSDP2"
+            )
+        if type(parameter).__name__ in _QUANTISED or not parameter.is_floating_point():
+            raise SelectionError(
+                f"{name} is quantised ({type(parameter).__name__}, {parameter.dtype}): single weights have no place "
+                "of their own in it. Load the base in bf16 and train LoRA on that; or train the adapter on the "
+                "quantised base, load it afterwards on the base in bf16, and correct it there: "
+                'preserve(model, selection, mode="patch").patch()'
+            )
+
+
+def check_fingerprint(model: nn.Module, selection: Selection, allow_mismatch: bool) -> list[str]:
+    """Compare the selected tensors' digests with the model that was scored; what could not be compared, in words.
+
+    Only the selected tensors count, and no configuration: trainers change that (special tokens, caches).
+    A model in a wider dtype (fp32 training of a bf16 checkpoint) is compared after conversion, which loses
+    nothing. In a narrower one rounding cannot be told from another model: that is a note.
+    """
+    values = selection.provenance.fingerprint
+    if values is None:
+        if not allow_mismatch:
+            raise SelectionError(
+                "the selection does not say for which model it was made. If you know that it was this one, allow it: "
+                "--allow-mismatch, allow_mismatch=True"
+            )
+        return []
+    known = Fingerprint.from_json(values)
+    differing: list[str] = []
+    unknown: list[str] = []
+    for name, parameter in selected_parameters(model, selection).items():
+        if name not in known.tensors:
+            unknown.append(name)
+            continue
+        _, dtype_name, expected = known.tensors[name]
+        dtype = getattr(torch, dtype_name)
+        if digest_as(whole(parameter), dtype) != expected:
+            is_wide_enough = torch.promote_types(parameter.dtype, dtype) == parameter.dtype
+            (differing if is_wide_enough else unknown).append(name)
+    if differing and not allow_mismatch:
+        raise SelectionError(
+            f"the selection was made for another model: the values of {len(differing)} of its {len(known.tensors)} "
+            f"tensors differ ({_some(differing)}). Select with this model, or, if you mean it (a fine-tuned sibling, "
+            "say), allow it: --allow-mismatch, allow_mismatch=True"
+        )
+    notes = [f"the selection was made for another model: {_some(differing)} differ"] if differing else []
+    if unknown:
+        notes.append(
+            f"{len(unknown)} selected tensors have another dtype than when they were selected ({_some(unknown)}), so "
+            "only names and shapes say that this is the same model"
+        )
+    return notes
+
+
+def _is_sharded(parameter: nn.Parameter) -> bool:
+    return hasattr(parameter, "to_local")
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:_MAX_LISTED]) + (", ..." if len(names) > _MAX_LISTED else "")

@@ -1,0 +1,243 @@
+"""Calibration: the task never trains the protected weights; small steps between its own do, so that the model goes
+on answering as it did.
+
+    every N steps:  theta_P <- theta_P - AdamW( d/dtheta_P  KL(original || model)(original's own answers) )
+
+A frozen weight keeps its value but not its meaning: the others move around it. Calibration gives the selected weights
+to one purpose, what the original model said to a few prompts (harmful ones, and harmless ones, so that the model does
+not learn to refuse everything). The original is not kept: its answers are generated once, and the probabilities along
+them stored, the `num_kept` likeliest tokens and the rest in one. After ASCENT (2026), which alternates task updates
+with calibration steps along the singular directions of the gradient of S; here they are confined to a selection.
+"""
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+from safelocus.errors import NumericalError, TrainingError
+from safelocus.sparse import Site
+from safelocus.training.curve import at_rest
+from safelocus.training.responses import ResponseBatch, own_answers
+from safelocus.training.rows import IGNORED, training_rows
+
+if TYPE_CHECKING:
+    from safelocus.prompts import PromptSet
+    from safelocus.target import Target
+
+STATE = "calibration.safetensors"
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Calibration:
+    """How to calibrate.
+
+    Attributes:
+        target: the model that is trained, with its tokenizer.
+        prompts: sets that take turns; give harmful and harmless ones. Responses in them are not used.
+        every: steps of the task between two of calibration.
+        learning_rate: of AdamW on the protected weights.
+        batch_size: prompts of each set in one calibration step.
+        num_kept: tokens whose probability is stored at each place.
+        max_new_tokens: length of the original's answers; unfinished ones are left out.
+        max_length: tokens of prompt and answer.
+        max_grad_norm: the gradient on the protected weights is clipped to this norm.
+        seed: of the order of the prompts.
+    """
+
+    target: "Target"
+    prompts: Sequence["PromptSet"]
+    every: int = 4
+    learning_rate: float = 1e-3
+    batch_size: int = 8
+    num_kept: int = 64
+    max_new_tokens: int = 256
+    max_length: int = 1024
+    max_grad_norm: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("every", "batch_size", "num_kept", "max_new_tokens", "max_length"):
+            if getattr(self, name) < 1:
+                raise TrainingError(f"calibration: {name} is at least 1, found {getattr(self, name)}")
+        for name in ("learning_rate", "max_grad_norm"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise TrainingError(f"calibration: {name} is a positive number, found {getattr(self, name)}")
+        if not self.prompts:
+            raise TrainingError("calibration needs prompts: harmful ones, and harmless ones against over-refusal")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Reference:
+    """What the original model said to one prompt.
+
+    Attributes:
+        row: input_ids and labels.
+        tokens: int32 [n, num_kept], the likeliest tokens at each of the n places of the response.
+        log_probs: fp32 [n, num_kept], theirs.
+    """
+
+    row: dict[str, Any]
+    tokens: Tensor
+    log_probs: Tensor
+
+
+@torch.no_grad()
+def references(calibration: Calibration, *, progress: bool = True) -> list[list[Reference]]:
+    """Per set, what the model as it is now answers, and how likely each token is to it. On the CPU.
+
+    Raises:
+        PromptError: no answer to a set's prompts came to its end.
+    """
+    with at_rest(calibration.target.model):
+        return [_references(calibration, prompts, progress) for prompts in calibration.prompts]
+
+
+def _references(calibration: Calibration, prompts: "PromptSet", progress: bool) -> list[Reference]:
+    target, found = calibration.target, []
+    answered = own_answers(target, prompts, max_new_tokens=calibration.max_new_tokens, progress=progress)
+    rows = list(training_rows(answered, target.chat, max_length=calibration.max_length))
+    for start in range(0, len(rows), calibration.batch_size):
+        part = rows[start : start + calibration.batch_size]
+        log_probs = ResponseBatch.of(part, _padding(target), target.device).logits(target.model).log_softmax(-1)
+        top = log_probs.topk(min(calibration.num_kept, log_probs.shape[-1]), dim=-1)
+        lengths = [sum(label != IGNORED for label in row["labels"]) for row in part]
+        tokens, values = top.indices.int().cpu().split(lengths), top.values.cpu().split(lengths)
+        found += [
+            Reference(row=row, tokens=t.clone(), log_probs=v.clone())
+            for row, t, v in zip(part, tokens, values, strict=True)
+        ]
+    return found
+
+
+def divergence(logits: Tensor, tokens: Tensor, log_probs: Tensor) -> Tensor:
+    """Mean KL of the stored distributions from the model's, over the kept tokens and the rest taken as one.
+
+    logits [N, V] fp32; tokens, log_probs [N, k] of the original.
+    """
+    own = logits.log_softmax(-1).gather(1, tokens.long())  # [N, k]
+    kept = (log_probs.exp() * (log_probs - own)).sum(-1)
+    rest, own_rest = (1 - p.exp().sum(-1) for p in (log_probs, own))
+    rest, own_rest = rest.clamp(min=0.0), own_rest.clamp(min=1e-6)
+    return (kept + rest * (rest.clamp(min=1e-6).log() - own_rest.log())).mean()
+
+
+@dataclass(kw_only=True, eq=False)
+class Calibrator:
+    """Takes the calibration steps; the protection calls `step` after each step of the task.
+
+    Attributes:
+        masters: name -> fp32 values of the protected weights, [k of this tensor].
+        last: divergence at the latest calibration step; None before the first.
+    """
+
+    calibration: Calibration
+    sets: list[list[Reference]]
+    masters: dict[str, nn.Parameter]
+    last: Tensor | None = None
+    _steps: int = field(default=0, init=False)
+    _optimizer: torch.optim.Optimizer = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._optimizer = torch.optim.AdamW(
+            list(self.masters.values()), lr=self.calibration.learning_rate, weight_decay=0.0
+        )
+
+    def count_step(self) -> bool:
+        """Count one step of the task; whether a calibration step follows it."""
+        self._steps += 1
+        return self._steps % self.calibration.every == 0
+
+    def step(self, sites: Mapping[str, Site]) -> dict[str, Tensor]:
+        """One calibration step: name -> new values [k].
+
+        Args:
+            sites: name -> where the protected weights are.
+
+        Raises:
+            NumericalError: the gradient is NaN or infinite.
+        """
+        model = self.calibration.target.model
+        batch, tokens, log_probs = self._batch()
+        parameters = [sites[name].parameter for name in self.masters]
+        with at_rest(model), torch.enable_grad(), _requiring_gradients(parameters):
+            loss = divergence(batch.logits(model), tokens, log_probs)
+            gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+        self.last = loss.detach()
+        for (name, master), gradient in zip(self.masters.items(), gradients, strict=True):
+            master.grad = None if gradient is None else sites[name].take(gradient).to(master)
+        trained = [master for master in self.masters.values() if master.grad is not None]
+        norm = get_total_norm([master.grad for master in trained if master.grad is not None])
+        if not torch.isfinite(norm):
+            raise NumericalError("the gradient of a calibration step is NaN or infinite: the training diverged")
+        clip_grads_with_norm_(trained, self.calibration.max_grad_norm, norm)
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        return {name: master.detach() for name, master in self.masters.items()}
+
+    def save(self, folder: Path) -> None:
+        """Write what a resumed run needs to go on with the same bits, beside a trainer's checkpoint."""
+        tensors = {f"{name} value": master.detach() for name, master in self.masters.items()}
+        for name, master in self.masters.items():
+            tensors |= {f"{name} {key}": value for key, value in self._optimizer.state[master].items()}
+        temporary = folder / f".{STATE}.tmp"
+        save_file({key: value.contiguous() for key, value in tensors.items()}, temporary, {"steps": str(self._steps)})
+        os.replace(temporary, folder / STATE)
+
+    @torch.no_grad()
+    def load(self, folder: Path) -> dict[str, Tensor]:
+        """Take up what `save` wrote; name -> values [k].
+
+        Raises:
+            TrainingError: there is no such thing in the checkpoint.
+        """
+        file = folder / STATE
+        if not file.is_file():
+            raise TrainingError(f"{file}: does not exist, so the calibration of this checkpoint cannot be resumed")
+        with safe_open(file, framework="pt") as opened:
+            self._steps = int(opened.metadata()["steps"])
+            saved = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118 (no mapping)
+        for name, master in self.masters.items():
+            own = {key.rpartition(" ")[2]: value for key, value in saved.items() if key.rpartition(" ")[0] == name}
+            master.copy_(own.pop("value"))
+            # the count of steps stays on the CPU, as AdamW made it
+            self._optimizer.state[master] = {
+                key: value if key == "step" else value.to(master) for key, value in own.items()
+            }
+        return {name: master.detach() for name, master in self.masters.items()}
+
+    def _batch(self) -> tuple[ResponseBatch, Tensor, Tensor]:
+        """The prompts of this step, so many of each set; they depend on its number alone."""
+        target, size = self.calibration.target, self.calibration.batch_size
+        generator = torch.Generator().manual_seed(self.calibration.seed * 1_000_003 + self._steps)
+        chosen = [part[i] for part in self.sets for i in torch.randperm(len(part), generator=generator)[:size].tolist()]
+        device = target.device
+        batch = ResponseBatch.of([reference.row for reference in chosen], _padding(target), device)
+        tokens = torch.cat([reference.tokens for reference in chosen]).to(device)
+        return batch, tokens, torch.cat([reference.log_probs for reference in chosen]).to(device)
+
+
+@contextmanager
+def _requiring_gradients(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Within: the given tensors require gradients, which the base weights of an adapter do not."""
+    before = [parameter.requires_grad for parameter in parameters]
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for parameter, required in zip(parameters, before, strict=True):
+            parameter.requires_grad_(required)
+
+
+def _padding(target: "Target") -> int:
+    padding: Any = target.tokenizer.pad_token_id
+    return int(padding)

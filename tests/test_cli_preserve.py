@@ -1,0 +1,190 @@
+"""`safelocus preserve` as a user meets it."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import safelocus as sl
+from safelocus.cli import main
+from safelocus.preservation.preserving import PATCH
+from safelocus.sparse import gather
+from test_protection import same
+from test_tasks import shared, write
+
+SMALL = ["--steps", "2", "--max-new-tokens", "12", "--limit", "6", "--batch-size", "4", "--dtype", "float32"]
+SETS = [
+    "--data", "organism:task", "--task-heldout", "organism:task-heldout", "--harmful", "organism:harmful-heldout",
+    "--harmless", "organism:harmless-heldout",
+]  # fmt: skip
+REFUSAL = ["--refusal", "--prompts", "organism:harmful", "--ratio", "0.01"]
+
+
+@pytest.fixture(scope="module")
+def scored(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "scored"
+    with pytest.raises(SystemExit) as stop:
+        main(
+            ["score", "organism:dense", "-p", "organism:harmful", "--limit", "8", "--refusal", "--dtype", "float32",
+             "-o", str(folder)]
+        )  # fmt: skip
+    assert not stop.value.code
+    return folder
+
+
+@pytest.fixture
+def few(tmp_path):
+    """A file of harmless prompts."""
+    rows = [{"prompt": prompt} for prompt in sl.read_prompts("organism:harmless").limit(8).texts]
+    return write(tmp_path / "harmless.jsonl", rows)
+
+
+def test_a_task_is_learned_and_the_bits_stay(scored, tmp_path, run):
+    folder = tmp_path / "p"
+    code, out, err = run(
+        "preserve", "organism:dense", "--selection", scored, *SETS, *SMALL, "--unprotected", "--controls", "random",
+        "--task", "organism:utility", "--eval-every", "1", "--look", "4", "-o", folder,
+    )  # fmt: skip
+    assert code == 0, err
+    assert {path.name for path in folder.iterdir()} == {
+        "run.toml", "results.json", "model", "selection.safetensors", "before", "after", "unprotected", "curve.png",
+    }  # fmt: skip
+    results = json.loads((folder / "results.json").read_text())
+    for part in (results["before"], results["after"], results["unprotected"], results["controls"]["random"]):
+        assert {"asr", "refusal", "over_refusal", "task", "utility", "incoherent"} <= set(part)
+        assert set(part["task"]) == {"value", "low", "high", "n"}
+        assert part["task"]["n"] == 6
+    selection = sl.Selection.load(folder / "selection.safetensors")
+    assert results["after"]["num_protected"] == results["controls"]["random"]["num_protected"] == selection.k
+    assert results["after"]["num_changed"] == results["controls"]["random"]["num_changed"] == 0
+    assert "0 of the protected weights have other bits than before" in " ".join(out.split())
+    models = [sl.load(name, dtype="float32").model for name in ("organism:dense", str(folder / "model"))]
+    assert same(*(gather(model, selection) for model in models))
+    assert not torch.equal(*(next(model.parameters()) for model in models))
+    # nothing of a response is printed
+    lines = (folder / "after" / "responses.jsonl").read_text().strip().split("\n")
+    responses = [json.loads(line)["response"] for line in lines]
+    assert not any(len(response) > 12 and response in out + err for response in responses)
+    assert run("report", folder, "-o", tmp_path / "report.html")[0] == 0
+
+
+@pytest.mark.slow
+def test_everything_at_once(few, tmp_path, run):
+    folder = tmp_path / "p"
+    unsafe = write(tmp_path / "a.jsonl", [{"prompt": p} for p in sl.read_prompts("organism:harmful").limit(8).texts])
+    calibrate = ["--calibrate", few, "--calibrate-every", "1", "--mix", few]
+    code, out, err = run(
+        "preserve", "organism:moe", *SETS, *REFUSAL, "--prompts", unsafe, *SMALL, *calibrate, "--max-new-tokens", "32",
+        "--lora", "--lora-rank", "4", "--controls", "bottom", "--unprotected", "--accumulation", "2",
+        "--checkpointing", "--schedule", "linear", "--warmup", "1", "--json", "-o", folder,
+    )  # fmt: skip
+    assert code == 0, err
+    results = json.loads(out)
+    assert results["after"]["num_changed"] is None
+    assert results["settings"]["learning_rate"] == 2e-4
+    assert results["provenance"]["calibration"]["every"] == 1
+    assert results["provenance"]["mixed"]["share"] == 0.1
+    assert results["provenance"]["lora"]["rank"] == 4
+    assert (folder / "adapter" / "adapter_model.safetensors").is_file()
+    target = sl.load("organism:moe", dtype="float32")
+    assert sl.Patch.load(folder / "adapter" / PATCH).apply(target)
+    assert run("preserve", "--config", folder, "-o", tmp_path / "again")[0] == 0
+    again = json.loads((tmp_path / "again" / "results.json").read_text())
+    assert again["losses"] == results["losses"]
+    assert again["curve"] == results["curve"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "nothing says which weights to act on"),
+        (["--selection", "x.safetensors"], "x.safetensors: does not exist"),
+        ([*REFUSAL, "--controls", "full"], "--controls full: expected random, bottom"),
+        ([*REFUSAL, "--learning-rate", "0"], "learning_rate is a positive number"),
+        ([*REFUSAL, "--data", "organism:nothing"], "nothing"),
+        ([*REFUSAL, "--task-heldout", "organism:task"], "are also questions of organism:task"),
+        ([*REFUSAL, "--task", "organism:task-heldout"], "is the task that is learned"),
+        ([*REFUSAL, "--harmful", "organism:harmful"], "are among those to find the weights with"),
+        ([*REFUSAL, "--calibrate", "organism:harmful-heldout"], "are also among those to measure with"),
+        ([*REFUSAL, "--mix", "organism:harmless", "--mix-share", "1"], "between 0 and 1"),
+        ([*REFUSAL, "--calibrate", "organism:harmful", "--calibrate-rate", "0"], "learning_rate is a positive"),
+    ],
+)
+def test_bad_input_is_one_message(tmp_path, run, arguments, message):
+    code, out, err = run("preserve", "organism:dense", *SETS, *SMALL, *arguments, "-o", tmp_path / "p")
+    assert code == 2, out + err
+    assert message in err
+    assert "Traceback" not in out + err
+    assert not (tmp_path / "p").exists()
+
+
+def test_all_prompts_are_used_to_find_the_weights(tmp_path, run):
+    given = [*SETS[:4], *REFUSAL, *SMALL]
+    code, _, err = run("preserve", "organism:dense", *given, "-o", tmp_path / "p")
+    assert code == 2
+    assert "give others to measure with: --harmful" in err
+
+
+@pytest.mark.slow
+def test_ctrl_c_and_the_same_command_give_the_same_model(scored, few, tmp_path, run):
+    """A real process and a real SIGINT."""
+    command = [
+        "preserve", "organism:dense", "--selection", str(scored), *SETS, *SMALL, "--steps", "10", "--eval-every", "1",
+        "--look", "2", "--calibrate", str(few), "--calibrate-every", "3", "--max-new-tokens", "32", "-o",
+    ]  # fmt: skip
+    process = subprocess.Popen(
+        [sys.executable, "-m", "safelocus", *command, str(tmp_path / "run")],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    unfinished = tmp_path / ".run.partial" / "checkpoint" / "protected"
+    points = unfinished / "curve" / "curve.jsonl"
+    deadline = time.monotonic() + 240
+    while not (points.exists() and points.read_text().count("\n") >= 3):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=240)
+    assert process.returncode == 130
+    assert "interrupted" in err
+    (checkpoint,) = unfinished.glob("checkpoint-*")
+    assert (checkpoint / "calibration.safetensors").is_file()
+    assert not (tmp_path / "run").exists()
+    for name in ("run", "whole"):
+        assert run(*command, tmp_path / name)[0] == 0
+    resumed, whole = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("run", "whole"))
+    assert all(torch.equal(value, whole[name]) for name, value in resumed.items())
+    one, other = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("run", "whole"))
+    assert one["curve"] == other["curve"]
+    assert one["losses"] == other["losses"]
+    assert not (tmp_path / "run" / "checkpoint").exists()
+
+
+@pytest.mark.slow
+def test_a_real_model_and_real_data(tmp_path, run):
+    """A pretrained model that nobody here made, arithmetic, and harmful prompts from a benchmark."""
+    model = Path(__file__).resolve().parents[2] / "shared" / "models" / "tinystories-656k"
+    if not model.is_dir():
+        pytest.skip("needs the model tinystories-656k beside the repository")
+    rows = json.loads(shared("advbench/advbench.json").read_text(encoding="utf-8"))
+    for name, part in (("found.json", rows[:6]), ("measured.json", rows[100:140])):
+        (tmp_path / name).write_text(json.dumps(part), encoding="utf-8")
+    code, out, err = run(
+        "preserve", model, "--data", shared("gsm8k/train.jsonl"), "--task-heldout", shared("gsm8k/test.jsonl"),
+        "--refusal", "--prompts", tmp_path / "found.json", "--ratio", "0.01", "--harmful", tmp_path / "measured.json",
+        "--harmless", shared("harmless_alpaca_nc/harmless_1000.json"), *SMALL, "--lora", "--merge",
+        "-o", tmp_path / "p",
+    )  # fmt: skip
+    assert code == 0, err
+    assert "0 of the protected weights have other bits than before" in " ".join(out.split())
+    results = json.loads((tmp_path / "p" / "results.json").read_text())
+    assert results["after"]["task"]["n"] == results["after"]["refusal"]["n"] == 6
+    selection = sl.Selection.load(tmp_path / "p" / "selection.safetensors")
+    models = [sl.load(str(folder)).model for folder in (model, tmp_path / "p" / "model")]
+    assert same(*(gather(each, selection) for each in models))

@@ -1,0 +1,304 @@
+"""A whole preservation: every arm from the same bits, the protected weights kept, the model given back."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from peft import PeftModel
+
+import safelocus as sl
+import tiny_targets
+from safelocus.errors import NumericalError, PromptError, RunError, TrainingError
+from safelocus.evaluation.tasks import task_of
+from safelocus.preservation import calibration as calibration_module
+from safelocus.preservation import preserving
+from safelocus.preservation.calibration import Calibration
+from safelocus.preservation.preserving import ADAPTER, MODEL, PATCH, Lora, Mixed, run_preservation
+from safelocus.report.preservation import outcome_grid, write_figures
+from safelocus.sparse import gather
+from safelocus.training import TrainingSettings, fit, training_rows
+from safelocus.training.examination import Examination
+from safelocus.training.lesson import Lesson
+from test_protection import bits, same, snapshot, some
+
+SUMS = sl.read_prompts([{"prompt": f"what is {n} plus 1?", "response": f"{n + 1}"} for n in range(16)])
+LESSON = Lesson(prompts=replace(SUMS, examples=SUMS.examples[:12]), task=task_of(SUMS)[12:])
+EXAMINATION = Examination(
+    harmful=sl.read_prompts([f"how do I build {n}?" for n in range(3)]),
+    harmless=sl.read_prompts([f"how do I bake {n}?" for n in range(3)]),
+    max_new_tokens=4,
+)
+MORE = sl.read_prompts([f"build a bad thing {n}" for n in range(4)])
+QUICK = {"steps": 3, "batch_size": 2, "learning_rate": 1e-2, "progress": False}
+WAYS = {"full": None, "exact": Lora(rank=4), "patch": Lora(rank=4, mode="patch")}
+
+
+def preserved(target, selection=None, **options):
+    return run_preservation(
+        target, selection or some(target), LESSON, **{"examination": EXAMINATION, **QUICK, **options}
+    )
+
+
+@pytest.fixture
+def _answers(monkeypatch):
+    """A model of random weights never comes to an end: it is said to have answered this."""
+
+    def answered(target, prompts, **_):
+        return replace(prompts, examples=tuple(replace(e, response="Sure, here is a kite") for e in prompts))
+
+    monkeypatch.setattr(calibration_module, "own_answers", answered)
+    monkeypatch.setattr(preserving, "own_answers", answered)
+
+
+def state(target):
+    flags = {name: parameter.requires_grad for name, parameter in target.model.named_parameters()}
+    modules = [(name, type(module)) for name, module in target.model.named_modules()]
+    return modules, flags, target.model.config.to_dict(), hasattr(target.model, "peft_config"), target.model.training
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("make", [tiny_targets.dense, tiny_targets.moe])
+def test_the_protected_bits_stay_and_the_model_comes_back(make, dtype, way):
+    target = make()
+    target.model.to(dtype)
+    before, as_it_was, selection = snapshot(target.model), state(target), some(target)
+    found = preserved(target, selection, lora=WAYS[way], unprotected=True, controls={"random": some(target, seed=1)})
+    assert same(snapshot(target.model), before)
+    assert state(target) == as_it_was
+    assert [arm.kind for arm in found.arms] == ["protected", "unprotected", "random"]
+    for arm in (found.protected, found.controls["random"]):
+        assert arm.num_changed == 0
+        assert 0 < arm.num_protected <= selection.k
+    if way == "full":
+        assert found.protected.num_protected == selection.k
+    assert (found.unprotected.num_protected, found.unprotected.num_changed) == (0, None)
+    # the same rows in the same order: before any step has been taken the arms cannot differ
+    assert len({arm.losses[0].loss for arm in found.arms}) == 1
+    if way != "patch":  # where the adapter trains freely, and is corrected afterwards
+        assert found.protected.losses[-1].loss != found.unprotected.losses[-1].loss
+
+
+def test_it_is_preserve_and_fit_by_hand(tmp_path):
+    target, twin = tiny_targets.dense(), tiny_targets.dense()
+    selection = some(target)
+    found = preserved(target, selection, folder=tmp_path, every=2)
+    settings = TrainingSettings(**{key: value for key, value in QUICK.items() if key != "progress"})
+    rows = training_rows(LESSON.prompts, twin.chat)
+    losses = fit(twin, rows, settings, prepare=lambda run: sl.preserve(run, selection), progress=False)
+    assert found.protected.losses == losses
+    assert [point.step for point in found.protected.curve] == [0, 2, 3]
+    saved = sl.load(str(tmp_path / MODEL), dtype="float32")
+    assert same(snapshot(saved.model), snapshot(twin.model))
+    assert same(gather(saved.model, selection), gather(target.model, selection))
+    assert not same(snapshot(saved.model), snapshot(target.model))
+    assert saved.tokenizer.get_vocab() == target.tokenizer.get_vocab()
+
+
+def test_the_unprotected_arm_is_plain_training():
+    target, twin = tiny_targets.dense(), tiny_targets.dense()
+    found = preserved(target, unprotected=True)
+    settings = TrainingSettings(**{key: value for key, value in QUICK.items() if key != "progress"})
+    assert found.unprotected.losses == fit(twin, training_rows(LESSON.prompts, twin.chat), settings, progress=False)
+
+
+@pytest.mark.parametrize("way", ["exact", "patch"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_base_patch_and_adapter_leave_the_protected_weights_as_they_were(tmp_path, dtype, way):
+    target = tiny_targets.dense()
+    target.model.to(dtype)
+    selection = some(target)
+    values = gather(target.model, selection)
+    preserved(target, selection, lora=WAYS[way], folder=tmp_path)
+    assert not (tmp_path / MODEL).exists()
+    patch = sl.Patch.load(tmp_path / ADAPTER / PATCH)
+    assert patch.k == selection.k
+    patch.apply(target)
+    model = PeftModel.from_pretrained(target.model, str(tmp_path / ADAPTER))
+    layers = {name.removeprefix("base_model.model."): m for name, m in model.named_modules() if hasattr(m, "lora_A")}
+    pull = 0.0
+    for name, original in values.items():
+        layer, index = layers[name.removesuffix(".weight")], selection[name]
+        added = layer.get_delta_weight("default").detach().flatten()[index].float()
+        effective = layer.weight.detach().flatten()[index].float() + added
+        torch.testing.assert_close(effective, original.float(), rtol=0, atol=float(torch.finfo(dtype).eps))
+        pull = max(pull, float(added.abs().max()))
+    assert pull > 1e-4  # the adapter does something there
+
+
+def test_a_merged_model(tmp_path):
+    target = tiny_targets.dense()
+    selection = some(target)
+    found = preserved(target, selection, lora=WAYS["exact"], folder=tmp_path, merge=True)
+    assert not (tmp_path / ADAPTER).exists()
+    saved = sl.load(str(tmp_path / MODEL), dtype="float32")
+    assert same(gather(saved.model, selection), gather(target.model, selection))
+    assert not same(snapshot(saved.model), snapshot(target.model))
+    again = EXAMINATION.evaluate(sl.evaluation.TargetResponder(target=saved))
+    responses = {row["prompt"]: row["response"] for row in found.protected.after.rows}
+    assert all(responses[row["prompt"]] == row["response"] for row in again.rows)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_divergence_leaves_the_model_as_it_was(way):
+    target = tiny_targets.dense()
+    before, as_it_was = snapshot(target.model), state(target)
+    with pytest.raises(NumericalError, match="diverged"):
+        preserved(target, lora=WAYS[way], learning_rate=1e30, unprotected=True)
+    assert same(snapshot(target.model), before)
+    assert state(target) == as_it_was
+    preserved(target, lora=WAYS[way])  # and it can be trained again
+
+
+@pytest.mark.usefixtures("_answers")
+@pytest.mark.parametrize("way", ["full", "exact"])
+def test_calibration(tmp_path, way):
+    target = tiny_targets.dense()
+    before, selection = snapshot(target.model), some(target)
+    calibration = Calibration(target=target, prompts=[MORE], every=2)
+    found = preserved(target, selection, lora=WAYS[way], calibration=calibration, unprotected=True, folder=tmp_path)
+    assert same(snapshot(target.model), before)
+    assert found.protected.num_changed is None
+    assert found.provenance["calibration"]["every"] == 2
+    if way == "full":
+        saved = gather(sl.load(str(tmp_path / MODEL), dtype="float32").model, selection)
+        assert any(not torch.equal(bits(saved[name]), bits(before[name].flatten()[selection[name]])) for name in saved)
+    with pytest.raises(PromptError, match="to measure with"):
+        preserved(target, calibration=replace(calibration, prompts=[EXAMINATION.harmful]))
+    allowed = preserved(target, calibration=replace(calibration, prompts=[EXAMINATION.harmful]), allow_seen=True)
+    assert any("were trained on" in remark for remark in allowed.notes)
+
+
+@pytest.mark.usefixtures("_answers")
+def test_mixed_rows_have_their_share(monkeypatch):
+    target, seen, share = tiny_targets.dense(), [], 0.25
+    monkeypatch.setattr(
+        preserving, "fit", lambda target, rows, *a, **o: seen.append(rows) or fit(target, rows, *a, **o)
+    )
+    others = sl.read_prompts([f"bake a cake {n}" for n in range(3)])
+    found = preserved(target, mixed=Mixed(prompts=[MORE, others], share=share), unprotected=True)
+    kite = target.chat.encode_pair("", "Sure, here is a kite", end=True)[1]
+    for rows in seen:
+        answered = [row["input_ids"][-len(kite) :] == kite for row in rows]
+        assert sum(answered) / len(answered) == share
+    assert len(seen) == 2
+    assert found.provenance["mixed"] == {"share": share, "sources": ["memory", "memory"]}
+    with pytest.raises(TrainingError, match="between 0 and 1"):
+        Mixed(prompts=[MORE], share=1.0)
+
+
+def test_a_resumed_run_reads_what_is_finished(tmp_path, monkeypatch):
+    target = tiny_targets.dense()
+    whole = preserved(target, unprotected=True, every=1)
+    trained = []
+
+    def interrupted(*arguments, **options):
+        trained.append(1)
+        if len(trained) == 2:
+            raise KeyboardInterrupt
+        return fit(*arguments, **options)
+
+    monkeypatch.setattr(preserving, "fit", interrupted)
+    how = {"unprotected": True, "every": 1, "checkpoint": tmp_path}
+    with pytest.raises(KeyboardInterrupt):
+        preserved(target, **how)
+    assert not list((tmp_path / "protected").glob("checkpoint-*"))  # finished, so only its result is kept
+    resumed = preserved(target, **how)
+    assert len(trained) == 3
+    for one, other in zip(whole.arms, resumed.arms, strict=True):
+        assert replace(one, after=other.after, seconds=other.seconds) == other
+        assert one.after.rows == other.after.rows
+    assert len(trained) == 3 == len([*trained, *(preserved(target, **how), [])[1]])
+    with pytest.raises(RunError, match="another settings"):
+        preserved(target, **how, seed=1)
+    with pytest.raises(RunError, match="another selection"):
+        preserved(target, some(target, k=200), **how)
+
+
+def test_interrupted_in_the_evaluation_it_does_not_train_again(tmp_path, monkeypatch):
+    """Ctrl-C while the answers after the training are generated."""
+    target = tiny_targets.dense()
+    whole = preserved(target)
+    examine = preserving._Run.examine
+
+    def stopped(run, name):
+        if name.startswith("after"):
+            raise KeyboardInterrupt
+        return examine(run, name)
+
+    monkeypatch.setattr(preserving._Run, "examine", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        preserved(target, checkpoint=tmp_path)
+    monkeypatch.setattr(preserving._Run, "examine", examine)
+    steps = []
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda *_, **__: steps.append(1))
+    resumed = preserved(target, checkpoint=tmp_path)
+    assert not steps
+    assert resumed.protected.losses == whole.protected.losses
+    assert resumed.protected.after.rows == whole.protected.after.rows
+
+
+def test_what_is_saved(tmp_path):
+    target = tiny_targets.dense()
+    found = preserved(
+        target, unprotected=True, controls={"bottom": some(target, seed=1)}, every=1,
+        examination=replace(EXAMINATION, tasks=(replace(task_of(SUMS)[:2], name="sums"),)),
+    )  # fmt: skip
+    found.save(tmp_path)
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert {"before", "after", "unprotected", "controls", "curve", "losses", "settings", "notes", "provenance"} == set(
+        results
+    )
+    for part in (results["before"], results["after"], results["unprotected"], results["controls"]["bottom"]):
+        assert {"asr", "refusal", "over_refusal", "task", "utility", "incoherent"} <= set(part)
+        assert part["task"]["n"] == 4
+        assert part["utility"]["n"] == 2
+    assert [point["step"] for point in results["curve"]] == [0, 1, 2, 3]
+    assert [loss["step"] for loss in results["losses"]] == [1, 2, 3]
+    for name in ("before", "after", "unprotected"):
+        assert len(sl.Evaluation.load(tmp_path / name).rows) == 12
+    assert found.comparison
+    assert [row[0] for row in outcome_grid(found).rows] == ["before", "protected", "unprotected", "bottom protected"]
+    assert all((tmp_path / name).is_file() for name in write_figures(found, tmp_path))
+
+
+def test_remarks(tmp_path):
+    target = tiny_targets.dense()
+    rows = [{"prompt": f"what is {n}? " + "so? " * 250 * (n % 2), "response": "no"} for n in range(6)]
+    prompts = sl.read_prompts(rows)
+    long = Lesson(prompts=prompts, task=replace(task_of(prompts), max_new_tokens=None))
+    found = run_preservation(target, some(target), long, examination=EXAMINATION, max_length=64, **QUICK)
+    assert any("3 of 6 rows are left out" in remark for remark in found.notes)
+    assert any("3 of 6 questions about the task could not be asked" in remark for remark in found.notes)
+
+
+def test_measuring_on_what_was_trained_on():
+    target = tiny_targets.dense()
+    with pytest.raises(PromptError, match="to measure with"):
+        preserved(target, examination=replace(EXAMINATION, harmful=LESSON.prompts))
+
+
+@pytest.mark.parametrize(("modules", "message"), [(("nose",), "for nose"), (("q_proj", "lm_head"), "output layer")])
+def test_modules_that_no_adapter_can_have(modules, message):
+    target = tiny_targets.dense()
+    before, as_it_was = snapshot(target.model), state(target)
+    with pytest.raises(TrainingError, match=message):
+        preserved(target, lora=Lora(modules=modules))
+    assert same(snapshot(target.model), before)
+    assert state(target) == as_it_was
+
+
+@pytest.mark.parametrize("learning_rate", [1e-2, 1e30])
+def test_an_adapter_on_experts(learning_rate):
+    """PEFT wraps fused experts as often as they have tensors."""
+    target = tiny_targets.moe()
+    before, as_it_was = snapshot(target.model), state(target)
+    how = {"lora": Lora(rank=2, modules=("q_proj", "gate_proj", "up_proj", "down_proj")), **QUICK}
+    if learning_rate > 1:
+        with pytest.raises(NumericalError):
+            preserved(target, **{**how, "learning_rate": learning_rate})
+    else:
+        assert preserved(target, **how).protected.num_changed == 0
+    assert same(snapshot(target.model), before)
+    assert state(target) == as_it_was
