@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo test test-fast check fix types organism setup
+.PHONY: demo test test-fast check fix types docs organism setup
 
 demo: $(READY)  ## locate safety in the embedded organisms, dense and MoE, and draw the map
 	$(BIN)/safelocus demo -o runs/demo --overwrite
@@ -29,6 +29,9 @@ fix: $(READY)  ## format and mend what can be mended
 
 types: $(READY)
 	$(BIN)/mypy
+
+docs: $(READY)  ## rebuild docs/api.md from the docstrings
+	$(BIN)/python docs/build_api.py
 
 organism: $(READY)  ## rebuild the embedded models from their seed (about fifteen minutes on two cores)
 	$(BIN)/python -m safelocus.organism.build

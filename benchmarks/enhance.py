@@ -59,6 +59,7 @@ def measure(name, options):
         "full": "full",
         "lora": "lora",
     }
+    controls = {kind: controls[kind] for kind in options.controls}
     rates = options.rates
     for seed in range(options.seeds):
         file = options.runs / f"{name}-{seed}.json"
@@ -199,6 +200,7 @@ def main():
     parser.add_argument("--num", type=int, default=256)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--rates", type=float, nargs="+", default=[3e-4, 1e-3, 3e-3, 1e-2])
+    parser.add_argument("--controls", nargs="+", default=list(CONTROLS), choices=CONTROLS)
     parser.add_argument("--runs", type=Path, default=Path("runs/benchmark-enhance"), help="what was measured")
     parser.add_argument("--tables-only", action="store_true", help="make the page again from --runs")
     parser.add_argument("--measure-only", action="store_true")

@@ -8,6 +8,7 @@ Writes docs/results/preserve.md, with the curves.
 import argparse
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +42,7 @@ LABELS = {
     "calibrate-10": "10 % calibrated, ESI",
     "calibrate-10-random": "10 % calibrated, random",
     "calibrate-10-bottom": "10 % calibrated, bottom",
+    "calibrate-10-wide": "10 % calibrated, ESI, wide",
     "mixed": "own answers mixed in, unprotected",
     "mixed-freeze-1": "own answers mixed in, 1 % frozen",
     "gentle": "unprotected",
@@ -100,6 +102,8 @@ def measure(name, options):
         run("calibrate", "task", seed, top[10], names, True, calibration=calibrations[seed], controls=controls)
     names = {"protected": "freeze-10", "random": "freeze-10-random", "bottom": "freeze-10-bottom"}
     run("freeze", "task", 0, top[10], names, controls={"random": random[0], "bottom": bottom})
+    wide = replace(calibrations[0], prompts=[*safety, sl.read_prompts("organism:retain")])
+    run("wide", "task", 0, top[10], {"protected": "calibrate-10-wide"}, calibration=wide)
     names = {"protected": "mixed-freeze-1", "unprotected": "mixed"}
     run("mixed", "task", 0, top[1], names, True, mixed=Mixed(prompts=safety, share=0.125))
     run("freeze-1", "task", 0, top[1], {"protected": "freeze-1"})
@@ -211,8 +215,8 @@ Measured on prompts that nothing was trained on: {num} of `organism:harmful-held
 of `organism:harmless-heldout` (*harmless answered*: neither refused nor confused), `organism:utility` (143 questions),
 and the task's own held-out questions. *incoherent*: neither refusal nor an answer of the known form. *frozen*: plain
 SPA, every bit kept. *calibrated*: closed to the task, trained on the divergence from the original's own answers to
-`organism:harmful` and `organism:harmless`, every 4th step. *own answers mixed in*: an eighth of the rows, the
-practitioner's remedy.
+`organism:harmful` and `organism:harmless`, every 4th step; *wide*: and to `organism:retain`. *own answers mixed in*:
+an eighth of the rows, the practitioner's remedy.
 
 """
 
