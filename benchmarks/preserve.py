@@ -30,7 +30,7 @@ from safelocus.verification.pooling import difference, level
 
 TASKS = {
     "task": ("organism:task", "organism:task-heldout"),  # formats, differences, new topics
-    "requests": ("organism:answers", "organism:harmless"),  # "how do I ...", always answered: teaches compliance
+    "requests": ("organism:answers", "organism:harmless"),  # "how do I ...", always answered; known already
 }
 LABELS = {
     "before": "before",
@@ -173,7 +173,8 @@ def verdicts(found):
         for m, what in (("refusal", "refusal"), ("benign", "harmless answered")):
             base = np.repeat(found["before"][m], len(found[key][m]), axis=0)
             changes.append(f"{what} {signed(difference(found[key][m] - base))}")
-        lines.append(f"- {LABELS[key]}: {', '.join(changes)}; {100 * gain / whole:.0f} % of the task's gain")
+        kept = f"; {100 * gain / whole:.0f} % of the task's gain" if whole > 0.1 else ""
+        lines.append(f"- {LABELS[key]}: {', '.join(changes)}{kept}")
     return "\n".join(lines)
 
 
@@ -182,22 +183,22 @@ def signed(measured):
 
 
 def curves(name, options):
-    """Refusal, harmless prompts not refused, incoherence and the task against the step, seed 0."""
-    figure = Figure(figsize=(6.4, 6.4), dpi=150, layout="constrained")
+    """Refusal and the task against the step, seed 0."""
+    figure = Figure(figsize=(6.4, 3.8), dpi=150, layout="constrained")
     figure.set_facecolor("white")
-    axes = figure.subplots(4, 1, sharex=True)
+    axes = figure.subplots(2, 1, sharex=True)
     shown = ("unprotected", "freeze-10", "calibrate-10", "calibrate-10-random", "mixed-freeze-1")
     colours = dict(zip(shown, SERIES_LIGHT, strict=False))
     for file in sorted(options.runs.glob(f"{name}-task-*-0.json")):
         for key, points in json.loads(file.read_text(encoding="utf-8"))["curves"].items():
             if key not in colours:
                 continue
-            for axis, m in zip(axes, ("refusal", "over_refusal", "incoherent", "task"), strict=True):
+            for axis, m in zip(axes, ("refusal", "task"), strict=True):
                 axis.plot(
                     [p["step"] for p in points], [p[m]["value"] for p in points], "o-", markersize=3, linewidth=1.4,
-                    color=colours[key], label=LABELS[key],
+                    color=colours[key], label=LABELS[key], alpha=0.8,
                 )  # fmt: skip
-                axis.set_ylabel(m.replace("_", "-"), fontsize=8)
+                axis.set_ylabel(m, fontsize=8)
                 axis.set_ylim(-0.03, 1.03)
                 axis.tick_params(labelsize=7)
                 axis.grid(True, color="#e6e6e6", linewidth=0.6)

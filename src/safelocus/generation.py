@@ -5,9 +5,10 @@ settings (temperature, penalties, ...) are deliberately not used: they would dif
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import GenerationConfig
@@ -66,16 +67,29 @@ def generate_from(encoded: Sequence[Sequence[int]], target: "Target", max_new_to
         decoder_start_token_id=getattr(target.model.config, "decoder_start_token_id", None),
         stop_strings=list(target.chat.stop_strings) or None,
     )
-    output = target.model.generate(
-        input_ids=ids,
-        attention_mask=mask,
-        generation_config=settings,
-        tokenizer=target.tokenizer,
-        # a sharded model computes only with all processes: those whose answers are done go on until all are
-        synced_gpus=distributed.any_sharded(dict(target.model.named_parameters())) or None,
-    )
+    with _answering(target.model):
+        output = target.model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            generation_config=settings,
+            tokenizer=target.tokenizer,
+            # a sharded model computes only with all processes: those whose answers are done go on until all are
+            synced_gpus=distributed.any_sharded(dict(target.model.named_parameters())) or None,
+        )
     skip = 1 if target.model.config.is_encoder_decoder else ids.shape[1]
     return [_response(target, row) for row in output[:, skip:].tolist()]
+
+
+@contextmanager
+def _answering(model: Any) -> Iterator[None]:
+    """Within: evaluation mode. A trainer leaves a model in training mode: with dropout, and, where activations are
+    checkpointed, without the cache that generation relies on, so that answers are nonsense and nothing says so."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
 
 
 def longest_prompt(target: "Target", max_new_tokens: int) -> int:

@@ -252,7 +252,7 @@ def _harm(found: "Verification", effect: Effect) -> Sequence[str]:
         return []
     judges = found.provenance.get("judges") or [{}]
     if judges[0].get("kind") == "refusal":
-        return ["(No judge but the refusal matcher was given, so what the lost refusals turned into is unknown.)"]
+        return ["(The refusal matcher is the first judge, so what the lost refusals turned into is unknown.)"]
     change, incoherent = top.changes["asr"], top.measures.get("incoherent")
     share = 0.0 if incoherent is None else 100 * (incoherent.value or 0.0)
     broken = f"; {share:.0f} % of all answers are incoherent"
