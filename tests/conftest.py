@@ -1,6 +1,7 @@
 """One thread per test process (the tensors are tiny, and test processes share the cores), and the command line."""
 
 import os
+import signal
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -9,6 +10,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 
 from safelocus.cli import main
+
+# a shell that runs tests in the background has them, and whatever they start, ignore Ctrl-C
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture

@@ -50,7 +50,14 @@ def test_a_selection_becomes_a_patch(scored, tmp_path, run):
     assert sizes == {patch.k} == {sl.Selection.load(scored / "selection.safetensors").k}
     assert "Before and after" in out
     card = (folder / "README.md").read_text()
-    for part in ("| before |", "| selected |", "| random |", "safelocus patch apply", "## Limits", "## Licence"):
+    for part in (
+        "| before |",
+        "| selected weights |",
+        "| random |",
+        "safelocus patch apply",
+        "## Limits",
+        "## Licence",
+    ):
         assert part in card
     # nothing of a response is printed
     lines = (folder / "after" / "responses.jsonl").read_text().strip().split("\n")
