@@ -11,6 +11,8 @@ import pytest
 import safelocus as sl
 from safelocus.cli import main
 
+pytestmark = pytest.mark.slow  # trains, again and again
+
 SMALL = ["--steps", "2", "--max-new-tokens", "12", "--limit", "6", "--eval-every", "1", "--dtype", "float32"]
 SETS = [
     "--data", "organism:refusals", "--retain", "organism:answers", "--harmful", "organism:harmful-heldout",

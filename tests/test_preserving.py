@@ -22,6 +22,8 @@ from safelocus.training.examination import Examination
 from safelocus.training.lesson import Lesson
 from test_protection import bits, same, snapshot, some
 
+pytestmark = pytest.mark.slow  # trains, again and again
+
 SUMS = sl.read_prompts([{"prompt": f"what is {n} plus 1?", "response": f"{n + 1}"} for n in range(16)])
 LESSON = Lesson(prompts=replace(SUMS, examples=SUMS.examples[:12]), task=task_of(SUMS)[12:])
 EXAMINATION = Examination(

@@ -17,6 +17,8 @@ from test_sparse import everything, some, unchanged
 from test_sparse_optimizer import assert_only_selected, assert_same
 from tiny_targets import PROMPTS, dense, moe
 
+pytestmark = pytest.mark.slow  # trains, again and again
+
 ADAMW = {"lr": 1e-2, "weight_decay": 0.1, "betas": (0.8, 0.9)}
 QUIET = {
     "max_steps": 3,
