@@ -67,7 +67,7 @@ def generate_from(encoded: Sequence[Sequence[int]], target: "Target", max_new_to
         decoder_start_token_id=getattr(target.model.config, "decoder_start_token_id", None),
         stop_strings=list(target.chat.stop_strings) or None,
     )
-    with _answering(target.model):
+    with as_used(target.model):
         output = target.model.generate(
             input_ids=ids,
             attention_mask=mask,
@@ -81,15 +81,24 @@ def generate_from(encoded: Sequence[Sequence[int]], target: "Target", max_new_to
 
 
 @contextmanager
-def _answering(model: Any) -> Iterator[None]:
-    """Within: evaluation mode. A trainer leaves a model in training mode: with dropout, and, where activations are
-    checkpointed, without the cache that generation relies on, so that answers are nonsense and nothing says so."""
-    was_training = model.training
-    model.eval()
+def as_used(model: Any) -> Iterator[None]:
+    """Within: the model is as it is used, not as a trainer leaves it. Afterwards: as it was.
+
+    In training mode there is dropout and, where activations are checkpointed, none of the cache that generation relies
+    on, so that answers are nonsense and nothing says so. Where routers' logits are put out, a mixture of experts would
+    compute its balancing loss at every generated token, and fail.
+    """
+    was_training, config = model.training, model.config.get_text_config()
+    routers = getattr(config, "output_router_logits", None)
     try:
+        model.eval()
+        if routers:
+            config.output_router_logits = False
         yield
     finally:
         model.train(was_training)
+        if routers:
+            config.output_router_logits = True
 
 
 def longest_prompt(target: "Target", max_new_tokens: int) -> int:

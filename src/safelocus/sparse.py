@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from safelocus.distributed import is_sharded, local
 from safelocus.errors import SelectionError
 from safelocus.selection import Selection
 
@@ -164,7 +165,7 @@ def _site(parameter: nn.Parameter, index: Tensor) -> Site:
             f"weights of type {parameter.dtype} cannot be changed one by one; load them as bf16 or fp32"
         )
     device = local(parameter).device
-    if not _is_sharded(parameter):
+    if not is_sharded(parameter):
         return Site(parameter=parameter, index=index.to(device))
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
@@ -177,16 +178,6 @@ def _site(parameter: nn.Parameter, index: Tensor) -> Site:
         flat = flat * size + (along - first)
     position = here.nonzero().squeeze(1)
     return Site(parameter=parameter, index=flat[position].to(device), position=position.to(device))
-
-
-def _is_sharded(tensor: Tensor) -> bool:
-    return hasattr(tensor, "to_local")  # a DTensor, without importing what only sharded models need
-
-
-def local(tensor: Tensor) -> Tensor:
-    """What this process holds of a tensor: its shard, or all of it."""
-    shard: Any = tensor
-    return shard.to_local() if _is_sharded(tensor) else tensor
 
 
 def _bits(tensor: Tensor) -> Tensor:

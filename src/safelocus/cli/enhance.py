@@ -183,13 +183,17 @@ def enhance(
             {"the selection": located.selection}, divided.examination.harmful, allow_seen=allow_seen
         )
         judges = tuple(sources.load_judges(None if judge else guard, guard_description, judge, **how))
+        trained: dict[str, Any] = {
+            name: name if name in ("full", "lora") else located.control_later(target, name, seed=seed)
+            for name in wanted
+        }
         found = run_enhancement(
             target, located.selection, divided.data, retain=divided.retained, retain_kl=retain_kl,
             retain_weight=retain_weight, retain_rows=retain_rows, own_answers=own_answers,
             examination=replace(divided.examination, judges=judges),
             validation=divided.validation and replace(divided.validation, judges=judges), every=eval_every,
             early_stopping=early_stopping, learning_rates=rates, settings=settings, allow_seen=allow_seen,
-            controls={name: _control(located, target, name, seed) for name in wanted},
+            controls=trained,
             allow_mismatch=allow_mismatch, checkpoint=checkpoint, progress=not json,
         )  # fmt: skip
         found = replace(found, notes=(*remarks, *found.notes))
@@ -209,8 +213,3 @@ def enhance(
     files = (PATCH, "selection.safetensors", "README.md", "results.json", "before/", "after/", *written)
     note(f"wrote {output}: {', '.join(files)}")
     note(f"apply it: safelocus patch apply {output / PATCH} {model} -o FOLDER")
-
-
-def _control(located: sources.Located, target: Any, kind: str, seed: int) -> Any:
-    """Made when its turn comes: scoring takes a while, and its tensors take memory."""
-    return kind if kind in ("full", "lora") else lambda: located.control(target, kind, seed=seed)

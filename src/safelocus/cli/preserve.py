@@ -212,7 +212,7 @@ def preserve(
                 harmful=harmful_set, harmless=harmless_set, tasks=tuple(tasks), judges=judges,
                 max_new_tokens=max_new_tokens,
             ),
-            controls={name: _control(located, target, name, seed) for name in wanted}, unprotected=unprotected,
+            controls={name: located.control_later(target, name, seed=seed) for name in wanted}, unprotected=unprotected,
             lora=adapter if lora else None, calibration=calibration, mixed=mixed, settings=settings, every=eval_every,
             look=look, folder=folder, merge=merge, allow_seen=allow_seen, allow_mismatch=allow_mismatch,
             checkpoint=checkpoint, notes=remarks, progress=not json,
@@ -233,8 +233,3 @@ def preserve(
 
 def _unscored(selection: "Selection", allow_seen: bool) -> "PromptSet":
     return sources.unscored_prompts(None, selection.provenance, allow_seen=allow_seen)
-
-
-def _control(located: sources.Located, target: Any, kind: str, seed: int) -> Any:
-    """Made when its turn comes: scoring takes a while, and its tensors take memory."""
-    return lambda: located.control(target, kind, seed=seed)

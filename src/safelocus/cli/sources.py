@@ -171,6 +171,10 @@ class Located:
         share = Fraction(self.selection.k, self.selection.layout.num_weights)  # exactly as many
         return self.scores(method).select(share, which="bottom" if kind == "bottom" else "top")
 
+    def control_later(self, target: "Target", kind: str, *, seed: int = 0) -> "Callable[[], Selection]":
+        """`control`, made when its turn comes: scoring takes a while, and its tensors take memory."""
+        return lambda: self.control(target, kind, seed=seed)
+
 
 def check_located(
     selection: Path | None, guard: str | None, refusal: bool, prompts: str | None, ratio: float | None

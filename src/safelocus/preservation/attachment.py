@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from safelocus.distributed import is_sharded, whole
 from safelocus.errors import SelectionError, TrainingError
 from safelocus.fingerprint import Fingerprint
-from safelocus.patch.patch import whole
 from safelocus.patch.state import digest_as
 from safelocus.preservation.calibration import Calibration
 from safelocus.preservation.lora import check_initialisation
@@ -98,7 +98,7 @@ def _protection(
     notes = check_fingerprint(model, selection, allow_mismatch)
     protection = Protection(model, selection, **lora)
     protection.notes += notes
-    if (num_rest := selection.k - protection.num_protected) and not any(map(_is_sharded, model.parameters())):
+    if (num_rest := selection.k - protection.num_protected) and not any(map(is_sharded, model.parameters())):
         protection.notes.append(
             f"{num_rest:,} of the {selection.k:,} selected weights lie in tensors that are not trained; they need no "
             "protection"
@@ -203,10 +203,6 @@ def check_fingerprint(model: nn.Module, selection: Selection, allow_mismatch: bo
             "only names and shapes say that this is the same model"
         )
     return notes
-
-
-def _is_sharded(parameter: nn.Parameter) -> bool:
-    return hasattr(parameter, "to_local")
 
 
 def _some(names: Sequence[str]) -> str:

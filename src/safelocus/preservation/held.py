@@ -9,10 +9,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from safelocus.distributed import local
 from safelocus.errors import TrainingError
 from safelocus.preservation.lora import LoraUpdate, lora_updates, trained_copies
 from safelocus.selection import Selection
-from safelocus.sparse import Site, local, selected_parameters, sites
+from safelocus.sparse import Site, selected_parameters, sites
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

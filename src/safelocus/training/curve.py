@@ -17,6 +17,7 @@ from transformers import TrainerCallback
 from safelocus.errors import TrainingError
 from safelocus.evaluation.journal import Journal
 from safelocus.evaluation.measures import Measure
+from safelocus.generation import as_used
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,17 +93,7 @@ class Curve(TrainerCallback):
 
 @contextmanager
 def at_rest(model: Any) -> Iterator[None]:
-    """Within: the model is as it is used, not trained; no gradients. Afterwards: as it was, random state included."""
-    was_training, device = model.training, next(model.parameters()).device
-    config = model.config.get_text_config()
-    routers = getattr(config, "output_router_logits", None)
-    try:
-        model.eval()
-        if routers:  # a trainer's; a mixture of experts would compute its balancing loss at every generated token
-            config.output_router_logits = False
-        with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
-            yield
-    finally:
-        model.train(was_training)
-        if routers:
-            config.output_router_logits = True
+    """Within: the model is as it is used, without gradients. Afterwards: as it was, random state included."""
+    device = next(model.parameters()).device
+    with as_used(model), torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
+        yield
