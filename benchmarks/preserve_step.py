@@ -1,6 +1,6 @@
 """What does protection cost? A training step with 1 % of the weights protected, against the same step without.
 
-    python benchmarks/preserve_step.py [--size 10M 110M] [--ratio 0.01] [--device cpu] [--dtype float32]
+    python benchmarks/preserve_step.py [--size 10M 125M] [--ratio 0.01] [--device cpu] [--dtype float32]
 
 Random Llama-shaped models, AdamW. Steps with and without protection alternate on one model, so drifts of the
 machine hit both alike; each ratio is that of the medians. On the CPU the time is that of the process, which
@@ -17,41 +17,21 @@ others on the machine do not stretch. Prints one JSON object per size:
 import argparse
 import json
 import statistics
+import sys
 import time
+from pathlib import Path
 
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import LlamaConfig, LlamaForCausalLM
+
+sys.path.insert(0, str(Path(__file__).parent / "scale"))
+
+from models import DENSE, build, select
 
 import safelocus as sl
-from safelocus.layout import Layout
-from safelocus.topk import random_k
 
 LIMITS = {"full_ratio": 1.03, "lora_ratio": 1.3, "memory_ratio": 1.05}
-SIZES = {  # width, layers, MLP width
-    "1M": (128, 4, 384),
-    "10M": (320, 6, 960),
-    "110M": (768, 12, 2304),
-    "1B": (2048, 20, 5632),
-}
-VOCABULARY, LENGTH = 8000, 256
-
-
-def model_of(size, options):
-    width, layers, inner = SIZES[size]
-    config = LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=width, intermediate_size=inner, num_hidden_layers=layers,
-        num_attention_heads=width // 64, num_key_value_heads=width // 64, max_position_embeddings=LENGTH,
-        tie_word_embeddings=True,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    return LlamaForCausalLM(config).to(options.device, getattr(torch, options.dtype)).train()
-
-
-def selection_of(model, ratio):
-    layout = Layout.of(model)
-    sizes = {name: layout.tensors[name].num_weights for name in layout.eligible_tensors}
-    return sl.Selection(coordinates=random_k(sizes, int(ratio * layout.num_weights), seed=0), layout=layout)
+LENGTH = 256
 
 
 class Stepper:
@@ -60,7 +40,7 @@ class Stepper:
     def __init__(self, model, options):
         self.model, self.device = model, torch.device(options.device)
         self.clock = time.process_time if self.device.type == "cpu" else time.perf_counter
-        self.ids = torch.randint(VOCABULARY, (options.batch, LENGTH), device=self.device)
+        self.ids = torch.randint(1000, (options.batch, LENGTH), device=self.device)
         self.optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5)
 
     def seconds(self, after=lambda: None):
@@ -101,8 +81,8 @@ def timed(stepper, action, num=9):
 
 
 def measure(size, options):
-    model = model_of(size, options)
-    selection = selection_of(model, options.ratio)
+    model = build("dense", size, device=options.device, dtype=getattr(torch, options.dtype)).train()
+    selection = select(model, options.ratio)
     stepper = Stepper(model, options)
     protection = sl.preserve(model, selection, allow_mismatch=True)
     plain, guarded = compare(stepper, protection, options.steps)
@@ -134,7 +114,7 @@ def measure(size, options):
 
 def main():
     parser = argparse.ArgumentParser()
-    parser.add_argument("--size", nargs="+", default=["10M", "110M"], choices=SIZES)
+    parser.add_argument("--size", nargs="+", default=["10M", "125M"], choices=DENSE)
     parser.add_argument("--ratio", type=float, default=0.01)
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--batch", type=int, default=1)

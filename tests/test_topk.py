@@ -23,6 +23,8 @@ from safelocus.topk import (
     random_k,
     refine,
 )
+from safelocus.topk.picking import pick_by_counting
+from safelocus.topk.shortlist import shortlist
 
 # few distinct values, so that ties abound; zero both ways, denormals, neighbours, both ends of the range
 VALUES = np.array(
@@ -95,6 +97,60 @@ def test_equals_a_dense_sort_of_many_continuous_values(which, seed):
     total = 5 * 311 * 37
     for k in (1, 575, total // 2, total - 1):
         assert picked_coordinates(tensors, k, which) == dense_sort(tensors, k, which)
+
+
+def same(found, expected):
+    """Whether the same weights were picked, with the same bits of their scores."""
+    return list(found.indices) == list(expected.indices) and all(
+        torch.equal(found.indices[name], index)
+        and torch.equal(found.scores[name].view(torch.int32), expected.scores[name].view(torch.int32))
+        for name, index in expected.indices.items()
+    )
+
+
+@settings(deadline=None, max_examples=150)
+@given(streams(), st.data(), st.sampled_from(["top", "bottom"]), st.sampled_from([None, 3]), st.sampled_from([1, 4]))
+def test_a_shortlist_finds_what_counting_finds(tensors, data, which, chunk_size, sample):
+    k = data.draw(st.integers(0, sum(t.numel() for t in tensors.values())))
+    found = shortlist(tensors, k, which=which, chunk_size=chunk_size, sample=sample)
+    assert found is None or same(found, pick_by_counting(tensors, k, which=which))
+
+
+@pytest.mark.parametrize("k", [1, 10, 1000, 10_000])
+@pytest.mark.parametrize("which", ["top", "bottom"])
+def test_continuous_scores_have_a_shortlist(which, k):
+    torch.manual_seed(k)
+    tensors = {"a": torch.rand(300, 70) ** 4, "b": torch.rand(0), "c": torch.rand(90_000), "d": torch.rand(5, 7, 11)}
+    tensors["a"][:3] = 0.0
+    found = shortlist(tensors, k, which=which, sample=5000)
+    assert found is not None
+    assert same(found, pick_by_counting(tensors, k, which=which))
+
+
+def test_a_sample_that_misleads_costs_the_shortlist_and_not_the_outcome():
+    """Every sampled score is large, or small: too few reach the guess, or too many."""
+    for inside, outside in ((1.0, 0.1), (0.1, 1.0)):
+        stride = (100_000 // 1000) | 1
+        scores = {"a": torch.full((100_000,), outside) + torch.rand(100_000) * 0.01}
+        scores["a"][::stride] = inside
+        assert shortlist(scores, 5000, sample=1000) is None
+        assert pick(scores, 5000).num_weights == 5000
+
+
+def test_excluded_weights_are_not_on_the_shortlist():
+    scores = {"a": torch.rand(50_000) ** 4, "b": torch.full((50_000,), -math.inf)}
+    scores["a"][::4] = -math.inf
+    found = shortlist(scores, 100, sample=5000)
+    assert found is not None
+    assert same(found, pick_by_counting(scores, 100))
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -1.0])
+def test_a_shortlist_is_refused_to_scores_that_cannot_be_ranked(bad):
+    scores = {"a": torch.rand(50_000), "b": torch.rand(50_000)}
+    scores["b"][77] = bad
+    with pytest.raises(NumericalError, match="'b'"):
+        shortlist(scores, 100, sample=5000)
 
 
 def test_ties_go_to_the_first_tensor_then_the_first_index():

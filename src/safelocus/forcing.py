@@ -48,7 +48,7 @@ def teacher_force(target: "Target", prompts: Sequence[Sequence[int]], responses:
         responses: B lists of response token ids; an empty one contributes no position.
     """
     device = target.device
-    token = torch.tensor([t for response in responses for t in response], dtype=torch.long, device=device)
+    token = torch.tensor([t for response in responses for t in response], dtype=torch.long)
     lengths = torch.tensor([len(response) for response in responses])
     row = torch.repeat_interleave(torch.arange(len(responses)), lengths)
     within = torch.arange(len(row)) - torch.repeat_interleave(lengths.cumsum(0) - lengths, lengths)
@@ -66,9 +66,9 @@ def teacher_force(target: "Target", prompts: Sequence[Sequence[int]], responses:
         first = torch.tensor([len(prompt) - 1 for prompt in prompts])  # the token that predicts response[0]
         width, position = ids.shape[1], first[row] + within
     return Forced(
-        logits=logits_at(target.model, inputs, (row * width + position).to(device)),
-        token=token,
-        row=row.to(device),
+        logits=logits_at(target.model, inputs, sent(row * width + position, device)),
+        token=sent(token, device),
+        row=sent(row, device),
     )
 
 
@@ -106,4 +106,11 @@ def pad(
         columns = slice(width - len(sequence), width) if left else slice(0, len(sequence))
         ids[i, columns] = torch.tensor(sequence, dtype=torch.long)
         mask[i, columns] = 1
-    return ids.to(device), mask.to(device)
+    return sent(ids, device), sent(mask, device)
+
+
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the CPU on `device`, without waiting for what the device still has to do."""
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)

@@ -80,9 +80,13 @@ class GradientAccumulator:
                 weight.grad = None
 
     def check_finite(self, batch: str) -> None:
-        """Raise if a gradient since the last check was NaN or infinite; one synchronisation per batch."""
+        """Raise if a gradient since the last check was NaN or infinite; waits for each device once."""
         flags, self._finite = self._finite, {}
-        bad = [name for name, finite in flags.items() if not bool(finite)]
+        bad = []
+        for device in dict.fromkeys(flag.device for flag in flags.values()):
+            names = [name for name, flag in flags.items() if flag.device == device]
+            finite = torch.stack([flags[name] for name in names]).tolist()
+            bad += [name for name, is_finite in zip(names, finite, strict=True) if not is_finite]
         if self.is_sharded:  # what one process sees in its rows ends the run on all of them
             bad = list(dict.fromkeys(name for part in distributed.gather_objects(bad) for name in part))
         if bad:

@@ -58,9 +58,13 @@ class RoutingCounter:
             return
         names, num_experts = self._modules[module]
         chosen = chosen.reshape(-1, chosen.shape[-1])  # [tokens, k]
+        is_token = torch.ones((), dtype=torch.bool, device=chosen.device)
         if self._mask is not None and self._mask.numel() == len(chosen):
-            chosen = chosen[self._mask.reshape(-1).to(chosen.device).bool()]
-        # one slot more: expert-parallel runs mark experts held elsewhere with index E
-        counts = torch.bincount(chosen.reshape(-1), minlength=num_experts + 1)[:num_experts]
+            is_token = self._mask.reshape(-1, 1).to(chosen.device).bool()
+        # one slot more: expert-parallel runs mark experts held elsewhere with index E. Neither a mask as an index nor
+        # bincount: both wait for the device, here in every layer
+        counts = torch.zeros(num_experts + 1, dtype=torch.int64, device=chosen.device)
+        counts.scatter_add_(0, chosen.reshape(-1).long(), is_token.expand_as(chosen).reshape(-1).long())
+        counts = counts[:num_experts]
         for name in names:
             self.tokens[name] = self.tokens[name] + counts if name in self.tokens else counts

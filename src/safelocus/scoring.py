@@ -18,6 +18,7 @@ Input: a target, prompts and an objective. Output: frozen `Scores`.
 """
 
 import importlib.metadata
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -241,9 +242,10 @@ def _accumulate(
                     _keep_step(target, texts[batches[-1][-1]], objective, routing)
                 else:
                     result = objective(target, [texts[i] for i in batch])
-                    _check_objective(result, len(batch), where)
+                    _check_objective(result, len(batch))
                     result.float().sum().backward()
-                    values |= zip(batch, result.tolist(), strict=True)
+                    # waits for the device, when there is nothing left to give it
+                    values |= zip(batch, _finite(result.tolist(), where), strict=True)
             accumulator.check_finite(where)
             boundary.passed(number + 1)
     if not in_step:  # FSDP has added up what all processes sent back through a sharded model
@@ -293,7 +295,7 @@ def _by_length(target: Target, texts: Sequence[str], batch_size: int) -> list[li
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
 
-def _check_objective(result: Any, batch: int, where: str) -> None:
+def _check_objective(result: Any, batch: int) -> None:
     if not isinstance(result, Tensor) or result.shape != (batch,):
         found = f"shape {tuple(result.shape)}" if isinstance(result, Tensor) else type(result).__name__
         raise SafelocusError(
@@ -303,8 +305,12 @@ def _check_objective(result: Any, batch: int, where: str) -> None:
         raise SafelocusError(
             "the objective's scores have no gradient in the target's weights; is something detached or under no_grad?"
         )
-    if not bool(torch.isfinite(result).all()):
+
+
+def _finite(values: list[float], where: str) -> list[float]:
+    if not all(map(math.isfinite, values)):
         raise NumericalError(f"S is NaN or infinite in {where}")
+    return values
 
 
 @contextmanager
@@ -325,7 +331,7 @@ def _memory_errors(batch_size: int) -> Iterator[None]:
 
 def _gradient_norms(layout: TensorLayout, gradient: Tensor) -> list[float]:
     """Euclidean norm of the gradient of each logical matrix of one tensor, in the order of its matrices."""
-    return [float(torch.linalg.vector_norm(matrix)) for matrix in layout.split(gradient)]
+    return torch.stack([torch.linalg.vector_norm(matrix) for matrix in layout.split(gradient)]).tolist()
 
 
 def _input_norms(

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from math import ceil
 from typing import Any, Self
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,7 +22,8 @@ from safelocus.topk import histogram
 
 QUANTILES = ("0.5", "0.9", "0.99", "0.999")
 _EXACT_UP_TO = 1 << 16
-_BATCH = 1 << 22  # weights of several experts taken together; also the width of a float64 partial sum
+_BATCH = 1 << 22  # weights of several experts taken together
+_SUMMED = 1 << 16  # weights of a float64 partial sum on the CPU: what they are converted to stays in the cache
 _SHIFT = 15
 
 
@@ -126,16 +128,23 @@ def _measure(name: str, block: Tensor) -> list[tuple[float, float, list[float]]]
     if not bool((lowest >= 0).all() & highest.isfinite().all()):
         raise NumericalError(f"scores of {name!r} are not all finite and non-negative")
     sums = torch.zeros(block.shape[0], dtype=torch.float64, device=block.device)
-    for columns in block.split(_BATCH, dim=1):
+    width = max(1, _SUMMED // len(block)) if block.device.type == "cpu" else num_weights
+    for columns in block.split(width, dim=1):
         sums += columns.sum(dim=1, dtype=torch.float64)
     ranks = [max(1, ceil(float(quantile) * num_weights)) for quantile in QUANTILES]
     if num_weights <= _EXACT_UP_TO:
-        places = torch.tensor(ranks, device=block.device) - 1
-        quantiles = block.sort(dim=1).values[:, places].tolist()
+        quantiles = _ordered(block, [rank - 1 for rank in ranks]).tolist()
     else:
         quantiles = [_from_histogram(name, row, ranks, float(highest[i])) for i, row in enumerate(block)]
     means = (sums / num_weights).tolist()
     return list(zip(means, highest.tolist(), quantiles, strict=True))
+
+
+def _ordered(block: Tensor, places: list[int]) -> Tensor:
+    """What each row would have at some places if it were sorted: [rows, places]."""
+    if block.device.type == "cpu":  # five times as fast as sorting
+        return torch.from_numpy(np.partition(block.numpy(), places, axis=1)[:, places])
+    return block.sort(dim=1).values[:, torch.tensor(places, device=block.device)]
 
 
 def _from_histogram(name: str, scores: Tensor, ranks: Sequence[int], highest: float) -> list[float]:

@@ -4,6 +4,9 @@ import pytest
 import torch
 
 import safelocus as sl
+from safelocus import distributed
+from safelocus.generation import generate
+from safelocus.target import Target
 from safelocus.topk import pick
 from tiny_targets import PROMPTS, dense, guard, moe
 
@@ -31,3 +34,26 @@ def test_top_k_on_the_device_is_that_of_the_cpu(which):
     expected = pick(scores, 5000, which=which, seed=3)
     found = pick({name: tensor.cuda() for name, tensor in scores.items()}, 5000, which=which, seed=3)
     assert all(torch.equal(found.indices[name].cpu(), index) for name, index in expected.indices.items())
+
+
+def test_weights_that_wait_in_the_hosts_memory():
+    plain, refusal = dense(), sl.Refusal(refusals=["I'm sorry"], compliances=["Sure"])
+    plain.model.cuda()
+    model = dense().model
+    distributed.keep_on_host(model, model.model.layers)
+    try:
+        target = Target.of(model, plain.tokenizer, name=plain.name)
+        assert target.device.type == "cuda"
+        assert all(distributed.local(parameter).device.type == "cpu" for parameter in model.parameters())
+        assert target.fingerprint().id == plain.fingerprint().id
+        assert generate(target, PROMPTS, max_new_tokens=6) == generate(plain, PROMPTS, max_new_tokens=6)
+        selections = [
+            sl.score(each, PROMPTS, objective=refusal, progress=False).select(0.02) for each in (target, plain)
+        ]
+        assert selections[0].iou(selections[1]) > 0.98
+        rows = sl.read_prompts([{"prompt": prompt, "response": "I'm sorry"} for prompt in PROMPTS])
+        patches = [sl.enhance(each, selections[1], rows, steps=2, progress=False) for each in (target, plain)]
+        for name, value in patches[1].new.items():
+            torch.testing.assert_close(patches[0].new[name].cpu(), value.cpu(), rtol=1e-2, atol=1e-3)
+    finally:
+        torch.distributed.destroy_process_group()

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from safelocus.forcing import pad, teacher_force
+from safelocus.forcing import pad, sent, teacher_force
 from safelocus.generation import Response, generate
 from safelocus.objective.transfer import Reading, Transfer, Variant
 
@@ -67,13 +67,13 @@ class TextObjective(ABC):
             prompts, [text for text, _ in read], response_ids=ids if transfer.variant == "identity" else None
         )
         aligned = transfer.align(reading, [spans for _, spans in read])  # [N, d]
-        if self.on_responses is not None:
-            self.on_responses(prompts, responses, reading.score)
         forced = teacher_force(target, [target.chat.encode_prompt(prompt) for prompt in prompts], ids)
         slope = transfer.logit_gradient(forced.logits.detach(), aligned, tau=self.tau, generator=self._generator)
         # linear in the logits: its derivative is exactly `slope`, and no copy of [N, V] is made
         linear = torch.einsum("nv,nv->n", forced.logits, slope).float()
         relaxed = torch.zeros(len(ids), device=linear.device).index_add(0, forced.row, linear)
+        if self.on_responses is not None:  # reads the scores, so it waits for the device, which has its work by now
+            self.on_responses(prompts, responses, reading.score)
         return reading.score.to(relaxed) + relaxed - relaxed.detach()
 
     def transfer_for(self, target: "Target") -> Transfer:
@@ -191,8 +191,10 @@ def embedding_gradients(
             (gradient,) = torch.autograd.grad(values.sum(), seen[0])  # [B, L, d]
     finally:
         handle.remove()
-    rows = [gradient[b, torch.tensor(i.response_positions, dtype=torch.long)] for b, i in enumerate(inputs)]
-    return Reading(score=values.detach(), gradients=rows, spans=[i.response_spans for i in inputs])
+    width = gradient.shape[1]
+    places = torch.tensor([b * width + p for b, i in enumerate(inputs) for p in i.response_positions], dtype=torch.long)
+    rows = gradient.flatten(0, 1)[sent(places, gradient.device)].split([len(i.response_positions) for i in inputs])
+    return Reading(score=values.detach(), gradients=list(rows), spans=[i.response_spans for i in inputs])
 
 
 def _padding_id(tokenizer: Any) -> int:

@@ -29,6 +29,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from safelocus.forcing import sent
 from safelocus.objective.spelling import join, spell_vocabulary
 
 Variant = Literal["identity", "character", "index"]
@@ -53,10 +54,15 @@ class Reading:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Pieces:
-    """A ragged map from each token of one vocabulary to tokens of another: ids[offsets[v]:offsets[v+1]]."""
+    """A ragged map from each token of one vocabulary to tokens of another: ids[offsets[v]:offsets[v+1]].
+
+    `has_any`: [tokens] whether a token has any; `places`: which do. (A mask as an index would wait for the device.)
+    """
 
     ids: Tensor
     offsets: Tensor
+    has_any: Tensor
+    places: Tensor
 
 
 class Transfer:
@@ -103,7 +109,7 @@ class Transfer:
         rows = []
         for gradient, guard_spans, spans in zip(reading.gradients, reading.spans, target_spans, strict=True):
             if self.variant == "character":
-                overlap = _overlap(spans, guard_spans).to(gradient)  # [T, U]
+                overlap = sent(_overlap(spans, guard_spans).to(gradient.dtype), gradient.device)  # [T, U]
                 rows.append(overlap @ gradient)
             else:  # identity and index: guard token u is taken for target position u
                 row = gradient.new_zeros(len(spans), gradient.shape[1])
@@ -119,10 +125,10 @@ class Transfer:
         if self.variant == "identity":
             return _resize(on_guard, self.target_vocabulary)
         if self.variant == "character":
-            gain, spelled = _mean_of_pieces(on_guard, self._pieces)
+            gain, spelled = _mean_of_pieces(on_guard, self._pieces), self._pieces.has_any
             # tokens without a spelling (end of text, roles) get the average gain: neutral, where zero
             # would call them good or bad by the sign of the rest
-            neutral = gain[:, spelled].mean(dim=1, keepdim=True)
+            neutral = gain[:, self._pieces.places].mean(dim=1, keepdim=True)
             gain = torch.where(spelled, gain, neutral)
             padding = neutral.expand(-1, max(0, self.target_vocabulary - gain.shape[1]))
             return torch.cat([gain, padding], dim=1)[:, : self.target_vocabulary]
@@ -146,7 +152,7 @@ class Transfer:
             rows = slice(start, start + chunk)
             z = logits[rows].float()
             if generator is not None:
-                uniform = torch.rand(z.shape, generator=generator).clamp_min(1e-20).to(z.device)
+                uniform = sent(torch.rand(z.shape, generator=generator).clamp_min(1e-20), z.device)
                 z = z - torch.log(-torch.log(uniform))
             p = torch.softmax(z / tau, dim=1)
             gain = self.gain(aligned[rows]).to(p.device)
@@ -167,7 +173,7 @@ class Transfer:
 
     def _spread(self, on_guard: Tensor) -> Tensor:
         lengths = self._pieces.offsets.diff()  # pieces per guard token
-        owner = torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)
+        owner = torch.repeat_interleave(lengths, output_size=len(self._pieces.ids))
         share = on_guard[:, owner] / lengths[owner]
         gain = on_guard.new_zeros(len(on_guard), self.target_vocabulary)
         return gain.index_add_(1, self._pieces.ids, share)
@@ -204,7 +210,13 @@ def _pieces_of(owner: Any, spelled: list[bytes | None], other: Any, device: torc
             ids[token] = [i for i, (_, end) in zip(other_ids, offsets, strict=True) if end > len(anchor)]
     lengths = torch.tensor([0, *(len(pieces) for pieces in ids)])
     flat = torch.tensor([i for pieces in ids for i in pieces], dtype=torch.long)
-    return _Pieces(ids=flat.to(device), offsets=lengths.cumsum(0).to(device))
+    has_any = lengths[1:] > 0
+    return _Pieces(
+        ids=flat.to(device),
+        offsets=lengths.cumsum(0).to(device),
+        has_any=has_any.to(device),
+        places=has_any.nonzero().squeeze(1).to(device),
+    )
 
 
 def _anchor(tokenizer: Any, spelled: list[bytes | None]) -> str:
@@ -217,12 +229,11 @@ def _anchor(tokenizer: Any, spelled: list[bytes | None]) -> str:
     return "\n" if first and (spelled[first[0]] or b"").startswith(b" ") else ""
 
 
-def _mean_of_pieces(on_guard: Tensor, pieces: _Pieces) -> tuple[Tensor, Tensor]:
-    """Mean over each token's pieces: ([n, tokens], [tokens] whether it has any)."""
-    mean = torch.nn.functional.embedding_bag(
+def _mean_of_pieces(on_guard: Tensor, pieces: _Pieces) -> Tensor:
+    """Mean over each token's pieces: [n, tokens]; zero for a token that has none."""
+    return torch.nn.functional.embedding_bag(
         pieces.ids, on_guard.T.contiguous(), pieces.offsets, mode="mean", include_last_offset=True
     ).T
-    return mean, pieces.offsets.diff() > 0
 
 
 def _overlap(spans: Sequence[tuple[int, int]], guard_spans: Sequence[tuple[int, int]]) -> Tensor:
