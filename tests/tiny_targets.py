@@ -100,17 +100,18 @@ def dense(seed: int = 0, tokenizer: PreTrainedTokenizerFast | None = None, **cha
     return Target.of(LlamaForCausalLM(config), tokenizer, name="tiny-dense")
 
 
-def moe(seed: int = 0, tokenizer: PreTrainedTokenizerFast | None = None) -> Target:
+def moe(seed: int = 0, tokenizer: PreTrainedTokenizerFast | None = None, **changes) -> Target:
     """Two layers of four fused experts, two of them active; fp32."""
     tokenizer = tokenizer or byte_level()
-    config = Qwen3MoeConfig(
-        vocab_size=len(tokenizer) + 6, hidden_size=32, intermediate_size=48, moe_intermediate_size=16,
-        num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8, num_experts=4,
-        num_experts_per_tok=2, max_position_embeddings=256, initializer_range=0.2, bos_token_id=0, eos_token_id=1,
-        pad_token_id=5,
-    )  # fmt: skip
+    settings = {
+        "vocab_size": len(tokenizer) + 6, "hidden_size": 32, "intermediate_size": 48, "moe_intermediate_size": 16,
+        "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "num_experts": 4,
+        "num_experts_per_tok": 2, "max_position_embeddings": 256, "initializer_range": 0.2, "bos_token_id": 0,
+        "eos_token_id": 1, "pad_token_id": 5,
+    }  # fmt: skip
     torch.manual_seed(seed)
-    return Target.of(Qwen3MoeForCausalLM(config), tokenizer, name="tiny-moe")
+    model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**{**settings, **changes}))
+    return Target.of(model, tokenizer, name="tiny-moe")
 
 
 PRESET = GuardPreset(

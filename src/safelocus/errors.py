@@ -48,3 +48,7 @@ class RunError(SafelocusError):
 
 class ResourceError(SafelocusError):
     """Too little memory or disk; the message says what to try."""
+
+
+class PlanError(SafelocusError):
+    """A run cannot be planned: the model's own code does not run on tensors without data."""

@@ -75,6 +75,12 @@ def read_config(path: Path) -> dict[str, Any]:
         raise RunError(f"{file}: not valid TOML: {error}") from error
 
 
+def read_unfinished(path: Path) -> dict[str, Any]:
+    """The configuration of an interrupted run that the same command would resume; empty where there is none."""
+    partial = path.with_name(f".{path.name}.partial")
+    return read_config(partial) if (partial / CHECKPOINT).is_dir() and (partial / "run.toml").is_file() else {}
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write JSON under a temporary name and rename it."""
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")

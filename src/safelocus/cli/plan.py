@@ -1,0 +1,216 @@
+"""`safelocus plan MODEL`: bytes and rough time of every stage on given devices, and the commands that fit."""
+
+import shlex
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from safelocus.cli import options
+from safelocus.cli.output import note, print_json, results
+
+if TYPE_CHECKING:
+    from safelocus.report.grid import Grid
+    from safelocus.resources import Choice, Device, Duration, Peak, Subject
+
+
+def plan(
+    model: options.Model,
+    device: Annotated[
+        str | None,
+        typer.Option(
+            help="cpu, cuda:0, auto (this machine); H200, RTX 4090, 24GB, 2x80GB, ... (any).",
+            show_default="what models are loaded to",
+        ),
+    ] = None,
+    devices: Annotated[int | None, typer.Option(help="How many of them.", min=1, show_default="1")] = None,
+    guard: Annotated[str | None, typer.Option(help="Guard to score and judge with.", show_default="refusal")] = None,
+    prompts: Annotated[
+        str | None, typer.Option("--prompts", "-p", help="Prompts to score with, counted.", show_default=False)
+    ] = None,
+    num_prompts: Annotated[int, typer.Option(help="How many prompts, where none are given.", min=1)] = 128,
+    prompt_tokens: Annotated[int, typer.Option(help="Tokens of a prompt in its template.", min=1)] = 64,
+    max_new_tokens: options.MaxNewTokens = 256,
+    max_length: Annotated[int, typer.Option(help="Tokens of a training row.", min=1)] = 512,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Rows per optimizer step.", min=1, show_default="8 enhance, 16 preserve")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps.", min=1, show_default="100 and 1000")] = None,
+    retain_rows: Annotated[int, typer.Option(help="Rows to retain with each refusal (enhance).", min=0)] = 6,
+    lora_rank: Annotated[int, typer.Option(help="Of preserve --lora.", min=1)] = 16,
+    ratio: options.Ratio = 0.01,
+    shard: Annotated[bool, typer.Option("--shard", help="One process per device, the model in shards.")] = False,
+    offload: options.Offload = False,
+    layout: options.LayoutFile = None,
+    dtype: options.DtypeOption = "auto",
+    revision: options.Revision = None,
+    trust_remote_code: options.TrustRemoteCode = False,
+    json: options.Json = False,
+    config: options.Config = None,
+) -> None:
+    """Say what memory and time each stage needs, from the configuration alone, and which settings fit."""
+    from safelocus.prompts import read_prompts
+    from safelocus.resources import Lengths, Scoring, Subject, Training, choose_scoring, choose_training, find_device
+    from safelocus.resources import scoring_duration as scoring_time
+    from safelocus.resources import training_duration as training_time
+
+    where = find_device(device, count=devices)
+    subject = Subject.load(
+        model, dtype=dtype, layout=layout, revision=revision, trust_remote_code=trust_remote_code
+    )  # fmt: skip
+    reader = Subject.load(guard, dtype=dtype, trust_remote_code=trust_remote_code) if guard else None
+    number = len(read_prompts(prompts)) if prompts else num_prompts
+    lengths = Lengths(prompt=prompt_tokens, response=max_new_tokens, row=max_length)
+    selected = max(int(ratio * subject.num_weights), 1)
+    processes = where.count if shard else 1
+
+    scoring = Scoring(target=subject, guard=reader, lengths=lengths)
+    objective = ["--guard", guard] if guard else ["--refusal"]
+    found = [
+        _stage(
+            "score", ["score", model, "--prompts", prompts or "PROMPTS", *objective, *_unusual(max_new_tokens)],
+            lambda: choose_scoring(
+                scoring, where, most=max(min(32, number // processes), 1), sharded=shard, offload=offload
+            ),
+            lambda choice: scoring_time(scoring, choice, number),
+        )
+    ]  # fmt: skip
+    for name, kind, rows, num_steps, words in (
+        ("enhance", "sparse", batch_size or 8, steps or 100, ["--data", "REFUSALS", "--retain", "HARMLESS"]),
+        ("preserve", "full", batch_size or 16, steps or 1000, ["--data", "TASK"]),
+        ("preserve --lora", "lora", batch_size or 16, steps or 1000, ["--data", "TASK"]),
+    ):
+        training = Training(
+            target=subject, num_selected=selected, kind=kind, lengths=lengths, lora_rank=lora_rank, guard=reader,
+            retained_rows=retain_rows if kind == "sparse" else 0, batch=rows,
+        )  # fmt: skip
+        command = [*name.split()[:1], model, "--selection", "SELECTION", *words, *name.split()[1:]]
+        found.append(
+            _stage(
+                name, [*command, "--steps", str(num_steps), "--max-length", str(max_length)],
+                lambda stage=training, rows=rows: choose_training(  # type: ignore[misc]
+                    stage, where, batch_size=rows, sharded=shard, offload=offload, processes=processes
+                ),
+                lambda choice, stage=training, number=num_steps: training_time(stage, choice, number),  # type: ignore[misc]
+            )
+        )  # fmt: skip
+    if json:
+        print_json(_document(subject, where, found))
+        return
+    results.print(_grid(subject, where, found).rich())
+    for stage in found:
+        results.print(f"[bold]{stage.name}[/]: {stage.settings}", highlight=False, soft_wrap=True)
+        if stage.problem is None:
+            results.print(stage.command, markup=False, highlight=False, soft_wrap=True)
+    note("Times are rough, within a factor of three; measuring before and after is not in them. docs/plan.md")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Stage:
+    """A stage, what was chosen for it, and how to run it; `problem` says why nothing could be."""
+
+    name: str
+    choice: "Choice"
+    duration: "Duration"
+    words: list[str]
+    problem: str | None
+
+    @property
+    def settings(self) -> str:
+        return f"{self.choice.sentence}; {self.duration}" if self.problem is None else self.problem
+
+    @property
+    def command(self) -> str:
+        choice = self.choice
+        chosen = ["--batch-size", str(choice.batch_size)]
+        chosen += ["--accumulation", str(choice.accumulation)] if self.name != "score" else []
+        chosen += ["--checkpointing"] if choice.checkpointing else []
+        start = ["safelocus"]
+        if choice.placement.sharded:
+            start = ["torchrun", "--nproc-per-node", str(choice.placement.count), "-m", "safelocus"]
+        output = ["-o", str(Path("runs") / self.name.split()[0])]
+        return shlex.join([*start, *self.words, *chosen, *choice.placement.options, *output])
+
+    def to_json(self) -> dict[str, Any]:
+        choice = self.choice
+        return {
+            "fits": self.problem is None,
+            "placement": choice.placement.label,
+            "batch_size": choice.batch_size,
+            "accumulation": choice.accumulation,
+            "checkpointing": choice.checkpointing,
+            "bytes": choice.need.total,
+            "standing": dict(choice.need.standing),
+            "phases": {name: peak.total for name, peak in choice.need.phases.items()},
+            "host": dict(choice.need.host),
+            "seconds": self.duration.seconds,
+            "command": self.command if self.problem is None else None,
+            "problem": self.problem,
+        }
+
+
+def _stage(name: str, words: list[str], choose: "Callable[[], Choice]", time: "Callable[[Choice], Duration]") -> _Stage:
+    from safelocus.resources import DoesNotFit
+
+    problem = None
+    try:
+        choice = choose()
+    except DoesNotFit as error:
+        choice, problem = error.smallest, str(error)
+    return _Stage(name=name, choice=choice, duration=time(choice), words=words, problem=problem)
+
+
+def _unusual(max_new_tokens: int) -> list[str]:
+    return [] if max_new_tokens == 256 else ["--max-new-tokens", str(max_new_tokens)]
+
+
+def _bytes(part: "Mapping[str, int | Peak]") -> dict[str, int]:
+    return {name: size if isinstance(size, int) else size.total for name, size in part.items()}
+
+
+def _grid(subject: "Subject", device: "Device", stages: list[_Stage]) -> "Grid":
+    from safelocus.report.grid import Grid
+    from safelocus.resources import in_bytes
+    from safelocus.resources.duration import in_words
+
+    def cells(kind: str) -> list[tuple[str, ...]]:
+        parts = [_bytes(getattr(stage.choice.need, kind)) for stage in stages]
+        names = list(dict.fromkeys(name for part in parts for name in part))
+        mark = {"standing": "", "phases": "then ", "host": "on the CPU: "}[kind]
+        return [(f"{mark}{name}", *(in_bytes(part[name]) if name in part else "" for part in parts)) for name in names]
+
+    rows = [*cells("standing"), *cells("phases")]
+    sections = (len(rows),)
+    rows += [
+        ("needed", *(in_bytes(stage.choice.need.total) for stage in stages)),
+        ("fits", *("yes" if stage.problem is None else "no" for stage in stages)),
+        ("placement", *(stage.choice.placement.label for stage in stages)),
+        ("batch size", *(str(stage.choice.batch_size) for stage in stages)),
+        ("passes per step", "", *(str(stage.choice.accumulation) for stage in stages[1:])),
+        ("checkpointing", "", *("yes" if stage.choice.checkpointing else "no" for stage in stages[1:])),
+        ("time", *(in_words(stage.duration.total) for stage in stages)),
+        *cells("host"),
+    ]
+    several = f"{device.count} x " if device.count > 1 else ""
+    active = f", {subject.num_active:,} per token" if subject.num_routed else ""
+    return Grid(
+        title=f"{subject.name}: {subject.num_weights:,} weights{active}, {str(subject.dtype).removeprefix('torch.')}",
+        headings=("bytes", *(stage.name for stage in stages)),
+        rows=tuple(rows),
+        caption=f"{several}{device.label}: {in_bytes(device.free)} of {in_bytes(device.memory)} free, of which 90 % "
+        'are used. "then": one after another, so the largest counts',
+        sections=sections,
+    )
+
+
+def _document(subject: "Subject", device: "Device", stages: list[_Stage]) -> dict[str, Any]:
+    return {
+        "model": subject.name,
+        "num_weights": subject.num_weights,
+        "num_active": subject.num_active,
+        "dtype": str(subject.dtype).removeprefix("torch."),
+        "device": {"name": device.label, "count": device.count, "memory": device.memory, "free": device.free},
+        "stages": {stage.name: stage.to_json() for stage in stages},
+    }

@@ -1,0 +1,215 @@
+"""Settings that a command's user did not give: chosen by what fits, said in one line, and the same in all processes.
+
+A run that was interrupted goes on with what was chosen when it began: its run.toml says so.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from safelocus.cli.output import note
+
+if TYPE_CHECKING:
+    from safelocus.prompts import PromptSet
+    from safelocus.resources import Choice, Device, Lengths, Subject, Training
+
+T = TypeVar("T")
+
+_MOST_ROWS = 256  # the longest in characters, of which tokens are counted
+_OPENING = 8  # tokens of an opening (the refusal objective)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """What of a command's options says which model, and where."""
+
+    name: str
+    dtype: Any = "auto"
+    device: str | None = None
+    layout: Path | None = None
+    system: str | None = None
+    template: str | None = None
+    revision: str | None = None
+    trust_remote_code: bool = False
+    shard: bool = False
+    offload: bool = False
+
+    def subject(self) -> "Subject":
+        from safelocus.resources import Subject
+
+        return Subject.load(
+            self.name, dtype=self.dtype, layout=self.layout, revision=self.revision,
+            trust_remote_code=self.trust_remote_code,
+        )  # fmt: skip
+
+    def reader(self, name: str | None) -> "Subject | None":
+        """The guard, in the same dtype."""
+        from safelocus.resources import Subject
+
+        return Subject.load(name, dtype=self.dtype, trust_remote_code=self.trust_remote_code) if name else None
+
+    def devices(self) -> "Device":
+        """Of one process: its own accelerator, or its part of the CPU's memory."""
+        import os
+
+        from safelocus import distributed
+        from safelocus.resources import find_device
+
+        found = find_device(self.device or ("auto" if distributed.world_size() == 1 else None))
+        if distributed.world_size() > 1 and found.is_cpu:
+            found = replace(found, free=found.free // int(os.environ.get("LOCAL_WORLD_SIZE", distributed.world_size())))
+        return replace(found, count=distributed.world_size()) if self.shard else found
+
+    def lengths(
+        self, prompts: "Sequence[str]" = (), *, response: int = 256, rows: "Sequence[PromptSet]" = (),
+        max_length: int = 1024,
+    ) -> "Lengths":  # fmt: skip
+        """Tokens of the longest prompt, and of the longest row of the first set and of the others."""
+        from safelocus.chat import chat_format
+        from safelocus.resources import Lengths
+        from safelocus.target import load_tokenizer
+
+        hub = {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
+        chat = chat_format(load_tokenizer(self.name, **hub), system=self.system, template=self.template)
+
+        def longest(part: "PromptSet") -> tuple[int, int]:
+            examples = sorted(part.examples, key=lambda e: len(e.prompt) + len(e.response or ""))[-_MOST_ROWS:]
+            pairs = [chat.encode_pair(e.prompt, e.response or "", system=e.system, end=True) for e in examples]
+            return max(len(p) + len(r) for p, r in pairs), max(len(r) for _, r in pairs)
+
+        found = [longest(part) for part in rows]
+        texts = sorted(prompts, key=len)[-_MOST_ROWS:]
+        retained = max((row for row, _ in found[1:]), default=None)
+        return Lengths(
+            prompt=max((len(chat.encode_prompt(text)) for text in texts), default=64),
+            response=max((answer for _, answer in found[1:]), default=response),
+            row=min(found[0][0] if found else max_length, max_length),
+            retained=None if retained is None else min(retained, max_length),
+        )
+
+
+def agreed(choose: Callable[[], T]) -> T:
+    """What the first process chooses, in all of them."""
+    from safelocus import distributed
+
+    return distributed.gather_objects(choose() if distributed.is_main() else None)[0]  # type: ignore[return-value]
+
+
+def scoring_settings(
+    model: Model,
+    prompts: "PromptSet",
+    *,
+    guard: str | None,
+    max_new_tokens: int,
+    batch_size: int | None,
+    accumulate_on: str | None,
+    default: int = 8,
+    quiet: bool = False,
+) -> "tuple[int, str | None, str | None]":
+    """(batch size, device of the fp32 sums, device): those given, and for the rest what fits.
+
+    Raises:
+        ResourceError: nothing fits; or, with a batch size given, the weights alone do not.
+    """
+    from safelocus import distributed
+    from safelocus.resources import Scoring, choose_scoring
+
+    def make() -> "Choice":
+        lengths = model.lengths(prompts.texts, response=max_new_tokens)
+        scoring = Scoring(target=model.subject(), guard=model.reader(guard), lengths=lengths)
+        most = max(min(32, len(prompts) // distributed.world_size()), 1)
+        sums = "the weights'" if (model.shard or model.offload) and accumulate_on is None else accumulate_on
+        return choose_scoring(
+            scoring, model.devices(), most=most, batch_size=batch_size, accumulate_on=sums, sharded=model.shard,
+            offload=model.offload,
+        )  # fmt: skip
+
+    choice = choose("scoring", make, otherwise=f"batch size {batch_size or default}", quiet=quiet)
+    if choice is None:
+        return batch_size or default, accumulate_on, model.device
+    sums = "cpu" if choice.placement.sums_on_cpu else accumulate_on
+    return choice.batch_size, sums, _device(model, choice)
+
+
+def training_settings(
+    model: Model,
+    make_stage: "Callable[[Subject, Subject | None], Training]",
+    *,
+    guard: str | None,
+    rows: int,
+    batch_size: int | None,
+    accumulation: int | None,
+    checkpointing: bool | None,
+    quiet: bool = False,
+) -> tuple[int, int, bool, str | None]:
+    """(batch size, accumulation, checkpointing, device): those given, and for the rest what fits.
+
+    Args:
+        make_stage: from the model and the guard.
+        rows: of an optimizer step, where neither batch size nor accumulation is given; never changed.
+    """
+    from safelocus import distributed
+    from safelocus.resources import choose_training
+
+    given = batch_size is not None or accumulation is not None
+    size, passes = batch_size or rows, accumulation or 1
+
+    def make() -> "Choice":
+        return choose_training(
+            make_stage(model.subject(), model.reader(guard)), model.devices(), batch_size=size, accumulation=passes,
+            checkpointing=checkpointing, given=given, sharded=model.shard, offload=model.offload,
+            processes=distributed.world_size(),
+        )  # fmt: skip
+
+    choice = choose("training", make, otherwise=f"batch size {size}", quiet=quiet)
+    if choice is None:
+        return size, passes, bool(checkpointing), model.device
+    return choice.batch_size, choice.accumulation, choice.checkpointing, _device(model, choice)
+
+
+def choose(what: str, make: "Callable[[], Choice]", *, otherwise: str, quiet: bool = False) -> "Choice | None":
+    """A choice, the same in all processes and said in a line; None, with a remark, where there can be no plan."""
+    from safelocus.errors import LayoutError, PlanError, ResourceError
+    from safelocus.resources import in_bytes
+
+    def attempt() -> "Choice | Exception":
+        try:
+            return make()
+        except (LayoutError, PlanError) as error:
+            return error
+        except ResourceError as error:
+            return ResourceError(f"{what} {error}")
+
+    found = agreed(attempt)
+    if isinstance(found, ResourceError):
+        raise found
+    if isinstance(found, Exception):
+        note(f"{what}: {otherwise}; no plan: {str(found).splitlines()[0]}")
+        return None
+    if not quiet:
+        note(f"{what}: {found.sentence}")
+    if not found.fits:
+        note(f"[bold]mind:[/] by the plan that does not fit into {in_bytes(found.room)}, but it was asked for")
+    return found
+
+
+def _device(model: Model, choice: "Choice") -> str | None:
+    return "auto" if choice.placement.count > 1 and not choice.placement.sharded else model.device
+
+
+def unfinished(output: Path, overwrite: bool, given: dict[str, Any]) -> dict[str, Any]:
+    """Options not given, of the run that will be resumed; else as they are."""
+    from safelocus.run import read_unfinished
+
+    earlier = {} if overwrite else agreed(lambda: read_unfinished(output))
+    return {name: earlier.get(name) if value is None else value for name, value in given.items()}
+
+
+def num_selected(selection: Path | None, ratio: float | None, subject: "Subject") -> int:
+    """K of a selection file, or of a selection to be made."""
+    from safelocus.selection import Selection
+
+    if selection is None:
+        return int((0.01 if ratio is None else ratio) * subject.num_weights)
+    return Selection.load(selection / "selection.safetensors" if selection.is_dir() else selection).k
