@@ -183,7 +183,8 @@ class TestSteps:
         drawn = []
         for _ in range(2):
             calibrator.count_step()
-            batch, tokens, log_probs = calibrator._batch()
+            batch, tokens, log_probs, share = calibrator._batch()
+            assert share == 1  # of the prompts: there is one process
             assert batch.inputs["input_ids"].shape[0] == 4
             assert len(tokens) == len(log_probs) == len(batch.tokens)
             drawn.append(batch.inputs["input_ids"].tolist())

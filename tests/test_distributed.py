@@ -1,29 +1,18 @@
 """Several processes (gloo, CPU) against one: copies that share the prompts, and FSDP2 shards."""
 
 import json
-import os
-import subprocess
-import sys
-from multiprocessing import set_forkserver_preload
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing
 
 import safelocus as sl
 from safelocus import distributed
 from safelocus.errors import NumericalError, RunError, SafelocusError
 from safelocus.topk import pick
-from tiny_targets import PROMPTS, dense, guard, moe
+from several import launch, odd, sharded, together
+from tiny_targets import PROMPTS, guard, moe
 
-PRELOADED = [
-    "safelocus.scoring",
-    "torch.distributed.fsdp",
-    "torch.distributed.tensor",
-    "transformers.models.llama.modeling_llama",
-    "transformers.models.qwen3_moe.modeling_qwen3_moe",
-]
 REFUSAL = sl.Refusal(refusals=["I'm sorry"], compliances=["Sure"])
 SELECTIONS = [
     {},
@@ -34,38 +23,7 @@ SELECTIONS = [
 ]
 
 
-def odd():
-    """Tied embeddings, and rows that neither two nor three processes can share evenly."""
-    return dense(tie_word_embeddings=True, intermediate_size=49, hidden_size=40, num_key_value_heads=1, head_dim=6)
-
-
 MODELS = {"odd": odd, "moe": moe}
-
-
-def together(num_processes, function, folder, *arguments):
-    """Run `function(folder, *arguments)` in every process of a group; they start as copies of one that has imported."""
-    set_forkserver_preload(PRELOADED)
-    torch.multiprocessing.start_processes(
-        _join, (num_processes, function, folder, arguments), nprocs=num_processes, start_method="forkserver"
-    )
-
-
-def _join(rank, num_processes, function, folder, arguments):
-    torch.set_num_threads(1)
-    meeting = f"file://{folder}/meeting"
-    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=num_processes)
-    function(folder, *arguments)
-    distributed.barrier()
-    dist.destroy_process_group()
-
-
-def sharded(target):
-    from torch.distributed.fsdp import fully_shard
-
-    for layer in target.model.model.layers:
-        fully_shard(layer)
-    fully_shard(target.model)
-    return target
 
 
 # --- scores and selections ------------------------------------------------------------------------------
@@ -216,15 +174,6 @@ def test_alone_everything_is_whole_and_nothing_is_shared():
 
 
 # --- the command line -----------------------------------------------------------------------------------
-
-
-def launch(num_processes, *arguments):
-    """torchrun, as a user would; returns what it left."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_processes)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [*command, *map(str, arguments)], capture_output=True, text=True, env=environment, timeout=120, check=False
-    )
 
 
 @pytest.mark.slow

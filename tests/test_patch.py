@@ -15,7 +15,7 @@ from safelocus.patch import Patch, merge
 from safelocus.patch.state import bits, with_values
 from safelocus.sparse import gather, scatter
 from safelocus.topk import random_k
-from test_distributed import sharded, together
+from several import sharded, together
 from tiny_targets import dense, moe
 
 UP = "model.layers.0.mlp.up_proj.weight"

@@ -3,9 +3,10 @@
 Two ways to share the work, both under a process group that `torchrun`, `accelerate launch` or the caller
 made; alone, every function here does nothing or the obvious:
 
-    copies   every process has the whole model and takes its share of the prompts
+    copies   every process has the whole model and takes its share of the prompts, or of the rows to train on
     shards   FSDP2 (`fully_shard`): every process has its rows (dim 0) of every tensor as a DTensor, and
-             all of them pass through the model together, each with its own prompts
+             all of them pass through the model together, each with its own prompts; also a group of one, whose
+             weights wait in the host's memory
 
 Whatever must be seen as a matrix is gathered one tensor at a time (`whole`), so its numbers are those of
 a single process, bit for bit; what is counted is counted on shards and summed.
@@ -16,14 +17,15 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any, TypeVar
+from typing import Any, TypeVar, overload
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
 
 from safelocus.errors import ResourceError, RunError, SafelocusError
 
@@ -54,8 +56,15 @@ def processes() -> Iterator[bool]:
     Nothing happens in a process started alone. Where one of them fails, or the launcher ends them, the others leave
     the block with a RunError.
     """
-    if os.environ.get("WORLD_SIZE") == "1" or not set(_LAUNCHED) <= os.environ.keys() or dist.is_initialized():
+    if dist.is_initialized():
         yield False
+        return
+    if os.environ.get("WORLD_SIZE") == "1" or not set(_LAUNCHED) <= os.environ.keys():
+        try:
+            yield False
+        finally:
+            if dist.is_initialized():  # see `keep_on_host`
+                dist.destroy_process_group()
         return
     _bind_accelerator()
     dist.init_process_group()  # gloo for tensors on the CPU, the accelerator's own library beside it
@@ -98,10 +107,14 @@ def _bind_accelerator() -> None:
 
 @contextmanager
 def _ended_by_launcher() -> Iterator[None]:
-    """Turns the launcher's SIGTERM into an error, so that what is half-written is cleaned up."""
+    """Turns the launcher's SIGTERM into an error, so that what is half-written is cleaned up.
+
+    A process that is ending already, with an error of its own, cleans up and says so undisturbed.
+    """
 
     def stop(_signal: int, _frame: FrameType | None) -> None:
-        raise RunError(f"process {rank()}: ended by the launcher, because another process failed or it was stopped")
+        if sys.exc_info()[0] is None:
+            raise RunError(f"process {rank()}: ended by the launcher, because another process failed or it was stopped")
 
     if threading.current_thread() is not threading.main_thread():  # signals belong to the main thread
         yield
@@ -109,8 +122,10 @@ def _ended_by_launcher() -> Iterator[None]:
     previous = signal.signal(signal.SIGTERM, stop)
     try:
         yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)
+    except BaseException:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        raise
+    signal.signal(signal.SIGTERM, previous)
 
 
 def barrier() -> None:
@@ -129,7 +144,11 @@ def main_first() -> Iterator[None]:
         barrier()
 
 
-def share(items: Sequence[T], *, in_step: bool = False) -> list[T | None]:
+@overload
+def share(items: Sequence[T]) -> list[T]: ...
+@overload
+def share(items: Sequence[T], *, in_step: bool) -> list[T | None]: ...
+def share(items: Sequence[T], *, in_step: bool = False) -> list[T] | list[T | None]:
     """This process's items: every `world_size()`-th; with `in_step`, None fills up so that all have equally many."""
     own: list[T | None] = list(items[rank() :: world_size()])
     if in_step:
@@ -145,6 +164,31 @@ def all_reduce_sum(tensor: Tensor) -> Tensor:
         if carried is not tensor:
             tensor.copy_(carried)
     return tensor
+
+
+def average_gradients(parameters: Iterable[Tensor]) -> None:
+    """Replace the gradients of what every process holds whole by their mean over the processes.
+
+    One process's missing gradient counts as zero where another has one; what is sharded, FSDP2 has averaged already.
+    """
+    own = [parameter for parameter in parameters if not is_sharded(parameter)] if world_size() > 1 else []
+    if not own:
+        return
+    # experts that no token of this process came to have no gradient, and all processes must reduce the same tensors
+    found = all_reduce_sum(torch.tensor([parameter.grad is not None for parameter in own], dtype=torch.int32))
+    for parameter, num_found in zip(own, found.tolist(), strict=True):
+        if num_found:
+            gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            parameter.grad = all_reduce_sum(gradient.detach()).div_(world_size())
+
+
+def norm(own: Iterable[Tensor], shared: Iterable[Tensor] = ()) -> Tensor:
+    """Euclidean norm of many tensors: `own`, of which each process holds another part, and `shared`, the same in all.
+
+    Every element counts once; the result is the same in all processes, and on the CPU.
+    """
+    parts = [get_total_norm(list(tensors)).double().cpu() ** 2 for tensors in (own, shared)]
+    return (all_reduce_sum(parts[0]) + parts[1]).sqrt().float()
 
 
 def _carrier() -> torch.device:
@@ -279,6 +323,47 @@ def summing_gradients(model: nn.Module) -> Iterator[None]:
     finally:
         for group, values in zip(groups, before, strict=True):
             group.gradient_divide_factor, group.force_sum_reduction_for_comms = values
+
+
+def keep_on_host(model: nn.Module, layers: Iterable[nn.Module], *, pin_memory: bool = True) -> None:
+    """Let a model's weights wait in the host's memory; each layer comes to the accelerator when it is used.
+
+    That is FSDP2 in a group of this one process, which is made where there is none: the model counts as sharded.
+
+    Args:
+        model: on the CPU.
+        layers: what comes and goes as one; the rest of the model is one more.
+        pin_memory: keep the weights where an accelerator can read them itself; needs one.
+    """
+    from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
+
+    if not dist.is_initialized():
+        dist.init_process_group(store=dist.HashStore(), rank=0, world_size=1)
+    for module in (*layers, model):
+        fully_shard(module, offload_policy=CPUOffloadPolicy(pin_memory=pin_memory))
+
+
+def used_on(tensor: Tensor) -> torch.device:
+    """Where a tensor takes part in computations: shards may wait in the host's memory."""
+    sharded: Any = tensor
+    if not is_sharded(tensor) or sharded.device_mesh.device_type == "cpu":
+        return tensor.device
+    return torch.device(sharded.device_mesh.device_type, torch.accelerator.current_device_index())
+
+
+def reshard_after_use(model: nn.Module) -> None:
+    """Let every module of a sharded model go back to its rows after each pass, the outermost too.
+
+    FSDP2 leaves that whole after a pass without backward: its tensors are no shards until the next one, what is written
+    to them is lost, and what is written to their shards is not used.
+    """
+    if not dist.is_initialized():
+        return
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_reshard_after_forward(True, recurse=False)
 
 
 def _parameter_groups(model: nn.Module) -> list[Any]:

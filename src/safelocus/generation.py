@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import GenerationConfig
 
-from safelocus import distributed
 from safelocus.errors import PromptError
 from safelocus.forcing import pad
 
@@ -74,7 +73,7 @@ def generate_from(encoded: Sequence[Sequence[int]], target: "Target", max_new_to
             generation_config=settings,
             tokenizer=target.tokenizer,
             # a sharded model computes only with all processes: those whose answers are done go on until all are
-            synced_gpus=distributed.any_sharded(dict(target.model.named_parameters())) or None,
+            synced_gpus=target.is_sharded or None,
         )
     skip = 1 if target.model.config.is_encoder_decoder else ids.shape[1]
     return [_response(target, row) for row in output[:, skip:].tolist()]

@@ -6,7 +6,8 @@
     restoring(model, selection)            within: write what you like there; afterwards: the old bits
 
 A parameter may have any dtype, strides and device, and any name that PEFT, `torch.compile` or FSDP gives it.
-Where it is sharded (FSDP2), every process reads and writes the weights of its own shard and no others.
+Where it is sharded (FSDP2), every process reads and writes the weights of its own shard and no others; values are
+given and returned for all selected weights, in every process, which all must ask at the same time.
 A selection that finds no tensor, or not all of its tensors, is an error that lists names; so are values of
 another length. Bits are moved as integers, so NaN payloads, negative zeros and 8-bit floats survive.
 """
@@ -19,10 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from safelocus.distributed import is_sharded, local
+from safelocus.distributed import all_reduce_sum, check_shards, is_sharded, local
 from safelocus.errors import SelectionError
 from safelocus.selection import Selection
 
+_SUMMED = {torch.int16: torch.int32}
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -33,11 +35,13 @@ class Site:
     Attributes:
         parameter: the tensor.
         index: int64 [k], flat indices into the tensor (its local shard), on its device.
-        position: int64 [k], which of the tensor's selected weights these are; None for all, in order.
+        num_selected: weights of the whole tensor that are selected.
+        position: int64 [k], which of these are held here; None for all, in order.
     """
 
     parameter: nn.Parameter
     index: Tensor
+    num_selected: int
     position: Tensor | None = None
 
     def read(self) -> Tensor:
@@ -59,6 +63,21 @@ class Site:
     def part_of(self, values: Tensor) -> Tensor:
         """[k] of the values given for all selected weights of the whole tensor."""
         return values if self.position is None else values[self.position.to(values.device)]
+
+    def joined(self, values: Tensor) -> Tensor:
+        """The values of all selected weights of the whole tensor, from the [k] of each process; the same in all.
+
+        Raises:
+            SafelocusError: processes hold the same rows, or parts of rows.
+        """
+        if self.position is None:
+            return values
+        check_shards({"a selected tensor": self.parameter})
+        own = values.view(_INTEGERS[values.element_size()])
+        # exactly one process has each of them, so the sum of bits is a copy; no backend sums 16-bit integers
+        joined = torch.zeros(self.num_selected, dtype=_SUMMED.get(own.dtype, own.dtype), device=own.device)
+        joined[self.position.to(own.device)] = own.to(joined.dtype)
+        return all_reduce_sum(joined).to(own.dtype).view(values.dtype)
 
 
 def sites(model: nn.Module, selection: Selection) -> dict[str, Site]:
@@ -99,7 +118,7 @@ def gather(model: nn.Module, selection: Selection) -> dict[str, Tensor]:
         >>> values = gather(target.model, selection)                      # doctest: +SKIP
         >>> scatter(target.model, selection, values)     # changes nothing  # doctest: +SKIP
     """
-    return {name: site.read() for name, site in sites(model, selection).items()}
+    return {name: site.joined(site.read()) for name, site in sites(model, selection).items()}
 
 
 def scatter(model: nn.Module, selection: Selection, values: Mapping[str, Tensor]) -> None:
@@ -143,7 +162,7 @@ def restoring(model: nn.Module, selection: Selection) -> Iterator[dict[str, Tens
     dtypes = {name: site.parameter.dtype for name, site in found.items()}
     saved = {name: site.read() for name, site in found.items()}
     try:
-        yield saved
+        yield {name: found[name].joined(value) for name, value in saved.items()}
     finally:
         interrupted = None
         while found:
@@ -166,7 +185,7 @@ def _site(parameter: nn.Parameter, index: Tensor) -> Site:
         )
     device = local(parameter).device
     if not is_sharded(parameter):
-        return Site(parameter=parameter, index=index.to(device))
+        return Site(parameter=parameter, index=index.to(device), num_selected=len(index))
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
     shard: Any = parameter
@@ -177,7 +196,9 @@ def _site(parameter: nn.Parameter, index: Tensor) -> Site:
         here &= (along >= first) & (along < first + size)
         flat = flat * size + (along - first)
     position = here.nonzero().squeeze(1)
-    return Site(parameter=parameter, index=flat[position].to(device), position=position.to(device))
+    return Site(
+        parameter=parameter, index=flat[position].to(device), num_selected=len(index), position=position.to(device)
+    )
 
 
 def _bits(tensor: Tensor) -> Tensor:

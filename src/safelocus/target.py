@@ -72,7 +72,14 @@ class Target:
                     "Set `tokenizer.pad_token` before wrapping it"
                 )
             tokenizer.pad_token_id = tokenizer.eos_token_id
+        if absent := [name for name, parameter in model.named_parameters() if parameter.is_meta]:
+            raise ModelError(
+                f"{len(absent)} tensors hold no values, first of them {absent[0]!r}: accelerate offloaded them to "
+                "the CPU or to disk because the devices are full. Load with offload=True (--offload), on more devices, "
+                "or with device='cpu'; `safelocus plan` says what fits"
+            )
         model.eval()
+        distributed.reshard_after_use(model)
         return cls(
             name=name or getattr(model.config, "_name_or_path", "") or type(model).__name__,
             model=model,
@@ -88,8 +95,13 @@ class Target:
 
     @property
     def device(self) -> torch.device:
-        """Where input ids go: the device of the input embedding."""
-        return self.model.get_input_embeddings().weight.device
+        """Where input ids go: where the input embedding is, or is used where it waits in the host's memory."""
+        return distributed.used_on(self.model.get_input_embeddings().weight)
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether its weights are spread over the processes, all of which must use it together."""
+        return distributed.any_sharded(dict(self.model.named_parameters()))
 
     def fingerprint(self) -> Fingerprint:
         """Digest of configuration and weights as they are now; reads every weight once."""
@@ -107,6 +119,7 @@ def load(
     revision: str | None = None,
     trust_remote_code: bool = False,
     shard: bool = False,
+    offload: bool = False,
 ) -> Target:
     """Load a target from a folder, a hub id or `organism:NAME`.
 
@@ -121,6 +134,8 @@ def load(
         revision: branch, tag or commit on the hub.
         trust_remote_code: run Python code that comes with the model. Off unless you ask.
         shard: spread the weights over the processes of the current group (FSDP2); each reads its rows only.
+        offload: keep the weights in the host's memory, from where each layer comes to the accelerator when it is used;
+            for a model that is larger than that. Several processes shard it too. Nothing happens without accelerator.
 
     Raises:
         ModelError: missing or damaged files, pickle-only weights, missing tensors.
@@ -136,22 +151,33 @@ def load(
     config = load_config(name, revision=revision, trust_remote_code=trust_remote_code)
     tokenizer = load_tokenizer(name, **hub)
     auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-    sharding = _sharding(name, config, layout, device) if shard and distributed.world_size() > 1 else {}
-    model = load_model(auto, name, config=config, dtype=dtype, device=device, **sharding, **hub)
+    several, offload = distributed.world_size() > 1, offload and default_device().type != "cpu"
+    if (offload or (shard and several)) and device is not None:
+        raise ModelError(f"{name}: a model that is sharded or offloaded has its place already; leave out the device")
+    if offload and several and not shard:
+        raise ModelError(f"{name}: several processes offload a model that they share; shard it too (--shard)")
+    layers = _layers(config, layout) if offload or shard else []
+    sharding = _sharding(layers, offload=offload) if shard and several else {}
+    on_host = offload and not several
+    model = load_model(auto, name, config=config, dtype=dtype, device="cpu" if on_host else device, **sharding, **hub)
+    if on_host:
+        distributed.keep_on_host(model, [layer for prefix in layers for layer in model.get_submodule(prefix)])
     return Target.of(model, tokenizer, name=str(name), layout=layout, system=system, template=template)
 
 
-def _sharding(name: str | Path, config: Any, layout: Path | None, device: str | None) -> dict[str, Any]:
+def _layers(config: Any, layout: Path | None) -> list[str]:
+    """`model.layers` and the like, whose parts are gathered, used and freed one by one."""
+    tensors = Layout.from_config(config, file=layout).tensors.values()
+    return sorted({t.name.split(f".{t.layer}.")[0] for t in tensors if t.layer is not None})
+
+
+def _sharding(layers: list[str], *, offload: bool) -> dict[str, Any]:
     """Options with which transformers loads a model sharded by rows, layer after layer."""
     from transformers.distributed import DistributedConfig
 
-    if device is not None:
-        raise ModelError(f"{name}: a sharded model lies on each process's own accelerator; leave out the device")
-    # `model.layers.*` and the like: what is gathered, used and freed at once; the rest is gathered once per pass
-    tensors = Layout.from_config(config, file=layout).tensors.values()
-    layers = {f"{t.name.split(f'.{t.layer}.')[0]}.*" for t in tensors if t.layer is not None}
-    plan = dict.fromkeys(sorted(layers), "free_full_weight")
-    return {"distributed_config": DistributedConfig(fsdp_size=distributed.world_size(), fsdp_plan=plan)}
+    plan = {f"{prefix}.*": "free_full_weight" for prefix in layers}
+    config = DistributedConfig(fsdp_size=distributed.world_size(), fsdp_plan=plan, fsdp_cpu_offload=offload)
+    return {"distributed_config": config}
 
 
 def resolve(name: str | Path) -> str:

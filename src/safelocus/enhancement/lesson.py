@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import xxhash
 
+from safelocus import distributed
 from safelocus.enhancement.retention import Retention, with_answers
 from safelocus.enhancement.trainee import adapter, every_weight, sparse
 from safelocus.enhancement.tuning import Maker, Tuning, tune
@@ -68,6 +69,10 @@ class Lesson:
     ) -> "Lesson":
         """Read and check the data, and let the model answer what has no answer. See `enhance`."""
         prompts, sets = _read(data).with_responses(), _sets(retain)
+        if distributed.world_size() > 1:
+            checkpoint = None
+            given = {"data": prompts.hash, "retained prompts": [part.hash for part in sets], "settings": settings}
+            distributed.check_same(given)
         if validation is not None:
             check_apart(validation, [prompts, *sets])
         kept = with_answers(

@@ -3,8 +3,9 @@
     loss = CE(refusals) + kl * KL(original || model)(retained) + weight * CE(retained)
 
 Each forward pass over a batch of refusals goes with one over `per_refusal` times as many retained rows, whatever
-the sizes of the sets are; several sets take turns. CE and KL are means over response tokens. The original is the
-same model, with its old weights for the moment: no second copy is loaded.
+the sizes of the sets are; several sets take turns. CE and KL are means over response tokens, those of all processes
+where several share the rows. The original is the same model, with its old weights for the moment: no second copy is
+loaded.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -16,12 +17,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from trl import SFTTrainer
 
+from safelocus import distributed
 from safelocus.errors import TrainingError
 from safelocus.prompts import PromptSet
 from safelocus.target import Target
 from safelocus.training.responses import ResponseBatch, own_answers
+from safelocus.training.rows import IGNORED
+from safelocus.training.sharing import SharingTrainer
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -62,7 +65,7 @@ class Retention:
         return rows[int(_order(len(rows), seed, epoch)[place])]
 
 
-class RetainingTrainer(SFTTrainer):
+class RetainingTrainer(SharingTrainer):
     """SFTTrainer with what is retained in the loss. Set the attributes before `train`.
 
     Attributes:
@@ -83,35 +86,47 @@ class RetainingTrainer(SFTTrainer):
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        if self.retention is None:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        batch = self._retained(self.retention)
+        # by itself: in one pass with the refusals, autograd would hold each tensor's gradient until the other part came
+        retained = 0.0 if self.retention is None else self._back_propagate(model, self.retention)
+        loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        # the trainer divides what is not counted in items by the number of passes itself
+        return loss + retained / (1 if num_items_in_batch is None else self.current_gradient_accumulation_steps)
+
+    def _back_propagate(self, model: Any, retention: Retention) -> Tensor:
+        """The loss on what is retained, whose gradients are there already."""
+        batch, share = self._retained(retention)
         reference = None
-        if self.retention.kl:
+        if retention.kl:
             # before any forward pass whose graph needs the weights: the old ones are written over them
             with torch.no_grad(), self.original():
                 reference = batch.logits(model).log_softmax(-1)
-        loss = super().compute_loss(model, inputs, False, num_items_in_batch)
         logits = batch.logits(model)
-        retained = logits.new_zeros(())
-        if self.retention.weight:
-            retained = self.retention.weight * cross_entropy(logits, batch.tokens)
+        loss = retention.weight * share * cross_entropy(logits, batch.tokens)
         if reference is not None:
-            divergence = (reference.exp() * (reference - logits.log_softmax(-1))).sum(-1).mean()
-            retained = retained + self.retention.kl * divergence
-        # the trainer divides what is not counted in items by the number of passes itself
-        passes = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
-        return loss + retained / passes
+            divergence = share * (reference.exp() * (reference - logits.log_softmax(-1))).sum(-1).mean()
+            loss = loss + retention.kl * divergence
+        self.accelerator.backward(loss / self.current_gradient_accumulation_steps)
+        return loss.detach()
 
-    def _retained(self, retention: Retention) -> ResponseBatch:
-        """The rows that go with this pass; they depend on its number alone, so a resumed run sees the same ones."""
+    def _retained(self, retention: Retention) -> tuple[ResponseBatch, float]:
+        """This process's part of the rows that go with this pass, and the weight of its mean in the mean of all.
+
+        The rows depend on the number of the pass alone, so a resumed run sees the same ones.
+        """
         step, passes = self._place
         self._place = (self.state.global_step, passes + 1 if step == self.state.global_step else 0)
         size = self.args.per_device_train_batch_size * retention.per_refusal
         first = (self._place[0] * self.args.gradient_accumulation_steps + self._place[1]) * size
         rows = [retention.row(first + i, self.args.seed) for i in range(size)]
         tokenizer: Any = self.processing_class
-        return ResponseBatch.of(rows, tokenizer.pad_token_id, self.args.device)
+        own = distributed.share(rows)
+        # gradients are averaged over the processes; one without rows goes along with the first, which counts nothing
+        share = distributed.world_size() * _num_tokens(own) / _num_tokens(rows)
+        return ResponseBatch.of(own or rows[:1], tokenizer.pad_token_id, self.args.device), share
+
+
+def _num_tokens(rows: Sequence[Mapping[str, Any]]) -> int:
+    return sum(label != IGNORED for row in rows for label in row["labels"])
 
 
 def with_answers(target: Target, prompts: Sequence[PromptSet], *, own: bool, **how: Any) -> list[PromptSet]:

@@ -99,6 +99,8 @@ def adapter(target: Target, num_weights: int, settings: TrainingSettings) -> Ite
     from peft import LoraConfig, get_peft_model
 
     model = target.model
+    if target.is_sharded:
+        raise TrainingError("a LoRA adapter needs a model that is whole in each process; this one is sharded")
     rank, modules, description = _lora_shape(target, num_weights)
     required = {parameter: parameter.requires_grad for parameter in model.parameters()}
     torch.manual_seed(settings.seed)

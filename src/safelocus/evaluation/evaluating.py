@@ -6,7 +6,8 @@
     texts            -> teacher forcing               -> perplexity
 
 Greedy throughout: the same model gives the same responses. With a `checkpoint` folder, responses and
-verdicts are kept as they come, and an interrupted evaluation goes on where it stopped.
+verdicts are kept as they come, and an interrupted evaluation goes on where it stopped. Several processes share the
+batches of a single one; each ends with the whole evaluation.
 """
 
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+from safelocus import distributed
 from safelocus.errors import PromptError, SafelocusError
 from safelocus.evaluation.agreement import cohens_kappa
 from safelocus.evaluation.evaluation import HARMFUL, HARMLESS, PERPLEXITY, UTILITY, Evaluation, Row, measures_of
@@ -62,12 +64,13 @@ def evaluate(
         batch_size: requests answered, and responses judged, at a time.
         max_new_tokens: length of the answers; tasks may need fewer.
         seed: of the bootstrap and of an endpoint's sampling.
-        checkpoint: folder for unfinished work; the caller removes it when the evaluation is saved.
+        checkpoint: folder for unfinished work; the caller removes it when the evaluation is saved. Not used in several
+            processes.
         progress: show bars.
 
     Raises:
         PromptError: there is nothing to evaluate on.
-        RunError: the checkpoint belongs to another evaluation.
+        RunError: the checkpoint belongs to another evaluation; processes that were given different prompts.
         ResourceError: too little memory for a single prompt.
 
     Example:
@@ -92,6 +95,9 @@ def evaluate(
         raise PromptError("nothing to evaluate on: give harmful or harmless prompts, tasks, or texts for perplexity")
 
     identity = {} if checkpoint is None else {"model": responder.identity()}
+    if distributed.world_size() > 1:
+        checkpoint = None
+        _check_together(suites, sets, tasks, judges, perplexity, batch_size, max_new_tokens)
     items = [
         _Item(set=name, source=prompts.source, example=example, max_new_tokens=max_new_tokens, task=None)
         for name, prompts in sets
@@ -142,6 +148,29 @@ def evaluate(
             "seed": seed,
             "versions": versions(),
         },
+    )
+
+
+def _check_together(
+    suites: Sequence[str],
+    sets: Sequence[tuple[str, PromptSet]],
+    tasks: Sequence[Task],
+    judges: Sequence[Judge],
+    perplexity: PromptSet | None,
+    batch_size: int,
+    max_new_tokens: int,
+) -> None:
+    if suites:
+        raise SafelocusError(f"lm-eval ({suites[0]}) runs in one process; start it without torchrun")
+    distributed.check_same(
+        {
+            "prompts": [(name, prompts.hash) for name, prompts in sets],
+            "tasks": [task.hash for task in tasks],
+            "judges": [judge.name for judge in judges],
+            "texts": None if perplexity is None else perplexity.hash,
+            "batch size": batch_size,
+            "number of new tokens": max_new_tokens,
+        }
     )
 
 

@@ -1,9 +1,13 @@
-"""Ask a judge about many responses: each distinct one once, in batches of like length, kept as they come."""
+"""Ask a judge about many responses: each distinct one once, in batches of like length, kept as they come.
+
+Several processes share the batches, and all have all judgements in the end.
+"""
 
 import json
 from collections.abc import Sequence
 from typing import Any
 
+from safelocus import distributed
 from safelocus.evaluation.journal import Journal, Key
 from safelocus.evaluation.judges import Judge, Judgement, Verdict
 from safelocus.progress import track
@@ -32,7 +36,8 @@ def judge_all(
     # of one size, since a judge that fails on all of a batch takes itself to be the wrong one
     num = max(1, round(len(waiting) / batch_size))
     batches = [waiting[len(waiting) * i // num : len(waiting) * (i + 1) // num] for i in range(num if waiting else 0)]
-    for batch in track(batches, f"judging by {judge.name}", enabled=progress, unit=len):
+    own = distributed.share(batches)
+    for batch in track(own, f"judging by {judge.name}", enabled=progress and distributed.is_main(), unit=len):
         found = judge.judge([prompt for prompt, _ in batch], [response for _, response in batch])
         assert len(found) == len(batch), f"{judge.name} gave {len(found)} judgements for {len(batch)} responses"
         known.update(zip(batch, found, strict=True))
@@ -43,6 +48,7 @@ def judge_all(
                 if judgement.verdict is not Verdict.UNSCORABLE
             ]
         )
+    known = distributed.merged(known)
     return [known[pair] for pair in pairs]
 
 

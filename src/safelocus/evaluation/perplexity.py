@@ -6,6 +6,7 @@ count, not the prompt's and not the one that ends the turn.
 
 import torch
 
+from safelocus import distributed
 from safelocus.forcing import teacher_force
 from safelocus.generation import longest_prompt
 from safelocus.progress import track
@@ -29,8 +30,13 @@ def nats_per_token(
     fitting = [i for i, (p, r) in enumerate(pairs) if r and len(p) + len(r) <= room]
     order = sorted(fitting, key=lambda i: (-len(pairs[i][0]) - len(pairs[i][1]), i))
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-    for batch in track(batches, "reading", enabled=progress, unit=len):
+    own = distributed.share(batches, in_step=target.is_sharded)
+    here: dict[int, tuple[float, int]] = {}
+    for share in track(own, "reading", enabled=progress and distributed.is_main(), unit=lambda b: len(b or ())):
+        batch = batches[-1] if share is None else share  # through a sharded model all pass together
         forced = teacher_force(target, [pairs[i][0] for i in batch], [pairs[i][1] for i in batch])
         for i, total in zip(batch, forced.log_likelihood(len(batch)).tolist(), strict=True):
-            found[i] = (-total / len(pairs[i][1]), len(pairs[i][1]))
+            here[i] = (-total / len(pairs[i][1]), len(pairs[i][1]))
+    for i, value in distributed.merged(here).items():
+        found[i] = value
     return found

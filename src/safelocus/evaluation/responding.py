@@ -3,7 +3,7 @@
 `collect` answers every distinct request once, in batches of like length (little padding), longest first
 (memory peaks at once), and keeps each batch in a journal before the next begins. Batches are planned over
 *all* requests, whatever is answered already: padding can turn a bit, and a resumed evaluation should repeat
-those of an uninterrupted one.
+those of an uninterrupted one. Several processes share the batches, and all have all replies in the end.
 """
 
 from collections.abc import Sequence
@@ -12,6 +12,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 
+from safelocus import distributed
 from safelocus.errors import ResourceError
 from safelocus.evaluation.journal import Journal, Key
 from safelocus.evaluation.judges.endpoint import Endpoint, Failure
@@ -91,6 +92,8 @@ class TargetResponder:
         room = longest_prompt(self.target, max_new_tokens)
         encoded = [self._encode(request) for request in requests]
         fitting = [ids for ids in encoded if len(ids) <= room]
+        if not fitting and self.target.is_sharded:
+            generate_from([encoded[0][:1]], self.target, 1)  # the other processes wait for this one
         responses = iter(generate_from(fitting, self.target, max_new_tokens) if fitting else [])
         replies = []
         for ids in encoded:
@@ -176,7 +179,10 @@ def collect(
     batch_size: int,
     progress: bool = True,
 ) -> dict[Key, Reply]:
-    """Replies by `Request.key`; those in the journal are not asked for again, failed ones are."""
+    """Replies by `Request.key`; those in the journal are not asked for again, failed ones are.
+
+    In several processes all call it alike, and the journal keeps nothing.
+    """
     distinct = list({request.key: request for request in requests}.values())
     lengths = [responder.length(request) for request in distinct]
     order = sorted(range(len(distinct)), key=lambda i: (-distinct[i].max_new_tokens, -lengths[i], i))
@@ -188,11 +194,20 @@ def collect(
         batches[-1].append(distinct[i])
     replies = {request.key: Reply(**journal[request.key]) for request in distinct if request.key in journal}
     remaining = [[request for request in batch if request.key not in replies] for batch in batches]
-    for batch in track([batch for batch in remaining if batch], "answering", enabled=progress, unit=len):
+    in_step = isinstance(responder, TargetResponder) and responder.target.is_sharded
+    own = distributed.share([batch for batch in remaining if batch], in_step=in_step)
+    for batch in track(own, "answering", enabled=progress and distributed.is_main(), unit=_size):
+        if batch is None:  # through a sharded model all pass together: along with the others, for nothing
+            _respond(responder, batches[-1][-1:])
+            continue
         found = dict(zip([request.key for request in batch], _respond(responder, batch), strict=True))
         replies.update(found)
         journal.add([(key, asdict(reply)) for key, reply in found.items() if reply.failure is None])
-    return replies
+    return distributed.merged(replies)
+
+
+def _size(batch: Sequence[Request] | None) -> int:
+    return len(batch or ())
 
 
 def _respond(responder: Responder, batch: Sequence[Request]) -> list[Reply]:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from safelocus.distributed import is_sharded, whole
+from safelocus.distributed import whole
 from safelocus.errors import SelectionError, TrainingError
 from safelocus.fingerprint import Fingerprint
 from safelocus.patch.state import digest_as
@@ -98,7 +98,7 @@ def _protection(
     notes = check_fingerprint(model, selection, allow_mismatch)
     protection = Protection(model, selection, **lora)
     protection.notes += notes
-    if (num_rest := selection.k - protection.num_protected) and not any(map(is_sharded, model.parameters())):
+    if num_rest := selection.k - protection.num_protected_in_all:
         protection.notes.append(
             f"{num_rest:,} of the {selection.k:,} selected weights lie in tensors that are not trained; they need no "
             "protection"

@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
+from safelocus import distributed
 from safelocus.errors import NumericalError, TrainingError
 from safelocus.sparse import Site
 from safelocus.training.curve import at_rest
@@ -166,14 +167,15 @@ class Calibrator:
             NumericalError: the gradient is NaN or infinite.
         """
         model = self.calibration.target.model
-        batch, tokens, log_probs = self._batch()
+        batch, tokens, log_probs, share = self._batch()
         parameters = [sites[name].parameter for name in self.masters]
         with at_rest(model), torch.enable_grad(), _requiring_gradients(parameters):
-            loss = divergence(batch.logits(model), tokens, log_probs)
+            loss = share * divergence(batch.logits(model), tokens, log_probs)
             gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
-        self.last = loss.detach()
+        self.last = distributed.all_reduce_sum(loss.detach()) / distributed.world_size()
         for (name, master), gradient in zip(self.masters.items(), gradients, strict=True):
             master.grad = None if gradient is None else sites[name].take(gradient).to(master)
+        distributed.average_gradients(self.masters.values())
         trained = [master for master in self.masters.values() if master.grad is not None]
         norm = get_total_norm([master.grad for master in trained if master.grad is not None])
         if not torch.isfinite(norm):
@@ -214,15 +216,21 @@ class Calibrator:
             }
         return {name: master.detach() for name, master in self.masters.items()}
 
-    def _batch(self) -> tuple[ResponseBatch, Tensor, Tensor]:
-        """The prompts of this step, so many of each set; they depend on its number alone."""
+    def _batch(self) -> tuple[ResponseBatch, Tensor, Tensor, float]:
+        """This process's part of the prompts of this step, and the weight of its mean in the mean of all.
+
+        The step takes so many prompts of each set; they depend on its number alone.
+        """
         target, size = self.calibration.target, self.calibration.batch_size
         generator = torch.Generator().manual_seed(self.calibration.seed * 1_000_003 + self._steps)
         chosen = [part[i] for part in self.sets for i in torch.randperm(len(part), generator=generator)[:size].tolist()]
-        device = target.device
-        batch = ResponseBatch.of([reference.row for reference in chosen], _padding(target), device)
-        tokens = torch.cat([reference.tokens for reference in chosen]).to(device)
-        return batch, tokens, torch.cat([reference.log_probs for reference in chosen]).to(device)
+        device, own = target.device, distributed.share(chosen)
+        # gradients are averaged over the processes; one without prompts goes along with the first, which counts nothing
+        share = distributed.world_size() * _num_tokens(own) / _num_tokens(chosen)
+        own = own or chosen[:1]
+        batch = ResponseBatch.of([reference.row for reference in own], _padding(target), device)
+        tokens = torch.cat([reference.tokens for reference in own]).to(device)
+        return batch, tokens, torch.cat([reference.log_probs for reference in own]).to(device), share
 
 
 @contextmanager
@@ -236,6 +244,10 @@ def _requiring_gradients(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
     finally:
         for parameter, required in zip(parameters, before, strict=True):
             parameter.requires_grad_(required)
+
+
+def _num_tokens(chosen: Sequence[Reference]) -> int:
+    return sum(len(reference.tokens) for reference in chosen)
 
 
 def _padding(target: "Target") -> int:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from transformers import set_seed
 
+from safelocus import distributed
 from safelocus.errors import RunError, TrainingError
 from safelocus.evaluation import Evaluation, TargetResponder
 from safelocus.evaluation.evaluation import UTILITY
@@ -142,7 +143,7 @@ def run_preservation(
         merge: save the model with its adapter merged, its protected weights exact.
         allow_seen: measure with prompts that calibration or mixed-in rows use.
         allow_mismatch: the selection was made for another model (a fine-tuned sibling).
-        checkpoint: folder for unfinished work; the same call resumes from it.
+        checkpoint: folder for unfinished work; the same call resumes from it. Not used in several processes.
         notes: what a reader of the result should mind already.
         progress: show bars.
         changes: to the settings: steps=1000, learning_rate=2e-5, ...
@@ -153,6 +154,9 @@ def run_preservation(
         NumericalError: the training diverged; the model has its old weights again.
     """
     settings = replace(settings or TrainingSettings(), **changes)
+    checkpoint = checkpoint if distributed.world_size() == 1 else None
+    if (lora or calibration) and target.is_sharded:
+        raise TrainingError("a LoRA adapter, and calibration, need a model that is whole in each process, not sharded")
     sets = [*(calibration.prompts if calibration else ()), *(mixed.prompts if mixed else ())]
     remarks = [*notes, *check_apart(examination, [lesson.prompts, *sets], allow_seen=allow_seen)]
     fingerprint = target.fingerprint()
@@ -265,15 +269,14 @@ class _Run:
             if self.lora is not None:
                 held[0].merge() if held else trained.merge_and_unload()
             if folder is not None and (self.lora is None or merge):
-                self.target.model.save_pretrained(folder / MODEL)
-                self.target.tokenizer.save_pretrained(folder / MODEL)
+                _save_model(self.target, folder / MODEL)
             after = self.examine(f"after-{kind}")
             num_changed = None
             if selection is not None and calibration is None:
                 num_changed = _count_changed(original, gather(model, selection))
             arm = Arm(
                 kind=kind,
-                num_protected=held[0].num_protected if held else 0,
+                num_protected=held[0].num_protected_in_all if held else 0,
                 num_changed=num_changed,
                 curve=curve,
                 losses=losses,
@@ -314,14 +317,14 @@ def _given_back(model: Any) -> Iterator[None]:
     """Afterwards the model has the bits that it had, whatever was trained; a copy waits on the CPU meanwhile."""
     parameters = dict(model.named_parameters())
     required = {name: parameter.requires_grad for name, parameter in parameters.items()}
-    copies = {name: parameter.detach().to("cpu", copy=True) for name, parameter in parameters.items()}
+    copies = {name: distributed.local(p.detach()).to("cpu", copy=True) for name, p in parameters.items()}
     try:
         yield
     finally:
         _without_adapter(model)
         with torch.no_grad():
             for name, parameter in parameters.items():
-                parameter.copy_(copies[name])
+                distributed.local(parameter).copy_(copies[name])
                 parameter.requires_grad_(required[name])
 
 
@@ -336,11 +339,27 @@ def _without_adapter(model: Any) -> None:
             setattr(model.get_submodule(parent), own, module.get_base_layer())
 
 
+def _save_model(target: Target, folder: Path) -> None:
+    """Written by the first process; the others give it their rows, where the model is sharded."""
+    model, is_main, state = target.model, distributed.is_main(), None
+    if target.is_sharded and not model.is_distributed_loading_by_transformers:  # which would gather by itself
+        own = {name: value for name, value in model.state_dict().items() if name not in model.all_tied_weights_keys}
+        gathered = ((name, distributed.whole(value)) for name, value in own.items())
+        state = {name: value.cpu() for name, value in gathered if is_main}
+    if is_main or (target.is_sharded and state is None):
+        model.save_pretrained(folder, is_main_process=is_main, state_dict=state)
+    if is_main:
+        target.tokenizer.save_pretrained(folder)
+
+
 def _save_adapter(model: Any, target: Target, held: list[Protection], folder: Path) -> None:
+    patch = held[0].patch() if held else None
+    if not distributed.is_main():
+        return
     model.save_pretrained(folder)
     target.tokenizer.save_pretrained(folder)
-    if held:
-        held[0].patch().save(folder / PATCH)
+    if patch is not None:
+        patch.save(folder / PATCH)
 
 
 def _count_changed(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> int:

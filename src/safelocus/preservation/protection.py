@@ -73,6 +73,11 @@ class Protection:
         return sum(held.values.numel() for held in self._held.values())
 
     @property
+    def num_protected_in_all(self) -> int:
+        """The same, in all processes of a sharded model together."""
+        return sum(held.site.num_selected for held in self._held.values())
+
+    @property
     def num_bytes(self) -> int:
         """Memory of the protection: saved values and indices, those shared with the selection included."""
         tensors = {

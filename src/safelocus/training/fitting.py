@@ -2,7 +2,8 @@
 
 The trainer brings batching, accumulation, schedules, mixed precision, checkpoints, and a language-model head
 that never builds all logits at once. What it leaves on the model besides the trained weights (a replaced
-`forward`, changed configuration) is taken back.
+`forward`, changed configuration) is taken back. In several processes all call it alike, and share the rows of
+each batch (`sharing`).
 """
 
 import math
@@ -15,14 +16,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import PrinterCallback, TrainerCallback
-from trl import SFTConfig, SFTTrainer
+from trl import SFTConfig
 
+from safelocus import distributed
 from safelocus.errors import NumericalError
 from safelocus.interrupt import StopAtBoundary
 from safelocus.progress import progress_bar
 from safelocus.target import Target
 from safelocus.training.checkpoints import Checkpoints
 from safelocus.training.settings import TrainingSettings
+from safelocus.training.sharing import SharingTrainer, on_own_device, seen_alone
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -45,8 +48,8 @@ def fit(
     model: Any = None,
     optimizer: torch.optim.Optimizer | None = None,
     callbacks: Sequence[TrainerCallback] = (),
-    prepare: Callable[[SFTTrainer], object] | None = None,
-    trainer: type[SFTTrainer] = SFTTrainer,
+    prepare: Callable[[SharingTrainer], object] | None = None,
+    trainer: type[SharingTrainer] = SharingTrainer,
     checkpoints: Checkpoints | None = None,
     progress: bool = True,
 ) -> list[LossPoint]:
@@ -61,7 +64,8 @@ def fit(
         prepare: called with the trainer before training, to protect weights for example.
         trainer: a subclass with another loss.
         checkpoints: where unfinished work is kept, and resumed from; saved now and then, at the last step (what
-            follows the training may be interrupted too), and at Ctrl-C.
+            follows the training may be interrupted too), and at Ctrl-C. Not used in several processes,
+            nor for weights that are offloaded.
         progress: show a bar.
 
     Returns:
@@ -72,17 +76,24 @@ def fit(
         RunError: the checkpoint belongs to another run.
     """
     model = target.model if model is None else model
-    with tempfile.TemporaryDirectory(prefix="safelocus-") as scratch, _leaving_no_trace(target.model):
+    progress = progress and distributed.is_main()
+    if distributed.world_size() > 1 or target.is_sharded:
+        checkpoints = None
+    with seen_alone(), tempfile.TemporaryDirectory(prefix="safelocus-") as scratch, _leaving_no_trace(target.model):
         folder = Path(scratch) if checkpoints is None else checkpoints.folder
         latest = None if checkpoints is None else checkpoints.latest()
         watch = _Watch(settings.steps, progress, None if checkpoints is None else checkpoints.every_seconds)
+        arguments = _arguments(settings, target, folder)
+        on_own_device(arguments, target.device)
         run = trainer(
             model=model,
-            args=_arguments(settings, target, folder),
+            args=arguments,
             train_dataset=rows,
             processing_class=target.tokenizer,
             optimizers=(optimizer, None),
         )
+        if target.is_sharded:  # by whomever: it has its place, and reduces its gradients itself
+            run.is_distributed_loading_by_transformers = True
         run.remove_callback(PrinterCallback)
         if prepare is not None:
             prepare(run)
@@ -100,7 +111,8 @@ def fit(
 
 
 def _arguments(settings: TrainingSettings, target: Target, folder: Path) -> SFTConfig:
-    return SFTConfig(
+    configuration = _OfPlacedModel if target.is_sharded else SFTConfig
+    return configuration(
         output_dir=str(folder),
         max_steps=settings.steps,
         learning_rate=settings.learning_rate,
@@ -124,6 +136,14 @@ def _arguments(settings: TrainingSettings, target: Target, folder: Path) -> SFTC
         disable_tqdm=True,
         report_to="none",
     )
+
+
+class _OfPlacedModel(SFTConfig):
+    """For a model whose weights are where they should be: shards, which may wait in the host's memory."""
+
+    @property
+    def place_model_on_device(self) -> bool:
+        return False
 
 
 class _AllDone(Exception):

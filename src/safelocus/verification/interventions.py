@@ -8,6 +8,9 @@ z_i depends on the seed, the tensor's name and the flat index alone: the same on
 and for a weight that lies in several selections. It comes from SplitMix64 as a counter-based generator
 (Steele, Lea and Flood 2014), so K numbers cost O(K) wherever in a tensor they lie.
 
+In several processes every one makes all values, and a sharded model (FSDP2) takes those of its rows: a disturbed
+model is the same, to the bit, however many processes hold it.
+
 Input: the old values at a selection's coordinates. Output: the new ones; `intervening` writes them within
 `sparse.restoring`.
 """
@@ -24,6 +27,7 @@ import xxhash
 from scipy.special import ndtri
 from torch import Tensor, nn
 
+from safelocus.distributed import whole
 from safelocus.errors import SafelocusError, SelectionError
 from safelocus.fingerprint import Fingerprint
 from safelocus.layout import Layout
@@ -74,7 +78,7 @@ class Sigmas:
         """Measure what is not known yet. Call it while the weights are as they were."""
         for name, parameter in selected_parameters(self._target.model, selection).items():
             if name not in self._found:
-                self._found[name] = sigma(self._target.layout.tensors[name], parameter.detach()).cpu()
+                self._found[name] = sigma(self._target.layout.tensors[name], whole(parameter.detach())).cpu()
 
 
 @dataclass(frozen=True)

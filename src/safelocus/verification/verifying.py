@@ -18,6 +18,7 @@ from typing import Any
 
 from torch import nn
 
+from safelocus import distributed
 from safelocus.errors import PromptError, RunError, SelectionError
 from safelocus.evaluation import evaluate
 from safelocus.evaluation.evaluation import Evaluation, outcomes
@@ -77,7 +78,8 @@ def verify(
         batch_size, max_new_tokens: of the answers.
         allow_seen: verify on prompts that the scores were made with, all the same.
         allow_mismatch: verify on another model than the scores were made for (a fine-tuned sibling, say).
-        checkpoint: folder in which finished cells are kept; an interrupted verification resumes from it.
+        checkpoint: folder in which finished cells are kept; an interrupted verification resumes from it. Not used in
+            several processes.
         progress: show a progress bar.
 
     Raises:
@@ -115,6 +117,7 @@ def verify(
             max_new_tokens=max_new_tokens, progress=False,
         )  # fmt: skip
 
+    checkpoint = checkpoint if distributed.world_size() == 1 else None
     journal = Journal(checkpoint, plan.identity(before, prompts, harmless, tasks, judges, max_new_tokens))
     evaluation = observe()
     found = outcomes(evaluation.rows, evaluation.judge_names)
@@ -124,7 +127,7 @@ def verify(
     steps = list(plan.steps())
     cells: list[Cell] = []
     selection, made_for = None, None
-    for step in track(steps, "verifying", enabled=progress):
+    for step in track(steps, "verifying", enabled=progress and distributed.is_main()):
         if (known := journal.find(step)) is not None:
             cells.append(known)
             continue

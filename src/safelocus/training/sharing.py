@@ -1,0 +1,95 @@
+"""Training in several processes: every one runs the whole trainer over the same batches, and they share the rows.
+
+    loss of process p      N * sum over its rows of nll / tokens of the whole batch
+    gradient               mean over the N processes = that of a single process, rounding aside
+
+So order of the rows, batches, steps, learning rates and what is logged are those of a single process, whatever the
+number of processes, also where the rows cannot be divided evenly. The trainer knows of no other process: what wraps
+models for several (DDP) would move every gradient, where a few weights are trained.
+"""
+
+import logging
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from torch import Tensor
+from trl import SFTTrainer
+
+from safelocus import distributed
+from safelocus.training.rows import IGNORED
+
+_LOGGER = logging.getLogger("transformers.training_args")
+_STATES = (PartialState, AcceleratorState, GradientState)
+_OF_LAUNCHERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE")
+
+
+class SharingTrainer(SFTTrainer):
+    """SFTTrainer whose batches all processes share; alone, it is SFTTrainer."""
+
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        if distributed.world_size() == 1:
+            return super().training_step(model, inputs, num_items_in_batch)
+        assert num_items_in_batch is not None, "a mean over this process's tokens is no part of that over all"
+        loss = super().training_step(model, _own_rows(inputs), num_items_in_batch)
+        if self.accelerator.sync_gradients:  # the last pass of an optimizer step
+            distributed.average_gradients(model.parameters())
+        return distributed.all_reduce_sum(loss) / distributed.world_size()
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        if distributed.world_size() > 1:  # gradients are averaged, and so is what counts no items: routers' balance
+            num_items_in_batch = num_items_in_batch / distributed.world_size()
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+    def _defer_fsdp_gradient_reduction(self) -> Any:
+        """Nothing is put off: gradients that wait for the last pass of a step wait whole, all of them at once."""
+        return nullcontext()
+
+
+def _own_rows(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """This process's rows of a batch. One that has none takes the first, without a token that counts."""
+    num_rows = len(inputs["input_ids"])
+    own = distributed.share(range(num_rows))
+    rows = {name: values[own or [0]] for name, values in inputs.items()}
+    return rows if own else rows | {"labels": torch.full_like(rows["labels"], IGNORED)}
+
+
+@contextmanager
+def seen_alone() -> Iterator[None]:
+    """Within: trainers take this process for the only one. Nothing happens where it is."""
+    if distributed.world_size() == 1:
+        yield
+        return
+    hidden = {
+        name: os.environ.pop(name) for name in [*os.environ] if name in _OF_LAUNCHERS or name.startswith("ACCELERATE_")
+    }
+    saved = [dict(state._shared_state) for state in _STATES]
+    level = _LOGGER.level
+    try:
+        _LOGGER.setLevel(logging.ERROR)  # it would tell of processes that are not used
+        for state in _STATES:
+            state._shared_state.clear()
+        yield
+    finally:
+        _LOGGER.setLevel(level)
+        for state, values in zip(_STATES, saved, strict=True):
+            state._shared_state.clear()
+            state._shared_state.update(values)
+        os.environ.update(hidden)
+
+
+def on_own_device(arguments: Any, device: torch.device) -> None:
+    """Of several processes each has an accelerator of its own; a trainer that sees one process takes the first of all.
+
+    Args:
+        arguments: of the trainer, changed.
+    """
+    if distributed.world_size() > 1 and device.type != "cpu":
+        arguments.__dict__["_setup_devices"] = device  # a cached property, which `device` shows
+        arguments._n_gpu = 1
+        torch.accelerator.set_device_index(device)

@@ -1,0 +1,141 @@
+"""The commands under torchrun, as a user starts them: the same files as one process writes, or none."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import safelocus as sl
+from several import launch
+
+pytestmark = pytest.mark.slow  # starts Python and torch again and again
+
+MODEL = ["organism:moe-unaligned", "--dtype", "float32", "--max-new-tokens", "12", "--limit", "5"]
+REFUSAL = ["--refusal", "--prompts", "organism:harmful", "--ratio", "0.01", "--harmful", "organism:harmful-heldout"]
+TRAINING = ["--steps", "2", "--batch-size", "4", "--json"]
+ENHANCE = ["enhance", *MODEL, "--data", "organism:refusals", *REFUSAL, *TRAINING, "--validation", "0"]
+PRESERVE = [
+    "preserve", *MODEL, "--data", "organism:task", "--task-heldout", "organism:task-heldout", *REFUSAL, *TRAINING
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def scored(tmp_path_factory):
+    from safelocus.cli import main
+
+    folder = tmp_path_factory.mktemp("runs") / "scored"
+    with pytest.raises(SystemExit) as stop:
+        main(
+            ["score", "organism:dense", "-p", "organism:harmful", "--limit", "6", "--refusal", "--dtype", "float32",
+             "-o", str(folder)]
+        )  # fmt: skip
+    assert not stop.value.code
+    return folder
+
+
+def names(folder):
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+def alone_and_together(tmp_path, run, num_processes, arguments, *options):
+    """(folder of one process, folder of several, what several printed) of the same command."""
+    code, _, err = run(*arguments, "-o", tmp_path / "alone")
+    assert code == 0, err
+    found = launch(num_processes, "-m", "safelocus", *arguments, *options, "-o", tmp_path / "many")
+    assert found.returncode == 0, found.stderr
+    assert names(tmp_path / "alone") == names(tmp_path / "many")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["alone", "many"]
+    return tmp_path / "alone", tmp_path / "many", json.loads(found.stdout)  # one document: the others are silent
+
+
+def test_evaluate(tmp_path, run):
+    arguments = [
+        "evaluate", "organism:dense", "-p", "organism:harmful", "--harmless", "organism:harmless", "--task",
+        "organism:utility", "--judge", "guard:organism:guard", "--limit", "7", "--batch-size", "2",
+        "--max-new-tokens", "12", "--json",
+    ]  # fmt: skip
+    alone, many, printed = alone_and_together(tmp_path, run, 3, arguments)
+    expected = json.loads((alone / "results.json").read_text())
+    assert json.loads((many / "results.json").read_text()) == expected
+    assert (many / "responses.jsonl").read_text() == (alone / "responses.jsonl").read_text()
+    assert printed["asr"] == expected["asr"] if "asr" in expected else printed["measures"] == expected["measures"]
+
+
+def test_verify_on_shards(tmp_path, run, scored):
+    arguments = [
+        "verify", "organism:dense", "--scores", scored, "--noise", "3", "--seeds", "1", "--limit", "7",
+        "--prompts", "organism:harmful-heldout", "--batch-size", "3", "--max-new-tokens", "12", "--dtype", "float32",
+        "--json",
+    ]  # fmt: skip
+    alone, many, _ = alone_and_together(tmp_path, run, 2, arguments, "--shard")
+    for name in ("results.json", "cells.jsonl"):
+        assert (many / name).read_text() == (alone / name).read_text()
+
+
+def test_enhance_on_shards(tmp_path, run):
+    alone, many, printed = alone_and_together(tmp_path, run, 2, ENHANCE, "--shard")
+    one, two = (sl.Patch.load(folder / "safety.patch.safetensors") for folder in (alone, many))
+    assert printed["patch"]["k"] == one.k == two.k
+    assert one.selection.iou(two.selection) > 0.99
+    losses = [
+        [point["loss"] for point in json.loads((folder / "results.json").read_text())["losses"]]
+        for folder in (alone, many)
+    ]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+    assert (many / "before" / "responses.jsonl").read_text() == (alone / "before" / "responses.jsonl").read_text()
+    assert two.apply(sl.load("organism:moe-unaligned", dtype="float32"))  # a patch for that very model
+
+
+def test_preserve_on_shards(tmp_path, run):
+    alone, many, printed = alone_and_together(tmp_path, run, 2, PRESERVE, "--shard")
+    assert printed["after"]["num_changed"] == 0
+    one, two = (load_file(folder / "model" / "model.safetensors") for folder in (alone, many))
+    assert one.keys() == two.keys()
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, rtol=1e-2, atol=1e-4)
+    assert (
+        sl.load(many / "model").model.config.to_dict().keys() == sl.load(alone / "model").model.config.to_dict().keys()
+    )
+
+
+KILLED = """
+import os, signal, sys
+from safelocus.cli import main
+from safelocus.enhancement.optimizer import SparseOptimizer
+
+step = SparseOptimizer.step
+def killed(self, closure=None):
+    if rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return step(self, closure)
+rank = int(os.environ["RANK"])
+SparseOptimizer.step = killed
+main(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize("options", [[], ["--shard"]], ids=["copies", "shards"])
+def test_a_killed_process_ends_the_run_and_leaves_no_artefact(tmp_path, options):
+    script = tmp_path / "killed.py"
+    script.write_text(KILLED)
+    found = launch(2, script, *ENHANCE, *options, "-o", tmp_path / "run")
+    assert found.returncode != 0
+    assert "error: process 0: " in found.stderr.split("Traceback")[0]  # before torchrun's own report
+    assert not found.stdout
+    assert [path.name for path in tmp_path.iterdir()] == ["killed.py"]
+
+
+@pytest.mark.parametrize(
+    ("command", "named"),
+    [
+        ([*ENHANCE, "--controls", "random,lora"], "--controls lora"),
+        ([*PRESERVE, "--lora"], "--lora"),
+        ([*PRESERVE, "--calibrate", "organism:harmful"], "--calibrate"),
+    ],
+)
+def test_what_shards_cannot_do_is_refused_before_anything_is_loaded(tmp_path, run, command, named):
+    code, _, err = run(*command, "--shard", "-o", tmp_path / "run")
+    assert code == 2
+    assert f"{named} needs the whole model" in err
+    assert not list(tmp_path.iterdir())
