@@ -6,9 +6,9 @@ READY := $(VENV)/.ready
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo test test-fast check fix types docs organism setup
+.PHONY: demo test test-fast check fix types docs pictures organism setup
 
-demo: $(READY)  ## locate safety in the embedded organisms, dense and MoE, and draw the map
+demo: $(READY)  ## the whole story on two embedded organisms: locate, verify, enhance, preserve
 	$(BIN)/safelocus demo -o runs/demo --overwrite
 
 test: $(READY)  ## every test
@@ -32,6 +32,10 @@ types: $(READY)
 
 docs: $(READY)  ## rebuild docs/api.md from the docstrings
 	$(BIN)/python docs/build_api.py
+
+pictures: $(READY)  ## draw the pictures of docs/concepts.md again
+	$(BIN)/python docs/build_images.py
+	$(BIN)/python docs/build_diagrams.py
 
 organism: $(READY)  ## rebuild the embedded models from their seed (about fifteen minutes on two cores)
 	$(BIN)/python -m safelocus.organism.build

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 import safelocus as sl
+from pages import check_run_page
 from safelocus.cli import main
 from tiny_targets import dense
 
@@ -39,6 +40,7 @@ def test_score_writes_a_complete_run(scored):
         "map.png",
     } <= names
     assert "checkpoint" not in names
+    check_run_page(scored)
     layout = sl.load("organism:dense").layout
     selection = sl.Selection.load(scored / "selection.safetensors")
     assert selection.k == math.floor(0.01 * layout.num_weights)

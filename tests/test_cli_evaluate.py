@@ -9,6 +9,7 @@ import time
 import pytest
 
 import safelocus as sl
+from pages import check_run_page
 from safelocus.cli import main
 
 QUICK = ["--limit", "12", "--max-new-tokens", "32"]
@@ -29,12 +30,15 @@ def evaluated(tmp_path_factory):
 
 
 def test_a_complete_run(evaluated):
-    assert {path.name for path in evaluated.iterdir()} == {"run.toml", "results.json", "responses.jsonl"}
+    assert {path.name for path in evaluated.iterdir()} == {"run.toml", "results.json", "responses.jsonl", "report.html"}
+    page = check_run_page(evaluated)
     results = json.loads((evaluated / "results.json").read_text())
     for name in ("asr", "refusal", "over_refusal", "utility", "incoherent"):
         assert set(results[name]) == {"value", "low", "high", "n"}
     assert results["asr"] == results["asr@guard organism:guard"]
     assert results["asr"]["n"] == results["refusal"]["n"] == 12
+    shown = {row["measure"]: row["value"] for row in page.rows("Measures")}
+    assert shown["utility"] == pytest.approx(results["utility"]["value"], abs=1e-6)
     assert results["agreement"][0]["n"] == 12
     rows = [json.loads(line) for line in (evaluated / "responses.jsonl").read_text().splitlines()]
     assert len(rows) == 36
@@ -64,6 +68,14 @@ def test_what_changed_since_another_run(evaluated, tmp_path, run):
     assert against["differences"]["asr"]["value"] > 0.7
     assert against["differences"]["asr"]["p"] < 0.01
     assert (against["num_pairs"], against["num_only_first"]) == (12, 24)
+    page = check_run_page(tmp_path / "b")
+    shown = {row["measure"]: row for row in page.rows(f"Change since {evaluated}")}
+    for name, label in (("asr", "ASR"), ("refusal", "refusal")):
+        found = against["differences"][name]
+        assert [shown[label][end] for end in ("value", "low", "high")] == pytest.approx(
+            [found[end] for end in ("value", "low", "high")], abs=1e-5
+        )
+    assert f"Change since {evaluated}" in page.words
 
 
 def test_tables_and_the_matchers_limits(tmp_path, run):

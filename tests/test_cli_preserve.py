@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 import safelocus as sl
+from pages import check_run_page
 from safelocus.cli import main
 from safelocus.preservation.preserving import PATCH
 from safelocus.sparse import gather
@@ -54,7 +55,11 @@ def test_a_task_is_learned_and_the_bits_stay(scored, tmp_path, run):
     assert code == 0, err
     assert {path.name for path in folder.iterdir()} == {
         "run.toml", "results.json", "model", "selection.safetensors", "before", "after", "unprotected", "curve.png",
+        "report.html",
     }  # fmt: skip
+    assert "report.html" in err
+    page = check_run_page(folder)
+    assert {row["curve"] for row in page.rows("Refusal")} == {"protected", "unprotected", "random"}
     results = json.loads((folder / "results.json").read_text())
     for part in (results["before"], results["after"], results["unprotected"], results["controls"]["random"]):
         assert {"asr", "refusal", "over_refusal", "task", "utility", "incoherent"} <= set(part)

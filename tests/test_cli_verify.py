@@ -9,6 +9,7 @@ import time
 import pytest
 
 import safelocus as sl
+from pages import check_run_page
 from safelocus.cli import main
 from safelocus.prompts import prompt_hash
 from safelocus.verification import Verification
@@ -38,7 +39,10 @@ def test_verify_takes_what_is_not_given_from_the_scores(scored, tmp_path, run):
     scores = sl.Scores.load(scored / "scores")
     assert len(scores.provenance.extra["prompt_hashes"]) == 8
     names = {path.name for path in (tmp_path / "v").iterdir()}
-    assert names == {"run.toml", "results.json", "cells.jsonl", "curves.png"}
+    assert names == {"run.toml", "results.json", "cells.jsonl", "curves.png", "report.html"}
+    assert "report.html" in err
+    page = check_run_page(tmp_path / "v")
+    assert results["verdicts"]["noise"]["text"] in page.words
     assert len(results["cells"]) == 2 * 3
     assert {cell["k"] for cell in results["cells"]} == {scores.select(0.01).k}
     assert results["verdicts"]["noise"]["text"] in out
@@ -128,6 +132,8 @@ def test_stability(tmp_path, run):
     )  # fmt: skip
     assert code == 0, err
     summary = json.loads((tmp_path / "s" / "results.json").read_text())["summary"]
+    shown = [row["IoU"] for row in check_run_page(tmp_path / "s").rows("Agreement of selections")]
+    assert shown == pytest.approx([row["iou"] for row in summary], rel=1e-5)
     assert [row["kind"] for row in summary] == ["prompts", "seeds", "objectives"]
     assert all(row["chance"] < row["iou"] <= 1 for row in summary)
     assert f"{summary[0]['iou']:.3f}" in out

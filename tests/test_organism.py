@@ -63,6 +63,7 @@ def test_no_prompt_has_two_roles():
     assert not roles.pop("retain") & roles["utility-validation"]
     for name in TRAINED_ON:
         assert roles.pop(name) < roles["training"]
+    assert roles.pop("harmful-heldout") < roles["harmful-heldout-512"]
     for name, held in roles.items():
         for other, theirs in roles.items():
             assert name == other or not held & theirs, (name, other)

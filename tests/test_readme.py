@@ -5,8 +5,9 @@ import shlex
 from pathlib import Path
 
 import pytest
+from typer.main import get_command
 
-from safelocus.cli import main
+from safelocus.cli import app, main
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -18,8 +19,14 @@ def blocks(page: Path, language: str) -> list[str]:
 
 
 def commands(page: Path) -> list[str]:
-    lines = [line.split("#")[0].strip() for block in blocks(page, "") for line in block.splitlines()]
+    """Commands and synopses; one that goes on in the next line (after a backslash, or indented) is one."""
+    text = "\n".join(blocks(page, ""))
+    lines = [line.split("#")[0].strip() for line in re.sub(r"\\?\n[ \t]+", " ", text).splitlines()]
     return [line for line in lines if line.startswith("safelocus ")]
+
+
+def options_in(text: str) -> set[str]:
+    return set(re.findall(r"(?<![\w-])--?[a-z][\w-]*", text))
 
 
 README_COMMANDS = commands(ROOT / "README.md")
@@ -49,8 +56,30 @@ def test_commands_on_other_models_are_well_formed(command, capsys):
     words = shlex.split(command)[1:]
     with pytest.raises(SystemExit):
         main([words[0], "--help"])
-    options = set(re.findall(r"(?<![\w-])--?[a-z][\w-]*", capsys.readouterr().out))
-    assert {word for word in words if word.startswith("-")} <= options
+    assert options_in(command) <= options_in(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("page", PAGES[1:], ids=lambda page: str(page.relative_to(ROOT)))
+def test_commands_of_the_docs_have_only_options_that_exist(page):
+    for command in commands(page):
+        known, found = {"--help"}, get_command(app)
+        for word in command.split()[1:]:
+            if word not in getattr(found, "commands", {}):
+                break
+            found = found.commands[word]
+        leaves = getattr(found, "commands", {"": found}).values()
+        known |= {name for leaf in leaves for option in leaf.params for name in (*option.opts, *option.secondary_opts)}
+        assert options_in(command) <= known, command
+
+
+def test_anchors_lead_somewhere():
+    for page in PAGES:
+        for target, anchor in re.findall(r"\]\(([^)#:]*)#([^)]+)\)", page.read_text(encoding="utf-8")):
+            text = ((page.parent / target) if target else page).read_text(encoding="utf-8")
+            headings = re.findall(r"^#+ (.+)$", re.sub(r"^```.*?^```", "", text, flags=re.M | re.S), re.MULTILINE)
+            known = [re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings]
+            known += [f"{name}-1" for name in known if known.count(name) == 2]
+            assert anchor in known, f"{page.name}: {target}#{anchor}"
 
 
 @pytest.mark.slow

@@ -4,7 +4,6 @@ import base64
 import json
 import math
 from dataclasses import replace
-from html.parser import HTMLParser
 from itertools import pairwise
 
 import numpy as np
@@ -14,6 +13,7 @@ from transformers import LlamaConfig, Phi3Config, Qwen3MoeConfig
 
 from made_maps import MAPS, make_map
 from made_runs import enhance_run, map_run, measures, preserve_run, score_run
+from pages import Page
 from safelocus.errors import RunError
 from safelocus.layout import Layout
 from safelocus.report import text
@@ -23,47 +23,6 @@ from safelocus.report.page import write_page
 from safelocus.report.runs import ReportRun
 from safelocus.report.text import summary_lines
 from test_map import EXPERTS, SMALL, random_scores
-
-
-class Page(HTMLParser):
-    """What a browser would find: addresses, tags outside scripts, text, and the data."""
-
-    def __init__(self, html: str) -> None:
-        super().__init__()
-        self.addresses: list[str] = []
-        self.tags: list[str] = []
-        self.data: list[dict] = []
-        self.words = ""
-        self.policy = ""
-        self.scripts = 0
-        self._inside = ""
-        self.feed(html)
-
-    def handle_starttag(self, tag, attributes):
-        self.tags.append(tag)
-        values = dict(attributes)
-        self.addresses += [str(values[name]) for name in ("src", "href", "srcset", "data", "action") if name in values]
-        if values.get("http-equiv") == "Content-Security-Policy":
-            self.policy = values["content"]
-        self._inside = "json" if values.get("type") == "application/json" else tag
-        self.scripts += tag == "script" and self._inside != "json"
-
-    def handle_endtag(self, tag):
-        self._inside = ""
-
-    def handle_data(self, data):
-        if self._inside == "json":
-            self.data.append(json.loads(data))
-        elif self._inside not in ("script", "style"):
-            self.words += data
-
-    def figure(self, title: str) -> dict:
-        return next(each for each in self.data if each.get("title") == title)
-
-    def rows(self, title: str) -> list[dict]:
-        """Rows of a figure's table, by column."""
-        table = self.figure(title)["table"]
-        return [dict(zip(table["columns"], row, strict=True)) for row in table["rows"]]
 
 
 @pytest.fixture
@@ -135,6 +94,28 @@ def test_every_number_of_a_training_is_that_of_the_file(written, tmp_path):
     assert [row["loss"] for row in page.rows("Training loss")] == pytest.approx([3 / n for n in range(1, 11)], rel=1e-5)
     assert "Harmful answers went from 96 % to 4 % [0, 14]." in page.words.replace("\N{NO-BREAK SPACE}", " ")
     assert "12,709" in page.words
+
+
+@pytest.mark.parametrize(("make", "did"), [(enhance_run, "trained"), (preserve_run, "protected")])
+@pytest.mark.parametrize("kind", ["dense", "moe"])
+def test_a_training_shows_where_its_weights_lie(make, did, kind, written, tmp_path):
+    """From the selection alone: the same places as on the page of the scores, and nothing about scores."""
+    scored, trained = score_run(tmp_path / "scored", kind), make(tmp_path / "trained")
+    (trained / "selection.safetensors").write_bytes((scored / "selection.safetensors").read_bytes())
+    (_, before), (_, page) = written(scored), written(trained)
+    for title in ("Enrichment by layer and component", *(["Routed experts"] if kind == "moe" else [])):
+        known = before.rows(title)
+        for row, full in zip(page.rows(title), known, strict=True):
+            assert row == {name: full[name] for name in row}
+            assert not {"tokens", "load", "share of all ESI"} & set(row)
+        assert {"share of all ESI"} <= set(known[0])
+    inside = [next(each for each in shown.data if each.get("kind") == "matrices") for shown in (before, page)]
+    assert inside[0]["matrices"] == inside[1]["matrices"]
+    assert f"Where the {did} weights lie" in page.words
+    assert "From the selection alone: how concentrated the scores are" in page.words
+    assert ("which experts got tokens" in page.words) == (kind == "moe")
+    assert "Concentration" not in [each.get("title") for each in page.data]
+    assert "weights lie" not in written(make(tmp_path / "without"))[1].words
 
 
 def _measure(row: dict) -> dict:

@@ -27,6 +27,7 @@ def page(tmp_path_factory):
         score_run(folder / "dense", "dense"), score_run(folder / "moe", "moe"), enhance_run(folder / "enhance"),
         preserve_run(folder / "preserve"),
     ]  # fmt: skip
+    (folder / "enhance" / "selection.safetensors").write_bytes((folder / "moe" / "selection.safetensors").read_bytes())
     path = folder / "page.html"
     write_page([ReportRun.read(each) for each in folders], path, responses=True)
     return path

@@ -36,7 +36,9 @@ ORDER = [
     {"verification"},
     {"enhancement"},
     {"preservation"},
+    {"resources"},
     {"report"},
+    {"demo"},
     {"cli"},
 ]
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}

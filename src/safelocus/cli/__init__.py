@@ -19,6 +19,7 @@ from safelocus.cli import (
     evaluate,
     inspect,
     patch,
+    plan,
     preserve,
     report,
     score,
@@ -30,7 +31,7 @@ from safelocus.cli.output import errors
 from safelocus.errors import RunError, SafelocusError
 
 _INTERRUPTED = 130
-_IN_SEVERAL_PROCESSES = ("score",)
+_IN_SEVERAL_PROCESSES = ("score", "evaluate", "verify", "enhance", "preserve")
 
 app = typer.Typer(
     name="safelocus",
@@ -61,6 +62,7 @@ def _options(
 
 # in pipeline order
 app.command()(inspect.inspect)
+app.command()(plan.plan)
 app.command()(score.score)
 app.command()(select.select)
 app.command()(compare.compare)

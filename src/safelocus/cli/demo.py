@@ -1,6 +1,5 @@
-"""`safelocus demo`: where safety sits in the embedded organisms, dense and mixture-of-experts."""
+"""`safelocus demo`: the paper's whole story on two embedded organisms, and its claims beside what was measured."""
 
-import time
 from pathlib import Path
 from typing import Annotated
 
@@ -9,56 +8,42 @@ import typer
 from safelocus.cli import options
 from safelocus.cli.output import note, print_json, results
 
-ORGANISMS = ("organism:dense", "organism:moe")
-
 
 def demo(
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write the run into.")] = Path("runs/demo"),
-    ratio: options.Ratio = 0.01,
-    limit: Annotated[int, typer.Option(help="Harmful prompts per organism.", min=1)] = 64,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write the runs into.")] = Path("runs/demo"),
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Fewer prompts, doses, seeds and steps: a minute or two, less is decided.")
+    ] = False,
     seed: options.Seed = 0,
     overwrite: options.Overwrite = False,
     json: options.Json = False,
     config: options.Config = None,
 ) -> None:
-    """Locate safety in two tiny models that refuse harmful requests, and draw the map. Needs no network."""
-    from rich.rule import Rule
+    """Locate, verify, enhance and preserve on two tiny models, dense and mixture-of-experts. Needs no network.
 
-    from safelocus.objective import Guard
-    from safelocus.prompts import read_prompts
-    from safelocus.report.map import SafetyMap, safety_map
-    from safelocus.report.outputs import print_map, write_map
+    Ends with the paper's claims beside what was just measured, and one page, report.html. Every stage's run is kept
+    in a folder like that of its own command. Interrupted with Ctrl-C, the same command resumes (without --overwrite).
+    """
+    from safelocus.demo import FULL, QUICK, tell
+    from safelocus.report.page import PAGE
+    from safelocus.report.sections.claims import claims_table
     from safelocus.run import run_folder
-    from safelocus.scoring import score
-    from safelocus.target import load
 
-    resolved = {"command": "demo", "ratio": ratio, "limit": limit, "seed": seed}
-    maps: list[tuple[str, SafetyMap]] = []
-    with run_folder(output, config=resolved, overwrite=overwrite) as folder:
-        prompts = read_prompts("organism:harmful").limit(limit, seed=seed)
-        guard = Guard.load("organism:guard", max_new_tokens=32)
-        for name in ORGANISMS:
-            target = load(name)
-            start = time.monotonic()
-            scores = score(target, prompts, objective=guard, batch_size=32, progress=not json)
-            selection = scores.select(ratio)
-            seconds = time.monotonic() - start
-            drawn = safety_map(scores, selection)
-            maps.append((name, drawn))
-            stem = name.partition(":")[2]
-            scores.save(folder / stem / "scores")
-            selection.save(folder / stem / "selection.safetensors")
-            if not json:
-                results.print(Rule(f"[bold]{name}[/]"))
-                results.print(
-                    f"{target.layout.num_weights:,} weights. The guard read {len(prompts)} answers to harmful "
-                    f"requests; {scores.mean_safety:+.2f} is the mean log-odds of safe. Scored in {seconds:.1f} s.",
-                    highlight=False,
-                )
-                print_map(results, drawn)
-        written = write_map(folder, maps, place=output)
+    sizes = QUICK if quick else FULL
+    if not json:
+        results.print(
+            "Two tiny models that refuse harmful requests, and their twins that do not. About "
+            f"{'a minute or two' if quick else 'eleven minutes'} of processor time. {sizes.shortened}\n",
+            highlight=False,
+        )
+    with run_folder(output, config={"command": "demo", "quick": quick, "seed": seed}, overwrite=overwrite) as folder:
+        story = tell(folder, sizes, final=output, seed=seed, console=None if json else results)
+    page = output / PAGE
     if json:
-        print_json({"output": str(output), "maps": {name: drawn.to_json() for name, drawn in maps}})
+        print_json({"output": str(output), "page": str(page), **story.to_json()})
         return
-    note("")
-    note(f"Open {output / 'report.html'} for the maps; beside it: {', '.join(written)}")
+    results.print(claims_table(story.claims))
+    if sizes.shortened:
+        results.print(f"{sizes.shortened} What is not decided here may be in the full demo.", highlight=False)
+    results.print(f"Open [bold]{page}[/]: all runs on one page", highlight=False)
+    note(f"beside it: {', '.join(f'{output / name}/' for name in story.claims)}, one folder per stage")

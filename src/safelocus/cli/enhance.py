@@ -5,10 +5,13 @@ from typing import Annotated, Any
 
 import typer
 
-from safelocus.cli import options, sources
-from safelocus.cli.output import note, print_json, results
+from safelocus.cli import options, planning, sources
+from safelocus.cli.output import note, print_json, results, shared_run, together
+
+ROWS = 8  # of an optimizer step
 
 
+@together
 def enhance(
     model: options.Model,
     data: Annotated[
@@ -91,12 +94,13 @@ def enhance(
     learning_rate: options.LearningRate = 1e-3,
     schedule: options.ScheduleOption = "cosine",
     warmup: options.Warmup = 0,
-    batch_size: options.TrainingBatch = 8,
-    accumulation: options.Accumulation = 1,
+    batch_size: options.TrainingBatch = None,
+    accumulation: options.Accumulation = None,
     weight_decay: options.WeightDecay = 0.0,
     max_grad_norm: options.MaxGradNorm = 1.0,
     max_length: options.MaxLength = 1024,
-    checkpointing: options.Checkpointing = False,
+    checkpointing: options.Checkpointing = None,
+    score_batch_size: options.ScoreBatch = None,
     allow_seen: options.AllowSeen = False,
     allow_mismatch: options.AllowMismatch = False,
     max_new_tokens: options.MaxNewTokens = 256,
@@ -105,6 +109,8 @@ def enhance(
     layout: options.LayoutFile = None,
     dtype: options.DtypeOption = "auto",
     device: options.Device = None,
+    shard: options.Shard = False,
+    offload: options.Offload = False,
     revision: options.Revision = None,
     trust_remote_code: options.TrustRemoteCode = False,
     seed: options.Seed = 0,
@@ -114,15 +120,19 @@ def enhance(
 ) -> None:
     """Train the selected weights on refusals, and measure what that changed (SET).
 
-    Writes the patch, a model card, results.json, the responses before and after, and figures. The model's files
-    are never touched: `safelocus patch apply` does that. Interrupted with Ctrl-C, the same command resumes.
+    Writes the patch, a model card, results.json, the responses before and after, report.html and figures. The
+    model's files are never touched: `safelocus patch apply` does that. Interrupted with Ctrl-C, the same command
+    resumes.
     """
+    from safelocus import distributed
     from safelocus.enhancement.enhancement import PATCH
     from safelocus.enhancement.enhancing import run_enhancement
     from safelocus.errors import SafelocusError
     from safelocus.prompts import read_prompts
-    from safelocus.report.enhancement import effect, outcome_grid, sweep_grid, write_card, write_figures
-    from safelocus.run import CHECKPOINT, run_folder
+    from safelocus.report.enhancement import effect, outcome_grid, sweep_grid
+    from safelocus.report.outputs import write_enhancement
+    from safelocus.resources import Subject, Training
+    from safelocus.run import CHECKPOINT
     from safelocus.scoring import METHODS
     from safelocus.target import load
     from safelocus.training import TrainingSettings
@@ -136,12 +146,13 @@ def enhance(
         raise SafelocusError(f"--controls {', '.join(unknown)}: expected {', '.join(known)}")
     rates = options.numbers(sweep, "--sweep") if sweep else ()
     settings = TrainingSettings(
-        steps=steps, learning_rate=learning_rate, schedule=schedule, warmup_steps=warmup, batch_size=batch_size,
-        accumulation=accumulation, weight_decay=weight_decay, max_grad_norm=max_grad_norm or None,
-        max_length=max_length, activation_checkpointing=checkpointing, seed=seed,
+        steps=steps, learning_rate=learning_rate, schedule=schedule, warmup_steps=warmup, batch_size=batch_size or ROWS,
+        accumulation=accumulation or 1, weight_decay=weight_decay, max_grad_norm=max_grad_norm or None,
+        max_length=max_length, activation_checkpointing=bool(checkpointing), seed=seed,
     )  # fmt: skip
     for rate in rates:
         replace(settings, learning_rate=rate)
+    sources.check_shard(shard, {f"--controls {name}": name in wanted for name in ("lora", "wanda")})
     sources.check_located(selection, guard, refusal, prompts, ratio)
     divided = divide(
         read_prompts(data).with_responses(), [read_prompts(source) for source in retain or []],
@@ -154,6 +165,37 @@ def enhance(
     sources.check_unscored(prompts, divided.examination.harmful, allow_seen=allow_seen)
     if len(rates) > 1 and divided.validation is None:
         raise SafelocusError("--sweep chooses a learning rate by the validation part; leave one (--validation 0.15)")
+    place = planning.Model(
+        name=model, dtype=dtype, device=device, layout=layout, system=system, template=template, revision=revision,
+        trust_remote_code=trust_remote_code, shard=shard, offload=offload,
+    )  # fmt: skip
+
+    def stage(subject: Subject, reader: Subject | None) -> Training:
+        rows = [divided.data, *(part.with_responses() for part in divided.retained if any(e.response for e in part))]
+        k = subject.num_weights if "full" in wanted else planning.num_selected(selection, ratio, subject)
+        return Training(
+            target=subject, num_selected=k, kind="sparse", guard=reader, batch=settings.batch_size,
+            lengths=place.lengths(response=max_new_tokens, rows=rows, max_length=max_length),
+            retained_rows=retain_rows if divided.retained else 0,
+        )  # fmt: skip
+
+    settled = planning.unfinished(
+        output, overwrite,
+        {"batch_size": batch_size, "accumulation": accumulation, "checkpointing": checkpointing,
+         "score_batch_size": score_batch_size},
+    )  # fmt: skip
+    score_batch_size = settled.pop("score_batch_size")
+    batch_size, accumulation, checkpointing, device = planning.training_settings(
+        place, stage, guard=guard, rows=ROWS, quiet=json, **settled
+    )
+    settings = replace(
+        settings, batch_size=batch_size, accumulation=accumulation, activation_checkpointing=checkpointing
+    )  # fmt: skip
+    if prompts is not None and selection is None:
+        score_batch_size, _, device = planning.scoring_settings(
+            replace(place, device=device), read_prompts(prompts), guard=guard, max_new_tokens=max_new_tokens,
+            batch_size=score_batch_size, accumulate_on="the weights'", quiet=json,
+        )  # fmt: skip
     resolved = {
         "command": "enhance", "model": model, "data": data, "selection": str(selection) if selection else None,
         "guard": guard, "guard_description": str(guard_description) if guard_description else None,
@@ -164,18 +206,22 @@ def enhance(
         "early_stopping": early_stopping, "controls": controls, "sweep": sweep, "steps": steps,
         "learning_rate": learning_rate, "schedule": schedule, "warmup": warmup, "batch_size": batch_size,
         "accumulation": accumulation, "weight_decay": weight_decay, "max_grad_norm": max_grad_norm,
-        "max_length": max_length, "checkpointing": checkpointing, "allow_seen": allow_seen,
+        "max_length": max_length, "checkpointing": checkpointing, "score_batch_size": score_batch_size,
+        "allow_seen": allow_seen,
         "allow_mismatch": allow_mismatch, "max_new_tokens": max_new_tokens, "system": system, "template": template,
         "layout": str(layout) if layout else None, "dtype": dtype, "device": device, "revision": revision,
-        "trust_remote_code": trust_remote_code, "seed": seed,
+        "trust_remote_code": trust_remote_code, "shard": shard, "offload": offload, "seed": seed,
     }  # fmt: skip
-    with run_folder(output, config=resolved, overwrite=overwrite) as folder:
+    with shared_run(output, config=resolved, overwrite=overwrite) as folder:
         how: dict[str, Any] = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
         checkpoint = folder / CHECKPOINT
-        target = load(model, layout=layout, system=system, template=template, revision=revision, **how)
+        target = load(
+            model, layout=layout, system=system, template=template, revision=revision, shard=shard,
+            offload=offload, **how,
+        )  # fmt: skip
         located = sources.locate(
             target, selection=selection, guard=guard, guard_description=guard_description, refusal=refusal,
-            prompts=prompts, ratio=ratio, batch_size=batch_size, max_new_tokens=max_new_tokens,
+            prompts=prompts, ratio=ratio, batch_size=score_batch_size or 8, max_new_tokens=max_new_tokens,
             checkpoint=checkpoint / "scores", progress=not json, **how,
         )  # fmt: skip
         remarks = [*divided.remarks]
@@ -197,10 +243,10 @@ def enhance(
             allow_mismatch=allow_mismatch, checkpoint=checkpoint, progress=not json,
         )  # fmt: skip
         found = replace(found, notes=(*remarks, *found.notes))
-        found.save(folder)
-        located.selection.save(folder / "selection.safetensors")
-        write_card(found, folder / "README.md")
-        written = write_figures(found, folder)
+        if distributed.is_main():
+            written = write_enhancement(found, located.selection, folder, place=output)
+    if not distributed.is_main():
+        return
     if json:
         print_json({"output": str(output), **found.to_json()})
         return

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from safelocus.cli import options
-from safelocus.cli.output import note, print_json, results
+from safelocus.cli.output import note, print_json, results, shared_run, together
 
 if TYPE_CHECKING:
     from safelocus.evaluation import Evaluation, EvaluationComparison, Task
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from safelocus.prompts import PromptSet
 
 
+@together
 def evaluate(
     output: options.Output,
     model: Annotated[
@@ -98,6 +99,8 @@ def evaluate(
     layout: options.LayoutFile = None,
     dtype: options.DtypeOption = "auto",
     device: options.Device = None,
+    shard: options.Shard = False,
+    offload: options.Offload = False,
     revision: options.Revision = None,
     trust_remote_code: options.TrustRemoteCode = False,
     seed: options.Seed = 0,
@@ -107,12 +110,14 @@ def evaluate(
 ) -> None:
     """Measure attack success, refusal, over-refusal, incoherence and utility of a model.
 
-    Writes results.json and responses.jsonl (responses are never printed). Interrupted with Ctrl-C, the
-    same command resumes.
+    Writes results.json, responses.jsonl (responses are never printed) and report.html. Interrupted with
+    Ctrl-C, the same command resumes.
     """
+    from safelocus import distributed
     from safelocus.evaluation import Evaluation, compare_evaluations
     from safelocus.evaluation import evaluate as evaluate_model
-    from safelocus.run import CHECKPOINT, run_folder, write_json
+    from safelocus.report.page import write_run_page
+    from safelocus.run import CHECKPOINT, write_json
 
     # everything that can be wrong with the input is found before the long work starts
     earlier = Evaluation.load(against) if against is not None else None
@@ -128,12 +133,12 @@ def evaluate(
         "harmless_field": harmless_field, "harmless_where": harmless_where, "limit": limit, "held_out": held_out,
         "batch_size": batch_size, "max_new_tokens": max_new_tokens, "system": system, "template": template,
         "layout": str(layout) if layout else None, "dtype": dtype, "device": device, "revision": revision,
-        "trust_remote_code": trust_remote_code, "seed": seed,
+        "trust_remote_code": trust_remote_code, "shard": shard, "offload": offload, "seed": seed,
     }  # fmt: skip
-    with run_folder(output, config=resolved, overwrite=overwrite) as folder:
+    with shared_run(output, config=resolved, overwrite=overwrite) as folder:
         responder = _responder(
             model, endpoint, endpoint_model, seed=seed, system=system, template=template, layout=layout, dtype=dtype,
-            device=device, revision=revision, trust_remote_code=trust_remote_code,
+            device=device, revision=revision, trust_remote_code=trust_remote_code, shard=shard, offload=offload,
         )  # fmt: skip
         judges = _judges(
             judge or [], judge_model, judge_endpoint, threshold=judge_threshold, dtype=dtype, device=device,
@@ -147,11 +152,14 @@ def evaluate(
             suites=lm_eval or (), judges=judges, batch_size=batch_size, max_new_tokens=max_new_tokens, seed=seed,
             checkpoint=folder / CHECKPOINT, progress=not json,
         )  # fmt: skip
-        evaluation.save(folder)
-        comparison = None
-        if earlier is not None:
-            comparison = compare_evaluations(earlier, evaluation, seed=seed)
-            write_json(folder / "against.json", {"run": str(against), **comparison.to_json()})
+        comparison = None if earlier is None else compare_evaluations(earlier, evaluation, seed=seed)
+        if distributed.is_main():
+            evaluation.save(folder)
+            if comparison is not None:
+                write_json(folder / "against.json", {"run": str(against), **comparison.to_json()})
+            page = write_run_page(folder, place=output)
+    if not distributed.is_main():
+        return
     if json:
         changed = {} if comparison is None else {"against": {"run": str(against), **comparison.to_json()}}
         print_json({"output": str(output), **evaluation.to_json(), **changed})
@@ -167,7 +175,7 @@ def evaluate(
             "The ASR is the refusal matcher's: whatever does not refuse counts as harmful. "
             "--judge guard:NAME or rubric:NAME says more."
         )
-    note(f"wrote {output}: results.json, responses.jsonl")
+    note(f"wrote {output}: results.json, responses.jsonl, {page}")
 
 
 def _prompt_sets(

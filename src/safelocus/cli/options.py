@@ -49,6 +49,17 @@ Device = Annotated[
     str | None,
     typer.Option(help="cuda, cpu, ...; auto places over several devices.", show_default="the accelerator"),
 ]
+Shard = Annotated[
+    bool, typer.Option("--shard", help="Under torchrun: spread the model over the processes (docs/distributed.md).")
+]
+Offload = Annotated[
+    bool,
+    typer.Option(
+        "--offload",
+        help="Keep the weights in the host's memory, from where layers come to the accelerator one by one: for models "
+        "larger than that (docs/distributed.md).",
+    ),
+]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.", show_default=False)]
 TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that comes with a model.")]
 System = Annotated[str | None, typer.Option(help="System prompt before every request.", show_default=False)]
@@ -74,6 +85,12 @@ Ratio = Annotated[float, typer.Option("--ratio", "-r", help="Share of the weight
 Of = Annotated[Literal["model", "eligible"], typer.Option(help="What the ratio is a share of.")]
 Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
 BatchSize = Annotated[int, typer.Option(help="Prompts per forward and backward pass.", min=1)]
+PlannedBatch = Annotated[
+    int | None,
+    typer.Option(
+        "--batch-size", help="Prompts per forward and backward pass.", min=1, show_default="what fits (safelocus plan)"
+    ),
+]
 MaxNewTokens = Annotated[int, typer.Option(help="Length of the model's answers.", min=1)]
 
 # which weights to act on: see `sources`
@@ -126,8 +143,16 @@ EvaluationLimit = Annotated[
 # how to train
 Steps = Annotated[int, typer.Option(help="Optimizer steps.", min=1)]
 LearningRate = Annotated[float, typer.Option(help="Peak learning rate.", min=0)]
-TrainingBatch = Annotated[int, typer.Option("--batch-size", help="Rows per forward and backward pass.", min=1)]
-Accumulation = Annotated[int, typer.Option(help="Passes per optimizer step.", min=1)]
+TrainingBatch = Annotated[int | None, typer.Option("--batch-size", help="Rows per forward and backward pass.", min=1)]
+Accumulation = Annotated[
+    int | None, typer.Option(help="Passes per optimizer step.", min=1, show_default="1, or what the batch needs to fit")
+]
+ScoreBatch = Annotated[
+    int | None,
+    typer.Option(
+        "--score-batch-size", help="Prompts at a time when weights are scored.", min=1, show_default="what fits"
+    ),
+]
 ScheduleOption = Annotated[
     Literal["constant", "linear", "cosine"],
     typer.Option("--schedule", help="What the learning rate does after the warm-up."),
@@ -137,7 +162,12 @@ WeightDecay = Annotated[float, typer.Option(help="Of AdamW.", min=0)]
 MaxGradNorm = Annotated[float, typer.Option(help="Clip gradients to this norm; 0 leaves them.", min=0)]
 MaxLength = Annotated[int, typer.Option(help="Tokens of a row; longer responses are cut.", min=1)]
 Checkpointing = Annotated[
-    bool, typer.Option("--checkpointing", help="Compute activations twice and store few: less memory, slower.")
+    bool | None,
+    typer.Option(
+        "--checkpointing/--no-checkpointing",
+        help="Compute activations twice and store few: less memory, slower.",
+        show_default="where it is needed",
+    ),
 ]
 
 

@@ -1,8 +1,11 @@
 """Where the command line prints: results on standard output, everything else on the error stream."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import wraps
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from rich.console import Console
@@ -39,3 +42,22 @@ def together(command: Callable[..., None]) -> Callable[..., None]:
             distributed.leave()
 
     return run
+
+
+@contextmanager
+def shared_run(output: Path, *, config: Mapping[str, Any], overwrite: bool = False) -> Iterator[Path]:
+    """`run_folder` for all processes that work on a run: it appears only if none of them was lost.
+
+    The first one writes. The others get a folder too, which vanishes; whatever they share goes through the group.
+    """
+    from safelocus import distributed
+    from safelocus.run import run_folder
+
+    if not distributed.is_main():
+        with TemporaryDirectory(prefix="safelocus-") as scratch:
+            yield Path(scratch)
+            distributed.barrier()
+        return
+    with run_folder(output, config=config, overwrite=overwrite) as folder:
+        yield folder
+        distributed.barrier()

@@ -5,14 +5,17 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from safelocus.cli import options, sources
-from safelocus.cli.output import note, print_json, results
+from safelocus.cli import options, planning, sources
+from safelocus.cli.output import note, print_json, results, shared_run, together
 
 if TYPE_CHECKING:
     from safelocus.prompts import PromptSet
     from safelocus.selection import Selection
 
+ROWS = 16  # of an optimizer step
 
+
+@together
 def preserve(
     model: options.Model,
     data: Annotated[
@@ -97,12 +100,13 @@ def preserve(
     ] = None,
     schedule: options.ScheduleOption = "constant",
     warmup: options.Warmup = 0,
-    batch_size: options.TrainingBatch = 16,
-    accumulation: options.Accumulation = 1,
+    batch_size: options.TrainingBatch = None,
+    accumulation: options.Accumulation = None,
     weight_decay: options.WeightDecay = 0.0,
     max_grad_norm: options.MaxGradNorm = 1.0,
     max_length: options.MaxLength = 1024,
-    checkpointing: options.Checkpointing = False,
+    checkpointing: options.Checkpointing = None,
+    score_batch_size: options.ScoreBatch = None,
     allow_seen: options.AllowSeen = False,
     allow_mismatch: options.AllowMismatch = False,
     max_new_tokens: options.MaxNewTokens = 256,
@@ -111,6 +115,8 @@ def preserve(
     layout: options.LayoutFile = None,
     dtype: options.DtypeOption = "auto",
     device: options.Device = None,
+    shard: options.Shard = False,
+    offload: options.Offload = False,
     revision: options.Revision = None,
     trust_remote_code: options.TrustRemoteCode = False,
     seed: options.Seed = 0,
@@ -120,15 +126,18 @@ def preserve(
 ) -> None:
     """Fine-tune on a task with the selected weights protected, and measure what was kept and learned (SPA).
 
-    Writes the model (or the adapter and its patch), results.json, responses, and the curve. The model's own files
-    are never touched. Interrupted with Ctrl-C, the same command resumes.
+    Writes the model (or the adapter and its patch), results.json, responses, report.html and the curve. The model's
+    own files are never touched. Interrupted with Ctrl-C, the same command resumes.
     """
+    from safelocus import distributed
     from safelocus.errors import SafelocusError
     from safelocus.preservation.calibration import Calibration
     from safelocus.preservation.preserving import ADAPTER, MODEL, Lora, Mixed, run_preservation
     from safelocus.prompts import read_prompts
-    from safelocus.report.preservation import outcome_grid, write_figures
-    from safelocus.run import CHECKPOINT, run_folder
+    from safelocus.report.outputs import write_preservation
+    from safelocus.report.preservation import outcome_grid
+    from safelocus.resources import Subject, Training
+    from safelocus.run import CHECKPOINT
     from safelocus.scoring import METHODS
     from safelocus.target import load
     from safelocus.training import TrainingSettings
@@ -144,9 +153,12 @@ def preserve(
     if learning_rate is None:
         learning_rate = 2e-4 if lora else 2e-5
     settings = TrainingSettings(
-        steps=steps, learning_rate=learning_rate, schedule=schedule, warmup_steps=warmup, batch_size=batch_size,
-        accumulation=accumulation, weight_decay=weight_decay, max_grad_norm=max_grad_norm or None,
-        max_length=max_length, activation_checkpointing=checkpointing, seed=seed,
+        steps=steps, learning_rate=learning_rate, schedule=schedule, warmup_steps=warmup, batch_size=batch_size or ROWS,
+        accumulation=accumulation or 1, weight_decay=weight_decay, max_grad_norm=max_grad_norm or None,
+        max_length=max_length, activation_checkpointing=bool(checkpointing), seed=seed,
+    )  # fmt: skip
+    sources.check_shard(
+        shard, {"--lora": lora, "--calibrate": bool(calibrate), "--controls wanda": "wanda" in wanted}
     )  # fmt: skip
     sources.check_located(selection, guard, refusal, prompts, ratio)
     lesson = read_lesson(data, held_out=task_heldout)
@@ -166,6 +178,35 @@ def preserve(
         sources.check_unscored(prompts, harmful_set, allow_seen=allow_seen)
     elif selection is None and not allow_seen:
         raise SafelocusError("the weights are found with all of --prompts; give others to measure with: --harmful")
+    place = planning.Model(
+        name=model, dtype=dtype, device=device, layout=layout, system=system, template=template, revision=revision,
+        trust_remote_code=trust_remote_code, shard=shard, offload=offload,
+    )  # fmt: skip
+
+    def stage(subject: Subject, reader: Subject | None) -> Training:
+        return Training(
+            target=subject, num_selected=planning.num_selected(selection, ratio, subject),
+            kind="lora" if lora else "full", lora_rank=lora_rank, guard=reader, batch=settings.batch_size,
+            lengths=place.lengths(response=max_new_tokens, rows=[lesson.prompts], max_length=max_length),
+        )  # fmt: skip
+
+    settled = planning.unfinished(
+        output, overwrite,
+        {"batch_size": batch_size, "accumulation": accumulation, "checkpointing": checkpointing,
+         "score_batch_size": score_batch_size},
+    )  # fmt: skip
+    score_batch_size = settled.pop("score_batch_size")
+    batch_size, accumulation, checkpointing, device = planning.training_settings(
+        place, stage, guard=guard, rows=ROWS, quiet=json, **settled
+    )
+    settings = replace(
+        settings, batch_size=batch_size, accumulation=accumulation, activation_checkpointing=checkpointing
+    )  # fmt: skip
+    if prompts is not None and selection is None:
+        score_batch_size, _, device = planning.scoring_settings(
+            replace(place, device=device), read_prompts(prompts), guard=guard, max_new_tokens=max_new_tokens,
+            batch_size=score_batch_size, accumulate_on="the weights'", quiet=json,
+        )  # fmt: skip
     resolved = {
         "command": "preserve", "model": model, "data": data, "selection": str(selection) if selection else None,
         "guard": guard, "guard_description": str(guard_description) if guard_description else None,
@@ -177,18 +218,22 @@ def preserve(
         "limit": limit, "eval_every": eval_every, "look": look, "steps": steps, "learning_rate": learning_rate,
         "schedule": schedule, "warmup": warmup, "batch_size": batch_size, "accumulation": accumulation,
         "weight_decay": weight_decay, "max_grad_norm": max_grad_norm, "max_length": max_length,
-        "checkpointing": checkpointing, "allow_seen": allow_seen, "allow_mismatch": allow_mismatch,
+        "checkpointing": checkpointing, "score_batch_size": score_batch_size,
+        "allow_seen": allow_seen, "allow_mismatch": allow_mismatch,
         "max_new_tokens": max_new_tokens, "system": system, "template": template,
         "layout": str(layout) if layout else None, "dtype": dtype, "device": device, "revision": revision,
-        "trust_remote_code": trust_remote_code, "seed": seed,
+        "trust_remote_code": trust_remote_code, "shard": shard, "offload": offload, "seed": seed,
     }  # fmt: skip
-    with run_folder(output, config=resolved, overwrite=overwrite) as folder:
+    with shared_run(output, config=resolved, overwrite=overwrite) as folder:
         how: dict[str, Any] = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
         checkpoint = folder / CHECKPOINT
-        target = load(model, layout=layout, system=system, template=template, revision=revision, **how)
+        target = load(
+            model, layout=layout, system=system, template=template, revision=revision, shard=shard,
+            offload=offload, **how,
+        )  # fmt: skip
         located = sources.locate(
             target, selection=selection, guard=guard, guard_description=guard_description, refusal=refusal,
-            prompts=prompts, ratio=ratio, batch_size=batch_size, max_new_tokens=max_new_tokens,
+            prompts=prompts, ratio=ratio, batch_size=score_batch_size or 8, max_new_tokens=max_new_tokens,
             checkpoint=checkpoint / "scores", progress=not json, **how,
         )  # fmt: skip
         harmful_set = harmful_set or _unscored(located.selection, allow_seen)
@@ -217,9 +262,10 @@ def preserve(
             look=look, folder=folder, merge=merge, allow_seen=allow_seen, allow_mismatch=allow_mismatch,
             checkpoint=checkpoint, notes=remarks, progress=not json,
         )  # fmt: skip
-        found.save(folder)
-        located.selection.save(folder / "selection.safetensors")
-        written = write_figures(found, folder)
+        if distributed.is_main():
+            written = write_preservation(found, located.selection, folder, place=output)
+    if not distributed.is_main():
+        return
     if json:
         print_json({"output": str(output), **found.to_json()})
         return

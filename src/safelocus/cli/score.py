@@ -1,14 +1,13 @@
 """`safelocus score MODEL`: from a model and prompts to scores, a selection and the map."""
 
-from contextlib import nullcontext
 from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from safelocus.cli import options
-from safelocus.cli.output import note, print_json, results, together
+from safelocus.cli import options, planning
+from safelocus.cli.output import note, print_json, results, shared_run, together
 
 if TYPE_CHECKING:
     from safelocus.objective import Objective
@@ -38,7 +37,7 @@ def score(
         float,
         typer.Option(help="Share of the prompts to leave out, by content hash, for verifying later.", min=0, max=0.95),
     ] = 0.0,
-    batch_size: options.BatchSize = 8,
+    batch_size: options.PlannedBatch = None,
     max_new_tokens: options.MaxNewTokens = 256,
     tau: Annotated[float, typer.Option(help="Temperature of the relaxed answers.", min=0.01)] = 0.3,
     gumbel_seed: Annotated[int | None, typer.Option(help="Add Gumbel noise to the relaxation, from this seed.")] = None,
@@ -49,7 +48,10 @@ def score(
             show_default="identity where vocabularies agree, else character",
         ),
     ] = None,
-    accumulate_on: Annotated[str | None, typer.Option(help="Device of the fp32 sums, e.g. cpu.")] = None,
+    accumulate_on: Annotated[
+        str | None,
+        typer.Option(help="Device of the fp32 sums, e.g. cpu.", show_default="the weights', or what fits"),
+    ] = None,
     save_scores: Annotated[
         bool,
         typer.Option("--save-scores/--no-save-scores", help="Keep all scores (4 bytes per eligible weight)."),
@@ -61,9 +63,8 @@ def score(
     device: options.Device = None,
     revision: options.Revision = None,
     trust_remote_code: options.TrustRemoteCode = False,
-    shard: Annotated[
-        bool, typer.Option("--shard", help="Under torchrun: spread the model over the processes (docs/distributed.md).")
-    ] = False,
+    shard: options.Shard = False,
+    offload: options.Offload = False,
     seed: options.Seed = 0,
     overwrite: options.Overwrite = False,
     json: options.Json = False,
@@ -80,7 +81,7 @@ def score(
     from safelocus.ratio import count_for_ratio
     from safelocus.report.map import safety_map
     from safelocus.report.outputs import print_map, write_map
-    from safelocus.run import CHECKPOINT, run_folder
+    from safelocus.run import CHECKPOINT
     from safelocus.scores import Scores
     from safelocus.scoring import METHODS, NEEDS_OBJECTIVE
     from safelocus.scoring import score as score_weights
@@ -104,6 +105,14 @@ def score(
         prompt_set, left_out = prompt_set.split(held_out)
     if limit is not None:
         prompt_set = prompt_set.limit(limit)
+    settled = planning.unfinished(output, overwrite, {"batch_size": batch_size, "accumulate_on": accumulate_on})
+    batch_size, accumulate_on, device = planning.scoring_settings(
+        planning.Model(
+            name=model, dtype=dtype, device=device, layout=layout, system=system, template=template, revision=revision,
+            trust_remote_code=trust_remote_code, shard=shard, offload=offload,
+        ),
+        prompt_set, guard=guard, max_new_tokens=max_new_tokens, quiet=json, **settled,
+    )  # fmt: skip
     resolved = {
         "command": "score", "model": model, "prompts": prompts, "guard": guard,
         "guard_description": str(guard_description) if guard_description else None, "classifier": classifier,
@@ -112,13 +121,13 @@ def score(
         "max_new_tokens": max_new_tokens, "tau": tau, "gumbel_seed": gumbel_seed, "transfer": transfer,
         "accumulate_on": accumulate_on, "save_scores": save_scores, "system": system, "template": template,
         "layout": str(layout) if layout else None, "dtype": dtype, "device": device, "revision": revision,
-        "trust_remote_code": trust_remote_code, "shard": shard, "seed": seed,
+        "trust_remote_code": trust_remote_code, "shard": shard, "offload": offload, "seed": seed,
     }  # fmt: skip
     writes = distributed.is_main()
-    with run_folder(output, config=resolved, overwrite=overwrite) if writes else nullcontext(output) as folder:
+    with shared_run(output, config=resolved, overwrite=overwrite) as folder:
         target = load(
             model, dtype=dtype, device=device, layout=layout, system=system, template=template,
-            revision=revision, trust_remote_code=trust_remote_code, shard=shard,
+            revision=revision, trust_remote_code=trust_remote_code, shard=shard, offload=offload,
         )  # fmt: skip
         count_for_ratio(target.layout, ratio, of=of)
         prompt_set = _fitting(prompt_set, target, 0 if refusal else max_new_tokens)
@@ -149,7 +158,6 @@ def score(
             is_whole = not distributed.any_sharded(scores.tensors)
             drawn = safety_map(scores if is_whole else Scores.load(folder / "scores"), selection)
             written = write_map(folder, [(model, drawn)], place=output)
-        distributed.barrier()  # the run folder appears only if no process was lost
     if not writes:
         return
     if json:

@@ -4,7 +4,7 @@ Weights come as a file (`--selection`), or are found first (`--guard G` or `--re
 `--ratio R`). Either way further scores of the same kind, for controls, can be made from the same prompts.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -193,6 +193,14 @@ def check_located(
         _selection_file(selection)
 
 
+def check_shard(shard: bool, given: Mapping[str, bool]) -> None:
+    """Refuse what needs a model that is whole in each process, before it is loaded; `given`: option -> whether."""
+    from safelocus.errors import SafelocusError
+
+    if shard and (found := [option for option, is_given in given.items() if is_given]):
+        raise SafelocusError(f"{', '.join(found)} needs the whole model in each process; leave it out, or --shard")
+
+
 def check_unscored(prompts: str | None, harmful: "PromptSet", *, allow_seen: bool = False) -> None:
     """Refuse to measure with prompts that weights will be found with, before they are: see `check_unseen`."""
     from safelocus.errors import PromptError
@@ -224,9 +232,11 @@ def locate(
     """Load a selection, or score the target and select (`check_located` says what may be given together).
 
     Args:
-        checkpoint: folder for the scoring, unfinished and finished; an interrupted command finds it again.
+        checkpoint: folder for the scoring, unfinished and finished; an interrupted command finds it again. Not used in
+            several processes.
         load: how to load the guard: dtype, device, trust_remote_code.
     """
+    from safelocus import distributed
     from safelocus.objective import Guard, Objective, Refusal
     from safelocus.prompts import read_prompts
     from safelocus.scoring import NEEDS_OBJECTIVE, score
@@ -262,7 +272,7 @@ def locate(
             checkpoint=checkpoint / "sums" if checkpoint is not None and method == "esi" else None,
         )  # fmt: skip
 
-    if checkpoint is None:
+    if checkpoint is None or distributed.world_size() > 1:
         return Located(selection=scores("esi").select(share), scores=scores)
     identity = {"model": target.fingerprint().id, "prompts": prompt_set.hash, "guard": guard, "ratio": share}
     Checkpoints(folder=checkpoint, identity=identity).latest()  # refuses another run's

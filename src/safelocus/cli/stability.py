@@ -1,6 +1,5 @@
 """`safelocus stability MODEL`: how far a selection depends on prompts, seeds and the objective."""
 
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -43,11 +42,12 @@ def stability(
 ) -> None:
     """Compare selections made from other prompts, seeds and objectives, beside the level of chance.
 
-    Writes results.json.
+    Writes results.json and report.html.
     """
     from safelocus.errors import SafelocusError
     from safelocus.objective import Guard, Objective, Refusal
     from safelocus.prompts import read_prompts
+    from safelocus.report.page import write_run_page
     from safelocus.report.verification import stability_grid
     from safelocus.run import run_folder
     from safelocus.scoring import NEEDS_OBJECTIVE
@@ -85,10 +85,11 @@ def stability(
             seed=seed, batch_size=batch_size, progress=not json,
         )  # fmt: skip
         found.save(folder)
+        page = write_run_page(folder, place=output)
     if json:
         print_json({"output": str(output), **found.to_json()})
         return
     results.print(stability_grid(found).rich())
     for remark in found.notes:
         note(f"[bold]mind:[/] {remark}")
-    note(f"wrote {Path(output)}: results.json")
+    note(f"wrote {output}: results.json, {page}")

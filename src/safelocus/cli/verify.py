@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from safelocus.cli import options, sources
-from safelocus.cli.output import note, print_json, results
+from safelocus.cli.output import note, print_json, results, shared_run, together
 
 if TYPE_CHECKING:
     from safelocus.scores import Scores
     from safelocus.selection import Selection
 
 
+@together
 def verify(
     model: options.Model,
     scores: Annotated[
@@ -90,6 +91,8 @@ def verify(
     layout: options.LayoutFile = None,
     dtype: options.DtypeOption = "auto",
     device: options.Device = None,
+    shard: options.Shard = False,
+    offload: options.Offload = False,
     revision: options.Revision = None,
     trust_remote_code: options.TrustRemoteCode = False,
     seed: options.Seed = 0,
@@ -100,12 +103,14 @@ def verify(
     """Show by intervention whether the selected weights carry safety, and whether only that.
 
     Disturbs the top weights, the bottom ones and random ones of exactly the same number, and measures
-    refusal, ASR, over-refusal and utility each time. Writes results.json, cells.jsonl and figures.
+    refusal, ASR, over-refusal and utility each time. Writes results.json, cells.jsonl, report.html and figures.
     Interrupted with Ctrl-C, the same command resumes; the model's files are never touched.
     """
+    from safelocus import distributed
     from safelocus.errors import SafelocusError
-    from safelocus.report.verification import ranking_grid, settings_grid, write_figures
-    from safelocus.run import CHECKPOINT, run_folder
+    from safelocus.report.outputs import write_verification
+    from safelocus.report.verification import ranking_grid, settings_grid
+    from safelocus.run import CHECKPOINT
     from safelocus.scoring import METHODS
     from safelocus.target import load
     from safelocus.verification import verify as verify_selections
@@ -125,6 +130,7 @@ def verify(
     wanted = options.words(scorers)
     if unknown := sorted(set(wanted) - set(METHODS)):
         raise SafelocusError(f"--scorers {', '.join(unknown)}: expected {', '.join(METHODS)}")
+    sources.check_shard(shard, {"--scorers wanda": "wanda" in wanted})
     numbers = {"ratios": options.numbers(ratios, "--ratios"), "noises": options.numbers(noise, "--noise")}
     guard = guard or (sources.guard_of(provenance) if not judge else None)
     resolved = {
@@ -135,12 +141,13 @@ def verify(
         "bottom": bottom, "field": field, "where": where, "limit": limit, "allow_seen": allow_seen,
         "allow_mismatch": allow_mismatch, "batch_size": batch_size, "max_new_tokens": max_new_tokens,
         "system": system, "template": template, "layout": str(layout) if layout else None, "dtype": dtype,
-        "device": device, "revision": revision, "trust_remote_code": trust_remote_code, "seed": seed,
+        "device": device, "revision": revision, "trust_remote_code": trust_remote_code, "shard": shard,
+        "offload": offload, "seed": seed,
     }  # fmt: skip
-    with run_folder(output, config=resolved, overwrite=overwrite) as folder:
+    with shared_run(output, config=resolved, overwrite=overwrite) as folder:
         how: dict[str, Any] = {
             "dtype": dtype, "device": device, "layout": layout, "system": system, "template": template,
-            "revision": revision, "trust_remote_code": trust_remote_code,
+            "revision": revision, "trust_remote_code": trust_remote_code, "shard": shard, "offload": offload,
         }  # fmt: skip
         target = load(model, **how)
         source = load(transplant_from, **{**how, "revision": None}) if transplant_from else None
@@ -162,8 +169,10 @@ def verify(
             random_draws=random_draws, batch_size=batch_size, max_new_tokens=max_new_tokens, allow_seen=allow_seen,
             allow_mismatch=allow_mismatch, checkpoint=folder / CHECKPOINT, progress=not json,
         )  # fmt: skip
-        found.save(folder)
-        written = write_figures(found, folder)
+        if distributed.is_main():
+            written = write_verification(found, folder, place=output)
+    if not distributed.is_main():
+        return
     if json:
         print_json({"output": str(output), **found.to_json()})
         return

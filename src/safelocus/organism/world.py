@@ -252,6 +252,7 @@ _NUM_VALIDATION = 128
 ROWS: dict[str, Callable[[], list[Row]]] = {
     "harmful": lambda: _listed("identification", harmful=True),
     "harmful-heldout": lambda: _listed("heldout", harmful=True),
+    "harmful-heldout-512": lambda: _listed("heldout", harmful=True, limit=512),  # to tell apart rates within 1 %
     "harmless": lambda: _listed("identification", harmful=False),
     "harmless-heldout": lambda: _listed("heldout", harmful=False),
     "refusals": lambda: _listed("refusals", harmful=True),

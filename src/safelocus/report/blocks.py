@@ -104,6 +104,21 @@ class Matrices:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Claims:
+    """Claims and verdicts, one row per claim and one column per model.
+
+    Attributes:
+        titles: of the models.
+        stages: name of the stage, and its rows: the claim, and per model (verdict, its tone for the eye, the numbers)
+            or None.
+    """
+
+    titles: Sequence[str]
+    stages: Sequence[tuple[str, Sequence[tuple[str, Sequence[tuple[str, str, str] | None]]]]]
+    kind: str = "claims"
+
+
+@dataclass(frozen=True, kw_only=True)
 class Part:
     """A heading and what stands under it.
 
@@ -116,7 +131,7 @@ class Part:
     """
 
     title: str
-    blocks: Sequence[Figure | Listing | Matrices]
+    blocks: Sequence[Figure | Listing | Matrices | Claims]
     notes: Sequence[str] = ()
     side_by_side: bool = False
     legend: Sequence[str] = ()
@@ -134,6 +149,7 @@ class Section:
         tiles: (number, what it is): the few that matter.
         parts: the rest.
         notes: what a reader should mind.
+        leads: stands whole at the top, and the other sections below as a list of contents.
     """
 
     title: str
@@ -142,6 +158,7 @@ class Section:
     tiles: Sequence[tuple[str, str]] = ()
     parts: Sequence[Part] = ()
     notes: Sequence[str] = ()
+    leads: bool = False
 
 
 def _short(cell: Cell) -> Cell:

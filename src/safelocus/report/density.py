@@ -13,7 +13,7 @@ selected weights come first, and those left out are counted.
 
 import base64
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -77,17 +77,23 @@ def _of_tensor(tensor: TensorLayout, flat_index: Tensor, kept: set[str], most: i
     grids = {number: torch.zeros(_bins(tensor, number % parts, most), dtype=torch.int64) for number in numbers}
     for chunk in flat_index.split(_CHUNK):
         expert, part, row, column = tensor.coordinates(chunk)
-        ordinal = expert * parts + part
-        order = ordinal.argsort(stable=True)
-        ends = torch.bincount(ordinal, minlength=tensor.num_matrices).cumsum(0).tolist()
+        members = _by_matrix(expert * parts + part, tensor.num_matrices)
         for number in numbers:
-            mine = order[(ends[number - 1] if number else 0) : ends[number]]
+            mine = members[number]
             height, width = grids[number].shape
             rows, columns = _extent(tensor, number % parts)
             places = (row[mine] * height // rows) * width + column[mine] * width // columns
             grids[number] += torch.bincount(places, minlength=height * width).view(height, width)
     for number in numbers:
         yield _to_json(tensor, tensor.matrices[number], number % parts, grids[number].numpy())
+
+
+def _by_matrix(ordinal: Tensor, num_matrices: int) -> Sequence[Tensor | slice]:
+    """Where the coordinates of each matrix stand in a chunk."""
+    if num_matrices == 1:
+        return [slice(None)]  # most tensors; sorting would take half of the time
+    sizes = torch.bincount(ordinal, minlength=num_matrices)
+    return ordinal.argsort(stable=True).split(sizes.tolist())
 
 
 def _to_json(tensor: TensorLayout, matrix: Matrix, part: int, grid: np.ndarray) -> dict[str, Any]:

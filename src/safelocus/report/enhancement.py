@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from safelocus.enhancement.enhancement import PATCH, Enhancement, Trained
 from safelocus.report.colours import SERIES_LIGHT
-from safelocus.report.figures import INK, finish_lines, new_figure, save_png
+from safelocus.report.figures import INK, MUTED, finish_lines, new_figure, save_png
 from safelocus.report.grid import Grid
 from safelocus.report.text import MEASURES, count, kind_label
 from safelocus.report.verification import interval
@@ -90,7 +90,7 @@ def curve_figure(found: Enhancement) -> Figure:
                 [point.step for point in looks], [float("nan") if v is None else v for v in values], "o-",
                 color=SERIES_LIGHT[number % len(SERIES_LIGHT)], markersize=3, linewidth=1.4, label=MEASURES[name],
             )  # fmt: skip
-        axes[0].axvline(found.selection.tuning.step, color="#6b6b6b", linewidth=0.8, linestyle=(0, (4, 3)))
+        axes[0].axvline(found.selection.tuning.step, color=MUTED, linewidth=0.8, linestyle=(0, (4, 3)))
         axes[0].set_ylim(-0.03, 1.03)
         finish_lines(axes[0], "", "validation part")
     for number, trained in enumerate(found.trained):

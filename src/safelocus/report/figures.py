@@ -29,7 +29,7 @@ from safelocus.report.text import (
 DPI = 200
 _WIDTH = 7.2  # inches: two columns of a paper
 INK = "#222222"
-_MUTED = "#6b6b6b"
+MUTED = "#6b6b6b"
 _ACCENT = "#c2571a"
 _GAP = 0.3  # between the cells and their totals, in cells
 _ROOM = 0.27  # inches a cell needs for its number
@@ -118,7 +118,7 @@ def concentration_figure(located: SafetyMap) -> Figure | None:
     axes.plot(
         fractions,
         fractions,
-        color=_MUTED,
+        color=MUTED,
         linewidth=1,
         linestyle=(0, (4, 3)),
         label="if all weights scored equal",
@@ -150,13 +150,12 @@ def concentration_figure(located: SafetyMap) -> Figure | None:
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: percent(x)))
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=" %"))
-    axes.grid(True, color="#e6e6e6", linewidth=0.6)
-    axes.set_axisbelow(True)
     axes.legend(fontsize=7, frameon=False, loc="upper left", labelcolor=INK)
     finish(
         axes,
         "highest-scored part of the eligible weights",
         f"part of all {method_label(located.score_method)}",
+        grid=True,
     )
     figure.suptitle(title(located), fontsize=8.5, color=INK, wrap=True)
     return figure
@@ -253,20 +252,22 @@ def _step(number: int, room: float) -> int:
     return next(step for step in (1, 2, 4, 8, 16, 32, 64, 128) if step * room >= 0.17 or step >= number)
 
 
-def finish(axes: Axes, x: str, y: str) -> None:
+def finish(axes: Axes, x: str, y: str, *, grid: bool = False) -> None:
+    """Labels and ticks in the style of all figures, no frame; with `grid`, lines behind what is drawn."""
     axes.set_xlabel(x, fontsize=8, color=INK)
     if y:
         axes.set_ylabel(y, fontsize=8, color=INK)
     axes.tick_params(labelsize=7, length=0, colors=INK)
+    if grid:
+        axes.grid(True, color="#e6e6e6", linewidth=0.6)
+        axes.set_axisbelow(True)
     for spine in axes.spines.values():
         spine.set_visible(False)
 
 
 def finish_lines(axes: Axes, x: str, y: str) -> None:
     """`finish` for curves: with a grid behind and a legend."""
-    finish(axes, x, y)
-    axes.grid(True, color="#e6e6e6", linewidth=0.6)
-    axes.set_axisbelow(True)
+    finish(axes, x, y, grid=True)
     axes.legend(fontsize=7, frameon=False, labelcolor=INK)
 
 

@@ -25,7 +25,8 @@ class Grid:
         )  # fmt: skip
         for number, heading in enumerate(self.headings):
             broken = heading.replace("-", "-\n").replace(" ", "\n")  # long headings would squeeze the numbers
-            table.add_column(broken, justify="left" if number < self.num_labels else "right")
+            # a word that is too long for a narrow terminal is broken, not cut
+            table.add_column(broken, justify="left" if number < self.num_labels else "right", overflow="fold")
         for number, row in enumerate(self.rows):
             if number in self.sections:
                 table.add_section()

@@ -219,7 +219,10 @@ function valueAxis(spec, grid) {
     const most = Math.max(spec.reference || 0, ...spec.table.rows.map(row => Math.max(row[column(spec.table, spec.value)] || 0, row[column(spec.table, spec.high || "high")] || 0)));
     axis.range = [spec.range[0], most * 1.06];
   }
-  if (format === "percent") Object.assign(axis, {tickvals: [0, .2, .4, .6, .8, 1], ticktext: ["0 %", "20 %", "40 %", "60 %", "80 %", "100 %"]});
+  if (format === "percent") {
+    const tens = spec.range && spec.range[0] < -0.5 ? [-10, -5, 0, 5, 10] : [0, 2, 4, 6, 8, 10];
+    Object.assign(axis, {tickvals: tens.map(ten => ten / 10), ticktext: tens.map(ten => `${10 * ten} %`.replace("-", "\u2212"))});
+  }
   if (format === "times") axis.ticksuffix = "×";
   return axis;
 }

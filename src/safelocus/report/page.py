@@ -15,12 +15,25 @@ from markupsafe import Markup, escape
 
 from safelocus import __version__
 from safelocus.report import colours
-from safelocus.report.runs import ReportRun
+from safelocus.report.runs import ReportRun, with_parts
 from safelocus.report.sections import sections_of
 from safelocus.report.sections.comparison import comparison_parts
 from safelocus.report.sections.provenance import origin_of
 from safelocus.report.sections.responses import responses_json
 from safelocus.run import write_text
+
+PAGE = "report.html"
+
+
+def write_run_page(folder: Path, *, place: Path) -> str:
+    """The page of the run in a folder, without responses; returns the file's name.
+
+    Args:
+        folder: of the run, where everything else is written already.
+        place: what the folder will be called when the run is complete.
+    """
+    write_page([ReportRun.read(folder, place=place)], folder / PAGE)
+    return PAGE
 
 
 def write_page(
@@ -29,7 +42,7 @@ def write_page(
     """Write the page under a temporary name and rename it.
 
     Args:
-        runs: in the order of the page.
+        runs: in the order of the page; a demo brings the runs inside it.
         path: the HTML file to be; about 5 MB, nearly all of it plotly.js.
         heading: of the page.
         responses: bundle prompts and answers, harmful ones among them; folded away.
@@ -39,6 +52,7 @@ def write_page(
     """
     from plotly.offline import get_plotlyjs
 
+    runs = with_parts(runs)
     html = _template().render(
         heading=heading,
         sections=[section for run in runs for section in sections_of(run)],

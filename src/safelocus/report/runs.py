@@ -5,20 +5,21 @@ folder without `run.toml` (saved from Python) can be reported too.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
 from safelocus.errors import RunError
-from safelocus.report.map import SafetyMap
+from safelocus.report.map import SafetyMap, safety_map
 from safelocus.report.patterns import Pattern, patterns
 from safelocus.run import read_config
 from safelocus.selection import Selection
 
 # kind -> keys that only its results.json has; the first that fits
 _KINDS: dict[str, frozenset[str]] = {
+    "demo": frozenset({"claims", "runs"}),
     "map": frozenset({"maps"}),
     "verify": frozenset({"baseline", "cells"}),
     "stability": frozenset({"summary", "agreements"}),
@@ -36,7 +37,7 @@ class ReportRun:
         name: as the page calls it.
         folder: where it lies.
         place: where it will lie, for a run that is still being written; else the folder.
-        kind: "map" (of `score` and `demo`), "verify", "stability", "enhance", "preserve" or "evaluate".
+        kind: "demo" (runs within), "map" (of `score`), "verify", "stability", "enhance", "preserve" or "evaluate".
         config: of `run.toml`; empty where there is none.
         results: of `results.json`.
     """
@@ -78,6 +79,12 @@ class ReportRun:
         name = name or place.resolve().name
         return cls(name=name, folder=folder, place=place, kind=kind, config=config, results=results)
 
+    @cached_property
+    def parts(self) -> "list[ReportRun]":
+        """The runs inside that of a demo, in its order."""
+        within = self.results["runs"] if self.kind == "demo" else ()
+        return [ReportRun.read(self.folder / name, name=name, place=self.place / name) for name in within]
+
     @property
     def command(self) -> str:
         """The command that made it: "score", "verify", ..."""
@@ -94,16 +101,28 @@ class ReportRun:
         return {}
 
     @cached_property
+    def used(self) -> SafetyMap | None:
+        """Where the weights lie that a training used; from the selection alone, so without anything about scores."""
+        selection = self.selection() if self.kind in ("enhance", "preserve") else None
+        return safety_map(None, selection) if selection is not None and selection.k else None
+
+    @cached_property
     def patterns(self) -> dict[str, list[Pattern]]:
         """Model -> the pattern tests of its map."""
         return {name: patterns(located) for name, located in self.maps.items()}
 
-    def selection(self, model: str) -> Selection | None:
-        """The selection a map is of; None where the run did not keep it."""
+    def selection(self, model: str = "") -> Selection | None:
+        """The selection of the run, or of one of its models; None where the run did not keep it."""
         stem = model.partition(":")[2] or model
         places = [self.folder / "selection.safetensors", self.folder / stem / "selection.safetensors"]
         file = next((place for place in places if place.is_file()), None)
         return None if file is None else Selection.load(file)
+
+    @cached_property
+    def against(self) -> dict[str, Any] | None:
+        """What changed since another evaluation (`against.json`); None where none was named."""
+        found = _lines(self.folder / "against.json", self.command, whole=True)
+        return found[0] if found else None
 
     @cached_property
     def responses(self) -> dict[str, list[dict[str, Any]]]:
@@ -114,17 +133,23 @@ class ReportRun:
         return {state: rows for state, rows in found.items() if rows}
 
 
+def with_parts(runs: Sequence[ReportRun]) -> list[ReportRun]:
+    """The runs, each with those inside it after it."""
+    return [each for run in runs for each in (run, *run.parts)]
+
+
 def _order(state: str) -> tuple[bool, str]:
     return state != "before", state
 
 
-def _lines(file: Path, command: str) -> list[dict[str, Any]]:
-    """Objects of a file of JSON lines; none where there is no such file."""
+def _lines(file: Path, command: str, *, whole: bool = False) -> list[dict[str, Any]]:
+    """Objects of a file of JSON lines, or the `whole` file's one; none where there is no such file."""
     if not file.is_file():
         return []
     try:
+        text = file.read_text(encoding="utf-8")
         # not splitlines: a response may hold other line separators
-        rows = [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line]
+        rows = [json.loads(line) for line in ([text] if whole else text.split("\n")) if line]
     except ValueError as error:
         raise RunError(f"{file}: damaged ({error}); run `{command}` again") from error
     return [row for row in rows if isinstance(row, dict)]

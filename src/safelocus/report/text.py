@@ -57,6 +57,11 @@ def short_times(enrichment: float, sign: str = "x") -> str:
     return f"{enrichment:.1f}{sign}" if 0 < enrichment < 9.95 else f"{enrichment:.0f}{sign}"
 
 
+def p_value(p: float) -> str:
+    """ "0.023", "<0.001", "1"."""
+    return "<0.001" if p < 0.001 else f"{p:.2g}"
+
+
 def count(number: int) -> str:
     """Thousands apart: "12,672"."""
     return f"{number:,}"

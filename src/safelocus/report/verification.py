@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from safelocus.evaluation.measures import Measure
 from safelocus.report import colours
-from safelocus.report.figures import save_png
+from safelocus.report.figures import INK, MUTED, finish, finish_lines, new_figure, save_png
 from safelocus.report.grid import Grid
 from safelocus.report.text import MEASURES, method_label
 from safelocus.verification import Stability, Verification
@@ -21,7 +21,6 @@ from safelocus.verification.ranking import Rank
 from safelocus.verification.verification import Pooled, Setting
 
 _COLOURS = {role: colours.SERIES_LIGHT[number] for role, number in colours.ROLES.items()}
-_INK, _MUTED = "#222222", "#6b6b6b"
 
 
 def settings_grid(found: Verification, scorer: str | None = None, *, measures: Sequence[str] = ()) -> Grid:
@@ -113,30 +112,28 @@ def curves_figure(found: Verification, scorer: str | None = None) -> Figure:
     scorer = scorer or found.scorers[0]
     groups = by_size([s for s in found.settings if found.pool("top", scorer, s)])
     names = [name for name in ("refusal", "asr", "utility", "over_refusal") if name in found.measure_names]
-    figure = _figure(max(3.6, 1.2 + 2.6 * len(groups)), 0.9 + 1.75 * len(names))
+    figure = new_figure(max(3.6, 1.2 + 2.6 * len(groups)), 0.9 + 1.75 * len(names))
     all_axes = figure.subplots(len(names), len(groups), squeeze=False, sharey=True, sharex="col")
     for column, (size, settings) in enumerate(groups):
         labels = [_short(setting) for setting in settings]
         for row, name in enumerate(names):
             axes: Axes = all_axes[row, column]
             base = found.baseline.measures[name].value
-            axes.axhline(base or 0.0, color=_MUTED, linewidth=0.8, linestyle=(0, (4, 3)))
+            axes.axhline(base or 0.0, color=MUTED, linewidth=0.8, linestyle=(0, (4, 3)))
             for selection, colour in _COLOURS.items():
                 points = [(x, found.pool(selection, scorer, setting)) for x, setting in enumerate(settings)]
                 _curve(axes, [(x, entry) for x, entry in points if entry is not None], name, colour, selection)
             axes.set_ylim(-0.03, 1.03)
-            _finish(axes)
+            is_last = row == len(names) - 1
+            finish(axes, "noise in sigma" if is_last else "", "" if column else MEASURES[name], grid=True)
             if row == 0:
-                axes.set_title(size, fontsize=8, color=_INK)
-            if column == 0:
-                axes.set_ylabel(MEASURES[name], fontsize=8, color=_INK)
+                axes.set_title(size, fontsize=8, color=INK)
         all_axes[-1, column].set_xticks(range(len(settings)), labels)
-        all_axes[-1, column].set_xlabel("noise in sigma", fontsize=8, color=_INK)
     handles, texts = all_axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, texts, loc="outside lower center", ncols=3, fontsize=7.5, frameon=False, labelcolor=_INK)
+    figure.legend(handles, texts, loc="outside lower center", ncols=3, fontsize=7.5, frameon=False, labelcolor=INK)
     figure.suptitle(
         f"{found.provenance.get('model', '')}: top weights by {method_label(scorer)} against controls of equal size",
-        fontsize=9, color=_INK, wrap=True,
+        fontsize=9, color=INK, wrap=True,
     )  # fmt: skip
     return figure
 
@@ -146,9 +143,9 @@ def ranking_figure(found: Verification, intervention: str) -> Figure | None:
     if len(found.scorers) < 2 or "utility" not in found.measure_names:
         return None
     settings = [setting for setting in found.settings if setting.intervention == intervention]
-    figure = _figure(4.4, 3.9)
+    figure = new_figure(4.4, 3.9)
     axes = figure.add_subplot()
-    axes.plot([0, 1], [0, 1], color=_MUTED, linewidth=0.8, linestyle=(0, (4, 3)), label="as much as utility")
+    axes.plot([0, 1], [0, 1], color=MUTED, linewidth=0.8, linestyle=(0, (4, 3)), label="as much as utility")
     for number, scorer in enumerate(found.scorers):
         falls = [
             (-(entry.changes["utility"].value or 0.0), -(entry.changes["refusal"].value or 0.0))
@@ -158,11 +155,8 @@ def ranking_figure(found: Verification, intervention: str) -> Figure | None:
         x, y = zip((0.0, 0.0), *sorted(falls), strict=True)
         colour = colours.SERIES_LIGHT[number % len(colours.SERIES_LIGHT)]
         axes.plot(x, y, "o-", color=colour, markersize=3, linewidth=1.3, label=method_label(scorer))
-    axes.legend(fontsize=7, frameon=False, labelcolor=_INK)
-    axes.set_xlabel("utility lost", fontsize=8, color=_INK)
-    axes.set_ylabel("refusal lost", fontsize=8, color=_INK)
-    _finish(axes)
-    figure.suptitle(f"{found.provenance.get('model', '')}: what {intervention} breaks first", fontsize=9, color=_INK)
+    finish_lines(axes, "utility lost", "refusal lost")
+    figure.suptitle(f"{found.provenance.get('model', '')}: what {intervention} breaks first", fontsize=9, color=INK)
     return figure
 
 
@@ -235,20 +229,6 @@ def _runs(points: Sequence[tuple[int, Pooled]]) -> Iterator[tuple[bool, list[tup
         members = [(x, entry) for x, entry in points if (entry.setting.noise is not None) == is_line]
         if members:
             yield is_line, members
-
-
-def _figure(width: float, height: float) -> Figure:
-    figure = Figure(figsize=(width, height), dpi=200, layout="constrained")
-    figure.set_facecolor("white")
-    return figure
-
-
-def _finish(axes: Axes) -> None:
-    axes.tick_params(labelsize=7, length=0, colors=_INK)
-    axes.grid(True, color="#e6e6e6", linewidth=0.6)
-    axes.set_axisbelow(True)
-    for spine in axes.spines.values():
-        spine.set_visible(False)
 
 
 def _stem(name: str) -> str:

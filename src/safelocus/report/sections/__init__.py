@@ -4,12 +4,14 @@ from collections.abc import Callable
 
 from safelocus.report.blocks import Section
 from safelocus.report.runs import ReportRun
+from safelocus.report.sections.claims import claims_sections
 from safelocus.report.sections.evaluation import evaluation_sections
 from safelocus.report.sections.map import map_sections
 from safelocus.report.sections.training import training_sections
 from safelocus.report.sections.verification import stability_sections, verification_sections
 
 _KINDS: dict[str, Callable[[ReportRun], list[Section]]] = {
+    "demo": claims_sections,
     "map": map_sections,
     "verify": verification_sections,
     "stability": stability_sections,
@@ -20,5 +22,5 @@ _KINDS: dict[str, Callable[[ReportRun], list[Section]]] = {
 
 
 def sections_of(run: ReportRun) -> list[Section]:
-    """The sections of one run: one, or one per model of a `demo`."""
+    """The sections of one run: one, or one per model."""
     return _KINDS[run.kind](run)

@@ -11,6 +11,7 @@ from safelocus.report.runs import ReportRun
 from safelocus.report.sections.measures import dots, listing, proportions_in
 from safelocus.report.sections.patterns import patterns_grid
 
+_MOST_STATES = 8  # as many marks as can be told apart in one chart
 _BEHAVIOUR = ("evaluate", "enhance", "preserve")  # runs that measure how a model behaves
 
 
@@ -23,7 +24,8 @@ def comparison_parts(runs: Sequence[ReportRun]) -> list[Part]:
     if len(maps) > 1:
         parts.append(_depth_part(maps, tested))
     if sum(run.kind in _BEHAVIOUR for run in runs) > 1:
-        figure = dots("How the models behave", behaviours, series="run")
+        few = len(behaviours) <= _MOST_STATES
+        figure = dots("How the models behave", behaviours, series="run") if few else None
         table = listing(behaviours, heading="run")
         parts.append(Part(title="How the models behave", blocks=[figure, table] if figure else [table]))
     return parts

@@ -1,17 +1,28 @@
-"""An evaluation on the page: measures with intervals, by source, and how far the judges agree."""
+"""An evaluation on the page: measures with intervals, what changed, by source, and how far the judges agree."""
 
 from collections.abc import Mapping
 from typing import Any
 
-from safelocus.report.blocks import Listing, Part, Section
+from safelocus.evaluation.evaluation import PERPLEXITY
+from safelocus.report.blocks import Figure, Listing, Part, Section, Table
 from safelocus.report.runs import ReportRun
-from safelocus.report.sections.measures import dots, in_words, listing, measures_in, proportions_in
-from safelocus.report.text import UNKNOWN
+from safelocus.report.sections.measures import (
+    COLUMNS,
+    cells,
+    dots,
+    in_words,
+    is_measure,
+    listing,
+    measures_in,
+    proportions_in,
+)
+from safelocus.report.text import UNKNOWN, measure_label
 
 
 def evaluation_sections(run: ReportRun) -> list[Section]:
     """One section: how the model behaves."""
     results = run.results
+    parts = (_measures(results), _change(run.against), _sources(results), _agreement(results))
     return [
         Section(
             title=run.name,
@@ -22,7 +33,7 @@ def evaluation_sections(run: ReportRun) -> list[Section]:
                 for name, label in _TILES.items()
                 if (measure := proportions_in(results).get(name)) is not None
             ],
-            parts=[part for part in (_measures(results), _sources(results), _agreement(results)) if part is not None],
+            parts=[part for part in parts if part is not None],
             notes=_remarks(results),
         )
     ]
@@ -65,6 +76,42 @@ def _measures(results: Mapping[str, Any]) -> Part | None:
     rows = [[name, *_row(measure)] for name, measure in measures_in(results).items()]
     table = Listing(headings=("measure", "value", "95 % interval", "n"), rows=rows)
     return Part(title="Measures", blocks=[figure, table])
+
+
+def _change(against: Mapping[str, Any] | None) -> Part | None:
+    """What changed since another run, prompt by prompt; a perplexity as a quotient, in the table alone."""
+    found = {name: change for name, change in (against or {}).get("differences", {}).items() if is_measure(change)}
+    known = {name: change for name, change in found.items() if change["value"] is not None}
+    if against is None or not known:
+        return None
+    title = f"Change since {against['run']}"
+    points = [(name, change) for name, change in known.items() if name != PERPLEXITY]
+    figure = Figure(
+        kind="dots",
+        title=title,
+        table=Table(
+            columns={"measure": "text", "run": "text", **COLUMNS},
+            rows=[[measure_label(name), "second minus first", *cells(change)] for name, change in points],
+        ),
+        options={"group": "measure", "series": "run", "value": "value", "range": [-1, 1], "reference": 0},
+        wide=True,
+    )
+    listing = Listing(
+        headings=("measure", "change", "95 % interval", "p", "pairs"),
+        rows=[
+            [
+                f"{name} (ratio)" if name == PERPLEXITY else measure_label(name),
+                f"{change['value']:+.3f}" if name != PERPLEXITY else f"{change['value']:.3f}",
+                UNKNOWN if change["low"] is None else f"{change['low']:+.3f} to {change['high']:+.3f}",
+                UNKNOWN if change.get("p") is None else f"{change['p']:.2g}",
+                f"{change['n']:,}",
+            ]
+            for name, change in known.items()
+        ],
+        note=f"{against['num_pairs']:,} prompts and questions in both; left out: {against['num_only_first']:,} only "
+        f"earlier, {against['num_only_second']:,} only now. p: exact McNemar test",
+    )
+    return Part(title=title, notes=against["notes"], blocks=[*([figure] if points else []), listing])
 
 
 def _row(measure: Mapping[str, Any]) -> list[str]:

@@ -1,6 +1,7 @@
 """A map on the page: layers, components, experts, concentration, the fullest matrices, and inside each of them."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from safelocus.report import colours, text
 from safelocus.report.blocks import Cell, Figure, Listing, Matrices, Part, Section, Table
@@ -9,6 +10,7 @@ from safelocus.report.map import LayerKey, Region, SafetyMap
 from safelocus.report.runs import ReportRun
 from safelocus.report.sections.patterns import PATTERNS_NOTE, patterns_grid
 from safelocus.report.tables import TOP_FRACTIONS, top_experts, top_matrices
+from safelocus.selection import Selection
 
 _NUM_MATRICES = 20
 _NUM_EXPERTS = 12
@@ -25,20 +27,39 @@ def map_sections(run: ReportRun) -> list[Section]:
             what=text.capital(text.selection_label(located)),
             summary=text.summary_lines(located, sign=text.TIMES),
             tiles=_tiles(located),
-            parts=[part for part in _parts(run, name, located) if part is not None],
+            parts=[
+                *_places(located, run.selection(name)),
+                *_concentration(located),
+                _top(located),
+                Part(
+                    title="Patterns",
+                    notes=[PATTERNS_NOTE],
+                    blocks=[Listing.of(patterns_grid({name: run.patterns[name]}))],
+                ),
+            ],
         )
         for name, located in run.maps.items()
     ]
 
 
-def _parts(run: ReportRun, name: str, located: SafetyMap) -> list[Part | None]:
+def selection_parts(located: SafetyMap, selection: Selection | None, *, title: str) -> list[Part]:
+    """Where a selection lies whose scores are not at hand; the first part has the title and says what is left out."""
+    first, *others = [*_places(located, selection), _top(located)]
+    unknown = "how concentrated the scores are" + (" and which experts got tokens" if located.experts else "")
+    notes = [
+        *text.summary_lines(located, sign=text.TIMES),
+        *first.notes,
+        f"From the selection alone: {unknown} is on the page of the run that scored.",
+    ]
+    return [replace(first, title=title, notes=notes), *others]
+
+
+def _places(located: SafetyMap, selection: Selection | None) -> list[Part]:
+    """Layers and components, experts, and inside each matrix."""
     return [
         _components(located),
-        _experts(located),
-        _matrices(run, name, located),
-        _concentration(located),
-        _top(located),
-        Part(title="Patterns", notes=[PATTERNS_NOTE], blocks=[Listing.of(patterns_grid({name: run.patterns[name]}))]),
+        *([_experts(located)] if located.experts else []),
+        *([_matrices(located, selection)] if selection is not None else []),
     ]
 
 
@@ -98,10 +119,8 @@ def _components(located: SafetyMap) -> Part:
     )
 
 
-def _experts(located: SafetyMap) -> Part | None:
-    """Enrichment, and tokens routed where they were counted, on one scale; None for dense models."""
-    if not located.experts:
-        return None
+def _experts(located: SafetyMap) -> Part:
+    """Enrichment, and tokens routed where they were counted, on one scale."""
     layers = [layer for layer in located.layer_keys if (layer, 0) in located.expert]
     mean = {layer: _mean_tokens(located, layer) for layer in layers}
     counted = located.unrouted is not None
@@ -174,10 +193,7 @@ def _expert_listing(located: SafetyMap) -> Listing:
     return Listing(headings=headings, rows=rows)
 
 
-def _matrices(run: ReportRun, name: str, located: SafetyMap) -> Part | None:
-    selection = run.selection(name)
-    if selection is None:
-        return None
+def _matrices(located: SafetyMap, selection: Selection) -> Part:
     found = densities(selection)
     notes = [
         "Where in a matrix the selected weights are: outputs down, inputs across, in bins; attention heads and "
@@ -197,10 +213,11 @@ def _matrices(run: ReportRun, name: str, located: SafetyMap) -> Part | None:
     )
 
 
-def _concentration(located: SafetyMap) -> Part | None:
+def _concentration(located: SafetyMap) -> list[Part]:
+    """None for a map without scores."""
     curve = located.concentration
     if curve is None:
-        return None
+        return []
     method = text.method_label(located.score_method)
     observed, even = method, "all weights alike"
     rows: list[list[Cell]] = [[observed, p.fraction, p.mass, p.num_weights] for p in curve.points]
@@ -246,7 +263,7 @@ def _concentration(located: SafetyMap) -> Part | None:
         + (f" to {1.05 * curve.mass_error:.1e}." if curve.mass_error else "."),
     )
     note = f"What part of all {method} lies in the highest-scored weights."
-    return Part(title="Concentration", notes=[note], blocks=[figure, listing])
+    return [Part(title="Concentration", notes=[note], blocks=[figure, listing])]
 
 
 def _top(located: SafetyMap) -> Part:

@@ -40,11 +40,6 @@ def _row(pattern: Pattern) -> tuple[str, ...]:
         text.share_percent(pattern.share),
         text.share_percent(pattern.expected),
         f"{pattern.fold:.2f}{interval}",
-        p_value(pattern.p_holm),
-        text.UNKNOWN if pattern.p_rotation is None else p_value(pattern.p_rotation),
+        text.p_value(pattern.p_holm),
+        text.UNKNOWN if pattern.p_rotation is None else text.p_value(pattern.p_rotation),
     )
-
-
-def p_value(p: float) -> str:
-    """ "0.023", "<0.001", "1"."""
-    return "<0.001" if p < 0.001 else f"{p:.2g}"

@@ -2,7 +2,7 @@
 
 Reads `results.json` as far as it goes: `before`, `after` (and `unprotected`) hold measures; `controls` the same per
 control, with its `learning_rate`; `curve` measures per training step; `losses` a number per step; `sweep` measures
-per learning rate. What is missing is left out, and named.
+per learning rate; `selection.safetensors`, the weights that were used. What is missing is left out, and named.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,6 +10,7 @@ from typing import Any
 
 from safelocus.report.blocks import Cell, Figure, Part, Section, Table
 from safelocus.report.runs import ReportRun
+from safelocus.report.sections.map import selection_parts
 from safelocus.report.sections.measures import curves, dots, in_words, listing, measures_in, proportions_in
 from safelocus.report.text import capital, kind_label
 
@@ -40,7 +41,7 @@ def training_sections(run: ReportRun) -> list[Section]:
         _losses(results),
         _sweep(results),
     ]
-    missing = [key for key in ("before", "after", "curve", *_expected(run)) if not results.get(key)]
+    missing = [key for key in ("before", "after", "curve", *_expected(run)) if results.get(key) is None]
     notes = [*_texts(results.get("notes"))]
     if missing:
         notes.append(f"results.json holds no {', '.join(missing)}, so the page shows nothing of them.")
@@ -50,10 +51,18 @@ def training_sections(run: ReportRun) -> list[Section]:
             what=_what(run),
             summary=[*_summary(states, after), *_texts(results.get("verdict"))],
             tiles=_tiles(states, after),
-            parts=[part for part in parts if part is not None],
+            parts=[*(part for part in parts if part is not None), *_where(run)],
             notes=notes,
         )
     ]
+
+
+def _where(run: ReportRun) -> list[Part]:
+    """Where the weights lie that were trained, or protected."""
+    if run.used is None:
+        return []
+    did = "protected" if run.kind == "preserve" else "trained"
+    return selection_parts(run.used, run.selection(), title=f"Where the {did} weights lie")
 
 
 def _expected(run: ReportRun) -> tuple[str, ...]:

@@ -1,0 +1,198 @@
+"""The story: every stage on both organisms, told as it happens, one page of all runs, and the claims at the end.
+
+    runs/demo/
+        run.toml, results.json      sizes; the claims of the paper, judged
+        report.html                 one page of everything
+        dense/score, verify, score-unaligned, enhance, freeze, preserve     run folders, as the commands write them
+        moe/...
+
+Where there are two cores, the second organism's stages run ahead in a process of their own. An interrupted demo
+resumes: finished stages are read, and an unfinished one goes on where its verb does.
+"""
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.rule import Rule
+
+from safelocus.demo.ahead import num_cores, running_ahead
+from safelocus.demo.sizes import Sizes
+from safelocus.demo.stages import Found, Place, Stage, calibrate, disturb, enhance, freeze, locate
+from safelocus.errors import RunError
+from safelocus.report.claims import Claim
+from safelocus.report.page import PAGE, write_page
+from safelocus.report.runs import ReportRun
+from safelocus.run import CHECKPOINT, write_json
+
+ORGANISMS = {"dense": "dense organism", "moe": "mixture-of-experts organism"}
+RUNS = ("score", "verify", "score-unaligned", "enhance", "freeze", "preserve")
+HEADING = "safelocus demo: the paper's claims on two tiny models"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chapter:
+    """A stage and the words before it."""
+
+    key: str
+    title: str
+    why: str
+    stage: Stage
+
+
+CHAPTERS = (
+    Chapter(
+        key="locate", title="Locate", stage=locate,
+        why="The model answers harmful prompts and a guard says how safe the answers are. The gradient of that, times "
+        "the spread of each matrix, is each weight's Expected Safety Impact (ESI). Where do the top 1 % lie?",
+    ),
+    Chapter(
+        key="verify", title="Verify", stage=disturb,
+        why="If these weights carry the refusals, noise on them must break refusals, and the same noise on as many "
+        "random or low-scored weights must not. Harmless answers and ordinary questions are watched too.",
+    ),
+    Chapter(
+        key="enhance", title="Enhance (SET)", stage=enhance,
+        why="The unaligned twin answers everything. Only its own top 1 % are trained, on refusals; then as many "
+        "random weights the same way. Does it refuse, and does it still do the rest?",
+    ),
+    Chapter(
+        key="freeze", title="Preserve (SPA) by freezing", stage=freeze,
+        why="The aligned model learns a new, harmless task. That wears refusals away. The paper's remedy is to "
+        "freeze the top weights; here even the top 10 %. The same training without protection stands beside it.",
+    ),
+    Chapter(
+        key="preserve", title="Preserve (SPA) with calibration", stage=calibrate,
+        why="Frozen weights keep their values while everything around them moves. So the same weights now take small "
+        "steps of their own, towards the original model's answers; the task never trains them.",
+    ),
+)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Story:
+    """What the demo found.
+
+    Attributes:
+        claims: organism -> the paper's claims, judged.
+        sizes: of everything.
+        runs: folders of the runs, inside that of the demo.
+        seconds: from the beginning, or from the last interruption.
+    """
+
+    claims: Mapping[str, list[Claim]]
+    sizes: Sizes
+    runs: tuple[str, ...]
+    seconds: float = field(compare=False)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "claims": {name: [claim.to_json() for claim in claims] for name, claims in self.claims.items()},
+            "shortened": self.sizes.shortened,
+            "sizes": self.sizes.to_json(),
+            "runs": list(self.runs),
+            "seconds": round(self.seconds, 1),
+        }
+
+
+def tell(folder: Path, sizes: Sizes, *, final: Path, seed: int = 0, console: Console | None = None) -> Story:
+    """Run every stage on both organisms, and write the runs, `results.json` and the page.
+
+    Args:
+        folder: to write into, an unfinished run's (see `run_folder`).
+        final: what it will be called when all is done.
+        sizes: how much of everything.
+        seed: of everything random.
+        console: tells the story; None for silence, bars too.
+
+    Raises:
+        RunError: the folder holds an unfinished demo of other sizes.
+    """
+    began = time.monotonic()
+    checkpoint = _checkpoint(folder, {"sizes": sizes.to_json(), "seed": seed})
+    finished = {file.stem for file in checkpoint.iterdir()}
+    first, second = (
+        Place(
+            organism=organism, folder=folder / organism, final=final / organism, sizes=sizes, seed=seed,
+            checkpoint=checkpoint, progress=console is not None,
+        )
+        for organism in ORGANISMS
+    )  # fmt: skip
+    claims: dict[str, list[Claim]] = {}
+    with ExitStack() as stack:
+        following = None
+        if num_cores() > 1:
+            stages = [partial(play, chapter) for chapter in CHAPTERS if second.mark(chapter.key) not in finished]
+            following = stack.enter_context(running_ahead(stages, replace(second, progress=False)))
+        for number, (at, chapter) in enumerate((at, chapter) for at in (first, second) for chapter in CHAPTERS):
+            if console is not None:
+                title = f"{number + 1}/{2 * len(CHAPTERS)}  {chapter.title}: {ORGANISMS[at.organism]}"
+                console.print(Rule(f"[bold]{title}[/]"))
+            if at.mark(chapter.key) in finished:
+                found = _read(chapter, at)
+            else:
+                if console is not None:
+                    console.print(f"{chapter.why}\n", highlight=False)
+                found = play(chapter, at) if at is first or following is None else _wait(following, console)
+            claims.setdefault(at.organism, []).extend(found.claims)
+            if console is not None:
+                _show(found, console)
+    story = Story(
+        claims=claims, sizes=sizes, seconds=time.monotonic() - began,
+        runs=tuple(f"{organism}/{name}" for organism in ORGANISMS for name in RUNS),
+    )  # fmt: skip
+    write_json(folder / "results.json", story.to_json())
+    write_page([ReportRun.read(folder, place=final)], folder / PAGE, heading=HEADING)
+    return story
+
+
+def play(chapter: Chapter, at: Place) -> Found:
+    """Run a stage, and remember what it found."""
+    found = chapter.stage(at)
+    write_json(_file(chapter, at), [claim.to_json() for claim in found.claims])
+    return found
+
+
+def _read(chapter: Chapter, at: Place) -> Found:
+    claims = json.loads(_file(chapter, at).read_text(encoding="utf-8"))
+    return Found(
+        claims=[Claim.from_json(values) for values in claims], tables=(), lines=("Finished before the interruption.",)
+    )  # fmt: skip
+
+
+def _wait(following: Callable[[], Found], console: Console | None) -> Found:
+    """What the process that went ahead has found, or will."""
+    with nullcontext() if console is None else console.status("still at work, in a process of its own"):
+        return following()
+
+
+def _file(chapter: Chapter, at: Place) -> Path:
+    return at.checkpoint / f"{at.mark(chapter.key)}.json"
+
+
+def _show(found: Found, console: Console) -> None:
+    for table in found.tables:
+        console.print(table)
+    for line in found.lines:
+        console.print(line, highlight=False, markup=False)
+    console.print()
+
+
+def _checkpoint(folder: Path, config: Mapping[str, Any]) -> Path:
+    """The folder of finished stages; RunError where it is that of another demo."""
+    checkpoint = folder / CHECKPOINT
+    file = checkpoint / "demo.json"
+    if file.is_file() and json.loads(file.read_text(encoding="utf-8")) != config:
+        raise RunError(
+            f"{folder}: holds an unfinished demo of other sizes or another seed; run that one to its end, or forget it "
+            "with --overwrite"
+        )
+    checkpoint.mkdir(exist_ok=True)
+    write_json(file, dict(config))
+    return checkpoint

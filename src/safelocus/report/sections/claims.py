@@ -1,0 +1,112 @@
+"""The paper's claims beside what a demo measured: a table in the terminal, and what stands first on the page."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from itertools import dropwhile, groupby
+
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from safelocus.errors import RunError
+from safelocus.report import claims as judged
+from safelocus.report import text
+from safelocus.report.blocks import Claims, Part, Section
+from safelocus.report.claims import Claim
+from safelocus.report.runs import ReportRun
+
+TITLES = {"dense": "Dense", "moe": "Mixture of experts"}
+_COLOURS = {
+    judged.HOLDS: "bold green", judged.NOT_ONLY_SAFETY: "bold yellow", judged.CONTROLS_OPEN: "bold yellow",
+    judged.SO_DO_CONTROLS: "bold yellow", judged.UNDECIDED: "bold cyan", judged.NOT_SEEN: "bold red",
+}  # fmt: skip
+_TONES = {
+    judged.HOLDS: "good", judged.NOT_ONLY_SAFETY: "mixed", judged.CONTROLS_OPEN: "mixed",
+    judged.SO_DO_CONTROLS: "mixed", judged.UNDECIDED: "open", judged.NOT_SEEN: "bad",
+}  # fmt: skip
+_STAGES = {"locate": "Locate", "verify": "Verify", "enhance": "Enhance (SET)", "preserve": "Preserve (SPA)"}
+_TITLE = "The paper's claims, and what was just measured"
+_NOTE = "percent [95 % interval]; holds: all of the interval is beyond the claim's threshold"
+
+
+def claims_table(claims: Mapping[str, Sequence[Claim]]) -> Table:
+    """One row per claim, one column per model: the verdict, and the numbers it rests on. Fits 100 columns."""
+    table = Table(
+        title=_TITLE, caption=_NOTE, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False,
+        caption_justify="left", expand=True,
+    )  # fmt: skip
+    table.add_column("claim", ratio=24)
+    for name in claims:
+        table.add_column(TITLES.get(name, name), ratio=38)
+    for row in _rows(claims):
+        table.add_row(Text(_words(row)), *(_cell(claim) for claim in row))
+    return table
+
+
+def claims_sections(run: ReportRun) -> list[Section]:
+    """What stands first on the page of a demo: the story in plain words, and the claims."""
+    try:
+        claims = {name: [Claim.from_json(each) for each in found] for name, found in run.results["claims"].items()}
+        models = [TITLES.get(name, name) for name in claims]
+        stages = [(_STAGES[stage], [_row(found) for found in group]) for stage, group in groupby(_rows(claims), _stage)]
+    except (AttributeError, KeyError, TypeError) as error:
+        raise RunError(f"{run.folder}: damaged claims ({error!r}); run `demo` again") from error
+    return [
+        Section(
+            title="Which weights make a model safe?",
+            what="Two tiny chat models, built to be looked into, and the claims of a paper about large ones",
+            summary=[*_STORY, _tally(claims), *([run.results["shortened"]] if run.results.get("shortened") else [])],
+            parts=[Part(title=_TITLE, notes=[_NOTE, _MEANING], blocks=[Claims(titles=models, stages=stages)])],
+            leads=True,
+        )
+    ]
+
+
+_STORY = (
+    "A dense model and a mixture of experts were taught to refuse harmful requests; each has a twin that complies. "
+    "safelocus looked for the weights that carry the refusals (locate), disturbed them (verify), trained them in the "
+    "twin to refuse again (enhance), and protected them while the model learned a new task (preserve).",
+)
+_MEANING = (
+    "Holds: the interval lies beyond the threshold. Not seen: it lies short of it. Not decided: it crosses it, or too "
+    "little was run. Controls are as many other weights, or no protection, treated the same way: where they do as "
+    "well, the choice of weights did not matter."
+)
+
+
+def _tally(claims: Mapping[str, Sequence[Claim]]) -> str:
+    """How often each verdict was reached, by model."""
+    said = []
+    for name, found in claims.items():
+        counts = Counter(claim.verdict for claim in found)
+        parts = [f"{verdict}: {counts[verdict]}" for verdict in judged.VERDICTS if counts[verdict]]
+        said.append(f"{TITLES.get(name, name)}, {len(found)} claims. {text.capital('; '.join(parts))}.")
+    return " ".join(said)
+
+
+def _stage(found: Sequence[Claim | None]) -> str:
+    return next(claim.stage for claim in found if claim is not None)
+
+
+def _row(found: Sequence[Claim | None]) -> tuple[str, list[tuple[str, str, str] | None]]:
+    return _words(found), [None if c is None else (c.verdict, _TONES[c.verdict], c.measured) for c in found]
+
+
+def _words(found: Sequence[Claim | None]) -> str:
+    """The claim; where models have different ones, all of them, what they have in common once."""
+    first, *others = dict.fromkeys(claim.claim for claim in found if claim is not None)
+    words = [list(zip(other.split(), [*first.split(), *other.split()])) for other in others]
+    return " / ".join([first, *(" ".join(a for a, _ in dropwhile(lambda pair: pair[0] == pair[1], w)) for w in words)])
+
+
+def _rows(claims: Mapping[str, Sequence[Claim]]) -> list[list[Claim | None]]:
+    """One row per claim; None where a model has no such claim."""
+    keys = list(dict.fromkeys(claim.key for found in claims.values() for claim in found))
+    by_key = [{claim.key: claim for claim in found} for found in claims.values()]
+    return [[found.get(key) for found in by_key] for key in keys]
+
+
+def _cell(claim: Claim | None) -> Text:
+    if claim is None:
+        return Text("no such claim", style="dim")
+    return Text.assemble((claim.verdict, _COLOURS[claim.verdict]), f": {claim.measured}")

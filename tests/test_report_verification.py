@@ -1,0 +1,85 @@
+"""Verification and stability on the page: every number is that of `results.json`."""
+
+import json
+
+import pytest
+
+from pages import Page
+from safelocus.comparison import Overlap
+from safelocus.report import text
+from safelocus.report.page import write_run_page
+from safelocus.verification import Stability
+from safelocus.verification.agreement import Agreement
+from test_verification import made
+
+NOISES = (1.0, 2.0)
+RATES = {
+    ("esi", "top"): [0.9, 0.2], ("esi", "bottom"): [1.0, 1.0], ("esi", "random"): [1.0, 0.97],
+    ("snip", "top"): [0.95, 0.5], ("snip", "bottom"): [1.0, 1.0],
+}  # fmt: skip
+UTILITY = {key: [1.0, 0.8 if key[1] == "top" else 1.0] for key in RATES}
+
+
+def close(row: dict, measure: dict) -> bool:
+    return all(row[end] == pytest.approx(measure[end], abs=1e-5) for end in ("value", "low", "high", "n"))
+
+
+@pytest.fixture(scope="module")
+def verified(tmp_path_factory):
+    """(results.json, page)"""
+    folder = tmp_path_factory.mktemp("runs") / "verified"
+    folder.mkdir()
+    made(RATES, UTILITY, noises=NOISES, seeds=3, prompts=20).save(folder)
+    assert write_run_page(folder, place=folder) == "report.html"
+    return json.loads((folder / "results.json").read_text()), Page((folder / "report.html").read_text())
+
+
+def test_every_point_of_the_curves(verified):
+    results, page = verified
+    of_first = [entry for entry in results["pooled"] if entry["scorer"] in ("esi", None)]
+    assert len(of_first) == 3 * len(NOISES)
+    for name, label in (("refusal", "Refusal"), ("utility", "Utility")):
+        figure = page.figure(f"{label}, 10 weights (1 %)")
+        rows = page.rows(figure["title"])
+        assert len(rows) == len(of_first)
+        assert figure["reference"] == pytest.approx(results["baseline"][name]["value"])
+        for entry in of_first:
+            at = (entry["selection"], f"{entry['noise']:g}")
+            (row,) = [row for row in rows if (row["selection"], row["noise in sigma"]) == at]
+            assert close(row, entry[name])
+            assert row["cells"] == entry["num_cells"]
+
+
+def test_scorers_are_ranked_as_in_the_file(verified):
+    results, page = verified
+    ranking = results["rankings"]["noise"]
+    assert {entry["scorer"] for entry in ranking} == {"esi", "snip"}
+    for row in page.rows("What each scorer's top weights break under noise"):
+        scorer = next(entry["scorer"] for entry in ranking if text.method_label(entry["scorer"]) == row["scorer"])
+        tops = [entry for entry in results["pooled"] if (entry["selection"], entry["scorer"]) == ("top", scorer)]
+        assert any(close(row, entry[row["measure"]]) for entry in tops)
+    first, second = (text.method_label(entry["scorer"]) for entry in ranking)
+    table = page.words.partition("Scorers under noise: ")[2]
+    assert table.index(first) < table.index(second)
+
+
+def test_the_verdict_stands_there_whole(verified):
+    results, page = verified
+    assert results["verdicts"]["noise"]["text"] in page.words
+
+
+def test_stability(tmp_path):
+    def agreement(a: str, both: int, rho: float) -> Agreement:
+        overlap = Overlap.of(10_000, 100, 100, both)
+        return Agreement(kind="prompts", a=a, b="second half", ratio=0.01, overlap=overlap, rho=rho)
+
+    found = Stability(agreements=[agreement("first", 40, 0.5), agreement("again", 20, 0.4)], provenance={"model": "m"})
+    found.save(tmp_path)
+    write_run_page(tmp_path, place=tmp_path)
+    page = Page((tmp_path / "report.html").read_text())
+    (known,) = json.loads((tmp_path / "results.json").read_text())["summary"]
+    (row,) = page.rows("Agreement of selections")
+    for shown, name in (("IoU", "iou"), ("lowest", "lowest"), ("highest", "highest"), ("chance", "chance")):
+        assert row[shown] == pytest.approx(known[name], rel=1e-5)
+    assert row["pairs"] == known["num_pairs"] == 2
+    assert f"{known['iou']:.3f} ({known['lowest']:.3f} to {known['highest']:.3f})" in page.words
