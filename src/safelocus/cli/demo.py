@@ -12,7 +12,7 @@ from safelocus.cli.output import note, print_json, results
 def demo(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write the runs into.")] = Path("runs/demo"),
     quick: Annotated[
-        bool, typer.Option("--quick", help="Fewer prompts, doses, seeds and steps: a minute or two, less is decided.")
+        bool, typer.Option("--quick", help="Fewer prompts, doses, seeds and steps: about a minute, less is decided.")
     ] = False,
     seed: options.Seed = 0,
     overwrite: options.Overwrite = False,
@@ -32,8 +32,8 @@ def demo(
     sizes = QUICK if quick else FULL
     if not json:
         results.print(
-            "Two tiny models that refuse harmful requests, and their twins that do not. About "
-            f"{'a minute or two' if quick else 'eleven minutes'} of processor time. {sizes.shortened}\n",
+            "Two tiny models that refuse harmful requests, and their twins that do not. "
+            f"About {'a minute' if quick else 'six minutes'} on two cores, which they share. {sizes.shortened}\n",
             highlight=False,
         )
     with run_folder(output, config={"command": "demo", "quick": quick, "seed": seed}, overwrite=overwrite) as folder:

@@ -58,9 +58,9 @@ class Sizes:
 
 
 FULL = Sizes(
-    num_verify=24, noises=(0.38, 2.0, 3.0), num_seeds=5, num_enhance=143, enhance_steps=100, retain_rows=4,
+    num_verify=24, noises=(0.38, 2.0, 3.0), num_seeds=4, num_enhance=143, enhance_steps=100, retain_rows=4,
     enhance_rate=2e-3, num_harmful=400, num_harmless=96, preserve_steps=1000, preserve_rate=5e-4, calibrate_every=8,
-    num_calibrated=128, num_looks=5,
+    num_calibrated=128, num_looks=3,
 )  # fmt: skip
 QUICK = Sizes(
     num_scored=32, num_verify=16, noises=(3.0,), num_seeds=2, num_enhance=24, enhance_steps=16, retain_rows=2,
