@@ -118,7 +118,7 @@ def test_classify(response, kind):
 def test_unknown_names_list_what_exists():
     with pytest.raises(ModelError, match="dense-unaligned, moe"):
         organism.resolve_model("sparse")
-    with pytest.raises(PromptError, match="harmful-heldout, harmless"):
+    with pytest.raises(PromptError, match="harmful-heldout, harmful-heldout-512, harmless"):
         organism.rows("harmfull")
 
 
