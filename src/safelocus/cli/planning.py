@@ -118,7 +118,9 @@ def scoring_settings(
     def make() -> "Choice":
         lengths = model.lengths(prompts.texts, response=max_new_tokens)
         scoring = Scoring(target=model.subject(), guard=model.reader(guard), lengths=lengths)
-        most = max(min(32, len(prompts) // distributed.world_size()), 1)
+        # a core is busy with few prompts already, and bf16 gets slower with many
+        most = 8 if model.devices().is_cpu else 32
+        most = max(min(most, len(prompts) // distributed.world_size()), 1)
         sums = "the weights'" if (model.shard or model.offload) and accumulate_on is None else accumulate_on
         return choose_scoring(
             scoring, model.devices(), most=most, batch_size=batch_size, accumulate_on=sums, sharded=model.shard,

@@ -63,7 +63,7 @@ FULL = Sizes(
     num_calibrated=128, num_looks=3,
 )  # fmt: skip
 QUICK = Sizes(
-    num_scored=32, num_verify=16, noises=(3.0,), num_seeds=2, num_enhance=24, enhance_steps=16, retain_rows=2,
+    num_scored=32, num_verify=16, noises=(3.0,), num_seeds=3, num_enhance=24, enhance_steps=20, retain_rows=2,
     enhance_rate=6e-3, num_harmful=24, num_harmless=16, preserve_steps=30, preserve_rate=2e-3, calibrate_every=2,
     num_calibrated=24, num_looks=1,
 )  # fmt: skip
