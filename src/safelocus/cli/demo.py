@@ -45,5 +45,5 @@ def demo(
     results.print(claims_table(story.claims))
     if sizes.shortened:
         results.print(f"{sizes.shortened} What is not decided here may be in the full demo.", highlight=False)
-    results.print(f"Open [bold]{page}[/]: all runs on one page", highlight=False)
+    results.print(f"Open [bold]{page}[/]: all runs on one page", highlight=False, soft_wrap=True)  # a path stays whole
     note(f"beside it: {', '.join(f'{output / name}/' for name in story.claims)}, one folder per stage")
