@@ -179,23 +179,12 @@ def enhance(
             retained_rows=retain_rows if divided.retained else 0,
         )  # fmt: skip
 
-    settled = planning.unfinished(
-        output, overwrite,
-        {"batch_size": batch_size, "accumulation": accumulation, "checkpointing": checkpointing,
-         "score_batch_size": score_batch_size},
+    settings, score_batch_size, device = planning.settle(
+        place, stage, settings, output=output, overwrite=overwrite, guard=guard,
+        prompts=prompts if selection is None else None, max_new_tokens=max_new_tokens, rows=ROWS, quiet=json,
+        batch_size=batch_size, accumulation=accumulation, checkpointing=checkpointing,
+        score_batch_size=score_batch_size,
     )  # fmt: skip
-    score_batch_size = settled.pop("score_batch_size")
-    batch_size, accumulation, checkpointing, device = planning.training_settings(
-        place, stage, guard=guard, rows=ROWS, quiet=json, **settled
-    )
-    settings = replace(
-        settings, batch_size=batch_size, accumulation=accumulation, activation_checkpointing=checkpointing
-    )  # fmt: skip
-    if prompts is not None and selection is None:
-        score_batch_size, _, device = planning.scoring_settings(
-            replace(place, device=device), read_prompts(prompts), guard=guard, max_new_tokens=max_new_tokens,
-            batch_size=score_batch_size, accumulate_on="the weights'", quiet=json,
-        )  # fmt: skip
     resolved = {
         "command": "enhance", "model": model, "data": data, "selection": str(selection) if selection else None,
         "guard": guard, "guard_description": str(guard_description) if guard_description else None,
@@ -204,10 +193,10 @@ def enhance(
         "harmless": harmless, "task": task, "judge": judge, "limit": limit, "held_out": held_out,
         "validation": validation, "validation_task": validation_task, "eval_every": eval_every,
         "early_stopping": early_stopping, "controls": controls, "sweep": sweep, "steps": steps,
-        "learning_rate": learning_rate, "schedule": schedule, "warmup": warmup, "batch_size": batch_size,
-        "accumulation": accumulation, "weight_decay": weight_decay, "max_grad_norm": max_grad_norm,
-        "max_length": max_length, "checkpointing": checkpointing, "score_batch_size": score_batch_size,
-        "allow_seen": allow_seen,
+        "learning_rate": learning_rate, "schedule": schedule, "warmup": warmup, "batch_size": settings.batch_size,
+        "accumulation": settings.accumulation, "weight_decay": weight_decay, "max_grad_norm": max_grad_norm,
+        "max_length": max_length, "checkpointing": settings.activation_checkpointing,
+        "score_batch_size": score_batch_size, "allow_seen": allow_seen,
         "allow_mismatch": allow_mismatch, "max_new_tokens": max_new_tokens, "system": system, "template": template,
         "layout": str(layout) if layout else None, "dtype": dtype, "device": device, "revision": revision,
         "trust_remote_code": trust_remote_code, "shard": shard, "offload": offload, "seed": seed,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from safelocus.cli import options
+from safelocus.cli import enhance, options, preserve
 from safelocus.cli.output import note, print_json, results
 
 if TYPE_CHECKING:
@@ -72,15 +72,15 @@ def plan(
         _stage(
             "score", ["score", model, "--prompts", prompts or "PROMPTS", *objective, *_unusual(max_new_tokens)],
             lambda: choose_scoring(
-                scoring, where, most=max(min(32, number // processes), 1), sharded=shard, offload=offload
+                scoring, where, most=max(number // processes, 1), sharded=shard, offload=offload
             ),
             lambda choice: scoring_time(scoring, choice, number),
         )
     ]  # fmt: skip
     for name, kind, rows, num_steps, words in (
-        ("enhance", "sparse", batch_size or 8, steps or 100, ["--data", "REFUSALS", "--retain", "HARMLESS"]),
-        ("preserve", "full", batch_size or 16, steps or 1000, ["--data", "TASK"]),
-        ("preserve --lora", "lora", batch_size or 16, steps or 1000, ["--data", "TASK"]),
+        ("enhance", "sparse", batch_size or enhance.ROWS, steps or 100, ["--data", "REFUSALS", "--retain", "HARMLESS"]),
+        ("preserve", "full", batch_size or preserve.ROWS, steps or 1000, ["--data", "TASK"]),
+        ("preserve --lora", "lora", batch_size or preserve.ROWS, steps or 1000, ["--data", "TASK"]),
     ):
         training = Training(
             target=subject, num_selected=selected, kind=kind, lengths=lengths, lora_rank=lora_rank, guard=reader,

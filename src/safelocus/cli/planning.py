@@ -13,11 +13,11 @@ from safelocus.cli.output import note
 if TYPE_CHECKING:
     from safelocus.prompts import PromptSet
     from safelocus.resources import Choice, Device, Lengths, Subject, Training
+    from safelocus.training import TrainingSettings
 
 T = TypeVar("T")
 
 _MOST_ROWS = 256  # the longest in characters, of which tokens are counted
-_OPENING = 8  # tokens of an opening (the refusal objective)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,13 +118,10 @@ def scoring_settings(
     def make() -> "Choice":
         lengths = model.lengths(prompts.texts, response=max_new_tokens)
         scoring = Scoring(target=model.subject(), guard=model.reader(guard), lengths=lengths)
-        # a core is busy with few prompts already, and bf16 gets slower with many
-        most = 8 if model.devices().is_cpu else 32
-        most = max(min(most, len(prompts) // distributed.world_size()), 1)
         sums = "the weights'" if (model.shard or model.offload) and accumulate_on is None else accumulate_on
         return choose_scoring(
-            scoring, model.devices(), most=most, batch_size=batch_size, accumulate_on=sums, sharded=model.shard,
-            offload=model.offload,
+            scoring, model.devices(), most=max(len(prompts) // distributed.world_size(), 1), batch_size=batch_size,
+            accumulate_on=sums, sharded=model.shard, offload=model.offload,
         )  # fmt: skip
 
     choice = choose("scoring", make, otherwise=f"batch size {batch_size or default}", quiet=quiet)
@@ -168,6 +165,46 @@ def training_settings(
     if choice is None:
         return size, passes, bool(checkpointing), model.device
     return choice.batch_size, choice.accumulation, choice.checkpointing, _device(model, choice)
+
+
+def settle(
+    model: Model,
+    make_stage: "Callable[[Subject, Subject | None], Training]",
+    settings: "TrainingSettings",
+    *,
+    output: Path,
+    overwrite: bool,
+    guard: str | None,
+    prompts: str | None,
+    max_new_tokens: int,
+    rows: int,
+    quiet: bool,
+    **given: Any,
+) -> "tuple[TrainingSettings, int | None, str | None]":
+    """(settings, batch size of the scoring, device) of a training: those given, those of a run to resume, what fits.
+
+    Args:
+        settings: of the training; its batch size, accumulation and checkpointing are settled.
+        prompts: to find the weights with; None where they are found already.
+        rows: as for `training_settings`.
+        given: batch_size, accumulation, checkpointing and score_batch_size, None where they are not given.
+    """
+    from safelocus.prompts import read_prompts
+
+    settled = unfinished(output, overwrite, given)
+    score_batch_size = settled.pop("score_batch_size")
+    batch_size, accumulation, checkpointing, device = training_settings(
+        model, make_stage, guard=guard, rows=rows, quiet=quiet, **settled
+    )
+    settings = replace(
+        settings, batch_size=batch_size, accumulation=accumulation, activation_checkpointing=checkpointing
+    )  # fmt: skip
+    if prompts is not None:
+        score_batch_size, _, device = scoring_settings(
+            replace(model, device=device), read_prompts(prompts), guard=guard, max_new_tokens=max_new_tokens,
+            batch_size=score_batch_size, accumulate_on="the weights'", quiet=quiet,
+        )  # fmt: skip
+    return settings, score_batch_size, device
 
 
 def choose(what: str, make: "Callable[[], Choice]", *, otherwise: str, quiet: bool = False) -> "Choice | None":

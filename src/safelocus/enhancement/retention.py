@@ -86,9 +86,11 @@ class RetainingTrainer(SharingTrainer):
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
+        if self.retention is None:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         # by itself: in one pass with the refusals, autograd would hold each tensor's gradient until the other part came
-        retained = 0.0 if self.retention is None else self._back_propagate(model, self.retention)
-        loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        retained = self._back_propagate(model, self.retention)
+        loss = super().compute_loss(model, inputs, False, num_items_in_batch)
         # the trainer divides what is not counted in items by the number of passes itself
         return loss + retained / (1 if num_items_in_batch is None else self.current_gradient_accumulation_steps)
 
@@ -101,11 +103,14 @@ class RetainingTrainer(SharingTrainer):
             with torch.no_grad(), self.original():
                 reference = batch.logits(model).log_softmax(-1)
         logits = batch.logits(model)
-        loss = retention.weight * share * cross_entropy(logits, batch.tokens)
+        loss = logits.new_zeros(())
+        if retention.weight:
+            loss = loss + retention.weight * share * cross_entropy(logits, batch.tokens)
         if reference is not None:
             divergence = share * (reference.exp() * (reference - logits.log_softmax(-1))).sum(-1).mean()
             loss = loss + retention.kl * divergence
-        self.accelerator.backward(loss / self.current_gradient_accumulation_steps)
+        if loss.requires_grad:
+            self.accelerator.backward(loss / self.current_gradient_accumulation_steps)
         return loss.detach()
 
     def _retained(self, retention: Retention) -> tuple[ResponseBatch, float]:

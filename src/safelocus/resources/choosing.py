@@ -17,7 +17,7 @@ from safelocus.resources.memory import LARGE, Need, Scoring, Training
 
 MARGIN = 0.9  # of what is free: allocators leave gaps, kernels take work space
 _FEW = 4  # prompts at a time, for which nothing is moved off the device
-_LARGEST = 32
+_LARGEST, _LARGEST_ON_CPU = 32, 8  # prompts at a time; a core is busy with few already
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,7 +114,7 @@ def choose_scoring(
     scoring: Scoring,
     device: Device,
     *,
-    most: int = _LARGEST,
+    most: int = LARGE,
     batch_size: int | None = None,
     accumulate_on: str | None = None,
     sharded: bool = False,
@@ -124,7 +124,7 @@ def choose_scoring(
 
     Args:
         device: or several alike, which are used where one does not do; with `sharded` all are.
-        most: prompts at a time, at most.
+        most: prompts at a time, at most; no more are ever taken than keep a device of this kind busy.
         batch_size, accumulate_on: given by the user, and not changed.
         offload: keep the weights on the host. Slow, so nothing chooses it by itself.
 
@@ -138,10 +138,11 @@ def choose_scoring(
         (32, 'one device')
     """
     found: list[Choice] = []
+    most = min(most, _LARGEST_ON_CPU if device.is_cpu else _LARGEST)
     for placement in _placements(device, sharded, offload):
         if accumulate_on is not None and placement.sums_on_cpu != (accumulate_on == "cpu" and not device.is_cpu):
             continue
-        sizes = [batch_size] if batch_size else list(_powers(min(most, LARGE)))
+        sizes = [batch_size] if batch_size else list(_powers(most))
         needs = {size: scoring.need(size, sums_on_cpu=placement.sums_on_cpu) for size in sizes}
         choices = [_choice(device, placement, need, scoring, batch_size=size) for size, need in needs.items()]
         found += [choice for choice in choices if choice.fits][:1] or choices[-1:]

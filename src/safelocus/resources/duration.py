@@ -11,11 +11,10 @@ time within a factor of three; small models, short texts and slow interconnects 
 from dataclasses import dataclass
 
 from safelocus.resources.choosing import Choice
-from safelocus.resources.memory import Scoring, Training
+from safelocus.resources.memory import GUARD_TEMPLATE, OPENING_TOKENS, OPENINGS, Scoring, Training
 from safelocus.resources.subject import Subject
 
 _OF_FLOPS, _OF_BANDWIDTH = 0.4, 0.6  # of the rates at best
-_OPENINGS, _OPENING_TOKENS, _GUARD_TEMPLATE = 10, 7, 256
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,10 +45,10 @@ class Duration:
 def scoring_duration(scoring: Scoring, choice: Choice, num_prompts: int) -> Duration:
     """Of scoring so many prompts."""
     target, lengths, batch = scoring.target, scoring.lengths, choice.batch_size
-    tokens = lengths.both if scoring.guard is not None else _OPENINGS * (lengths.prompt + _OPENING_TOKENS)
+    tokens = lengths.both if scoring.guard is not None else OPENINGS * (lengths.prompt + OPENING_TOKENS)
     parts = {"forward and backward": (_seconds(target, choice, 6 * num_prompts * tokens), "operations")}
     if scoring.guard is not None:
-        read = lengths.both + _GUARD_TEMPLATE
+        read = lengths.both + GUARD_TEMPLATE
         parts["generation"] = _generation(target, choice, num_prompts, lengths.prompt, lengths.response, batch)
         parts["guard's reading"] = (_seconds(scoring.guard, choice, 4 * num_prompts * read), "operations")
     return _duration(parts)

@@ -18,12 +18,13 @@ import torch
 from torch import Tensor
 
 from safelocus.forcing import Forced, logits_at
+from safelocus.objective.refusal import COMPLIANCES, REFUSALS
 from safelocus.resources.rehearsal import Peak, Rehearsal, inputs
 from safelocus.resources.subject import Subject
 
 LARGE = 64  # batch of the chord's other end
-_OPENINGS, _OPENING_TOKENS = 10, 7  # of the refusal objective
-_GUARD_TEMPLATE = 256  # tokens that a guard's own template adds
+OPENINGS, OPENING_TOKENS = len(REFUSALS) + len(COMPLIANCES), 7  # of the refusal objective
+GUARD_TEMPLATE = 256  # tokens that a guard's own template adds
 _TRANSFER = 3 * (256 << 20)  # of the vocabulary transfer, which works in chunks (objective.transfer)
 _VALUE = 4  # bytes of fp32
 _INDEX = 8  # bytes of a coordinate
@@ -151,7 +152,7 @@ class Scoring:
                 return {"forward and backward": _Chord(lambda b: rehearsal.peak(_refusal(b, lengths.prompt)))}
         reader = self.guard.rehearsal
         with reader.training(lambda _: False):
-            reading = _Chord(lambda b: reader.peak(_reading(b, _GUARD_TEMPLATE + lengths.both)))
+            reading = _Chord(lambda b: reader.peak(_reading(b, GUARD_TEMPLATE + lengths.both)))
         with rehearsal.training(eligible):
             backward = _Chord(lambda b: rehearsal.peak(_transferred(b, lengths)))
         return {
@@ -289,10 +290,10 @@ def _last_logits(batch: int, length: int) -> Callable[[Any], None]:
 
 def _refusal(batch: int, prompt: int) -> Callable[[Any], Tensor]:
     """As `Refusal`: every prompt with every opening."""
-    rows = batch * _OPENINGS
+    rows = batch * OPENINGS
 
     def work(model: Any) -> Tensor:
-        logits = _logits(model, rows, prompt + _OPENING_TOKENS, rows * _OPENING_TOKENS)
+        logits = _logits(model, rows, prompt + OPENING_TOKENS, rows * OPENING_TOKENS)
         index = torch.zeros(len(logits), dtype=torch.long, device="meta")
         return Forced(logits=logits, token=index, row=index).log_likelihood(rows).sum()
 
