@@ -1,19 +1,24 @@
 """Processes for tests: a group of them in one go, torchrun as a user would, and models that are shared in rows."""
 
 import os
+import socket
 import subprocess
 import sys
 from multiprocessing import set_forkserver_preload
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
 
 from safelocus import distributed
+from safelocus.cli import main
 from safelocus.target import Target
 from tiny_targets import dense
 
+STREAMS = ("out", "err")
 PRELOADED = [
+    "safelocus.report.page",
     "safelocus.enhancement.enhancing",
     "safelocus.preservation.preserving",
     "safelocus.scoring",
@@ -54,6 +59,36 @@ def _join(rank, num_processes, function, folder, arguments):
     function(folder, *arguments)
     distributed.barrier()
     dist.destroy_process_group()
+
+
+def command(num_processes, folder, *arguments):
+    """A command of safelocus in a group of processes, as `torchrun -m safelocus` runs it, but imported already.
+
+    Returns (exit codes, standard outputs, error streams), in the order of the processes.
+    """
+    set_forkserver_preload(PRELOADED)
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    context = torch.multiprocessing.get_context("forkserver")
+    given = (num_processes, port, str(folder), [str(argument) for argument in arguments])
+    processes = [context.Process(target=_launched, args=(rank, *given)) for rank in range(num_processes)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(240)
+    out, err = ([Path(folder, f"{stream}.{rank}").read_text() for rank in range(num_processes)] for stream in STREAMS)
+    return [process.exitcode for process in processes], out, err
+
+
+def _launched(rank, num_processes, port, folder, arguments):
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(num_processes)}
+    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    for number, stream in enumerate(STREAMS, start=1):
+        with Path(folder, f"{stream}.{rank}").open("w") as file:
+            os.dup2(file.fileno(), number)
+    main(arguments)
 
 
 def launch(num_processes, *arguments):

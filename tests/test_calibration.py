@@ -11,7 +11,8 @@ from torch.nn.functional import kl_div
 import safelocus as sl
 from safelocus.errors import NumericalError, PromptError, TrainingError
 from safelocus.preservation import calibration as module
-from safelocus.preservation.calibration import STATE, Calibration, divergence, references
+from safelocus.preservation.calibration import Calibration, divergence, references
+from safelocus.preservation.calibrator import STATE
 from safelocus.sparse import gather
 from test_protection import same, snapshot, some, train, trainer_of
 from tiny_targets import dense
@@ -190,6 +191,17 @@ class TestSteps:
             drawn.append(batch.inputs["input_ids"].tolist())
         assert drawn[0] != drawn[1]
 
+    def test_gradients_of_the_task_are_neither_used_nor_lost(self):
+        target, plain = dense(), dense()
+        for each in (target, plain):
+            protection = sl.preserve(each, some(each), calibration=calibration(each, every=1))
+            moved(each)
+            for parameter in each.model.parameters():
+                parameter.grad = torch.ones_like(parameter) if each is target else None
+            protection.calibrate_if_due()
+        assert all(parameter.grad.eq(1).all() for parameter in target.model.parameters())
+        assert same(snapshot(target.model), snapshot(plain.model))
+
     def test_a_diverged_model(self):
         target = dense()
         protection = sl.preserve(target, some(target), calibration=calibration(target, every=1))
@@ -233,18 +245,18 @@ def test_what_cannot_be_calibrated():
             calibration(target, **change)
     with pytest.raises(TrainingError, match="give the same object"):
         sl.preserve(target, selection, calibration=calibration(dense()))
-    protection = sl.preserve(target, selection)
-    name, held = next(iter(protection._held.items()))
-    part = replace(held.site, position=torch.arange(len(held.values)))
-    protection._held[name] = replace(held, site=part)
-    with pytest.raises(TrainingError, match="sharded"):
-        protection.calibrate(calibration(target))
     calibrated = sl.preserve(target, selection, calibration=calibration(target))
     with pytest.raises(TrainingError, match="selection cannot be changed"):
         calibrated.update(some(target, seed=1))
     model = get_peft_model(target.model, LoraConfig(target_modules="all-linear"))
     with pytest.raises(TrainingError, match='mode="exact"'):
         sl.preserve(model, selection, mode="patch", calibration=calibration(target))
+    protection = sl.preserve(model, selection)
+    name, held = next(iter(protection._held.items()))
+    part = replace(held.site, position=torch.arange(len(held.values)))
+    protection._held[name] = replace(held, site=part)
+    with pytest.raises(TrainingError, match=r"beside a LoRA adapter.*sharded"):
+        protection.calibrate(calibration(target))
 
 
 def test_no_answer_comes_to_its_end():

@@ -79,8 +79,9 @@ def test_a_selection_becomes_a_patch(scored, tmp_path, run):
 def test_everything_at_once(tmp_path, run):
     folder, retained = tmp_path / "e", tmp_path / "retained.txt"
     retained.write_text("\n".join(sl.read_prompts("organism:harmless").texts[:40]))  # without answers
+    (harmful := tmp_path / "harmful.txt").write_text("\n".join(sl.read_prompts("organism:harmful-heldout").texts[:16]))
     code, out, err = run(
-        "enhance", "organism:moe-unaligned", "--guard", "organism:guard", "--prompts", "organism:harmful-heldout",
+        "enhance", "organism:moe-unaligned", "--guard", "organism:guard", "--prompts", harmful,
         "--ratio", "0.01", "--data", "organism:refusals", "--retain", retained, "--retain-weight", "0.5", *SMALL,
         "--sweep", "1e-3,3e-3", "--controls", "snip,lora", "--accumulation", "2", "--checkpointing", "--schedule",
         "linear", "--warmup", "1", "--json", "-o", folder,
@@ -167,13 +168,13 @@ def test_ctrl_c_and_the_same_command_give_the_same_patch(scored, tmp_path):
     """A real process and a real SIGINT."""
     command = [
         sys.executable, "-m", "safelocus", "enhance", "organism:dense-unaligned", "--selection", str(scored), *SETS,
-        *SMALL, "--steps", "30", "-o", str(tmp_path / "run"),
+        *SMALL, "--steps", "24", "--eval-every", "4", "-o", str(tmp_path / "run"),
     ]  # fmt: skip
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     checkpoint = tmp_path / ".run.partial" / "checkpoint" / "selection-0.001"
     points = checkpoint / "curve" / "curve.jsonl"
     deadline = time.monotonic() + 240
-    while not (points.exists() and points.read_text().count("\n") >= 4):
+    while not (points.exists() and points.read_text().count("\n") >= 3):
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.02)

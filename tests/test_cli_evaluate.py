@@ -149,7 +149,8 @@ def test_ctrl_c_and_the_same_command_resumes(tmp_path):
     """A real process and a real SIGINT."""
     command = [
         sys.executable, "-m", "safelocus", "evaluate", "organism:dense", "-p", "organism:harmful-heldout",
-        "--limit", "48", "--max-new-tokens", "24", "--batch-size", "1", "-o", str(tmp_path / "run"),
+        "--limit", "48", "--max-new-tokens", "24", "--batch-size", "1", "--dtype", "float32", "-o",
+        str(tmp_path / "run"),
     ]  # fmt: skip
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     answers = tmp_path / ".run.partial" / "checkpoint" / "responses.jsonl"

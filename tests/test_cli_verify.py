@@ -14,7 +14,7 @@ from safelocus.cli import main
 from safelocus.prompts import prompt_hash
 from safelocus.verification import Verification
 
-VERIFY = ["--noise", "2", "--seeds", "2", "--limit", "6", "--max-new-tokens", "16"]
+VERIFY = ["--noise", "2", "--seeds", "2", "--limit", "6", "--max-new-tokens", "16", "--dtype", "float32"]
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +23,7 @@ def scored(tmp_path_factory):
     with pytest.raises(SystemExit) as stop:
         main(
             ["score", "organism:dense", "-p", "organism:harmful", "--limit", "8", "--guard", "organism:guard",
-             "--max-new-tokens", "16", "-o", str(folder)]
+             "--max-new-tokens", "16", "--dtype", "float32", "-o", str(folder)]
         )  # fmt: skip
     assert not stop.value.code
     return folder
@@ -153,7 +153,7 @@ def test_ctrl_c_keeps_finished_cells_and_the_same_command_resumes(scored, tmp_pa
     """A real process and a real SIGINT."""
     command = [
         sys.executable, "-m", "safelocus", "verify", "organism:dense", "--scores", str(scored), "--noise", "1,2,3",
-        "--seeds", "3", "--limit", "12", "--max-new-tokens", "24", "-o", str(tmp_path / "run"),
+        "--seeds", "3", "--limit", "12", "--max-new-tokens", "24", "--dtype", "float32", "-o", str(tmp_path / "run"),
     ]  # fmt: skip
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     cells = tmp_path / ".run.partial" / "checkpoint" / "cells.jsonl"

@@ -168,7 +168,7 @@ def test_alone_everything_is_whole_and_nothing_is_shared():
     assert distributed.all_reduce_sum(value) is value
     assert distributed.whole(value) is distributed.local(value) is distributed.sharded_like(value, value) is value
     assert distributed.gather_objects("x") == ["x"]
-    with distributed.processes() as several, distributed.main_first():
+    with distributed.processes() as several:
         assert not several
         assert not dist.is_initialized()
 

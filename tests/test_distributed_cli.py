@@ -7,12 +7,12 @@ import torch
 from safetensors.torch import load_file
 
 import safelocus as sl
-from several import launch
+from several import command
 
 pytestmark = pytest.mark.slow  # starts Python and torch again and again
 
 MODEL = ["organism:moe-unaligned", "--dtype", "float32", "--max-new-tokens", "12", "--limit", "5"]
-REFUSAL = ["--refusal", "--prompts", "organism:harmful", "--ratio", "0.01", "--harmful", "organism:harmful-heldout"]
+REFUSAL = ["--refusal", "--prompts", "PROMPTS", "--ratio", "0.01", "--harmful", "organism:harmful-heldout"]
 TRAINING = ["--steps", "2", "--batch-size", "4", "--json"]
 ENHANCE = ["enhance", *MODEL, "--data", "organism:refusals", *REFUSAL, *TRAINING, "--validation", "0"]
 PRESERVE = [
@@ -40,13 +40,18 @@ def names(folder):
 
 def alone_and_together(tmp_path, run, num_processes, arguments, *options):
     """(folder of one process, folder of several, what several printed) of the same command."""
-    code, _, err = run(*arguments, "-o", tmp_path / "alone")
+    (runs := tmp_path / "runs").mkdir()
+    (prompts := tmp_path / "prompts.txt").write_text("\n".join(sl.read_prompts("organism:harmful").texts[:12]))
+    arguments = [prompts if argument == "PROMPTS" else argument for argument in arguments]
+    code, _, err = run(*arguments, "-o", runs / "alone")
     assert code == 0, err
-    found = launch(num_processes, "-m", "safelocus", *arguments, *options, "-o", tmp_path / "many")
-    assert found.returncode == 0, found.stderr
-    assert names(tmp_path / "alone") == names(tmp_path / "many")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["alone", "many"]
-    return tmp_path / "alone", tmp_path / "many", json.loads(found.stdout)  # one document: the others are silent
+    codes, out, errors = command(num_processes, tmp_path, *arguments, *options, "-o", runs / "many")
+    assert not any(codes), errors
+    assert not any(out[1:])
+    assert not any(errors[1:])
+    assert names(runs / "alone") == names(runs / "many")
+    assert sorted(path.name for path in runs.iterdir()) == ["alone", "many"]
+    return runs / "alone", runs / "many", json.loads(out[0])
 
 
 def test_evaluate(tmp_path, run):
@@ -99,43 +104,38 @@ def test_preserve_on_shards(tmp_path, run):
     )
 
 
-KILLED = """
-import os, signal, sys
-from safelocus.cli import main
-from safelocus.enhancement.optimizer import SparseOptimizer
-
-step = SparseOptimizer.step
-def killed(self, closure=None):
-    if rank == 1:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return step(self, closure)
-rank = int(os.environ["RANK"])
-SparseOptimizer.step = killed
-main(sys.argv[1:])
-"""
-
-
-@pytest.mark.parametrize("options", [[], ["--shard"]], ids=["copies", "shards"])
-def test_a_killed_process_ends_the_run_and_leaves_no_artefact(tmp_path, options):
-    script = tmp_path / "killed.py"
-    script.write_text(KILLED)
-    found = launch(2, script, *ENHANCE, *options, "-o", tmp_path / "run")
-    assert found.returncode != 0
-    assert "error: process 0: " in found.stderr.split("Traceback")[0]  # before torchrun's own report
-    assert not found.stdout
-    assert [path.name for path in tmp_path.iterdir()] == ["killed.py"]
+def test_calibration_on_shards(tmp_path, run):
+    """With answers that the model itself gives, all processes together."""
+    prompts = tmp_path / "calibrated.txt"
+    prompts.write_text("\n".join(example.prompt for example in [*sl.read_prompts("organism:harmful")][:3]))
+    arguments = [
+        "preserve", "organism:dense", "--dtype", "float32", "--limit", "3", "--data", "organism:task", *REFUSAL,
+        "--task-heldout", "organism:task-heldout", *TRAINING, "--calibrate", prompts, "--calibrate-every", "1",
+        "--max-new-tokens", "24", "--allow-seen",
+    ]  # fmt: skip
+    alone, many, printed = alone_and_together(tmp_path, run, 3, arguments, "--shard")
+    assert printed["after"]["num_changed"] is None
+    start = dict(sl.load("organism:dense", dtype="float32").model.named_parameters())
+    one, three = (load_file(folder / "model" / "model.safetensors") for folder in (alone, many))
+    assert one.keys() == three.keys()
+    selection = sl.Selection.load(alone / "selection.safetensors")
+    assert selection.iou(sl.Selection.load(many / "selection.safetensors")) > 0.99
+    before, expected, found = (
+        torch.cat([values[name].detach().take(index) for name, index in selection.coordinates.items()])
+        for values in (start, one, three)
+    )
+    assert (found - expected).norm() < 0.1 * (expected - before).norm()  # single ones may differ by a step
 
 
 @pytest.mark.parametrize(
-    ("command", "named"),
+    ("arguments", "named"),
     [
         ([*ENHANCE, "--controls", "random,lora"], "--controls lora"),
         ([*PRESERVE, "--lora"], "--lora"),
-        ([*PRESERVE, "--calibrate", "organism:harmful"], "--calibrate"),
     ],
 )
-def test_what_shards_cannot_do_is_refused_before_anything_is_loaded(tmp_path, run, command, named):
-    code, _, err = run(*command, "--shard", "-o", tmp_path / "run")
+def test_what_shards_cannot_do_is_refused_before_anything_is_loaded(tmp_path, run, arguments, named):
+    code, _, err = run(*arguments, "--shard", "-o", tmp_path / "run")
     assert code == 2
     assert f"{named} needs the whole model" in err
     assert not list(tmp_path.iterdir())

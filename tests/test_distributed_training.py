@@ -6,7 +6,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import safelocus as sl
 from safelocus import distributed
@@ -134,14 +134,14 @@ def make_saved(name, folder):
     return load_file(folder / f"{name}-start" / "model.safetensors")
 
 
-# --- what only copies can do, and errors ----------------------------------------------------------------
+# --- calibration, and what only copies can do -----------------------------------------------------------
 
 
-def calibrate(folder):
+def adapt(folder):
     """A LoRA adapter that is merged, and calibrated weights: what one process, or any number of them, make of it."""
     target = odd()
     lesson = Lesson(prompts=read_prompts(HARMLESS), task=task_of(read_prompts(REFUSALS)))
-    with mock.patch("safelocus.preservation.calibration.own_answers", lambda _, prompts, **__: prompts):
+    with as_answered():
         calibration = Calibration(target=target, prompts=[read_prompts(HARMLESS)], every=1, batch_size=2)
         for name, how in (("lora", {"lora": Lora(rank=2)}), ("calibrated", {"calibration": calibration})):
             found = run_preservation(
@@ -151,22 +151,133 @@ def calibrate(folder):
             assert (found.protected.num_changed == 0) == (name == "lora")
 
 
+def as_answered():
+    """A model of random weights never comes to an end: it is said to have answered what is given."""
+    return mock.patch("safelocus.preservation.calibration.own_answers", lambda _, prompts, **__: prompts)
+
+
 @pytest.mark.slow
 def test_adapters_and_calibration_in_copies(tmp_path):
     (alone := tmp_path / "alone").mkdir()
     (many := tmp_path / "many").mkdir()
-    calibrate(alone)
-    together(3, calibrate, many)
+    adapt(alone)
+    together(3, adapt, many)
     for name in ("lora", "calibrated"):
         one, three = (load_file(folder / name / "model" / "model.safetensors") for folder in (alone, many))
         for tensor, value in one.items():
             assert float((three[tensor] - value).norm()) < 1e-3 * float(value.norm())
 
 
+def calibrate(folder, shards):
+    """What one process, or any number of them with shards, make of the same calibrations."""
+    with as_answered():
+        for name, make in MODELS.items():
+            calibrate_by_hand(make, folder / f"{name}.{distributed.rank()}.safetensors", shards)
+            target = exact(make())
+            target = sharded(target) if shards else target
+            before = target.fingerprint()
+            lesson = Lesson(prompts=read_prompts(HARMLESS), task=task_of(read_prompts(REFUSALS)))
+            found = run_preservation(
+                target, some(target), lesson, examination=EXAMINATION, every=2, folder=folder / name,
+                calibration=calibration_of(target, every=2), allow_mismatch=True, allow_seen=True, **SETTINGS,
+            )  # fmt: skip
+            assert not before.differences(target.fingerprint())
+            if distributed.is_main():
+                found.save(folder / name)
+
+
+def calibration_of(target, **options):
+    """One prompt of each set in a step, of which a third process has none; some steps are clipped, and some not."""
+    prompts = [read_prompts(HARMLESS[:3]), read_prompts(REFUSALS[3:])]
+    return Calibration(target=target, prompts=prompts, batch_size=1, max_grad_norm=0.02, learning_rate=1e-2, **options)
+
+
+def calibrate_by_hand(make, file, shards):
+    """A loop of one's own, sharded after the protection began; gradients of the task wait through the calibration."""
+    target = exact(make())
+    selection, ids = some(target), torch.arange(6, 30).view(6, 4)
+    protection = sl.preserve(target, selection, allow_mismatch=True, calibration=calibration_of(target, every=1))
+    assert protection.calibrator.is_sharded is False
+    if shards:
+        sharded(target)
+        protection.bind(target.model)
+        assert protection.calibrator.is_sharded
+    optimizer = torch.optim.SGD(target.model.parameters(), lr=1e-2)
+    values, divergences = {}, []
+    for step in range(3):
+        own = torch.stack(distributed.share(ids))
+        target.model(input_ids=own, labels=own).loss.backward()
+        optimizer.step()
+        gradients = {name: distributed.local(p.grad).clone() for name, p in target.model.named_parameters()}
+        protection.after_step()
+        for name, parameter in target.model.named_parameters():
+            assert parameter.requires_grad
+            assert torch.equal(distributed.local(parameter.grad), gradients[name]), name
+        optimizer.zero_grad()
+        assert protection.check() == 0
+        divergences.append(protection.calibrator.last)
+        values |= {f"{name} {step}": value for name, value in gather(target.model, selection).items()}
+        if step == 1:
+            resumed(protection, file.parent)
+    values |= {f"{name} start": value for name, value in gather(exact(make()).model, selection).items()}
+    save_file(values | {"divergences": torch.stack(divergences)}, file)
+
+
+def resumed(protection, folder):
+    """Forget where the calibration was, and read it again."""
+    protection.calibrator.save(folder)
+    held = {name: master.detach().clone() for name, master in protection.calibrator.masters.items()}
+    for master in protection.calibrator.masters.values():
+        master.data.zero_()
+    protection.calibrator._optimizer.state.clear()
+    protection.keep(protection.calibrator.load(folder))
+    assert all(torch.equal(master, held[name]) for name, master in protection.calibrator.masters.items())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_processes", [2, 3])
+def test_calibration_on_shards(tmp_path, num_processes):
+    (alone := tmp_path / "alone").mkdir()
+    (many := tmp_path / "many").mkdir()
+    calibrate(alone, False)
+    together(num_processes, calibrate, many, True)
+    for name in MODELS:
+        one, *found = (
+            load_file(file) for file in [alone / f"{name}.0.safetensors", *sorted(many.glob(f"{name}.*.safetensors"))]
+        )
+        assert len(found) == num_processes
+        assert all(other.keys() == one.keys() for other in found)
+        torch.testing.assert_close(found[0]["divergences"], one["divergences"], rtol=1e-3, atol=1e-7)
+        assert one["divergences"].min() > 0
+        names = [key.removesuffix(" start") for key in one if key.endswith(" start")]
+        start = all_of(one, names, "start")
+        for step in range(3):
+            expected, value = (all_of(each, names, step) for each in (one, found[0]))
+            assert (value - expected).norm() < 1e-3 * (expected - start).norm()
+            assert all(torch.equal(all_of(other, names, step), value) for other in found)
+        saved = [load_file(folder / name / "model" / "model.safetensors") for folder in (alone, many)]
+        start = make_saved(name, tmp_path)
+        assert saved[0].keys() == saved[1].keys() == start.keys()
+        for tensor, value in saved[0].items():
+            assert float((saved[1][tensor] - value).norm()) < 1e-2 * float((value - start[tensor]).norm())
+        results = [json.loads((folder / name / "results.json").read_text()) for folder in (alone, many)]
+        assert results[1]["before"] == results[0]["before"]
+        assert results[1]["after"].keys() == results[0]["after"].keys()
+        assert results[1]["after"]["num_protected"] == results[0]["after"]["num_protected"] > 0
+        losses = [[point["loss"] for point in result["losses"]] for result in results]
+        assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+        assert [p["step"] for p in results[1]["curve"]] == [p["step"] for p in results[0]["curve"]] == [0, 2, 4]
+
+
+def all_of(values, names, step):
+    """All protected weights of a step in one tensor."""
+    return torch.cat([values[f"{name} {step}"] for name in names])
+
+
 def break_rules(_):
     target = sharded(odd())
     lesson = Lesson(prompts=read_prompts(HARMLESS), task=task_of(read_prompts(REFUSALS)))
-    with pytest.raises(TrainingError, match="not sharded"):
+    with pytest.raises(TrainingError, match="a LoRA adapter needs"):
         run_preservation(target, some(target), lesson, examination=EXAMINATION, lora=Lora(), **SETTINGS)
     with pytest.raises(RunError, match="different inputs \\(data\\)"):
         sl.enhance(target, some(target), read_prompts(REFUSALS[distributed.rank() :]), **SETTINGS)
@@ -226,8 +337,34 @@ def offload(folder):
     own = dict(plain.model.named_parameters())[name]
     assert torch.equal(saved[name].take(index), own.detach().take(index))
     assert not torch.equal(saved[name], own)
+    offloaded_calibration(target, plain)
     dist.destroy_process_group()
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # for the end of `together`
+
+
+def offloaded_calibration(*targets):
+    """The same protected weights, and at rest again, after the same calibration."""
+    found = []
+    with as_answered():
+        for target in targets:
+            selection = some(target)
+            protection = sl.preserve(
+                target, selection, allow_mismatch=True, calibration=calibration_of(target, every=1)
+            )
+            move(target)
+            for _ in range(2):
+                protection.after_step()
+            found.append(gather(target.model, selection))
+            assert protection.calibrator.is_sharded == target.is_sharded
+    for name, value in found[1].items():
+        torch.testing.assert_close(found[0][name], value, rtol=1e-6, atol=1e-7)
+
+
+@torch.no_grad()
+def move(target):
+    """Every weight elsewhere, so that there is a divergence."""
+    for parameter in target.model.parameters():
+        distributed.local(parameter).mul_(1.1)
 
 
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="there is an accelerator on this machine")

@@ -341,8 +341,8 @@ class TestRun:
 @pytest.mark.slow
 def test_the_unaligned_organism_learns_to_refuse_again():
     target = sl.load("organism:dense-unaligned", dtype="float32")
-    guard = sl.Guard.load("organism:guard", max_new_tokens=32)
-    scores = sl.score(target, sl.read_prompts("organism:harmful"), objective=guard, batch_size=32, progress=False)
+    guard = sl.Guard.load("organism:guard", max_new_tokens=32, dtype="float32")
+    scores = sl.score(target, sl.read_prompts("organism:harmful").limit(96), objective=guard, progress=False)
     found = run_enhancement(
         target, scores.select(ratio=0.01), "organism:refusals",
         retain="organism:retain", steps=100, progress=False,

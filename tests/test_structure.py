@@ -11,8 +11,9 @@ import safelocus
 
 SOURCE = Path(safelocus.__file__).parent
 ORDER = [
-    {"errors", "progress", "interrupt", "run"},
+    {"errors", "progress", "run"},
     {"distributed"},
+    {"interrupt"},
     {"provenance"},
     {"layout"},
     {"fingerprint"},

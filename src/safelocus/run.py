@@ -5,7 +5,8 @@
     ...             artefacts and pictures
 
 The folder is written under a temporary name beside it and renamed when complete. What an interrupted
-run can resume from stays under the temporary name; anything else is removed.
+run can resume from stays under the temporary name; anything else is removed. Of several processes each
+resumes from its own part, so it takes as many to go on.
 """
 
 import json
@@ -13,7 +14,7 @@ import os
 import shutil
 import tomllib
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,27 +23,34 @@ import tomli_w
 from safelocus.errors import RunError
 
 CHECKPOINT = "checkpoint"  # subfolder of an unfinished run that it resumes from
+_PARTS = "processes"  # subfolder with those of the other processes
+_COUNT = "processes.txt"
 
 
 @contextmanager
-def run_folder(path: Path, *, config: Mapping[str, Any], overwrite: bool = False) -> Iterator[Path]:
+def run_folder(path: Path, *, config: Mapping[str, Any], overwrite: bool = False, processes: int = 1) -> Iterator[Path]:
     """Yield the folder to write into; it becomes `path` when the block ends without an error.
 
     Args:
         path: the run folder to be.
         config: what `run.toml` will say; None values are left out.
         overwrite: replace an earlier run at `path`, and forget an interrupted one.
+        processes: that work on the run; this is the first of them, see `part_folder` for the others.
 
     Raises:
-        RunError: `path` is taken or cannot be written. Raised before the block runs.
+        RunError: `path` is taken or cannot be written, or other processes were interrupted there. Raised before the
+            block runs.
     """
     path = Path(path)
     _check_free(path, overwrite)
-    partial = path.with_name(f".{path.name}.partial")
+    partial = _partial(path)
+    if not overwrite:
+        _check_count(partial, processes)
     try:
-        if overwrite and partial.exists():
+        if partial.exists() and (overwrite or not (partial / CHECKPOINT).is_dir()):
             shutil.rmtree(partial)
         partial.mkdir(parents=True, exist_ok=True)
+        (partial / _COUNT).write_text(f"{processes}\n")
         write_text(partial / "run.toml", tomli_w.dumps(_without_none(config)))
     except OSError as error:
         raise RunError(
@@ -54,7 +62,9 @@ def run_folder(path: Path, *, config: Mapping[str, Any], overwrite: bool = False
         if not (partial / CHECKPOINT).is_dir():
             shutil.rmtree(partial)
         raise
-    shutil.rmtree(partial / CHECKPOINT, ignore_errors=True)
+    for unfinished in (CHECKPOINT, _PARTS):
+        shutil.rmtree(partial / unfinished, ignore_errors=True)
+    (partial / _COUNT).unlink()
     if path.exists():
         old = path.with_name(f".{path.name}.old")
         os.replace(path, old)
@@ -62,6 +72,26 @@ def run_folder(path: Path, *, config: Mapping[str, Any], overwrite: bool = False
         shutil.rmtree(old)
     else:
         os.replace(partial, path)
+
+
+@contextmanager
+def part_folder(path: Path, number: int) -> Iterator[Path]:
+    """Yield the folder of another process of the run at `path`: removed at the end, unless it can be resumed from.
+
+    It lies within the unfinished run, or alone on a machine that does not share the first process's files.
+    """
+    part = _partial(Path(path)) / _PARTS / str(number)
+    part.mkdir(parents=True, exist_ok=True)
+    try:
+        yield part
+    except BaseException:
+        if not (part / CHECKPOINT).is_dir():
+            shutil.rmtree(part, ignore_errors=True)
+        raise
+    shutil.rmtree(part, ignore_errors=True)
+    for emptied in (part.parent, part.parent.parent):
+        with suppress(OSError):
+            emptied.rmdir()
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -77,7 +107,7 @@ def read_config(path: Path) -> dict[str, Any]:
 
 def read_unfinished(path: Path) -> dict[str, Any]:
     """The configuration of an interrupted run that the same command would resume; empty where there is none."""
-    partial = path.with_name(f".{path.name}.partial")
+    partial = _partial(path)
     return read_config(partial) if (partial / CHECKPOINT).is_dir() and (partial / "run.toml").is_file() else {}
 
 
@@ -91,6 +121,21 @@ def write_text(path: Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
+
+
+def _partial(path: Path) -> Path:
+    return path.with_name(f".{path.name}.partial")
+
+
+def _check_count(partial: Path, processes: int) -> None:
+    count = partial / _COUNT
+    if not (partial / CHECKPOINT).is_dir() or not count.is_file():
+        return
+    if (earlier := count.read_text().strip()) != str(processes):
+        raise RunError(
+            f"{partial}: a run of {earlier} processes was interrupted here, and this one has {processes}; launch "
+            f"{earlier} to resume it, or --overwrite to begin anew"
+        )
 
 
 def _check_free(path: Path, overwrite: bool) -> None:

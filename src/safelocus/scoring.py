@@ -75,7 +75,7 @@ def score(
         seed: of the random method.
         max_new_tokens: length of the answers that wanda observes.
         checkpoint: folder in which the sums are kept every `checkpoint_seconds` and at Ctrl-C, and from
-            which an interrupted run resumes; not used where several processes share the work.
+            which an interrupted run resumes. Of several processes each has its own, and as many resume.
         progress: show a progress bar.
 
     Returns:
@@ -124,8 +124,7 @@ def score(
         accumulator = GradientAccumulator(weights, device=accumulate_on)
         per_prompt = _accumulate(
             target, prompt_set, objective, accumulator, routing, batch_size=batch_size, identity=identity,
-            checkpoint=checkpoint if distributed.world_size() == 1 else None, checkpoint_seconds=checkpoint_seconds,
-            progress=progress,
+            checkpoint=checkpoint, checkpoint_seconds=checkpoint_seconds, progress=progress,
         )  # fmt: skip
         tensors = accumulator.sums
         for gradient in tensors.values():
@@ -219,7 +218,7 @@ def _accumulate(
     own = distributed.share(batches, in_step=in_step)
     values: dict[int, float] = {}
     done = 0
-    if checkpoint is not None and (state := load_checkpoint(checkpoint, accumulator.sums, identity)):
+    if checkpoint is not None and (state := load_checkpoint(checkpoint, accumulator.sums, identity, in_step=in_step)):
         done, values = state["batches"], {int(i): value for i, value in state["values"].items()}
         routing.tokens = {name: torch.tensor(tokens, device=target.device) for name, tokens in state["tokens"].items()}
 
@@ -227,12 +226,15 @@ def _accumulate(
         if checkpoint is not None:
             tokens = {name: counts.tolist() for name, counts in routing.tokens.items()}
             state = {"identity": identity, "batches": batches_done, "values": values, "tokens": tokens}
-            save_checkpoint(checkpoint, accumulator.sums, state)
+            # a process may be ended before the others have saved: all have the one before
+            save_checkpoint(checkpoint, accumulator.sums, state, num_kept=2 if in_step else 1)
 
     with (
         accumulator.collecting(target.model),
         routing.counting(),
-        StopAtBoundary(save, every_seconds=checkpoint_seconds, enabled=checkpoint is not None) as boundary,
+        StopAtBoundary(
+            save, every_seconds=checkpoint_seconds, enabled=checkpoint is not None, in_step=in_step
+        ) as boundary,
     ):
         shown = progress and distributed.is_main()
         for number, batch in enumerate(track(own, "scoring", enabled=shown, start=done, unit=_size), start=done):

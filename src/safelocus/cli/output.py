@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from rich.console import Console
@@ -48,16 +47,21 @@ def together(command: Callable[..., None]) -> Callable[..., None]:
 def shared_run(output: Path, *, config: Mapping[str, Any], overwrite: bool = False) -> Iterator[Path]:
     """`run_folder` for all processes that work on a run: it appears only if none of them was lost.
 
-    The first one writes. The others get a folder too, which vanishes; whatever they share goes through the group.
+    The first one writes. The others get a folder too, for what they resume from; it vanishes with the run's end.
     """
     from safelocus import distributed
-    from safelocus.run import run_folder
+    from safelocus.run import part_folder, run_folder
 
-    if not distributed.is_main():
-        with TemporaryDirectory(prefix="safelocus-") as scratch:
-            yield Path(scratch)
+    number, count = distributed.rank(), distributed.world_size()
+    if distributed.is_main():
+        with run_folder(output, config=config, overwrite=overwrite, processes=count) as folder:
             distributed.barrier()
+            yield folder
+            distributed.barrier()  # all is done,
+            distributed.barrier()  # and the others' parts are gone
         return
-    with run_folder(output, config=config, overwrite=overwrite) as folder:
+    distributed.barrier()  # an earlier run at this place is refused, or forgotten
+    with part_folder(output, number) as folder:
         yield folder
         distributed.barrier()
+    distributed.barrier()

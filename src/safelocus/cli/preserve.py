@@ -157,9 +157,7 @@ def preserve(
         accumulation=accumulation or 1, weight_decay=weight_decay, max_grad_norm=max_grad_norm or None,
         max_length=max_length, activation_checkpointing=bool(checkpointing), seed=seed,
     )  # fmt: skip
-    sources.check_shard(
-        shard, {"--lora": lora, "--calibrate": bool(calibrate), "--controls wanda": "wanda" in wanted}
-    )  # fmt: skip
+    sources.check_shard(shard, {"--lora": lora, "--controls wanda": "wanda" in wanted})
     sources.check_located(selection, guard, refusal, prompts, ratio)
     lesson = read_lesson(data, held_out=task_heldout)
     lesson = lesson if limit is None else replace(lesson, task=lesson.task.limit(limit, seed=seed))

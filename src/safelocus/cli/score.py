@@ -1,5 +1,6 @@
 """`safelocus score MODEL`: from a model and prompts to scores, a selection and the map."""
 
+from contextlib import suppress
 from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -97,9 +98,8 @@ def score(
         raise ModelError(f"method {method} needs one objective: --guard G, --classifier C or --refusal; found {found}")
 
     # everything that can be wrong with the input is found before the long work starts
-    with distributed.main_first():
-        load_config(model, revision=revision, trust_remote_code=trust_remote_code)
-        prompt_set = read_prompts(prompts, field=field, where=options.conditions(where))
+    load_config(model, revision=revision, trust_remote_code=trust_remote_code)
+    prompt_set = read_prompts(prompts, field=field, where=options.conditions(where))
     left_out = None
     if held_out:
         prompt_set, left_out = prompt_set.split(held_out)
@@ -149,7 +149,7 @@ def score(
             accumulate_on=accumulate_on, seed=seed, max_new_tokens=max_new_tokens, checkpoint=folder / CHECKPOINT,
             progress=not json,
         )  # fmt: skip
-        answers.merge()
+        answers.finish()
         selection = scores.select(ratio, of=of)
         scores.save(folder / "scores", tensors=save_scores)
         if writes:
@@ -188,41 +188,43 @@ def _fitting(prompt_set: "PromptSet", target: "Target", max_new_tokens: int) -> 
 
 
 class AnswerLog:
-    """Appends every answer and its score to a JSON-lines file, as they come; never printed.
+    """Keeps every answer and its score in a JSON-lines file; never printed.
 
-    Where several processes answer, each keeps its own until `merge` writes all, in the order of a single process.
+    Unfinished, the file has a line for each batch of this process, as they come; `finish` makes one for each answer, of
+    all processes, in the order of a single one. A batch that a resumed run repeats counts once.
     """
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._batches: list[list[dict[str, Any]]] = []
+        self._batches = path.with_name(f"{path.name}.unfinished")
 
     def __call__(self, prompts: Any, responses: Any, scores: Any) -> None:
-        from safelocus import distributed
+        import json
 
         rows = [
             {"prompt": prompt, "response": response.text, "finished": response.finished, "safety": value}
             for prompt, response, value in zip(prompts, responses, scores.tolist(), strict=True)
         ]
-        if distributed.world_size() == 1:
-            self._append(rows)
-        else:
-            self._batches.append(rows)
+        with self._batches.open("a", encoding="utf-8") as file:
+            file.write(f"\n{json.dumps(rows)}")  # begins a line: another may have been cut off
 
-    def merge(self) -> None:
-        """Write what all processes kept; every one of them calls this."""
-        from safelocus import distributed
-
-        rounds = list(zip_longest(*distributed.gather_objects(self._batches), fillvalue=[]))
-        if distributed.is_main() and rounds:
-            self._path.unlink(missing_ok=True)  # of an interrupted run
-            self._append([row for batches in rounds for batch in batches for row in batch])
-
-    def _append(self, rows: list[dict[str, Any]]) -> None:
+    def finish(self) -> None:
+        """Write the answers of all processes; every one of them calls this."""
         import json
 
-        with self._path.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        from safelocus import distributed
+        from safelocus.run import write_text
+
+        batches: dict[Any, list[dict[str, Any]]] = {}
+        for line in self._batches.read_text(encoding="utf-8").split("\n") if self._batches.is_file() else ():
+            with suppress(json.JSONDecodeError):
+                rows = json.loads(line)
+                batches[tuple(row["prompt"] for row in rows)] = rows
+        self._batches.unlink(missing_ok=True)
+        rounds = zip_longest(*distributed.gather_objects(list(batches.values())), fillvalue=[])
+        answers = [json.dumps(row, ensure_ascii=False) + "\n" for each in rounds for rows in each for row in rows]
+        if distributed.is_main() and answers:
+            write_text(self._path, "".join(answers))
 
 
 def _objective(

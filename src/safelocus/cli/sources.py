@@ -232,8 +232,8 @@ def locate(
     """Load a selection, or score the target and select (`check_located` says what may be given together).
 
     Args:
-        checkpoint: folder for the scoring, unfinished and finished; an interrupted command finds it again. Not used in
-            several processes.
+        checkpoint: folder for the scoring, unfinished and finished; an interrupted command finds it again. Of several
+            processes each has its own.
         load: how to load the guard: dtype, device, trust_remote_code.
     """
     from safelocus import distributed
@@ -272,12 +272,12 @@ def locate(
             checkpoint=checkpoint / "sums" if checkpoint is not None and method == "esi" else None,
         )  # fmt: skip
 
-    if checkpoint is None or distributed.world_size() > 1:
+    if checkpoint is None:
         return Located(selection=scores("esi").select(share), scores=scores)
     identity = {"model": target.fingerprint().id, "prompts": prompt_set.hash, "guard": guard, "ratio": share}
-    Checkpoints(folder=checkpoint, identity=identity).latest()  # refuses another run's
+    Checkpoints(folder=checkpoint, identity=identity).check()
     file = checkpoint / "selection.safetensors"
-    if not file.is_file():
+    if not distributed.in_all(file.is_file()):
         scores("esi").select(share).save(file)
     return Located(selection=Selection.load(file), scores=scores)
 

@@ -63,8 +63,8 @@ def enhance(
             prompts on which the result will be judged.
         settings: of the training; default: `SETTINGS`.
         allow_mismatch: the selection was made for another model (a fine-tuned sibling).
-        checkpoint: folder for unfinished work; the same call resumes from it. Its caller removes it afterwards. Not
-            used in several processes, each of which makes the same call and gets the same patch.
+        checkpoint: folder for unfinished work; the same call resumes from it. Its caller removes it afterwards. Several
+            processes make the same call, each with a folder of its own, and get the same patch.
         progress: show a bar.
         changes: to the settings: steps=100, learning_rate=1e-3, seed=0, ...
 

@@ -69,10 +69,9 @@ class Lesson:
     ) -> "Lesson":
         """Read and check the data, and let the model answer what has no answer. See `enhance`."""
         prompts, sets = _read(data).with_responses(), _sets(retain)
-        if distributed.world_size() > 1:
-            checkpoint = None
-            given = {"data": prompts.hash, "retained prompts": [part.hash for part in sets], "settings": settings}
-            distributed.check_same(given)
+        distributed.check_same(
+            {"data": prompts.hash, "retained prompts": [part.hash for part in sets], "settings": settings}
+        )
         if validation is not None:
             check_apart(validation, [prompts, *sets])
         kept = with_answers(

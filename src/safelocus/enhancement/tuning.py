@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Self
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from safelocus import distributed
 from safelocus.enhancement.looks import BestLook
 from safelocus.enhancement.retention import Retention
 from safelocus.enhancement.trainee import Trainee
@@ -73,9 +74,9 @@ class Tuning:
 
     @classmethod
     def load(cls, folder: Path) -> Self | None:
-        """What `save` wrote; None where it did not."""
+        """What `save` wrote; None where it did not, or not in every process."""
         file = folder / "tuning.json"
-        if not file.is_file():
+        if not distributed.in_all(file.is_file()):
             return None
         plain = json.loads(file.read_text(encoding="utf-8"))
         return cls(
@@ -114,7 +115,7 @@ def tune(
         RunError: the checkpoint belongs to another run.
     """
     if checkpoints is not None:
-        checkpoints.latest()  # refuses another run's
+        checkpoints.check()
         if (finished := Tuning.load(checkpoints.folder)) is not None:
             return finished
     began = time.monotonic()

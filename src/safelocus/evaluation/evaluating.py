@@ -64,8 +64,8 @@ def evaluate(
         batch_size: requests answered, and responses judged, at a time.
         max_new_tokens: length of the answers; tasks may need fewer.
         seed: of the bootstrap and of an endpoint's sampling.
-        checkpoint: folder for unfinished work; the caller removes it when the evaluation is saved. Not used in several
-            processes.
+        checkpoint: folder for unfinished work; the caller removes it when the evaluation is saved. Of several
+            processes each has its own, and as many resume.
         progress: show bars.
 
     Raises:
@@ -96,7 +96,6 @@ def evaluate(
 
     identity = {} if checkpoint is None else {"model": responder.identity()}
     if distributed.world_size() > 1:
-        checkpoint = None
         _check_together(suites, sets, tasks, judges, perplexity, batch_size, max_new_tokens)
     items = [
         _Item(set=name, source=prompts.source, example=example, max_new_tokens=max_new_tokens, task=None)

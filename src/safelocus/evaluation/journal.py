@@ -2,7 +2,7 @@
 
 A folder with `identity.json` (what the answers depend on) and one JSON-lines file per kind, appended to
 batch by batch. A line that a crash cut off is left out and asked for again. With no folder, everything is
-kept in memory only.
+kept in memory only. Of several processes each has a folder of its own, and all know what any of them found.
 """
 
 import json
@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from safelocus import distributed
 from safelocus.errors import RunError
 from safelocus.run import write_json
 
@@ -21,7 +22,8 @@ class Journal:
     """key -> value, appended to a file.
 
     Args:
-        folder: where the file lies; made when the first value is added. None: nothing is kept.
+        folder: where the file lies; made when the first value is added. None: nothing is kept. All processes give
+            one, or none.
         name: the file's stem.
         identity: what the values depend on; equal to that of the values already there.
 
@@ -37,6 +39,8 @@ class Journal:
         if folder is not None and (folder / "identity.json").is_file():
             self._check(folder)
             self._read()
+        if folder is not None:
+            self._values = distributed.merged(self._values)
 
     def __contains__(self, key: Key) -> bool:
         return key in self._values
@@ -46,6 +50,10 @@ class Journal:
 
     def __len__(self) -> int:
         return len(self._values)
+
+    def learn(self, items: Sequence[tuple[Key, Any]]) -> None:
+        """Know values that another process keeps."""
+        self._values.update(items)
 
     def add(self, items: Sequence[tuple[Key, Any]]) -> None:
         """Keep JSON values under their keys; one write for all."""

@@ -45,11 +45,16 @@ def judge_all(
             [
                 (key_of(pair), judgement.to_json())
                 for pair, judgement in zip(batch, found, strict=True)
-                if judgement.verdict is not Verdict.UNSCORABLE
+                if _is_kept(judgement)
             ]
         )
     known = distributed.merged(known)
+    journal.learn([(key_of(pair), judgement.to_json()) for pair, judgement in known.items() if _is_kept(judgement)])
     return [known[pair] for pair in pairs]
+
+
+def _is_kept(judgement: Judgement) -> bool:
+    return judgement.verdict is not Verdict.UNSCORABLE
 
 
 def _restore(values: dict[str, Any]) -> Judgement:

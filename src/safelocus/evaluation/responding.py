@@ -181,7 +181,7 @@ def collect(
 ) -> dict[Key, Reply]:
     """Replies by `Request.key`; those in the journal are not asked for again, failed ones are.
 
-    In several processes all call it alike, and the journal keeps nothing.
+    In several processes all call it alike; each keeps what it asked for in its own journal.
     """
     distinct = list({request.key: request for request in requests}.values())
     lengths = [responder.length(request) for request in distinct]
@@ -203,7 +203,9 @@ def collect(
         found = dict(zip([request.key for request in batch], _respond(responder, batch), strict=True))
         replies.update(found)
         journal.add([(key, asdict(reply)) for key, reply in found.items() if reply.failure is None])
-    return distributed.merged(replies)
+    replies = distributed.merged(replies)
+    journal.learn([(key, asdict(reply)) for key, reply in replies.items() if reply.failure is None])
+    return replies
 
 
 def _size(batch: Sequence[Request] | None) -> int:

@@ -10,22 +10,14 @@ them stored, the `num_kept` likeliest tokens and the rest in one. After ASCENT (
 with calibration steps along the singular directions of the gradient of S; here they are confined to a selection.
 """
 
-import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
-from torch import Tensor, nn
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch import Tensor
 
-from safelocus import distributed
-from safelocus.errors import NumericalError, TrainingError
-from safelocus.sparse import Site
+from safelocus.errors import TrainingError
 from safelocus.training.curve import at_rest
 from safelocus.training.responses import ResponseBatch, own_answers
 from safelocus.training.rows import IGNORED, training_rows
@@ -33,8 +25,6 @@ from safelocus.training.rows import IGNORED, training_rows
 if TYPE_CHECKING:
     from safelocus.prompts import PromptSet
     from safelocus.target import Target
-
-STATE = "calibration.safetensors"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -108,7 +98,7 @@ def _references(calibration: Calibration, prompts: "PromptSet", progress: bool) 
     rows = list(training_rows(answered, target.chat, max_length=calibration.max_length))
     for start in range(0, len(rows), calibration.batch_size):
         part = rows[start : start + calibration.batch_size]
-        log_probs = ResponseBatch.of(part, _padding(target), target.device).logits(target.model).log_softmax(-1)
+        log_probs = batch_of(part, target).logits(target.model).log_softmax(-1)
         top = log_probs.topk(min(calibration.num_kept, log_probs.shape[-1]), dim=-1)
         lengths = [sum(label != IGNORED for label in row["labels"]) for row in part]
         tokens, values = top.indices.int().cpu().split(lengths), top.values.cpu().split(lengths)
@@ -131,125 +121,7 @@ def divergence(logits: Tensor, tokens: Tensor, log_probs: Tensor) -> Tensor:
     return (kept + rest * (rest.clamp(min=1e-6).log() - own_rest.log())).mean()
 
 
-@dataclass(kw_only=True, eq=False)
-class Calibrator:
-    """Takes the calibration steps; the protection calls `step` after each step of the task.
-
-    Attributes:
-        masters: name -> fp32 values of the protected weights, [k of this tensor].
-        last: divergence at the latest calibration step; None before the first.
-    """
-
-    calibration: Calibration
-    sets: list[list[Reference]]
-    masters: dict[str, nn.Parameter]
-    last: Tensor | None = None
-    _steps: int = field(default=0, init=False)
-    _optimizer: torch.optim.Optimizer = field(init=False)
-
-    def __post_init__(self) -> None:
-        self._optimizer = torch.optim.AdamW(
-            list(self.masters.values()), lr=self.calibration.learning_rate, weight_decay=0.0
-        )
-
-    def count_step(self) -> bool:
-        """Count one step of the task; whether a calibration step follows it."""
-        self._steps += 1
-        return self._steps % self.calibration.every == 0
-
-    def step(self, sites: Mapping[str, Site]) -> dict[str, Tensor]:
-        """One calibration step: name -> new values [k].
-
-        Args:
-            sites: name -> where the protected weights are.
-
-        Raises:
-            NumericalError: the gradient is NaN or infinite.
-        """
-        model = self.calibration.target.model
-        batch, tokens, log_probs, share = self._batch()
-        parameters = [sites[name].parameter for name in self.masters]
-        with at_rest(model), torch.enable_grad(), _requiring_gradients(parameters):
-            loss = share * divergence(batch.logits(model), tokens, log_probs)
-            gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
-        self.last = distributed.all_reduce_sum(loss.detach()) / distributed.world_size()
-        for (name, master), gradient in zip(self.masters.items(), gradients, strict=True):
-            master.grad = None if gradient is None else sites[name].take(gradient).to(master)
-        distributed.average_gradients(self.masters.values())
-        trained = [master for master in self.masters.values() if master.grad is not None]
-        norm = get_total_norm([master.grad for master in trained if master.grad is not None])
-        if not torch.isfinite(norm):
-            raise NumericalError("the gradient of a calibration step is NaN or infinite: the training diverged")
-        clip_grads_with_norm_(trained, self.calibration.max_grad_norm, norm)
-        self._optimizer.step()
-        self._optimizer.zero_grad()
-        return {name: master.detach() for name, master in self.masters.items()}
-
-    def save(self, folder: Path) -> None:
-        """Write what a resumed run needs to go on with the same bits, beside a trainer's checkpoint."""
-        tensors = {f"{name} value": master.detach() for name, master in self.masters.items()}
-        for name, master in self.masters.items():
-            tensors |= {f"{name} {key}": value for key, value in self._optimizer.state[master].items()}
-        temporary = folder / f".{STATE}.tmp"
-        save_file({key: value.contiguous() for key, value in tensors.items()}, temporary, {"steps": str(self._steps)})
-        os.replace(temporary, folder / STATE)
-
-    @torch.no_grad()
-    def load(self, folder: Path) -> dict[str, Tensor]:
-        """Take up what `save` wrote; name -> values [k].
-
-        Raises:
-            TrainingError: there is no such thing in the checkpoint.
-        """
-        file = folder / STATE
-        if not file.is_file():
-            raise TrainingError(f"{file}: does not exist, so the calibration of this checkpoint cannot be resumed")
-        with safe_open(file, framework="pt") as opened:
-            self._steps = int(opened.metadata()["steps"])
-            saved = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118 (no mapping)
-        for name, master in self.masters.items():
-            own = {key.rpartition(" ")[2]: value for key, value in saved.items() if key.rpartition(" ")[0] == name}
-            master.copy_(own.pop("value"))
-            # the count of steps stays on the CPU, as AdamW made it
-            self._optimizer.state[master] = {
-                key: value if key == "step" else value.to(master) for key, value in own.items()
-            }
-        return {name: master.detach() for name, master in self.masters.items()}
-
-    def _batch(self) -> tuple[ResponseBatch, Tensor, Tensor, float]:
-        """This process's part of the prompts of this step, and the weight of its mean in the mean of all.
-
-        The step takes so many prompts of each set; they depend on its number alone.
-        """
-        target, size = self.calibration.target, self.calibration.batch_size
-        generator = torch.Generator().manual_seed(self.calibration.seed * 1_000_003 + self._steps)
-        chosen = [part[i] for part in self.sets for i in torch.randperm(len(part), generator=generator)[:size].tolist()]
-        device, own = target.device, distributed.share(chosen)
-        # gradients are averaged over the processes; one without prompts goes along with the first, which counts nothing
-        share = distributed.world_size() * _num_tokens(own) / _num_tokens(chosen)
-        own = own or chosen[:1]
-        batch = ResponseBatch.of([reference.row for reference in own], _padding(target), device)
-        tokens = torch.cat([reference.tokens for reference in own]).to(device)
-        return batch, tokens, torch.cat([reference.log_probs for reference in own]).to(device), share
-
-
-@contextmanager
-def _requiring_gradients(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
-    """Within: the given tensors require gradients, which the base weights of an adapter do not."""
-    before = [parameter.requires_grad for parameter in parameters]
-    for parameter in parameters:
-        parameter.requires_grad_(True)
-    try:
-        yield
-    finally:
-        for parameter, required in zip(parameters, before, strict=True):
-            parameter.requires_grad_(required)
-
-
-def _num_tokens(chosen: Sequence[Reference]) -> int:
-    return sum(len(reference.tokens) for reference in chosen)
-
-
-def _padding(target: "Target") -> int:
+def batch_of(rows: Sequence[dict[str, Any]], target: "Target") -> ResponseBatch:
+    """Rows of references, padded, where the target takes its inputs."""
     padding: Any = target.tokenizer.pad_token_id
-    return int(padding)
+    return ResponseBatch.of(rows, int(padding), target.device)

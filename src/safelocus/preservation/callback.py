@@ -35,8 +35,11 @@ class ProtectionCallback(TrainerCallback):
         self._protection.calibrate_if_due()  # the gradients are gone by now: it takes their memory
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if self._protection.calibrator is not None and state.is_world_process_zero:
-            self._protection.calibrator.save(_checkpoint(args, state))
+        calibrator = self._protection.calibrator
+        if calibrator is not None and (calibrator.is_sharded or state.is_world_process_zero):
+            folder = _checkpoint(args, state)
+            folder.mkdir(parents=True, exist_ok=True)  # the main process may be about to make it
+            calibrator.save(folder)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._protection.restore()

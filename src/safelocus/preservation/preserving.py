@@ -143,7 +143,8 @@ def run_preservation(
         merge: save the model with its adapter merged, its protected weights exact.
         allow_seen: measure with prompts that calibration or mixed-in rows use.
         allow_mismatch: the selection was made for another model (a fine-tuned sibling).
-        checkpoint: folder for unfinished work; the same call resumes from it. Not used in several processes.
+        checkpoint: folder for unfinished work; the same call resumes from it. Of several
+            processes each has its own, and as many resume.
         notes: what a reader of the result should mind already.
         progress: show bars.
         changes: to the settings: steps=1000, learning_rate=2e-5, ...
@@ -154,9 +155,8 @@ def run_preservation(
         NumericalError: the training diverged; the model has its old weights again.
     """
     settings = replace(settings or TrainingSettings(), **changes)
-    checkpoint = checkpoint if distributed.world_size() == 1 else None
-    if (lora or calibration) and target.is_sharded:
-        raise TrainingError("a LoRA adapter, and calibration, need a model that is whole in each process, not sharded")
+    if lora and target.is_sharded:
+        raise TrainingError("a LoRA adapter needs a model that is whole in each process, not sharded")
     sets = [*(calibration.prompts if calibration else ()), *(mixed.prompts if mixed else ())]
     remarks = [*notes, *check_apart(examination, [lesson.prompts, *sets], allow_seen=allow_seen)]
     fingerprint = target.fingerprint()
@@ -246,7 +246,7 @@ class _Run:
         checkpoints = None
         if self.checkpoint is not None:
             checkpoints = Checkpoints(folder=self.checkpoint / kind, identity=self.identity)
-            checkpoints.latest()  # refuses another run's
+            checkpoints.check()
             if (arm := _load(checkpoints.folder, self.task)) is not None:
                 return arm
         selection = what() if callable(what) else what
@@ -341,14 +341,19 @@ def _without_adapter(model: Any) -> None:
 
 def _save_model(target: Target, folder: Path) -> None:
     """Written by the first process; the others give it their rows, where the model is sharded."""
-    model, is_main, state = target.model, distributed.is_main(), None
-    if target.is_sharded and not model.is_distributed_loading_by_transformers:  # which would gather by itself
+    model, state = target.model, None
+    if target.is_sharded:
         own = {name: value for name, value in model.state_dict().items() if name not in model.all_tied_weights_keys}
         gathered = ((name, distributed.whole(value)) for name, value in own.items())
-        state = {name: value.cpu() for name, value in gathered if is_main}
-    if is_main or (target.is_sharded and state is None):
-        model.save_pretrained(folder, is_main_process=is_main, state_dict=state)
-    if is_main:
+        state = {name: value.cpu() for name, value in gathered if distributed.is_main()}
+    if distributed.is_main():
+        # transformers would gather what it has sharded anew, and write tied weights twice
+        config = vars(model.config)
+        sharding = {"distributed_config": config.pop("distributed_config")} if "distributed_config" in config else {}
+        try:
+            model.save_pretrained(folder, state_dict=state)
+        finally:
+            config.update(sharding)
         target.tokenizer.save_pretrained(folder)
 
 
@@ -412,7 +417,7 @@ def _save(arm: Arm, folder: Path) -> None:
 
 def _load(folder: Path, task: str) -> Arm | None:
     file = folder / "arm.json"
-    if not file.is_file():
+    if not distributed.in_all(file.is_file()):
         return None
     values, after = json.loads(file.read_text(encoding="utf-8")), Evaluation.load(folder)
     return Arm(

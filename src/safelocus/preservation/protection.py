@@ -18,14 +18,17 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
+from safelocus import distributed
 from safelocus.errors import TrainingError
 from safelocus.patch import Patch
 from safelocus.patch.state import bits
-from safelocus.preservation.calibration import Calibration, Calibrator, references
+from safelocus.preservation.calibration import Calibration, references
+from safelocus.preservation.calibrator import Calibrator
 from safelocus.preservation.gradient import masking
 from safelocus.preservation.held import Held, hold
 from safelocus.preservation.lora import peft_model
 from safelocus.selection import Selection
+from safelocus.sparse import Site
 
 LoraMode = Literal["exact", "patch"]
 
@@ -110,21 +113,22 @@ class Protection:
         """From now on take calibration steps between those of the training; the model is the original now.
 
         Raises:
-            TrainingError: it is for another model, the weights are sharded, or an adapter trains freely beside them.
+            TrainingError: it is for another model, or an adapter trains freely beside the weights, or beside shards.
+            SafelocusError: the weights are sharded otherwise than by rows over all processes.
             PromptError: none of the model's answers to a set of prompts came to its end.
         """
         own = {id(parameter) for parameter in calibration.target.model.parameters()}
         if any(id(held.site.parameter) not in own for held in self._held.values()):
             raise TrainingError("the calibration's target is not the model that is protected; give the same object")
-        if any(held.site.position is not None for held in self._held.values()):
-            raise TrainingError("calibration needs weights that are whole in one process; these are sharded")
         if self.mode == "patch" and any(held.update is not None for held in self._held.values()):
             raise TrainingError('calibration needs mode="exact": in "patch" the adapter changes the same weights')
+        _check_shards(self._held)
         self._original = {name: held.values.clone() for name, held in self._held.items()}
         masters = {name: nn.Parameter(held.values.float()) for name, held in self._held.items()}
         self.calibrator = Calibrator(
-            calibration=calibration, sets=references(calibration, progress=progress), masters=masters
-        )
+            calibration=calibration, sets=references(calibration, progress=progress), masters=masters,
+            is_sharded=any(held.site.position is not None for held in self._held.values()),
+        )  # fmt: skip
 
     def after_step(self) -> None:
         """What the hook of an optimizer calls."""
@@ -188,6 +192,7 @@ class Protection:
     def bind(self, model: nn.Module) -> None:
         """Follow the weights to the parameters that now hold them: a trainer may wrap, move or shard the model."""
         fresh, self._untrained = hold(model, self.selection)
+        sharded: dict[str, Site] = {}
         for name, held in fresh.items():
             old = self._held.get(name)
             if old is not None and old.site.parameter is held.site.parameter:
@@ -195,7 +200,12 @@ class Protection:
             elif old is not None:
                 assert old.site.position is None, f"{name} was sharded twice"
                 fresh[name] = replace(held, values=held.site.part_of(old.values).to(held.values))
+                if held.site.position is not None:
+                    sharded[name] = held.site
         self.model, self._held = model, fresh
+        if self.calibrator is not None and sharded:
+            _check_shards(fresh)
+            self.calibrator.follow(sharded)
         self._watch_adapters()
 
     def merge(self) -> Any:
@@ -302,3 +312,13 @@ class Protection:
                 held.site.write(values(held))
 
         return write
+
+
+def _check_shards(held: Mapping[str, Held]) -> None:
+    """Refuse shards that cannot be calibrated."""
+    distributed.check_shards({name: each.site.parameter for name, each in held.items()})
+    if any(each.update is not None and each.site.position is not None for each in held.values()):
+        raise TrainingError(
+            "calibration beside a LoRA adapter needs weights that are whole in each process; these are sharded. Train "
+            "all weights, or copies of the model"
+        )

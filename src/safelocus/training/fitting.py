@@ -64,8 +64,8 @@ def fit(
         prepare: called with the trainer before training, to protect weights for example.
         trainer: a subclass with another loss.
         checkpoints: where unfinished work is kept, and resumed from; saved now and then, at the last step (what
-            follows the training may be interrupted too), and at Ctrl-C. Not used in several processes,
-            nor for weights that are offloaded.
+            follows the training may be interrupted too), and at Ctrl-C. What all processes have alike the first
+            one keeps; of a sharded model each keeps its rows.
         progress: show a bar.
 
     Returns:
@@ -77,12 +77,15 @@ def fit(
     """
     model = target.model if model is None else model
     progress = progress and distributed.is_main()
-    if distributed.world_size() > 1 or target.is_sharded:
-        checkpoints = None
     with seen_alone(), tempfile.TemporaryDirectory(prefix="safelocus-") as scratch, _leaving_no_trace(target.model):
-        folder = Path(scratch) if checkpoints is None else checkpoints.folder
-        latest = None if checkpoints is None else checkpoints.latest()
-        watch = _Watch(settings.steps, progress, None if checkpoints is None else checkpoints.every_seconds)
+        folder, latest = Path(scratch), None
+        if checkpoints is not None:
+            folder = checkpoints.folder if target.is_sharded else checkpoints.shared()
+            latest = checkpoints.latest(of_parts=target.is_sharded)
+        watch = _Watch(
+            settings.steps, progress, None if checkpoints is None else checkpoints.every_seconds,
+            writes=target.is_sharded or distributed.is_main(),
+        )  # fmt: skip
         arguments = _arguments(settings, target, folder)
         on_own_device(arguments, target.device)
         run = trainer(
@@ -132,7 +135,8 @@ def _arguments(settings: TrainingSettings, target: Target, folder: Path) -> SFTC
         logging_steps=1,
         logging_nan_inf_filter=False,
         save_strategy="no",
-        save_total_limit=1,
+        # a process may be ended before the others have saved: all have the one before
+        save_total_limit=2 if target.is_sharded else 1,
         disable_tqdm=True,
         report_to="none",
     )
@@ -151,14 +155,20 @@ class _AllDone(Exception):
 
 
 class _Watch(TrainerCallback):
-    """Bar, divergence, and Ctrl-C: the first one waits for the end of the step and for its checkpoint."""
+    """Bar, divergence, and Ctrl-C: the first one waits for the end of the step and for its checkpoint.
 
-    def __init__(self, steps: int, progress: bool, every_seconds: float | None) -> None:
+    All processes save and stop at the same step; `writes` says whether this one has anything to write then.
+    """
+
+    def __init__(self, steps: int, progress: bool, every_seconds: float | None, *, writes: bool) -> None:
         self.interrupted = False
+        self._writes = writes
         self._saving = False
         self._open = ExitStack()
         self._steps, self._progress, self._saves = steps, progress, bool(every_seconds)
-        self._stop = StopAtBoundary(self._ask_to_save, every_seconds=every_seconds or 0, enabled=self._saves)
+        self._stop = StopAtBoundary(
+            self._ask_to_save, every_seconds=every_seconds or 0, enabled=self._saves, in_step=True
+        )  # fmt: skip
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._advance = self._open.enter_context(
@@ -174,7 +184,8 @@ class _Watch(TrainerCallback):
             self._stop.passed(state.global_step)
         except KeyboardInterrupt:
             self.interrupted = control.should_training_stop = True
-        control.should_save = self._saving or (self._saves and state.global_step == state.max_steps)
+        due = self._saving or (self._saves and state.global_step == state.max_steps)
+        control.should_save = due and self._writes
         self._saving = False
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:

@@ -6,16 +6,21 @@
 So order of the rows, batches, steps, learning rates and what is logged are those of a single process, whatever the
 number of processes, also where the rows cannot be divided evenly. The trainer knows of no other process: what wraps
 models for several (DDP) would move every gradient, where a few weights are trained.
+
+A checkpoint holds what is trained: of a sharded model this process's rows. (The trainer would save a model as its
+files are, and not find fused experts in them again.)
 """
 
 import logging
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from trl import SFTTrainer
 
@@ -23,12 +28,15 @@ from safelocus import distributed
 from safelocus.training.rows import IGNORED
 
 _LOGGER = logging.getLogger("transformers.training_args")
+_TRAINED = "trained.safetensors"
 _STATES = (PartialState, AcceleratorState, GradientState)
 _OF_LAUNCHERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE")
 
 
 class SharingTrainer(SFTTrainer):
     """SFTTrainer whose batches all processes share; alone, it is SFTTrainer."""
+
+    _is_ready = False
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         if distributed.world_size() == 1:
@@ -46,9 +54,54 @@ class SharingTrainer(SFTTrainer):
             num_items_in_batch = num_items_in_batch / distributed.world_size()
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
+    def create_optimizer(self, *arguments: Any) -> torch.optim.Optimizer:
+        optimizer = super().create_optimizer(*arguments)
+        if not self._is_ready:
+            self._is_ready = True
+            _saved_by_rows(optimizer)
+        return optimizer
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """What is trained, by the names and shapes of the model in memory: those of its files may be others."""
+        folder = Path(output_dir or str(self.args.output_dir))
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(
+            {name: distributed.local(p.detach()).contiguous() for name, p in self._trained().items()}, folder / _TRAINED
+        )
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        own = self._trained()
+        with torch.no_grad():
+            for name, value in load_file(Path(resume_from_checkpoint) / _TRAINED).items():
+                distributed.local(own[name]).copy_(value)
+
+    def _trained(self) -> dict[str, torch.nn.Parameter]:
+        model: Any = self.model
+        return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
     def _defer_fsdp_gradient_reduction(self) -> Any:
         """Nothing is put off: gradients that wait for the last pass of a step wait whole, all of them at once."""
         return nullcontext()
+
+
+def _saved_by_rows(optimizer: torch.optim.Optimizer) -> None:
+    """Let an optimizer's state, as it is saved and loaded, have this process's rows for what is sharded."""
+
+    def to_rows(_: Any, state: dict[str, Any]) -> dict[str, Any]:
+        rows = {
+            index: {key: distributed.local(value) if isinstance(value, Tensor) else value for key, value in of.items()}
+            for index, of in state["state"].items()
+        }
+        return state | {"state": rows}
+
+    def from_rows(loaded: torch.optim.Optimizer) -> None:
+        for parameter in filter(distributed.is_sharded, loaded.state):
+            for key, value in loaded.state[parameter].items():
+                if value.shape == distributed.local(parameter).shape:  # all but the number of steps
+                    loaded.state[parameter][key] = distributed.of_rows(value, parameter)
+
+    optimizer.register_state_dict_post_hook(to_rows)
+    optimizer.register_load_state_dict_post_hook(from_rows)
 
 
 def _own_rows(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -1,13 +1,15 @@
 """Finished cells on disk, so that an interrupted verification goes on where it stopped.
 
 One JSON line each, appended when the cell is finished; a line cut short by a crash is dropped. The first line
-says what all cells depend on, and cells of other inputs are never taken over.
+says what all cells depend on, and cells of other inputs are never taken over. Several processes, each with a folder of
+its own, know what any of them finished.
 """
 
 import json
 from pathlib import Path
 from typing import Any
 
+from safelocus import distributed
 from safelocus.errors import RunError
 from safelocus.run import write_text
 from safelocus.verification.plan import Step
@@ -29,6 +31,7 @@ class Journal:
         else:
             self._file.parent.mkdir(parents=True, exist_ok=True)
             self._append({"identity": identity})
+        self._known = distributed.merged(self._known)
 
     def _read(self, file: Path, identity: dict[str, Any]) -> None:
         lines = file.read_text(encoding="utf-8").splitlines(keepends=True)

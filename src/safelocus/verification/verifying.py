@@ -78,8 +78,8 @@ def verify(
         batch_size, max_new_tokens: of the answers.
         allow_seen: verify on prompts that the scores were made with, all the same.
         allow_mismatch: verify on another model than the scores were made for (a fine-tuned sibling, say).
-        checkpoint: folder in which finished cells are kept; an interrupted verification resumes from it. Not used in
-            several processes.
+        checkpoint: folder in which finished cells are kept; an interrupted verification resumes from it. Of
+            several processes each has its own, and as many resume.
         progress: show a progress bar.
 
     Raises:
@@ -117,7 +117,6 @@ def verify(
             max_new_tokens=max_new_tokens, progress=False,
         )  # fmt: skip
 
-    checkpoint = checkpoint if distributed.world_size() == 1 else None
     journal = Journal(checkpoint, plan.identity(before, prompts, harmless, tasks, judges, max_new_tokens))
     evaluation = observe()
     found = outcomes(evaluation.rows, evaluation.judge_names)
