@@ -1,10 +1,11 @@
-"""The plan's bytes beside those that are measured: scoring, enhancing and preserving models of random weights.
+"""The plan's bytes beside those that are measured: every stage, with models of random weights.
 
 Each row is a process of its own. *measured*: the most bytes of tensors at once, weights included, as torch's profiler
-counts them on the CPU while the stage runs for real (`sl.score`, `sl.enhance`, training under `sl.preserve`);
+counts them on the CPU while the stage runs for real (`sl.score`, `sl.evaluate`, `sl.verify`, `sl.enhance`, training
+under `sl.preserve`);
 *predicted*: what `safelocus plan` says from the configuration alone. The plan should not be below, nor far above.
 
-    python benchmarks/plan.py [--weights 1e7 5e7] [--kinds dense moe] [--stages refusal guard enhance full lora]
+    python benchmarks/plan.py [--weights 1e7 5e7] [--kinds dense moe] [--stages refusal evaluate enhance full]
 """
 
 import argparse
@@ -13,8 +14,9 @@ import json
 import subprocess
 import sys
 
-STAGES = ("refusal", "guard", "enhance", "enhance checkpointed", "full", "lora")
+STAGES = ("refusal", "guard", "evaluate", "verify", "enhance", "enhance checkpointed", "full", "lora")
 VOCABULARY, NEW_TOKENS, ROWS = 8192, 16, 4
+ANSWERED, LONG_ANSWER = 32, 64  # prompts answered at a time, and the tokens of each answer
 
 
 def build(kind, num_weights, dtype):
@@ -47,8 +49,7 @@ def compare(kind, num_weights, dtype, stage):
     """(weights, measured, predicted) in bytes."""
     import safelocus as sl
     from safelocus.layout import Layout
-    from safelocus.resources.memory import Lengths, Scoring, Training
-    from safelocus.resources.subject import Subject
+    from safelocus.resources import Lengths, Scoring, Subject, Training
     from safelocus.topk import random_k
 
     target = build(kind, num_weights, dtype)
@@ -65,6 +66,8 @@ def compare(kind, num_weights, dtype, stage):
     layout = Layout.of(target.model)
     sizes = {name: layout.tensors[name].num_weights for name in layout.eligible_tensors}
     selection = sl.Selection(coordinates=random_k(sizes, layout.num_weights // 100, seed=0), layout=layout)
+    if stage in ("evaluate", "verify"):
+        return size, *_answering(target, subject, selection if stage == "verify" else None)
     from safelocus.training import TrainingSettings, fit, training_rows
 
     rows = training_rows(sl.read_prompts("organism:refusals"), target.chat)
@@ -107,6 +110,30 @@ def compare(kind, num_weights, dtype, stage):
             )
         )  # fmt: skip
     return size, size + peak, need.total
+
+
+def _answering(target, subject, selection):
+    """(measured, predicted) of answering, with a guard that judges; disturbed where a selection is given."""
+    import safelocus as sl
+    from safelocus.resources import Answering, Lengths, Subject
+
+    prompts = sl.read_prompts("organism:harmful").limit(2 * ANSWERED)
+    longest = max(len(target.chat.encode_prompt(text)) for text in prompts.texts)
+    guard = Subject.load("organism:guard")
+    need = Answering(
+        target=subject, guards=(guard,), lengths=Lengths(prompt=longest, response=LONG_ANSWER),
+        num_disturbed=selection.k if selection else 0,
+    ).need(ANSWERED).on_host()  # fmt: skip
+
+    def work():
+        judge = sl.load_judge("guard:organism:guard")
+        how = {"judges": [judge], "batch_size": ANSWERED, "max_new_tokens": LONG_ANSWER, "progress": False}
+        if selection is None:
+            sl.evaluate(target, harmful=prompts, **how)
+        else:
+            sl.verify(target, selection, prompts=prompts, noises=(1.0,), seeds=1, **how)
+
+    return subject.num_bytes + _allocating(work), need.total
 
 
 def _allocating(work):

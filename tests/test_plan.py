@@ -11,22 +11,28 @@ import torch
 import safelocus as sl
 from safelocus.cli import main
 from safelocus.errors import PlanError, ResourceError
+from safelocus.evaluation.judges.guard import GuardJudge
 from safelocus.forcing import logits_at
 from safelocus.resources import (
+    Answering,
     DoesNotFit,
     Lengths,
     Rehearsal,
     Scoring,
     Subject,
     Training,
+    answering_duration,
+    choose_answering,
     choose_scoring,
     choose_training,
     find_device,
     scoring_duration,
 )
 from safelocus.resources.devices import host_free
+from safelocus.resources.memory import JUDGED
 from safelocus.resources.rehearsal import inputs
 from safelocus.training import TrainingSettings, fit, training_rows
+from several import launch
 from tiny_models import MIXTURES, NAMES, config
 from tiny_targets import dense, moe
 
@@ -59,11 +65,13 @@ def test_well_known_devices_go_by_name(text):
 
 def test_a_faster_device_takes_less_time(subject):
     scoring = Scoring(target=subject, lengths=SHORT)
-    seconds = [
-        scoring_duration(scoring, choose_scoring(scoring, device), 64).total
-        for device in map(find_device, ("T4", "A100", "H100"))
-    ]
-    assert seconds == sorted(seconds, reverse=True)
+    answering = Answering(target=subject, guards=(subject,), lengths=SHORT)
+    devices = [find_device(name) for name in ("T4", "A100", "H100")]
+    for seconds in (
+        [scoring_duration(scoring, choose_scoring(scoring, device), 64).total for device in devices],
+        [answering_duration(answering, choose_answering(answering, device), 64).total for device in devices],
+    ):
+        assert seconds == sorted(seconds, reverse=True)
 
 
 @pytest.mark.parametrize("text", ["H300", "nonsense", "24", "0x80GB", "cuda:99", "-1GB"])
@@ -151,6 +159,20 @@ def test_layers_alike_are_counted_though_not_run(name, checkpointing, keep_gradi
     assert short == pytest.approx(peak(), rel=0.02)
 
 
+def test_no_more_is_rehearsed_than_is_asked_for(monkeypatch):
+    """A pass in the shapes of a whole batch where that fits; one answer's is known from another stage."""
+    target, rehearsed = Subject.of("llama", config("llama")), []
+    peak = Rehearsal.peak
+    monkeypatch.setattr(Rehearsal, "peak", lambda self, *work, **how: rehearsed.append(how) or peak(self, *work, **how))
+    training = Training(target=target, num_selected=100, kind="sparse", lengths=SHORT, batch=8)
+    choose_training(training, find_device("80GB"), batch_size=8)
+    assert len(rehearsed) == 1 + 2  # a step; prompts to answer, one and many
+    choose_answering(Answering(target=target, lengths=SHORT), find_device("80GB"))
+    assert len(rehearsed) == 3
+    assert training.need(4).total < training.need(8).total
+    assert len(rehearsed) == 4
+
+
 def test_a_rehearsal_leaves_torch_and_the_model_as_they_were():
     attention, autocast = torch.nn.functional.scaled_dot_product_attention, torch.autocast
     rehearsal = Subject.of("llama", config("llama")).rehearsal
@@ -164,8 +186,8 @@ def test_a_rehearsal_leaves_torch_and_the_model_as_they_were():
 
 def test_frozen_weights_have_no_gradients():
     rehearsal = Subject.of("llama", config("llama")).rehearsal
-    with rehearsal.training(lambda name: False):
-        assert rehearsal.peak(lambda model: passing()(model) * torch.ones((), device="meta")).gradients == 0
+    assert rehearsal.peak(passing(), keep_gradients=True).gradients > 0
+    assert rehearsal.peak(passing(), keep_gradients=True, trained=lambda name: False).gradients == 0
 
 
 # needs
@@ -177,6 +199,44 @@ def test_more_prompts_at_a_time_never_need_less(subject, guard):
     needs = [scoring.need(batch).total for batch in (1, 2, 5, 8, 31, 64, 100)]
     assert needs == sorted(needs)
     assert needs[0] < needs[-1]
+
+
+def test_more_prompts_answered_at_a_time_never_need_less(subject):
+    guard = Subject.load("organism:guard")
+    answering = Answering(target=subject, guards=(guard, guard), lengths=SHORT, reads_rows=True)
+    needs = [answering.need(batch) for batch in (1, 2, 5, 8, 31, 64, 100)]
+    for name, sizes in {name: [need.phases[name].total for need in needs] for name in needs[0].phases}.items():
+        assert sizes == sorted(sizes), name
+        assert sizes[0] < sizes[-1], name
+    assert needs[0].standing["guard weights"] == 2 * guard.num_bytes
+    assert GuardJudge.batch_size == JUDGED
+    judging = [need.phases["guard's reading"].total for need in needs]
+    assert judging[3] < judging[4] == judging[5]  # a guard has a batch size of its own
+
+
+def test_a_cache_grows_with_answers_and_layers():
+    """Keys and values of every layer: batch x tokens x layers x heads x head size x 2 x bytes."""
+    model = config("llama")
+    heads, size = model.num_key_value_heads, model.head_dim
+    for layers, dtype in ((3, "float32"), (6, "bfloat16")):
+        model.num_hidden_layers = layers
+        found = Subject.of("llama", model, dtype=dtype)
+        assert found.rehearsal.cache(20) == 20 * layers * heads * size * 2 * found.weight_bytes
+        small, large = (
+            Answering(target=found, lengths=Lengths(prompt=4, response=answer)).need(8).phases["generation"].total
+            for answer in (16, 116)
+        )
+        assert large - small == pytest.approx(1.1 * 8 * found.rehearsal.cache(100), abs=2)
+
+
+def test_disturbing_takes_what_verify_holds(subject):
+    plain = Answering(target=subject, lengths=SHORT).need(4)
+    k, eligible = 1000, subject.num_eligible
+    disturbing = Answering(target=subject, lengths=SHORT, num_disturbed=k, num_scores=2, source=subject)
+    need = disturbing.need(4).on_host()
+    more = sum(need.standing.values()) - sum(plain.standing.values())
+    assert more == k * (subject.weight_bytes + 8 + 4) + 2 * 4 * eligible + subject.num_bytes
+    assert need.phases["generation"] == plain.phases["generation"]
 
 
 @pytest.mark.parametrize("kind", ["sparse", "full", "lora"])
@@ -226,6 +286,28 @@ def test_the_largest_batch_that_fits_is_chosen(subject):
         assert choose_scoring(scoring, room(scoring.need(batch).total)).batch_size == batch
     assert choose_scoring(scoring, find_device("80GB")).batch_size == 32
     assert choose_scoring(scoring, find_device("80GB"), most=5).batch_size == 4
+
+
+def test_as_many_prompts_are_answered_at_a_time_as_fit(subject):
+    answering = Answering(target=subject, lengths=SHORT)
+    for batch in (4, 8, 16, 32):
+        assert choose_answering(answering, room(answering.need(batch).total)).batch_size == batch
+    large = find_device("80GB")
+    assert [choose_answering(answering, large, most=most).batch_size for most in (1, 20, 32, 500)] == [1, 20, 32, 32]
+    assert choose_answering(answering, room(answering.need(19).total), most=20).batch_size == 16
+    assert choose_answering(answering, room(answering.need(1).total), batch_size=20).batch_size == 20
+    with pytest.raises(DoesNotFit, match=r"at least .* are needed on 1MB.*--max-new-tokens.*--device cpu"):
+        choose_answering(answering, find_device("1MB"))
+
+
+def test_answers_are_spread_where_one_device_does_not_do():
+    target = Subject.of("llama", config("llama"))
+    answering = Answering(target=target, lengths=Lengths(prompt=4, response=2))
+    choice = choose_answering(answering, room(answering.need(4).spread(2).total, count=2))
+    assert choice.placement.options == ["--device", "auto"]
+    assert choose_answering(answering, find_device("2x80GB")).placement.options == []
+    assert choose_answering(answering, find_device("2x80GB"), sharded=True).placement.options == ["--shard"]
+    assert choose_answering(answering, find_device("80GB"), offload=True).placement.options == ["--offload"]
 
 
 def test_sums_leave_the_device_when_it_is_full(subject):
@@ -293,7 +375,7 @@ def most_bytes(work):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("make", [dense, moe])
-@pytest.mark.parametrize("stage", ["score", "enhance", "checkpointed", "preserve"])
+@pytest.mark.parametrize("stage", ["score", "evaluate", "verify", "enhance", "checkpointed", "preserve"])
 def test_the_plan_is_what_happens(make, stage):
     """Bytes of tensors at once, predicted from the configuration, against those of the real work: -5 % to +25 %."""
     target = make(hidden_size=192, intermediate_size=384, num_hidden_layers=6, vocab_size=2048)
@@ -305,6 +387,21 @@ def test_the_plan_is_what_happens(make, stage):
         longest = max(len(target.chat.encode_prompt(text)) for text in prompts.texts)
         need = Scoring(target=subject, lengths=Lengths(prompt=longest)).need(4)
         peak = most_bytes(lambda: sl.score(target, prompts, objective=sl.Refusal(), batch_size=4, progress=False))
+    elif stage in ("evaluate", "verify"):
+        how = {"batch_size": 8, "max_new_tokens": 40, "progress": False}
+        longest = max(len(target.chat.encode_prompt(text)) for text in prompts.texts)
+        selection = sl.score(target, prompts, method="random", progress=False).select(0.2)
+        answering = Answering(
+            target=subject, lengths=Lengths(prompt=longest, response=40),
+            num_disturbed=selection.k if stage == "verify" else 0,
+        )  # fmt: skip
+        need = answering.need(8).on_host()
+        held = sl.read_prompts("organism:harmful-heldout").limit(8)
+        if stage == "verify":
+            peak = most_bytes(lambda: sl.verify(target, selection, prompts=held, noises=(1.0,), seeds=1, **how))
+            peak += 12 * selection.k  # coordinates and scores, there before
+        else:
+            peak = most_bytes(lambda: sl.evaluate(target, harmful=prompts, **how))
     else:
         data = sl.read_prompts("organism:refusals").limit(8)
         rows = training_rows(data, target.chat)
@@ -345,7 +442,7 @@ def test_the_plan_prints_every_stage_and_commands_that_parse(run):
     code, out, _ = run("plan", "organism:dense", "--device", "24GB", "--guard", "organism:guard", "--json")
     assert code == 0
     stages = json.loads(out)["stages"]
-    assert list(stages) == ["score", "enhance", "preserve", "preserve --lora"]
+    assert list(stages) == ["score", "evaluate", "enhance", "preserve", "preserve --lora"]
     for stage in stages.values():
         assert stage["fits"]
         assert stage["bytes"] == sum(stage["standing"].values()) + max(stage["phases"].values())
@@ -377,6 +474,82 @@ def test_score_says_what_it_chose_and_keeps_it(tmp_path, run):
     code, _, err = run(*SCORE, "--batch-size", "2", "-o", tmp_path / "two")
     assert "batch size 2:" in err
     assert tomllib.loads((tmp_path / "two" / "run.toml").read_text())["batch_size"] == 2
+
+
+EVALUATE = ["evaluate", "organism:dense", "-p", "organism:harmful-heldout", "--limit", "6", "--max-new-tokens", "4"]
+
+
+def test_evaluate_says_what_it_chose_and_keeps_it(tmp_path, run):
+    code, _, err = run(*EVALUATE, "--harmless", "organism:harmless-heldout", "-o", tmp_path / "r")
+    assert code == 0
+    assert "answering: batch size 12:" in err  # there are no more
+    assert tomllib.loads((tmp_path / "r" / "run.toml").read_text())["batch_size"] == 12
+    assert json.loads((tmp_path / "r" / "results.json").read_text())["provenance"]["batch_size"] == 12
+    code, _, err = run(*EVALUATE, "--batch-size", "5", "-o", tmp_path / "five")
+    assert "answering: batch size 5:" in err
+    assert tomllib.loads((tmp_path / "five" / "run.toml").read_text())["batch_size"] == 5
+    code, _, err = run("evaluate", "--config", tmp_path / "five", "-o", tmp_path / "again")
+    assert "answering: batch size 5:" in err
+    code, out, err = run(*EVALUATE, "--json", "-o", tmp_path / "quiet")
+    assert code == 0
+    assert not err
+    assert json.loads(out)
+
+
+def test_an_interrupted_evaluation_goes_on_with_what_was_chosen(tmp_path, run):
+    partial = tmp_path / ".r.partial"
+    (partial / "checkpoint").mkdir(parents=True)
+    (partial / "run.toml").write_text('command = "evaluate"\nbatch_size = 4\n')
+    code, _, err = run(*EVALUATE, "-o", tmp_path / "r")
+    assert code == 0
+    assert "answering: batch size 4:" in err
+    assert tomllib.loads((tmp_path / "r" / "run.toml").read_text())["batch_size"] == 4
+
+
+@pytest.mark.slow
+def test_processes_choose_alike_and_leave_something_for_each(tmp_path):
+    found = launch(2, "-m", "safelocus", *EVALUATE[:-4], "--limit", "7", "--max-new-tokens", "4", "-o", tmp_path / "r")
+    assert found.returncode == 0, found.stderr
+    assert found.stderr.count("answering: batch size 4:") == 1  # of 7 prompts, in two processes
+    assert tomllib.loads((tmp_path / "r" / "run.toml").read_text())["batch_size"] == 4
+
+
+@pytest.mark.slow
+def test_verify_says_what_it_chose_and_keeps_it(tmp_path, run):
+    assert run(*SCORE, "-o", tmp_path / "scored")[0] == 0
+    code, _, err = run(
+        "verify", "organism:dense", "--scores", tmp_path / "scored", "-p", "organism:harmful-heldout", "--limit", "6",
+        "--harmless", "organism:harmless-heldout", "--judge", "refusal", "--noise", "1", "--seeds", "1",
+        "--max-new-tokens", "4", "-o", tmp_path / "r",
+    )  # fmt: skip
+    assert code == 0
+    assert "answering: batch size 12:" in err
+    assert "disturbed" in err
+    assert tomllib.loads((tmp_path / "r" / "run.toml").read_text())["batch_size"] == 12
+
+
+def test_prompts_without_room_are_not_planned_for(tmp_path, run):
+    """They are not answered, so they need no memory."""
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("".join(json.dumps({"prompt": "tell me " * n}) + "\n" for n in (3, 20000)))
+    code, _, err = run("evaluate", "organism:dense", "-p", file, "--max-new-tokens", "4", "-o", tmp_path / "r")
+    assert code == 0
+    assert "answering: batch size 2:" in err
+    assert "1 failed" in err
+
+
+@pytest.mark.slow
+def test_an_evaluation_takes_fewer_prompts_where_memory_is_short(tmp_path, run, monkeypatch):
+    arguments = [*EVALUATE[:-4], "--limit", "32", "--max-new-tokens", "64", "--dtype", "float32"]
+    monkeypatch.setattr("safelocus.resources.devices._host_memory", lambda: (10**9, 2 * 10**7))
+    code, _, err = run(*arguments, "-o", tmp_path / "r")
+    assert code == 0
+    assert 1 <= tomllib.loads((tmp_path / "r" / "run.toml").read_text())["batch_size"] < 32
+    monkeypatch.setattr("safelocus.resources.devices._host_memory", lambda: (10**9, 10**6))
+    code, _, err = run(*arguments, "-o", tmp_path / "none")
+    assert code == 2
+    assert "answering does not fit: at least" in err
+    assert not (tmp_path / "none").exists()
 
 
 def test_a_resumed_run_goes_on_with_what_was_chosen(tmp_path, run):

@@ -102,7 +102,12 @@ def as_used(model: Any) -> Iterator[None]:
 
 def longest_prompt(target: "Target", max_new_tokens: int) -> int:
     """How many tokens a prompt may have so that `max_new_tokens` still fit the model's positions."""
-    config = target.model.config.get_text_config()
+    return room_for_prompt(target.model.config, max_new_tokens)
+
+
+def room_for_prompt(config: Any, max_new_tokens: int) -> int:
+    """`longest_prompt`, of a model's configuration."""
+    config = config.get_text_config()
     positions = getattr(config, "max_position_embeddings", None)
     if positions is None:  # positions are relative, or rotary without a stated limit
         return sys.maxsize

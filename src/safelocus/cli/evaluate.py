@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from safelocus.cli import options
+from safelocus.cli import options, planning
 from safelocus.cli.output import note, print_json, results, shared_run, together
 
 if TYPE_CHECKING:
@@ -92,7 +92,10 @@ def evaluate(
         float,
         typer.Option(help="Use only the share of harmful prompts that `score --held-out` left out.", min=0, max=0.95),
     ] = 0.0,
-    batch_size: Annotated[int, typer.Option(help="Prompts answered, and answers judged, at a time.", min=1)] = 32,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(help="Prompts answered, and answers judged, at a time.", min=1, show_default="what fits"),
+    ] = None,
     max_new_tokens: options.MaxNewTokens = 256,
     system: options.System = None,
     template: options.Template = None,
@@ -125,6 +128,17 @@ def evaluate(
     harmless_sets = _prompt_sets(harmless, harmless_field, harmless_where, limit=limit, held_out=0, seed=seed)
     tasks = [_task(source, limit, seed) for source in task or []]
     texts = _texts(perplexity, limit, seed)
+    batch_size = planning.unfinished(output, overwrite, {"batch_size": batch_size})["batch_size"]
+    if model is not None:
+        batch_size, device = planning.answering_settings(
+            planning.Model(
+                name=model, dtype=dtype, device=device, layout=layout, system=system, template=template,
+                revision=revision, trust_remote_code=trust_remote_code, shard=shard, offload=offload,
+            ),
+            [*harmful_sets, *harmless_sets, *tasks], judges=judge or (), max_new_tokens=max_new_tokens,
+            batch_size=batch_size, texts=texts, quiet=json,
+        )  # fmt: skip
+    batch_size = batch_size or planning.ANSWERED
     resolved = {
         "command": "evaluate", "model": model, "prompts": prompts, "harmless": harmless, "task": task,
         "lm_eval": lm_eval, "perplexity": perplexity, "judge": judge, "against": str(against) if against else None,

@@ -51,10 +51,9 @@ def plan(
     config: options.Config = None,
 ) -> None:
     """Say what memory and time each stage needs, from the configuration alone, and which settings fit."""
+    from safelocus import resources
     from safelocus.prompts import read_prompts
-    from safelocus.resources import Lengths, Scoring, Subject, Training, choose_scoring, choose_training, find_device
-    from safelocus.resources import scoring_duration as scoring_time
-    from safelocus.resources import training_duration as training_time
+    from safelocus.resources import Answering, Lengths, Scoring, Subject, Training, find_device
 
     where = find_device(device, count=devices)
     subject = Subject.load(
@@ -68,14 +67,23 @@ def plan(
 
     scoring = Scoring(target=subject, guard=reader, lengths=lengths)
     objective = ["--guard", guard] if guard else ["--refusal"]
+    answering = Answering(target=subject, guards=(reader,) if reader else (), lengths=lengths)
+    judge = ["--judge", f"guard:{guard}"] if guard else []
     found = [
         _stage(
             "score", ["score", model, "--prompts", prompts or "PROMPTS", *objective, *_unusual(max_new_tokens)],
-            lambda: choose_scoring(
+            lambda: resources.choose_scoring(
                 scoring, where, most=max(number // processes, 1), sharded=shard, offload=offload
             ),
-            lambda choice: scoring_time(scoring, choice, number),
-        )
+            lambda choice: resources.scoring_duration(scoring, choice, number),
+        ),
+        _stage(
+            "evaluate", ["evaluate", model, "--prompts", prompts or "PROMPTS", *judge, *_unusual(max_new_tokens)],
+            lambda: resources.choose_answering(
+                answering, where, most=-(-number // processes), sharded=shard, offload=offload
+            ),
+            lambda choice: resources.answering_duration(answering, choice, number),
+        ),
     ]  # fmt: skip
     for name, kind, rows, num_steps, words in (
         ("enhance", "sparse", batch_size or enhance.ROWS, steps or 100, ["--data", "REFUSALS", "--retain", "HARMLESS"]),
@@ -90,10 +98,13 @@ def plan(
         found.append(
             _stage(
                 name, [*command, "--steps", str(num_steps), "--max-length", str(max_length)],
-                lambda stage=training, rows=rows: choose_training(  # type: ignore[misc]
+                lambda stage=training, rows=rows: resources.choose_training(  # type: ignore[misc]
                     stage, where, batch_size=rows, sharded=shard, offload=offload, processes=processes
                 ),
-                lambda choice, stage=training, number=num_steps: training_time(stage, choice, number),  # type: ignore[misc]
+                lambda choice, stage=training, number=num_steps: resources.training_duration(  # type: ignore[misc]
+                    stage, choice, number
+                ),
+                trains=True,
             )
         )  # fmt: skip
     if json:
@@ -109,13 +120,14 @@ def plan(
 
 @dataclass(frozen=True, kw_only=True)
 class _Stage:
-    """A stage, what was chosen for it, and how to run it; `problem` says why nothing could be."""
+    """A stage, what was chosen for it, and how to run it; `problem` says why nothing could be. Only some take steps."""
 
     name: str
     choice: "Choice"
     duration: "Duration"
     words: list[str]
     problem: str | None
+    trains: bool
 
     @property
     def settings(self) -> str:
@@ -125,7 +137,7 @@ class _Stage:
     def command(self) -> str:
         choice = self.choice
         chosen = ["--batch-size", str(choice.batch_size)]
-        chosen += ["--accumulation", str(choice.accumulation)] if self.name != "score" else []
+        chosen += ["--accumulation", str(choice.accumulation)] if self.trains else []
         chosen += ["--checkpointing"] if choice.checkpointing else []
         start = ["safelocus"]
         if choice.placement.sharded:
@@ -151,7 +163,14 @@ class _Stage:
         }
 
 
-def _stage(name: str, words: list[str], choose: "Callable[[], Choice]", time: "Callable[[Choice], Duration]") -> _Stage:
+def _stage(
+    name: str,
+    words: list[str],
+    choose: "Callable[[], Choice]",
+    time: "Callable[[Choice], Duration]",
+    *,
+    trains: bool = False,
+) -> _Stage:
     from safelocus.resources import DoesNotFit
 
     problem = None
@@ -159,11 +178,15 @@ def _stage(name: str, words: list[str], choose: "Callable[[], Choice]", time: "C
         choice = choose()
     except DoesNotFit as error:
         choice, problem = error.smallest, str(error)
-    return _Stage(name=name, choice=choice, duration=time(choice), words=words, problem=problem)
+    return _Stage(name=name, choice=choice, duration=time(choice), words=words, problem=problem, trains=trains)
 
 
 def _unusual(max_new_tokens: int) -> list[str]:
     return [] if max_new_tokens == 256 else ["--max-new-tokens", str(max_new_tokens)]
+
+
+def _yes(value: bool) -> str:
+    return "yes" if value else "no"
 
 
 def _bytes(part: "Mapping[str, int | Peak]") -> dict[str, int]:
@@ -185,11 +208,11 @@ def _grid(subject: "Subject", device: "Device", stages: list[_Stage]) -> "Grid":
     sections = (len(rows),)
     rows += [
         ("needed", *(in_bytes(stage.choice.need.total) for stage in stages)),
-        ("fits", *("yes" if stage.problem is None else "no" for stage in stages)),
+        ("fits", *(_yes(stage.problem is None) for stage in stages)),
         ("placement", *(stage.choice.placement.label for stage in stages)),
         ("batch size", *(str(stage.choice.batch_size) for stage in stages)),
-        ("passes per step", "", *(str(stage.choice.accumulation) for stage in stages[1:])),
-        ("checkpointing", "", *("yes" if stage.choice.checkpointing else "no" for stage in stages[1:])),
+        ("passes per step", *(str(stage.choice.accumulation) if stage.trains else "" for stage in stages)),
+        ("checkpointing", *(_yes(stage.choice.checkpointing) if stage.trains else "" for stage in stages)),
         ("time", *(in_words(stage.duration.total) for stage in stages)),
         *cells("host"),
     ]
@@ -197,7 +220,7 @@ def _grid(subject: "Subject", device: "Device", stages: list[_Stage]) -> "Grid":
     active = f", {subject.num_active:,} per token" if subject.num_routed else ""
     return Grid(
         title=f"{subject.name}: {subject.num_weights:,} weights{active}, {str(subject.dtype).removeprefix('torch.')}",
-        headings=("bytes", *(stage.name for stage in stages)),
+        headings=("bytes", *(stage.name.replace(" --", " ") for stage in stages)),
         rows=tuple(rows),
         caption=f"{several}{device.label}: {in_bytes(device.free)} of {in_bytes(device.memory)} free, of which 90 % "
         'are used. "then": one after another, so the largest counts',

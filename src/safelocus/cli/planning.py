@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from safelocus.cli.output import note
 
 if TYPE_CHECKING:
-    from safelocus.prompts import PromptSet
+    from safelocus.evaluation.tasks import TaskExample
+    from safelocus.prompts import Example, PromptSet
     from safelocus.resources import Choice, Device, Lengths, Subject, Training
     from safelocus.training import TrainingSettings
 
 T = TypeVar("T")
 
+ANSWERED = 32  # prompts at a time where nothing can be planned: a server answers, or the model cannot be rehearsed
 _MOST_ROWS = 256  # the longest in characters, of which tokens are counted
 
 
@@ -62,15 +64,17 @@ class Model:
         return replace(found, count=distributed.world_size()) if self.shard else found
 
     def lengths(
-        self, prompts: "Sequence[str]" = (), *, response: int = 256, rows: "Sequence[PromptSet]" = (),
+        self, prompts: "Sequence[Example | TaskExample]" = (), *, response: int = 256, rows: "Sequence[PromptSet]" = (),
         max_length: int = 1024,
     ) -> "Lengths":  # fmt: skip
-        """Tokens of the longest prompt, and of the longest row of the first set and of the others."""
+        """Tokens of the longest prompt that has room, and of the longest row of the first set and of the others."""
         from safelocus.chat import chat_format
+        from safelocus.generation import room_for_prompt
         from safelocus.resources import Lengths
-        from safelocus.target import load_tokenizer
+        from safelocus.target import load_config, load_tokenizer
 
-        hub = {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
+        hub: dict[str, Any] = {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
+        room = room_for_prompt(load_config(self.name, **hub), response)
         chat = chat_format(load_tokenizer(self.name, **hub), system=self.system, template=self.template)
 
         def longest(part: "PromptSet") -> tuple[int, int]:
@@ -79,10 +83,11 @@ class Model:
             return max(len(p) + len(r) for p, r in pairs), max(len(r) for _, r in pairs)
 
         found = [longest(part) for part in rows]
-        texts = sorted(prompts, key=len)[-_MOST_ROWS:]
+        asked = sorted(prompts, key=lambda e: len(e.prompt) + len(e.system or ""))[-_MOST_ROWS:]
+        sizes = [len(chat.encode_prompt(e.prompt, system=e.system)) for e in asked]
         retained = max((row for row, _ in found[1:]), default=None)
         return Lengths(
-            prompt=max((len(chat.encode_prompt(text)) for text in texts), default=64),
+            prompt=max((size for size in sizes if size <= room), default=64),
             response=max((answer for _, answer in found[1:]), default=response),
             row=min(found[0][0] if found else max_length, max_length),
             retained=None if retained is None else min(retained, max_length),
@@ -116,7 +121,8 @@ def scoring_settings(
     from safelocus.resources import Scoring, choose_scoring
 
     def make() -> "Choice":
-        lengths = model.lengths(prompts.texts, response=max_new_tokens)
+        asked = [replace(example, system=None) for example in prompts.examples]
+        lengths = model.lengths(asked, response=0 if guard is None else max_new_tokens)
         scoring = Scoring(target=model.subject(), guard=model.reader(guard), lengths=lengths)
         sums = "the weights'" if (model.shard or model.offload) and accumulate_on is None else accumulate_on
         return choose_scoring(
@@ -129,6 +135,60 @@ def scoring_settings(
         return batch_size or default, accumulate_on, model.device
     sums = "cpu" if choice.placement.sums_on_cpu else accumulate_on
     return choice.batch_size, sums, _device(model, choice)
+
+
+def answering_settings(
+    model: Model,
+    sets: "Sequence[Sequence[Example | TaskExample]]",
+    *,
+    judges: Sequence[str],
+    max_new_tokens: int,
+    batch_size: int | None,
+    texts: "PromptSet | None" = None,
+    num_disturbed: int = 0,
+    num_scores: int = 0,
+    source: str | None = None,
+    quiet: bool = False,
+) -> "tuple[int, str | None]":
+    """(batch size, device) of `evaluate` and `verify`: those given, and for the rest what fits.
+
+    Args:
+        sets: all that will be answered.
+        judges: by name; only the guards among them are models.
+        texts: whose perplexity is measured.
+        num_disturbed, num_scores, source: of `verify`, see `Answering`.
+
+    Raises:
+        ResourceError: as for `scoring_settings`.
+    """
+    from safelocus import distributed
+    from safelocus.generation import room_for_prompt
+    from safelocus.resources import Answering, choose_answering
+
+    asked = [example for part in sets for example in part]
+
+    def make() -> "Choice":
+        subject = model.subject()
+        readers = [model.reader(name.removeprefix("guard:")) for name in judges if name.startswith("guard:")]
+        answering = Answering(
+            target=subject, guards=tuple(reader for reader in readers if reader is not None),
+            lengths=model.lengths(
+                asked, response=max_new_tokens, rows=[] if texts is None else [texts],
+                max_length=room_for_prompt(subject.config, 0),
+            ),
+            reads_rows=texts is not None, num_disturbed=num_disturbed, num_scores=num_scores,
+            source=model.reader(source),
+        )  # fmt: skip
+        number = max(len(asked), len(texts or ())) or ANSWERED  # the tasks of other libraries are not counted
+        return choose_answering(
+            answering, model.devices(), most=-(-number // distributed.world_size()), batch_size=batch_size,
+            sharded=model.shard, offload=model.offload,
+        )  # fmt: skip
+
+    choice = choose("answering", make, otherwise=f"batch size {batch_size or ANSWERED}", quiet=quiet)
+    if choice is None:
+        return batch_size or ANSWERED, model.device
+    return choice.batch_size, _device(model, choice)
 
 
 def training_settings(

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from safelocus.cli import options, sources
+from safelocus.cli import options, planning, sources
 from safelocus.cli.output import note, print_json, results, shared_run, together
 
 if TYPE_CHECKING:
@@ -84,7 +84,10 @@ def verify(
     allow_mismatch: Annotated[
         bool, typer.Option("--allow-mismatch", help="Verify on another model than was scored (a fine-tuned sibling).")
     ] = False,
-    batch_size: Annotated[int, typer.Option(help="Prompts answered, and answers judged, at a time.", min=1)] = 32,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(help="Prompts answered, and answers judged, at a time.", min=1, show_default="what fits"),
+    ] = None,
     max_new_tokens: options.MaxNewTokens = 256,
     system: options.System = None,
     template: options.Template = None,
@@ -133,6 +136,17 @@ def verify(
     sources.check_shard(shard, {"--scorers wanda": "wanda" in wanted})
     numbers = {"ratios": options.numbers(ratios, "--ratios"), "noises": options.numbers(noise, "--noise")}
     guard = guard or (sources.guard_of(provenance) if not judge else None)
+    batch_size, device = planning.answering_settings(
+        planning.Model(
+            name=model, dtype=dtype, device=device, layout=layout, system=system, template=template, revision=revision,
+            trust_remote_code=trust_remote_code, shard=shard, offload=offload,
+        ),
+        [prompt_set, *([harmless_set] if harmless_set else []), *tasks],
+        judges=[*([f"guard:{guard}"] if guard else []), *(judge or [])], max_new_tokens=max_new_tokens,
+        batch_size=planning.unfinished(output, overwrite, {"batch_size": batch_size})["batch_size"],
+        num_disturbed=max(_num_disturbed(artefact, numbers["ratios"]) for artefact in named.values()),
+        num_scores=len(set(wanted) - set(named)), source=transplant_from, quiet=json,
+    )  # fmt: skip
     resolved = {
         "command": "verify", "model": model, "scores": [str(path) for path in scores], "prompts": prompts,
         "guard": guard, "guard_description": str(guard_description) if guard_description else None, "judge": judge,
@@ -185,6 +199,16 @@ def verify(
     for remark in found.notes:
         note(f"[bold]mind:[/] {remark}")
     note(f"wrote {output}: results.json, cells.jsonl, {', '.join(written)}")
+
+
+def _num_disturbed(artefact: "Scores | Selection", ratios: Sequence[float]) -> int:
+    """K of the largest selection."""
+    from safelocus.ratio import count_for_ratio
+    from safelocus.selection import Selection
+
+    if isinstance(artefact, Selection):
+        return artefact.k
+    return max((count_for_ratio(artefact.layout, ratio) for ratio in ratios), default=0)
 
 
 def _load(paths: Sequence[Path]) -> "list[tuple[str, Scores | Selection, Path]]":

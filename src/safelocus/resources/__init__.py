@@ -3,14 +3,24 @@
 Device + Subject (configuration) -> rehearsal -> Need -> Choice
 """
 
-from safelocus.resources.choosing import Choice, DoesNotFit, Placement, choose_scoring, choose_training, in_bytes
+from safelocus.resources.choosing import (
+    Choice,
+    DoesNotFit,
+    Placement,
+    choose_answering,
+    choose_scoring,
+    choose_training,
+    in_bytes,
+)
 from safelocus.resources.devices import Device, find_device
-from safelocus.resources.duration import Duration, scoring_duration, training_duration
-from safelocus.resources.memory import Lengths, Need, Scoring, Training
+from safelocus.resources.duration import Duration, answering_duration, scoring_duration, training_duration
+from safelocus.resources.memory import Answering, Scoring, Training
+from safelocus.resources.need import Lengths, Need
 from safelocus.resources.rehearsal import Peak, Rehearsal
 from safelocus.resources.subject import Subject
 
 __all__ = [
+    "Answering",
     "Choice",
     "Device",
     "DoesNotFit",
@@ -23,6 +33,8 @@ __all__ = [
     "Scoring",
     "Subject",
     "Training",
+    "answering_duration",
+    "choose_answering",
     "choose_scoring",
     "choose_training",
     "find_device",

@@ -1,23 +1,27 @@
 """Which settings fit a device, and which of them are taken.
 
 Scoring: the largest batch (a power of two) that fits, the fp32 sums beside the weights if that leaves room for a batch
-of a few prompts, else on the CPU; one device before several. Training: rows per step never change. What may change is
-how many of them are in memory at once: first activations are checkpointed (the same numbers, a third more time), then
-batches are divided into passes.
+of a few prompts, else on the CPU; one device before several. Answering: the largest batch that fits.
+
+Training: rows per step never change. What may change is how many of them are in memory at once: first activations are
+checkpointed (the same numbers, a third more time), then batches are divided into passes.
 
 Input: a stage's memory (`memory`) and a `Device`. Output: a `Choice`, with what it needs and why it was made.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from safelocus.errors import ResourceError
 from safelocus.resources.devices import Device, host_free
-from safelocus.resources.memory import LARGE, Need, Scoring, Training
+from safelocus.resources.memory import Answering, Scoring, Training
+from safelocus.resources.need import Need
+from safelocus.resources.passes import LARGE
 
 MARGIN = 0.9  # of what is free: allocators leave gaps, kernels take work space
 _FEW = 4  # prompts at a time, for which nothing is moved off the device
-_LARGEST, _LARGEST_ON_CPU = 32, 8  # prompts at a time; a core is busy with few already
+_LARGEST, _LARGEST_ON_CPU = 32, 8  # prompts scored at a time; a core is busy with few already
+ANSWERED = 32  # prompts answered at a time, on any device
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,10 +147,45 @@ def choose_scoring(
         if accumulate_on is not None and placement.sums_on_cpu != (accumulate_on == "cpu" and not device.is_cpu):
             continue
         sizes = [batch_size] if batch_size else list(_powers(most))
-        needs = {size: scoring.need(size, sums_on_cpu=placement.sums_on_cpu) for size in sizes}
-        choices = [_choice(device, placement, need, scoring, batch_size=size) for size, need in needs.items()]
-        found += [choice for choice in choices if choice.fits][:1] or choices[-1:]
-    return _first(found, _FEW if batch_size is None else 1, given=batch_size is not None, scoring=True)
+        needs = ((size, scoring.need(size, sums_on_cpu=placement.sums_on_cpu)) for size in sizes)
+        found.append(_fitting(_choice(device, placement, need, scoring, batch_size=size) for size, need in needs))
+    return _first(found, _FEW if batch_size is None else 1, given=batch_size is not None)
+
+
+def choose_answering(
+    answering: Answering,
+    device: Device,
+    *,
+    most: int = ANSWERED,
+    batch_size: int | None = None,
+    sharded: bool = False,
+    offload: bool = False,
+) -> Choice:
+    """Settings for answering and judging.
+
+    Args:
+        most: prompts at a time, at most.
+        batch_size: given by the user, and not changed.
+        sharded, offload: as for scoring.
+
+    Raises:
+        DoesNotFit: as for scoring.
+
+    Example:
+        >>> from safelocus.resources import Subject, find_device
+        >>> choice = choose_answering(Answering(target=Subject.load("organism:dense")), find_device("24GB"), most=20)
+        >>> choice.batch_size
+        20
+    """
+    found: list[Choice] = []
+    most = min(most, ANSWERED)
+    for placement in _placements(device, sharded, offload):
+        if placement.sums_on_cpu:
+            continue
+        sizes = [batch_size] if batch_size else list(dict.fromkeys([most, *_powers(most)]))
+        needs = ((size, answering.need(size)) for size in sizes)
+        found.append(_fitting(_choice(device, placement, need, answering, batch_size=size) for size, need in needs))
+    return _first(found, _FEW if batch_size is None else 1, given=batch_size is not None)
 
 
 def choose_training(
@@ -172,20 +211,22 @@ def choose_training(
     Raises:
         DoesNotFit: nothing fits; or, with all settings given, the weights alone do not.
     """
-    found: list[Choice] = []
-    for placement in _placements(device, sharded, offload):
-        if placement.sums_on_cpu:
-            continue
-        divisors = [1] if given else [2**n for n in range(12) if batch_size % 2**n == 0]
-        tried = []
-        for divisor in divisors:
-            for twice in (False, True) if checkpointing is None and divisor == 1 else (checkpointing is not False,):
-                rows, passes = batch_size // divisor, accumulation * divisor
-                need = training.need(-(-rows // processes), checkpointing=twice, accumulation=passes)
-                choice = _choice(device, placement, need, training, batch_size=rows, accumulation=passes)
-                tried.append(replace(choice, checkpointing=twice))
-        found += [choice for choice in tried if choice.fits][:1] or tried[-1:]
-    return _first(found, 1, given=given, scoring=False)
+    divisors = [1] if given else [2**n for n in range(12) if batch_size % 2**n == 0]
+    ways = [
+        (divisor, twice)
+        for divisor in divisors
+        for twice in ((False, True) if checkpointing is None and divisor == 1 else (checkpointing is not False,))
+    ]
+
+    def choose(placement: Placement, divisor: int, twice: bool) -> Choice:
+        rows, passes = batch_size // divisor, accumulation * divisor
+        need = training.need(-(-rows // processes), checkpointing=twice, accumulation=passes)
+        choice = _choice(device, placement, need, training, batch_size=rows, accumulation=passes)
+        return replace(choice, checkpointing=twice)
+
+    placements = [placement for placement in _placements(device, sharded, offload) if not placement.sums_on_cpu]
+    found = [_fitting(choose(placement, *way) for way in ways) for placement in placements]
+    return _first(found, 1, given=given, training=True)
 
 
 def _placements(device: Device, sharded: bool, offload: bool) -> list[Placement]:
@@ -196,7 +237,9 @@ def _placements(device: Device, sharded: bool, offload: bool) -> list[Placement]
     return [Placement(count=count, sums_on_cpu=sums) for count in counts for sums in ways]
 
 
-def _choice(device: Device, placement: Placement, need: Need, stage: Scoring | Training, **settings: int) -> Choice:
+def _choice(
+    device: Device, placement: Placement, need: Need, stage: Scoring | Answering | Training, **settings: int
+) -> Choice:
     if device.is_cpu:
         need = need.on_host()
     layers = 2 * stage.target.largest_layer * stage.target.weight_bytes  # one is used while the next one comes
@@ -208,7 +251,15 @@ def _choice(device: Device, placement: Placement, need: Need, stage: Scoring | T
     return Choice(device=device, placement=placement, need=need, wide=wide, **settings)  # type: ignore[arg-type]
 
 
-def _first(found: list[Choice], least: int, *, given: bool, scoring: bool) -> Choice:
+def _fitting(choices: Iterable[Choice]) -> Choice:
+    """The first that fits, and none after it is made; else the last."""
+    for choice in choices:
+        if choice.fits:
+            break
+    return choice
+
+
+def _first(found: list[Choice], least: int, *, given: bool, training: bool = False) -> Choice:
     """The first that fits with a batch of some size, else the first that fits at all."""
     fitting = [choice for choice in found if choice.fits]
     for choice in fitting:
@@ -221,10 +272,10 @@ def _first(found: list[Choice], least: int, *, given: bool, scoring: bool) -> Ch
     ):
         return possible[0]  # the user's word against an estimate: warned, not refused
     smallest = min(found, key=lambda choice: choice.need.total)
-    raise DoesNotFit(_advice(smallest, scoring=scoring), smallest)
+    raise DoesNotFit(_advice(smallest, training=training), smallest)
 
 
-def _advice(choice: Choice, *, scoring: bool) -> str:
+def _advice(choice: Choice, *, training: bool) -> str:
     """What does not fit, and what would."""
     need, device = choice.need, choice.device
     items = ", ".join(f"{name} {in_bytes(size)}" for name, size in _joined([*need.standing.items()]) if size)
@@ -236,11 +287,11 @@ def _advice(choice: Choice, *, scoring: bool) -> str:
             ways.append(f"{number} devices like it (--device auto, or torchrun --nproc-per-node {number} ... --shard)")
     ways.append("--dtype bfloat16" if choice.wide else "")
     ways.append("" if device.is_cpu or choice.placement.offload else "--offload, which is slow")
-    if scoring:
+    if training:
+        ways.append("a smaller --max-length, or --lora (preserve)")
+    else:
         ways.append("fewer --max-new-tokens" if "generation" in need.phases else "")
         ways.append("" if device.is_cpu else "--device cpu")
-    else:
-        ways.append("a smaller --max-length, or --lora (preserve)")
     where = f"{choice.placement.label} of " if choice.placement.count > 1 else ""
     phase = f"{need.largest_phase} {in_bytes(need.phases[need.largest_phase].total)}"
     return (

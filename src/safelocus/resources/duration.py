@@ -11,7 +11,8 @@ time within a factor of three; small models, short texts and slow interconnects 
 from dataclasses import dataclass
 
 from safelocus.resources.choosing import Choice
-from safelocus.resources.memory import GUARD_TEMPLATE, OPENING_TOKENS, OPENINGS, Scoring, Training
+from safelocus.resources.memory import GUARD_TEMPLATE, Answering, Scoring, Training
+from safelocus.resources.passes import OPENING_TOKENS, OPENINGS
 from safelocus.resources.subject import Subject
 
 _OF_FLOPS, _OF_BANDWIDTH = 0.4, 0.6  # of the rates at best
@@ -51,6 +52,21 @@ def scoring_duration(scoring: Scoring, choice: Choice, num_prompts: int) -> Dura
         read = lengths.both + GUARD_TEMPLATE
         parts["generation"] = _generation(target, choice, num_prompts, lengths.prompt, lengths.response, batch)
         parts["guard's reading"] = (_seconds(scoring.guard, choice, 4 * num_prompts * read), "operations")
+    return _duration(parts)
+
+
+def answering_duration(answering: Answering, choice: Choice, num_prompts: int) -> Duration:
+    """Of answering so many prompts, every answer as long as it may be, and judging them."""
+    lengths = answering.lengths
+    parts = {
+        "generation": _generation(
+            answering.target, choice, num_prompts, lengths.prompt, lengths.response, choice.batch_size
+        )
+    }
+    if answering.guards:
+        tokens = num_prompts * (lengths.both + GUARD_TEMPLATE)
+        seconds = sum(_seconds(guard, choice, 2 * tokens) for guard in answering.guards)
+        parts["guard's reading"] = (seconds, "operations")
     return _duration(parts)
 
 

@@ -1,116 +1,26 @@
 """How many bytes each stage needs at once, item by item.
 
-    need = what stands all the time + the largest of the phases that come one after another
+What stands is counted from the configuration (weights, fp32 sums, optimizer states, guards). Phases are rehearsed:
+the model's own code on tensors without data, in the shapes that the stage will give it (see `passes`).
 
-What stands is counted from the configuration (weights, fp32 sums, state of the optimizer, guard); phases are rehearsed
-(see `rehearsal`): the model's own code on tensors without data, in the shapes that the stage will give it.
-
-A phase grows with the batch. Its peak is the largest of several sums that each grow along a line, so it is convex, and
-the chord between a batch of one and a large one is never below it: two rehearsals tell all batch sizes between.
+Input: a `Subject` and `Lengths`. Output: a `Need` for every batch size.
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import astuple, dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from safelocus.forcing import Forced, logits_at
-from safelocus.objective.refusal import COMPLIANCES, REFUSALS
-from safelocus.resources.rehearsal import Peak, Rehearsal, inputs
+from safelocus.resources import passes
+from safelocus.resources.need import Lengths, Need
+from safelocus.resources.rehearsal import Peak, Rehearsal
 from safelocus.resources.subject import Subject
 
-LARGE = 64  # batch of the chord's other end
-OPENINGS, OPENING_TOKENS = len(REFUSALS) + len(COMPLIANCES), 7  # of the refusal objective
 GUARD_TEMPLATE = 256  # tokens that a guard's own template adds
-_TRANSFER = 3 * (256 << 20)  # of the vocabulary transfer, which works in chunks (objective.transfer)
+JUDGED = 16  # answers that a guard judges at a time (evaluation.judges.guard)
 _VALUE = 4  # bytes of fp32
 _INDEX = 8  # bytes of a coordinate
-
-
-@dataclass(frozen=True, kw_only=True)
-class Need:
-    """Bytes of one stage on one device, and beside it.
-
-    Attributes:
-        standing: name -> bytes that are there all the time.
-        phases: name -> bytes that come and go, one after another.
-        host: name -> bytes on the CPU, where the model lies on an accelerator.
-    """
-
-    standing: Mapping[str, int]
-    phases: Mapping[str, Peak]
-    host: Mapping[str, int] = field(default_factory=dict)
-
-    @property
-    def total(self) -> int:
-        return sum(self.standing.values()) + self.phases[self.largest_phase].total
-
-    @property
-    def largest_phase(self) -> str:
-        return max(self.phases, key=lambda name: self.phases[name].total)
-
-    def on_host(self) -> "Need":
-        """The same where the device is the CPU: what would lie beside the device is on it."""
-        return replace(self, standing={**self.standing, **self.host}, host={})
-
-    def offloaded(self, *, gathered: int) -> "Need":
-        """The same with weights, and all that is kept of them, on the host; `gathered` bytes of them come at a time."""
-        guard = {name: size for name, size in self.standing.items() if name.startswith("guard")}
-        rest = {name: size for name, size in self.standing.items() if name not in guard}
-        return replace(self, standing={"gathered layers": gathered, **guard}, host={**rest, **self.host})
-
-    def spread(self, count: int, *, gathered: int | None = None) -> "Need":
-        """The share of each of several devices. Shards are gathered to compute with, and every process has a guard."""
-        sharded = gathered is not None
-        standing = {
-            name: size if sharded and name.startswith(("guard", "gathered")) else -(-size // count)
-            for name, size in self.standing.items()
-        }
-        if gathered is not None:
-            shards = {name: replace(peak, gradients=-(-peak.gradients // count)) for name, peak in self.phases.items()}
-            return replace(self, standing=standing | {"gathered layers": gathered}, phases=shards)
-        # layers, and with them what they keep, are divided; the head's logits are on one device
-        parts = {
-            name: Peak(-(-peak.activations // count), peak.logits, -(-peak.gradients // count))
-            for name, peak in self.phases.items()
-        }
-        return replace(self, standing=standing, phases=parts)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Lengths:
-    """Tokens.
-
-    Attributes:
-        prompt, response: of a prompt in its template, and of an answer.
-        row: of a training row, at most.
-        retained: of a row to retain.
-    """
-
-    prompt: int = 64
-    response: int = 256
-    row: int = 512
-    retained: int | None = None
-
-    @property
-    def both(self) -> int:
-        return self.prompt + self.response
-
-
-class _Chord:
-    """A peak for every batch size, from two rehearsals."""
-
-    def __init__(self, rehearse: Callable[[int], Peak], *, large: int = LARGE) -> None:
-        self._large = max(large, 2)
-        self._ends = rehearse(1), rehearse(self._large)
-
-    def __call__(self, batch: int) -> Peak:
-        small, large = (astuple(end) for end in self._ends)
-        share = (batch - 1) / (self._large - 1)
-        return Peak(*(max(round(low + (high - low) * share), 0) for low, high in zip(small, large, strict=True)))
+_PLACE = 10 * _INDEX  # of expert, matrix, row and column of a coordinate, while they are computed
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -147,19 +57,73 @@ class Scoring:
     def _phases(self) -> dict[str, Callable[[int], Peak]]:
         rehearsal, lengths = self.target.rehearsal, self.lengths
         eligible = _eligible(self.target)
+
+        def backward(work: Callable[[int], Any]) -> passes.Chord:
+            return passes.Chord(lambda batch: rehearsal.peak(work(batch), trained=eligible))
+
         if self.guard is None:
-            with rehearsal.training(eligible):
-                return {"forward and backward": _Chord(lambda b: rehearsal.peak(_refusal(b, lengths.prompt)))}
-        reader = self.guard.rehearsal
-        with reader.training(lambda _: False):
-            reading = _Chord(lambda b: reader.peak(_reading(b, GUARD_TEMPLATE + lengths.both)))
-        with rehearsal.training(eligible):
-            backward = _Chord(lambda b: rehearsal.peak(_transferred(b, lengths)))
+            return {"forward and backward": backward(lambda batch: passes.refusal(batch, lengths.prompt))}
+        read = GUARD_TEMPLATE + lengths.both
         return {
-            "generation": _generation(rehearsal, lengths),
-            "guard's reading": reading,
-            "forward and backward": backward,
+            "generation": passes.generation(rehearsal, lengths),
+            "guard's reading": _reading(self.guard.rehearsal, lambda batch: passes.reading(batch, read)),
+            "forward and backward": backward(lambda batch: passes.transferred(batch, lengths)),
         }
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Answering:
+    """What `evaluate` and `verify` need: answers, and guards that judge them.
+
+    Attributes:
+        target: the model that answers.
+        guards: that judge; all of them are loaded at once.
+        lengths: of prompts, answers, and rows.
+        reads_rows: whether the perplexity of rows is measured.
+        num_disturbed: K, the weights that are disturbed at a time (verify).
+        num_scores: how many scores of all eligible weights are made first, and kept beside the model (verify).
+        source: whose weights are transplanted (verify).
+    """
+
+    target: Subject
+    guards: tuple[Subject, ...] = ()
+    lengths: Lengths = field(default_factory=Lengths)
+    reads_rows: bool = False
+    num_disturbed: int = 0
+    num_scores: int = 0
+    source: Subject | None = None
+
+    def need(self, batch: int) -> Need:
+        """Bytes with so many prompts at a time."""
+        target, k = self.target, self.num_disturbed
+        standing = {"weights": target.num_bytes}
+        host: dict[str, int] = {}
+        phases = {name: phase(batch) for name, phase in self._phases.items()}
+        if self.num_scores:
+            standing["scores"] = self.num_scores * _VALUE * target.num_eligible
+        if self.source is not None:
+            standing["source of transplants"] = self.source.num_bytes
+        if k:
+            coordinates = {"disturbed: coordinates": _INDEX * k}  # a copy on an accelerator, and the same on the CPU
+            standing |= {"disturbed: old values": target.weight_bytes * k, **coordinates}
+            host |= {**coordinates, "disturbed: scores": _VALUE * k}
+            # new values; and of one tensor, with its share of the weights, where each lies; or sigma of it in fp32
+            share = target.largest_tensor / target.num_eligible
+            phases["disturbing"] = Peak(max(round((_VALUE + _PLACE * share) * k), _VALUE * target.largest_tensor))
+        if self.guards:
+            standing["guard weights"] = sum(guard.num_bytes for guard in self.guards)
+        return Need(standing=standing, phases=phases, host=host)
+
+    @cached_property
+    def _phases(self) -> dict[str, Callable[[int], Peak]]:
+        lengths, target = self.lengths, self.target.rehearsal
+        phases: dict[str, Callable[[int], Peak]] = {"generation": passes.generation(target, lengths)}
+        if self.guards:
+            readers = [_judging(guard.rehearsal, lengths) for guard in self.guards]
+            phases["guard's reading"] = lambda batch: max((read(batch) for read in readers), key=lambda p: p.total)
+        if self.reads_rows:
+            phases["perplexity"] = _reading(target, lambda batch: passes.likelihood(batch, lengths.row))
+        return phases
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -232,29 +196,28 @@ class Training:
 
         return Lora(rank=self.lora_rank).wrap(model)
 
-    def _step(self, checkpointing: bool) -> _Chord:
-        known: dict[bool, _Chord] = self._steps
+    def _step(self, checkpointing: bool) -> passes.Chord:
+        known: dict[bool, passes.Chord] = self._steps
         if checkpointing not in known:
             trained = {"sparse": _eligible(self.target), "lora": lambda name: "lora_" in name}.get(
                 self.kind, lambda _: True
             )
-            work = _training(self._rehearsal, self.lengths, self.retained_rows)
-            with self._rehearsal.training(trained):
-                known[checkpointing] = _Chord(
-                    lambda b: self._rehearsal.peak(
-                        work(b), checkpointing=checkpointing, keep_gradients=self.kind == "full"
-                    ),
-                    large=self.batch,
-                )
+            work = passes.training(self._rehearsal, self.lengths, self.retained_rows)
+            known[checkpointing] = passes.Chord(
+                lambda batch: self._rehearsal.peak(
+                    work(batch), trained=trained, checkpointing=checkpointing, keep_gradients=self.kind == "full"
+                ),
+                large=self.batch,
+            )
         return known[checkpointing]
 
     @cached_property
-    def _steps(self) -> dict[bool, _Chord]:
+    def _steps(self) -> dict[bool, passes.Chord]:
         return {}
 
     @cached_property
     def _looks(self) -> Callable[[int], Peak]:
-        return _generation(self.target.rehearsal, self.lengths)
+        return passes.generation(self.target.rehearsal, self.lengths)
 
 
 def _eligible(target: Subject) -> Callable[[str], bool]:
@@ -267,95 +230,11 @@ def _numberless(name: str) -> str:
     return ".".join(part for part in name.split(".") if not part.isdigit())
 
 
-def _generation(rehearsal: Rehearsal, lengths: Lengths) -> Callable[[int], Peak]:
-    """The cache at its longest, a tenth more for the layer of it that grows by a copy, and a pass over the prompts."""
-    cache = rehearsal.cache(lengths.both)
-    with rehearsal.training(lambda _: False):
-        prefill = _Chord(lambda b: rehearsal.peak(_last_logits(b, lengths.prompt)))
-
-    def peak(batch: int) -> Peak:
-        pass_over = prefill(batch)
-        return replace(pass_over, activations=pass_over.activations + round(cache * batch * 1.1))
-
-    return peak
+def _reading(rehearsal: Rehearsal, work: Callable[[int], Any]) -> passes.Chord:
+    return passes.Chord(lambda batch: rehearsal.peak(work(batch), trained=passes.nothing))
 
 
-def _last_logits(batch: int, length: int) -> Callable[[Any], None]:
-    @torch.no_grad()
-    def work(model: Any) -> None:
-        _logits(model, batch, length, batch).float()
-
-    return work
-
-
-def _refusal(batch: int, prompt: int) -> Callable[[Any], Tensor]:
-    """As `Refusal`: every prompt with every opening."""
-    rows = batch * OPENINGS
-
-    def work(model: Any) -> Tensor:
-        logits = _logits(model, rows, prompt + OPENING_TOKENS, rows * OPENING_TOKENS)
-        index = torch.zeros(len(logits), dtype=torch.long, device="meta")
-        return Forced(logits=logits, token=index, row=index).log_likelihood(rows).sum()
-
-    return work
-
-
-def _transferred(batch: int, lengths: Lengths) -> Callable[[Any], Tensor]:
-    """As `TextObjective`: logits along the answers, and their gradient of the same size, made in chunks."""
-
-    def work(model: Any) -> Tensor:
-        logits = _logits(model, batch, lengths.both, batch * lengths.response)
-        slope = torch.empty_like(logits)
-        torch.empty(min(4 * _VALUE * logits.numel(), _TRANSFER), dtype=torch.uint8, device="meta")
-        return torch.einsum("nv,nv->n", logits, slope).float().sum()
-
-    return work
-
-
-def _reading(batch: int, length: int) -> Callable[[Any], Tensor]:
-    """As a guard reads: one verdict for each row, differentiated in the embeddings."""
-
-    def work(model: Any) -> Tensor:
-        handle = model.get_input_embeddings().register_forward_hook(lambda _m, _a, out: out.detach().requires_grad_())
-        try:
-            return _logits(model, batch, length, batch).float().logsumexp(-1).sum()
-        finally:
-            handle.remove()
-
-    return work
-
-
-def _training(
-    rehearsal: Rehearsal, lengths: Lengths, retained_rows: int
-) -> Callable[[int], Callable[[Any], Iterator[Tensor]]]:
-    """What is retained, by itself (`retention`), and then SFTTrainer's loss."""
-    from trl.trainer.utils import add_fused_lm_head
-
-    base = rehearsal.model.get_base_model() if hasattr(rehearsal.model, "get_base_model") else rehearsal.model
-    if "forward" not in vars(base):  # rehearsed as a training before
-        add_fused_lm_head(base, outputs=("log_probs", "entropy", "is_top1"))
-    length = lengths.retained or lengths.row
-
-    def divergence(model: Any, rows: int) -> Tensor:
-        with torch.no_grad():
-            reference = _logits(model, rows, length, rows * lengths.response).float().log_softmax(-1)
-        own = _logits(model, rows, length, rows * lengths.response).float()
-        return (reference.exp() * (reference - own.log_softmax(-1))).sum(-1).mean()
-
-    def work(batch: int) -> Callable[[Any], Iterator[Tensor]]:
-        def step(model: Any) -> Iterator[Tensor]:
-            if retained_rows:
-                yield divergence(model, batch * retained_rows)
-            given = inputs(batch, lengths.row)
-            yield model(**given, labels=given["input_ids"], fused_lm_head=True).loss
-
-        return step
-
-    return work
-
-
-def _logits(model: Any, batch: int, length: int, number: int) -> Tensor:
-    given = inputs(batch, length)
-    if model.config.is_encoder_decoder:
-        given["decoder_input_ids"] = given["input_ids"]
-    return logits_at(model, given, torch.zeros(number, dtype=torch.long, device="meta"))
+def _judging(guard: Rehearsal, lengths: Lengths) -> Callable[[int], Peak]:
+    """A guard takes no more answers at a time than its own batch size."""
+    read = _reading(guard, lambda batch: passes.last_logits(batch, GUARD_TEMPLATE + lengths.both))
+    return lambda batch: read(min(batch, JUDGED))

@@ -73,6 +73,7 @@ class Rehearsal:
         self,
         work: Callable[[Any], Tensor | Iterator[Tensor] | None],
         *,
+        trained: Callable[[str], bool] = lambda _: True,
         checkpointing: bool = False,
         keep_gradients: bool = False,
     ) -> Peak:
@@ -80,17 +81,19 @@ class Rehearsal:
 
         Args:
             work: the pass; or several, each back-propagated before the next begins, where it yields scalars.
+            trained: whether the weights of a name get gradients; default: all do.
             checkpointing: of activations.
             keep_gradients: keep each weight's gradient to the end; else it is freed the moment it is complete.
-                Those that require one get one, see `training`.
 
         Raises:
             PlanError: the model's code does not run without data.
         """
         meter = _Meter(self.vocabulary, self._shapes)
         meter.ignore(self.model)
-        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        handles = [] if keep_gradients else [p.register_post_accumulate_grad_hook(_free) for p in trained]
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(trained(name))
+        freed = [] if keep_gradients else [p for p in self.model.parameters() if p.requires_grad]
+        handles = [parameter.register_post_accumulate_grad_hook(_free) for parameter in freed]
         for layer, times in self._repeated.items():
             handles += _Others(meter, layer, times, keep_gradients).watch()
         # the first layer's backward pass has an end only if its input has a gradient
@@ -114,18 +117,6 @@ class Rehearsal:
             logits=meter.at_peak["logits"],
             gradients=meter.at_peak["gradients"],
         )
-
-    @contextmanager
-    def training(self, trained: Callable[[str], bool]) -> Iterator[None]:
-        """Within: the weights of these names require gradients, and no others."""
-        before = {parameter: parameter.requires_grad for parameter in self.model.parameters()}
-        try:
-            for name, parameter in self.model.named_parameters():
-                parameter.requires_grad_(trained(name))
-            yield
-        finally:
-            for parameter, required in before.items():
-                parameter.requires_grad_(required)
 
     def cache(self, length: int) -> int:
         """Bytes of the keys and values of one sequence of so many tokens, in all layers."""
