@@ -243,7 +243,7 @@ def test_ctrl_c_stops_at_a_batch_and_the_same_command_resumes(tmp_path):
     """A real process and a real SIGINT."""
     command = [
         sys.executable, "-m", "safelocus", "score", "organism:dense", "-p", "organism:harmful", "--guard",
-        "organism:guard", "--max-new-tokens", "24", "--batch-size", "1", "--limit", "32", "--dtype", "float32", "-o",
+        "organism:guard", "--max-new-tokens", "24", "--batch-size", "1", "--limit", "16", "--dtype", "float32", "-o",
         str(tmp_path / "run"),
     ]  # fmt: skip
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -265,7 +265,7 @@ def test_ctrl_c_stops_at_a_batch_and_the_same_command_resumes(tmp_path):
         file.write('\n[{"prompt": "cut')  # as by a crash
     subprocess.run(command, check=True, capture_output=True)
     prompts = [json.loads(line)["prompt"] for line in (tmp_path / "run" / "responses.jsonl").read_text().splitlines()]
-    assert len(prompts) == len(set(prompts)) == 32  # none asked twice
+    assert len(prompts) == len(set(prompts)) == 16  # none asked twice
     assert done < len(prompts)
     subprocess.run([*command[:-1], str(tmp_path / "whole")], check=True, capture_output=True)
     resumed, whole = (sl.Scores.load(tmp_path / name / "scores") for name in ("run", "whole"))

@@ -168,7 +168,8 @@ def test_ctrl_c_and_the_same_command_give_the_same_patch(scored, tmp_path):
     """A real process and a real SIGINT."""
     command = [
         sys.executable, "-m", "safelocus", "enhance", "organism:dense-unaligned", "--selection", str(scored), *SETS,
-        *SMALL, "--steps", "24", "--eval-every", "4", "-o", str(tmp_path / "run"),
+        *SMALL, "--steps", "24", "--eval-every", "4", "--batch-size", "2", "--retain-rows", "1", "-o",
+        str(tmp_path / "run"),
     ]  # fmt: skip
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     checkpoint = tmp_path / ".run.partial" / "checkpoint" / "selection-0.001"

@@ -149,7 +149,7 @@ def test_ctrl_c_and_the_same_command_resumes(tmp_path):
     """A real process and a real SIGINT."""
     command = [
         sys.executable, "-m", "safelocus", "evaluate", "organism:dense", "-p", "organism:harmful-heldout",
-        "--limit", "48", "--max-new-tokens", "24", "--batch-size", "1", "--dtype", "float32", "-o",
+        "--limit", "24", "--max-new-tokens", "24", "--batch-size", "1", "--dtype", "float32", "-o",
         str(tmp_path / "run"),
     ]  # fmt: skip
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -167,7 +167,7 @@ def test_ctrl_c_and_the_same_command_resumes(tmp_path):
     done = answers.read_text().count("\n")
     subprocess.run(command, check=True, capture_output=True)
     rows = [json.loads(line) for line in (tmp_path / "run" / "responses.jsonl").read_text().splitlines()]
-    assert [row["prompt"] for row in rows] == sl.read_prompts("organism:harmful-heldout").limit(48, seed=0).texts
+    assert [row["prompt"] for row in rows] == sl.read_prompts("organism:harmful-heldout").limit(24, seed=0).texts
     assert 3 <= done < len(rows)
     assert not (tmp_path / "run" / "checkpoint").exists()
     subprocess.run([*command[:-1], str(tmp_path / "whole")], check=True, capture_output=True)
