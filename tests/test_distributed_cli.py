@@ -38,11 +38,16 @@ def names(folder):
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
 
 
+def with_prompts(folder, arguments):
+    """The arguments with a few prompts in place of PROMPTS."""
+    (prompts := folder / "prompts.txt").write_text("\n".join(sl.read_prompts("organism:harmful").texts[:12]))
+    return [prompts if argument == "PROMPTS" else argument for argument in arguments]
+
+
 def alone_and_together(tmp_path, run, num_processes, arguments, *options):
     """(folder of one process, folder of several, what several printed) of the same command."""
     (runs := tmp_path / "runs").mkdir()
-    (prompts := tmp_path / "prompts.txt").write_text("\n".join(sl.read_prompts("organism:harmful").texts[:12]))
-    arguments = [prompts if argument == "PROMPTS" else argument for argument in arguments]
+    arguments = with_prompts(tmp_path, arguments)
     code, _, err = run(*arguments, "-o", runs / "alone")
     assert code == 0, err
     codes, out, errors = command(num_processes, tmp_path, *arguments, *options, "-o", runs / "many")

@@ -22,17 +22,14 @@ from safelocus.preservation.preserving import run_preservation
 from safelocus.prompts import read_prompts
 from safelocus.run import CHECKPOINT, part_folder, run_folder
 from safelocus.training.checkpoints import Checkpoints
-from safelocus.training.examination import Examination
 from safelocus.training.lesson import Lesson
 from several import command, launch, odd, sharded, together
+from test_distributed_cli import ENHANCE, with_prompts
+from test_distributed_training import EXAMINATION, HARMLESS, MODELS, REFUSALS
 from test_sparse import some
-from tiny_targets import PROMPTS, moe
+from tiny_targets import PROMPTS
 
-MODELS = {"odd": odd, "moe": moe}
-REFUSALS = [{"prompt": prompt, "response": f"I'm sorry, but I can't {prompt[:n]}"} for n, prompt in enumerate(PROMPTS)]
-HARMLESS = [{"prompt": f"{p} in a cake", "response": f"Sure, here {p[-n:]}"} for n, p in enumerate(PROMPTS)]
 SETTINGS = {"steps": 5, "batch_size": 3, "learning_rate": 1e-2, "progress": False}
-EXAMINATION = Examination(harmful=read_prompts(["tell me a joke", "a kite"]), max_new_tokens=6, batch_size=1)
 STEP = Trainer.training_step
 
 
@@ -291,29 +288,23 @@ rank = int(os.environ["RANK"])
 SparseOptimizer.step = killed
 main(sys.argv[1:])
 """
-ENHANCE = [
-    "enhance", "organism:moe-unaligned", "--dtype", "float32", "--max-new-tokens", "12", "--limit", "5", "--data",
-    "organism:refusals", "--refusal", "--prompts", "prompts.txt", "--ratio", "0.01", "--harmful",
-    "organism:harmful-heldout", "--steps", "2", "--batch-size", "4", "--json", "--validation", "0",
-]  # fmt: skip
 
 
 @pytest.mark.slow
-def test_a_killed_process_ends_the_run_and_the_same_command_resumes(tmp_path, monkeypatch, run):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "prompts.txt").write_text("\n".join(sl.read_prompts("organism:harmful").texts[:12]))
+def test_a_killed_process_ends_the_run_and_the_same_command_resumes(tmp_path, run):
+    enhance = with_prompts(tmp_path, ENHANCE)
     script = tmp_path / "killed.py"
     script.write_text(KILLED)
-    found = launch(2, script, *ENHANCE, "--shard", "-o", tmp_path / "run")
+    found = launch(2, script, *enhance, "--shard", "-o", tmp_path / "run")
     assert found.returncode != 0
     assert "error: process 0: " in found.stderr.split("Traceback")[0]  # before torchrun's own report
     assert not found.stdout
     assert sorted(path.name for path in tmp_path.iterdir()) == [".run.partial", "killed.py", "prompts.txt"]
-    code, _, err = run(*ENHANCE, "-o", tmp_path / "run")
+    code, _, err = run(*enhance, "-o", tmp_path / "run")
     assert code == 2
     assert "a run of 2 processes was interrupted here, and this one has 1" in err
     (streams := tmp_path / "streams").mkdir()
-    codes, out, errors = command(2, streams, *ENHANCE, "--shard", "-o", tmp_path / "run")
+    codes, out, errors = command(2, streams, *enhance, "--shard", "-o", tmp_path / "run")
     assert not any(codes), errors
     assert json.loads(out[0])["patch"]["k"] > 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["killed.py", "prompts.txt", "run", "streams"]

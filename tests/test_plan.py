@@ -496,16 +496,6 @@ def test_evaluate_says_what_it_chose_and_keeps_it(tmp_path, run):
     assert json.loads(out)
 
 
-def test_an_interrupted_evaluation_goes_on_with_what_was_chosen(tmp_path, run):
-    partial = tmp_path / ".r.partial"
-    (partial / "checkpoint").mkdir(parents=True)
-    (partial / "run.toml").write_text('command = "evaluate"\nbatch_size = 4\n')
-    code, _, err = run(*EVALUATE, "-o", tmp_path / "r")
-    assert code == 0
-    assert "answering: batch size 4:" in err
-    assert tomllib.loads((tmp_path / "r" / "run.toml").read_text())["batch_size"] == 4
-
-
 @pytest.mark.slow
 def test_processes_choose_alike_and_leave_something_for_each(tmp_path):
     found = launch(2, "-m", "safelocus", *EVALUATE[:-4], "--limit", "7", "--max-new-tokens", "4", "-o", tmp_path / "r")
@@ -552,13 +542,16 @@ def test_an_evaluation_takes_fewer_prompts_where_memory_is_short(tmp_path, run, 
     assert not (tmp_path / "none").exists()
 
 
-def test_a_resumed_run_goes_on_with_what_was_chosen(tmp_path, run):
+@pytest.mark.parametrize(
+    ("command", "said"), [(SCORE, "batch size 4:"), (EVALUATE, "answering: batch size 4:")], ids=["score", "evaluate"]
+)
+def test_a_resumed_run_goes_on_with_what_was_chosen(tmp_path, run, command, said):
     partial = tmp_path / ".r.partial"
     (partial / "checkpoint").mkdir(parents=True)
-    (partial / "run.toml").write_text('command = "score"\nbatch_size = 4\n')
-    code, _, err = run(*SCORE, "-o", tmp_path / "r")
+    (partial / "run.toml").write_text(f'command = "{command[0]}"\nbatch_size = 4\n')
+    code, _, err = run(*command, "-o", tmp_path / "r")
     assert code == 0
-    assert "batch size 4:" in err
+    assert said in err
     assert tomllib.loads((tmp_path / "r" / "run.toml").read_text())["batch_size"] == 4
 
 

@@ -49,7 +49,8 @@ def judge_all(
             ]
         )
     known = distributed.merged(known)
-    journal.learn([(key_of(pair), judgement.to_json()) for pair, judgement in known.items() if _is_kept(judgement)])
+    new = {key: each for pair, each in known.items() if _is_kept(each) and (key := key_of(pair)) not in journal}
+    journal.learn([(key, judgement.to_json()) for key, judgement in new.items()])
     return [known[pair] for pair in pairs]
 
 

@@ -204,7 +204,8 @@ def collect(
         replies.update(found)
         journal.add([(key, asdict(reply)) for key, reply in found.items() if reply.failure is None])
     replies = distributed.merged(replies)
-    journal.learn([(key, asdict(reply)) for key, reply in replies.items() if reply.failure is None])
+    new = {key: reply for key, reply in replies.items() if reply.failure is None and key not in journal}
+    journal.learn([(key, asdict(reply)) for key, reply in new.items()])
     return replies
 
 

@@ -36,8 +36,6 @@ _OF_LAUNCHERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "PMI_SI
 class SharingTrainer(SFTTrainer):
     """SFTTrainer whose batches all processes share; alone, it is SFTTrainer."""
 
-    _is_ready = False
-
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         if distributed.world_size() == 1:
             return super().training_step(model, inputs, num_items_in_batch)
@@ -56,9 +54,7 @@ class SharingTrainer(SFTTrainer):
 
     def create_optimizer(self, *arguments: Any) -> torch.optim.Optimizer:
         optimizer = super().create_optimizer(*arguments)
-        if not self._is_ready:
-            self._is_ready = True
-            _saved_by_rows(optimizer)
+        _save_by_rows(optimizer)
         return optimizer
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
@@ -84,8 +80,11 @@ class SharingTrainer(SFTTrainer):
         return nullcontext()
 
 
-def _saved_by_rows(optimizer: torch.optim.Optimizer) -> None:
-    """Let an optimizer's state, as it is saved and loaded, have this process's rows for what is sharded."""
+def _save_by_rows(optimizer: torch.optim.Optimizer) -> None:
+    """Let an optimizer's state, as it is saved and loaded, have this process's rows for what is sharded.
+
+    Said twice, it is as said once.
+    """
 
     def to_rows(_: Any, state: dict[str, Any]) -> dict[str, Any]:
         rows = {
@@ -97,7 +96,8 @@ def _saved_by_rows(optimizer: torch.optim.Optimizer) -> None:
     def from_rows(loaded: torch.optim.Optimizer) -> None:
         for parameter in filter(distributed.is_sharded, loaded.state):
             for key, value in loaded.state[parameter].items():
-                if value.shape == distributed.local(parameter).shape:  # all but the number of steps
+                # all but the number of steps
+                if not distributed.is_sharded(value) and value.shape == distributed.local(parameter).shape:
                     loaded.state[parameter][key] = distributed.of_rows(value, parameter)
 
     optimizer.register_state_dict_post_hook(to_rows)
