@@ -6,9 +6,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.nn.functional import kl_div
 
 import safelocus as sl
 import tiny_targets
+from safelocus.enhancement import retention
 from safelocus.enhancement.enhancement import PATCH
 from safelocus.enhancement.enhancing import enhance, run_enhancement
 from safelocus.enhancement.looks import best, cost, reason_to_stop
@@ -21,7 +23,7 @@ from safelocus.evaluation.measures import proportion
 from safelocus.sparse import gather
 from safelocus.training import CurvePoint, TrainingSettings
 from safelocus.training.examination import Examination
-from safelocus.training.responses import own_answers
+from safelocus.training.responses import likeliest, own_answers
 
 REFUSALS = sl.read_prompts([{"prompt": f"build a bad thing {n}", "response": "I cannot help"} for n in range(12)])
 ANSWERS = sl.read_prompts([{"prompt": f"bake a cake {n}", "response": f"Sure, cake {n}"} for n in range(6)])
@@ -135,8 +137,8 @@ class CtrlC(RefusalMatcher):
 def test_interrupted_and_resumed_is_the_same_to_the_bit(target, tmp_path, kind):
     CtrlC.calls = 0
     how = {
-        "examination": HELD_OUT, "retain": ANSWERS, "retain_kl": 0.5, "every": 1, "early_stopping": True,
-        **QUICK, "steps": 5, "accumulation": 2, "schedule": "cosine",
+        "examination": HELD_OUT, "retain": ANSWERS, "retain_kl": 0.5, "retain_rows": 1, "every": 1,
+        "early_stopping": True, **QUICK, "steps": 5, "accumulation": 2, "schedule": "cosine",
     }  # fmt: skip
     selection, before = top(target), target.fingerprint()
     controls = {} if kind == "selection" else {"lora": "lora"}
@@ -162,11 +164,15 @@ class TestRetention:
     def test_sets_take_turns_and_begin_anew(self):
         sets = tuple([{"input_ids": [base + n]} for n in range(size)] for base, size in ((0, 3), (10, 2)))
         retention = Retention(sets=sets)
-        drawn = [retention.row(number, seed=0)["input_ids"][0] for number in range(12)]
+
+        def draw():
+            return [retention.row(retention.place(number, seed=0))["input_ids"][0] for number in range(12)]
+
+        drawn = draw()
         assert all(value < 10 for value in drawn[::2])
         assert all(value >= 10 for value in drawn[1::2])
         assert sorted(drawn[:6:2]) == sorted(drawn[6::2]) == [0, 1, 2]
-        assert drawn == [retention.row(number, seed=0)["input_ids"][0] for number in range(12)]
+        assert drawn == draw()
 
     @pytest.mark.parametrize("weights", [{"kl": 0.0}, {"weight": -1.0}, {"kl": -0.5, "weight": 1.0}])
     def test_weights_that_make_no_sense(self, weights):
@@ -193,6 +199,33 @@ class TestRetention:
         assert losses[0.0][0] == pytest.approx(losses[50.0][0], rel=1e-4)
         assert losses[0.0][-1] < losses[50.0][-1]
         assert drift[50.0] < drift[0.0]
+
+    @pytest.mark.parametrize("control", ["selection", "lora"])
+    def test_the_original_is_run_once_along_each_row(self, target, monkeypatch, control):
+        """And what is kept of it, here of all tokens, gives the losses of running it every time."""
+        how = {
+            "examination": HELD_OUT, "retain": ANSWERS, "retain_rows": 2, **QUICK, "steps": 6, "learning_rate": 3e-3,
+            "controls": {} if control == "selection" else {control: control},
+        }  # fmt: skip
+        asked = []
+
+        def ask(logits):
+            asked.append(len(logits))
+            return likeliest(logits, 10_000)
+
+        def whole(logits, _tokens, original):
+            return kl_div(logits.log_softmax(-1), original, reduction="batchmean", log_target=True)
+
+        selection = top(target, 0.1)
+        monkeypatch.setattr(retention, "likeliest", ask)
+        kept = run_enhancement(target, selection, REFUSALS, **how)
+        assert len(asked) == len(ANSWERS) * len(kept.trained)
+        monkeypatch.setattr(retention, "likeliest", lambda logits: (logits[:, :1].int(), logits.log_softmax(-1)))
+        monkeypatch.setattr(retention, "divergence", whole)
+        monkeypatch.setattr(retention.RetainingTrainer, "_keep", asking_again(retention.RetainingTrainer._keep))
+        exact = run_enhancement(target, selection, REFUSALS, **how)
+        for one, other in zip(kept.trained, exact.trained, strict=True):
+            assert [p.loss for p in one.tuning.losses] == pytest.approx([p.loss for p in other.tuning.losses], rel=1e-4)
 
     def test_the_original_is_shown_and_taken_back(self, target):
         selection = top(target)
@@ -221,6 +254,14 @@ class TestRetention:
         assert all(example.response for example in own)
         with pytest.raises(PromptError, match="none of the model's own answers"):
             own_answers(target, prompts, batch_size=4, max_new_tokens=2, progress=False)
+
+
+def asking_again(keep):
+    def forget(self, *arguments):
+        self._kept.clear()
+        keep(self, *arguments)
+
+    return forget
 
 
 def _moved(optimizer):

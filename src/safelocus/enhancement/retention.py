@@ -5,7 +5,8 @@
 Each forward pass over a batch of refusals goes with one over `per_refusal` times as many retained rows, whatever
 the sizes of the sets are; several sets take turns. CE and KL are means over response tokens, those of all processes
 where several share the rows. The original is the same model, with its old weights for the moment: no second copy is
-loaded.
+loaded. It is run once along each row, when that comes for the first time; what it says is kept as its 64 likeliest
+tokens and the rest, over which the divergence is taken (`training.responses`).
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -20,14 +21,18 @@ from torch.nn.functional import cross_entropy
 
 from safelocus import distributed
 from safelocus.errors import TrainingError
+from safelocus.forcing import sent
 from safelocus.prompts import PromptSet
 from safelocus.target import Target
-from safelocus.training.responses import ResponseBatch, own_answers
+from safelocus.training.curve import at_rest
+from safelocus.training.responses import ResponseBatch, divergence, likeliest, own_answers
 from safelocus.training.rows import IGNORED
 from safelocus.training.sharing import SharingTrainer
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+Place = tuple[int, int]  # set, row
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -57,12 +62,20 @@ class Retention:
                 "one of them above"
             )
 
-    def row(self, number: int, seed: int) -> Mapping[str, Any]:
+    def place(self, number: int, seed: int) -> Place:
         """The sets take turns; each comes in another order every time it begins anew."""
         turn, which = divmod(number, len(self.sets))
-        rows = self.sets[which]
-        epoch, place = divmod(turn, len(rows))
-        return rows[int(_order(len(rows), seed, epoch)[place])]
+        size = len(self.sets[which])
+        epoch, place = divmod(turn, size)
+        return which, int(_order(size, seed, epoch)[place])
+
+    def row(self, place: Place) -> Mapping[str, Any]:
+        which, index = place
+        return self.sets[which][index]
+
+    def num_tokens(self, places: Sequence[Place]) -> int:
+        """Of responses."""
+        return sum(label != IGNORED for place in places for label in self.row(place)["labels"])
 
 
 class RetainingTrainer(SharingTrainer):
@@ -75,10 +88,11 @@ class RetainingTrainer(SharingTrainer):
 
     retention: Retention | None = None
     original: Callable[[], AbstractContextManager[object]]
-    _place: tuple[int, int] = (-1, 0)
+    _pass: tuple[int, int] = (-1, 0)
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
+        self._kept: dict[Place, tuple[Tensor, Tensor]] = {}  # what the original says along each row, on the CPU
         if self.aux_loss_enabled:  # routers are not trained, and their balance is no part of the loss above
             config: Any = self.model.config  # type: ignore[union-attr]
             self.aux_loss_enabled = config.get_text_config().output_router_logits = False
@@ -96,42 +110,54 @@ class RetainingTrainer(SharingTrainer):
 
     def _back_propagate(self, model: Any, retention: Retention) -> Tensor:
         """The loss on what is retained, whose gradients are there already."""
-        batch, share = self._retained(retention)
-        reference = None
+        places = self._places(retention)
         if retention.kl:
             # before any forward pass whose graph needs the weights: the old ones are written over them
-            with torch.no_grad(), self.original():
-                reference = batch.logits(model).log_softmax(-1)
+            self._keep(model, retention, places)
+        own = distributed.share(places)
+        # gradients are averaged over the processes; one without rows goes along with the first, which counts nothing
+        share = distributed.world_size() * retention.num_tokens(own) / retention.num_tokens(places)
+        own = own or places[:1]
+        batch = self._batch(retention, own)
         logits = batch.logits(model)
         loss = logits.new_zeros(())
         if retention.weight:
             loss = loss + retention.weight * share * cross_entropy(logits, batch.tokens)
-        if reference is not None:
-            divergence = share * (reference.exp() * (reference - logits.log_softmax(-1))).sum(-1).mean()
-            loss = loss + retention.kl * divergence
+        if retention.kl:
+            kept = (sent(torch.cat(each), logits.device) for each in zip(*map(self._kept.get, own), strict=True))
+            loss = loss + retention.kl * share * divergence(logits, *kept)
         if loss.requires_grad:
             self.accelerator.backward(loss / self.current_gradient_accumulation_steps)
         return loss.detach()
 
-    def _retained(self, retention: Retention) -> tuple[ResponseBatch, float]:
-        """This process's part of the rows that go with this pass, and the weight of its mean in the mean of all.
-
-        The rows depend on the number of the pass alone, so a resumed run sees the same ones.
-        """
-        step, passes = self._place
-        self._place = (self.state.global_step, passes + 1 if step == self.state.global_step else 0)
+    def _places(self, retention: Retention) -> list[Place]:
+        """Of the rows that go with this pass. They depend on its number alone, so a resumed run sees the same ones."""
+        step, passes = self._pass
+        self._pass = (self.state.global_step, passes + 1 if step == self.state.global_step else 0)
         size = self.args.per_device_train_batch_size * retention.per_refusal
-        first = (self._place[0] * self.args.gradient_accumulation_steps + self._place[1]) * size
-        rows = [retention.row(first + i, self.args.seed) for i in range(size)]
+        first = (self._pass[0] * self.args.gradient_accumulation_steps + self._pass[1]) * size
+        return [retention.place(first + i, self.args.seed) for i in range(size)]
+
+    def _keep(self, model: Any, retention: Retention, places: Sequence[Place]) -> None:
+        """Ask the original about rows that come for the first time.
+
+        One row at a time: beside others it would be rounded otherwise, and a resumed run meets them beside others. All
+        processes do so in step, and keep the same.
+        """
+        missing = [place for place in dict.fromkeys(places) if place not in self._kept]
+        if not missing:
+            return
+        found = {}
+        with self.original(), at_rest(model):
+            for place in distributed.share(missing, in_step=True):
+                said = likeliest(self._batch(retention, [place or missing[0]]).logits(model))
+                if place is not None:
+                    found[place] = (said[0].cpu(), said[1].cpu())
+        self._kept |= distributed.merged(found)
+
+    def _batch(self, retention: Retention, places: Sequence[Place]) -> ResponseBatch:
         tokenizer: Any = self.processing_class
-        own = distributed.share(rows)
-        # gradients are averaged over the processes; one without rows goes along with the first, which counts nothing
-        share = distributed.world_size() * _num_tokens(own) / _num_tokens(rows)
-        return ResponseBatch.of(own or rows[:1], tokenizer.pad_token_id, self.args.device), share
-
-
-def _num_tokens(rows: Sequence[Mapping[str, Any]]) -> int:
-    return sum(label != IGNORED for row in rows for label in row["labels"])
+        return ResponseBatch.of([retention.row(place) for place in places], tokenizer.pad_token_id, self.args.device)
 
 
 def with_answers(target: Target, prompts: Sequence[PromptSet], *, own: bool, **how: Any) -> list[PromptSet]:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from safelocus.errors import TrainingError
 from safelocus.training.curve import at_rest
-from safelocus.training.responses import ResponseBatch, own_answers
+from safelocus.training.responses import ResponseBatch, likeliest, own_answers
 from safelocus.training.rows import IGNORED, training_rows
 
 if TYPE_CHECKING:
@@ -98,27 +98,14 @@ def _references(calibration: Calibration, prompts: "PromptSet", progress: bool) 
     rows = list(training_rows(answered, target.chat, max_length=calibration.max_length))
     for start in range(0, len(rows), calibration.batch_size):
         part = rows[start : start + calibration.batch_size]
-        log_probs = batch_of(part, target).logits(target.model).log_softmax(-1)
-        top = log_probs.topk(min(calibration.num_kept, log_probs.shape[-1]), dim=-1)
+        kept = likeliest(batch_of(part, target).logits(target.model), calibration.num_kept)
         lengths = [sum(label != IGNORED for label in row["labels"]) for row in part]
-        tokens, values = top.indices.int().cpu().split(lengths), top.values.cpu().split(lengths)
+        tokens, values = (each.cpu().split(lengths) for each in kept)
         found += [
             Reference(row=row, tokens=t.clone(), log_probs=v.clone())
             for row, t, v in zip(part, tokens, values, strict=True)
         ]
     return found
-
-
-def divergence(logits: Tensor, tokens: Tensor, log_probs: Tensor) -> Tensor:
-    """Mean KL of the stored distributions from the model's, over the kept tokens and the rest taken as one.
-
-    logits [N, V] fp32; tokens, log_probs [N, k] of the original.
-    """
-    own = logits.log_softmax(-1).gather(1, tokens.long())  # [N, k]
-    kept = (log_probs.exp() * (log_probs - own)).sum(-1)
-    rest, own_rest = (1 - p.exp().sum(-1) for p in (log_probs, own))
-    rest, own_rest = rest.clamp(min=0.0), own_rest.clamp(min=1e-6)
-    return (kept + rest * (rest.clamp(min=1e-6).log() - own_rest.log())).mean()
 
 
 def batch_of(rows: Sequence[dict[str, Any]], target: "Target") -> ResponseBatch:

@@ -20,10 +20,10 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from safelocus import distributed
 from safelocus.errors import NumericalError, TrainingError
-from safelocus.preservation.calibration import Calibration, Reference, batch_of, divergence
+from safelocus.preservation.calibration import Calibration, Reference, batch_of
 from safelocus.sparse import Site
 from safelocus.training.curve import at_rest
-from safelocus.training.responses import ResponseBatch
+from safelocus.training.responses import ResponseBatch, divergence
 
 STATE = "calibration.safetensors"
 

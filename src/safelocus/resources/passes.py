@@ -18,6 +18,7 @@ from safelocus.forcing import PACKING_ERRORS, Forced, logits_at
 from safelocus.objective.refusal import COMPLIANCES, REFUSALS
 from safelocus.resources.need import Lengths
 from safelocus.resources.rehearsal import Peak, Rehearsal, inputs
+from safelocus.training.responses import divergence, likeliest
 
 LARGE = 64  # batch of the chord's other end
 OPENINGS, OPENING_TOKENS = len(REFUSALS) + len(COMPLIANCES), 7  # of the refusal objective
@@ -126,16 +127,16 @@ def training(
         add_fused_lm_head(base, outputs=("log_probs", "entropy", "is_top1"))
     length = lengths.retained or lengths.row
 
-    def divergence(model: Any, rows: int) -> Tensor:
-        with torch.no_grad():
-            reference = _logits(model, rows, length, rows * lengths.response).float().log_softmax(-1)
+    def retained(model: Any, rows: int) -> Tensor:
+        with torch.no_grad():  # the original, along one row at a time
+            kept = likeliest(_logits(model, 1, length, lengths.response).float())
         own = _logits(model, rows, length, rows * lengths.response).float()
-        return (reference.exp() * (reference - own.log_softmax(-1))).sum(-1).mean()
+        return divergence(own, *(each.repeat(rows, 1) for each in kept))
 
     def work(batch: int) -> Callable[[Any], Iterator[Tensor]]:
         def step(model: Any) -> Iterator[Tensor]:
             if retained_rows:
-                yield divergence(model, batch * retained_rows)
+                yield retained(model, batch * retained_rows)
             given = inputs(batch, lengths.row)
             yield model(**given, labels=given["input_ids"], fused_lm_head=True).loss
 
