@@ -17,7 +17,7 @@ ORDER = [
     {"provenance"},
     {"layout"},
     {"fingerprint"},
-    {"ratio", "topk", "statistics"},
+    {"tensors", "ratio", "topk", "statistics"},
     {"selection_file"},
     {"selection"},
     {"scores"},
