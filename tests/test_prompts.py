@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import json
+import re
 import sys
 import types
 import unicodedata
@@ -15,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from safelocus.errors import PromptError
+from safelocus.evaluation.judges import RefusalMatcher
 from safelocus.prompts import Example, PromptSet, normalise, read_prompts
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -119,6 +121,58 @@ def test_examples_and_prompt_sets_can_be_read_again():
     assert len(read_prompts(read_prompts(ROWS), where={"label": "safe"})) == 1
     with pytest.raises(PromptError, match="read already"):
         read_prompts(first, field="instruction")
+
+
+@pytest.mark.parametrize("name", ["ordinary", "alarming", "harmless", "refusals"])
+def test_embedded_sets_come_in_two_parts_that_share_nothing(name):
+    train, held_out = (read_prompts(f"embedded:{name}{part}") for part in ("", "-heldout"))
+    assert train.source == f"embedded:{name}"
+    assert not set(train.prompt_hashes) & set(held_out.prompt_hashes)
+    assert train.num_duplicates == held_out.num_duplicates == 0
+    assert 0.3 < len(held_out) / (len(held_out) + len(train)) < 0.5
+    assert all(example.category for example in (*train, *held_out))
+
+
+def test_embedded_harmless_prompts_are_both_kinds_and_no_refusals():
+    sets = {name: read_prompts(f"embedded:{name}") for name in ("ordinary", "alarming", "harmless", "refusals")}
+    assert len(sets["harmless"]) == len(sets["ordinary"]) + len(sets["alarming"])
+    assert sets["harmless"].where(category="alarming").hash == sets["alarming"].hash
+    assert not set(sets["harmless"].prompt_hashes) & set(sets["refusals"].prompt_hashes)
+
+
+def test_embedded_refusals_refuse():
+    answered = read_prompts("embedded:refusals").with_responses()
+    assert len(answered) == len(read_prompts("embedded:refusals"))
+    assert all(RefusalMatcher().refuses(example.response) for example in answered)
+
+
+def test_an_unknown_embedded_set():
+    with pytest.raises(PromptError, match=r"no embedded set 'nice'\. There are: ordinary, ordinary-heldout, alarming"):
+        read_prompts("embedded:nice")
+
+
+@pytest.mark.parametrize(
+    ("file", "field"),
+    [
+        ("xstest/xstest_prompts.csv", "prompt"),
+        ("oktest/oktest.csv", None),
+        ("harmless_alpaca_nc/harmless_1000.json", None),
+    ],
+)
+def test_embedded_prompts_are_of_our_own_writing(file, field):
+    """None is a row of a public set that over-refusal is measured with, nor shares five words in a row with XSTest."""
+    if not (DATA / file).is_file():
+        pytest.skip(f"needs {DATA / file}")
+    public = read_prompts(DATA / file, field=field)
+    runs = {run for text in public.texts for run in _runs(text)} if "xstest" in file else set()
+    own = [*read_prompts("embedded:harmless"), *read_prompts("embedded:harmless-heldout")]
+    assert not {normalise(example.prompt) for example in own} & set(map(normalise, public.texts))
+    assert not [example.prompt for example in own if _runs(example.prompt) & runs]
+
+
+def _runs(text, length=5):
+    words = re.findall(r"[\w']+", normalise(text))
+    return {tuple(words[start : start + length]) for start in range(len(words) - length + 1)}
 
 
 def test_organism(monkeypatch):

@@ -54,6 +54,30 @@ def as_set(selection):
     return {(name, i) for name, index in selection.coordinates.items() for i in index.tolist()}
 
 
+# a mapping over tensor names
+
+
+def test_it_is_a_mapping_over_the_eligible_tensors():
+    scores = make()
+    assert list(scores) == layout().eligible_tensors
+    assert len(scores) == len(scores.tensors)
+    assert scores[f"base_model.model.{GATE_UP}"] is scores.tensors[GATE_UP] is dict(scores.items())[GATE_UP]
+    assert f"_orig_mod.{GATE_UP}" in scores
+    assert "model.norm.weight" not in scores
+    assert scores.get("model.norm.weight") is None
+    with pytest.raises(SelectionError, match=r"'model\.norm\.weight' is not an eligible tensor"):
+        scores["model.norm.weight"]
+    assert scores == scores
+    assert scores != make()
+
+
+def test_scores_without_tensors_are_an_empty_mapping():
+    scores = make(tensors={}, per_prompt=[])
+    assert (len(scores), list(scores)) == (0, [])
+    with pytest.raises(SelectionError, match="only statistics were kept"):
+        scores[GATE_UP]
+
+
 # how many weights a ratio is
 
 

@@ -67,6 +67,24 @@ def test_empty_tensors_are_left_out_and_order_is_the_layouts():
     assert "k=3" in repr(selection)
 
 
+def test_it_is_a_mapping_over_the_tensors_that_have_selected_weights():
+    selection = Selection(coordinates=chosen(moe=[3], query=[0, 2]), layout=layout())
+    assert QUERY in selection
+    assert f"_orig_mod.{QUERY}" in selection
+    assert KEY not in selection
+    assert 3 not in selection
+    assert list(selection) == list(selection.keys()) == [QUERY, MOE_TENSOR]
+    assert (len(selection), selection.k) == (2, 3)
+    assert {name: index.tolist() for name, index in selection.items()} == {QUERY: [0, 2], MOE_TENSOR: [3]}
+    assert [index.tolist() for index in selection.values()] == [[0, 2], [3]]
+    assert selection.get(f"base_model.model.{QUERY}").tolist() == [0, 2]
+    assert selection.get(KEY) is None
+    assert selection.get("model.layers.9.x", 5) == 5
+    assert selection == selection
+    assert selection != Selection(coordinates=selection.coordinates, layout=layout())
+    assert len({selection, selection}) == 1
+
+
 @pytest.mark.parametrize(
     ("indices", "message"),
     [

@@ -11,18 +11,18 @@ import safelocus
 
 SOURCE = Path(safelocus.__file__).parent
 ORDER = [
-    {"errors", "progress", "run"},
+    {"errors", "progress", "run", "autocast"},
     {"distributed"},
     {"interrupt"},
     {"provenance"},
     {"layout"},
     {"fingerprint"},
-    {"ratio", "topk", "statistics"},
+    {"tensors", "ratio", "topk", "statistics"},
     {"selection_file"},
     {"selection"},
     {"scores"},
     {"comparison"},
-    {"organism"},
+    {"organism", "smollm2"},
     {"prompts"},
     {"chat"},
     {"target"},

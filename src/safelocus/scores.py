@@ -28,12 +28,13 @@ from torch import Tensor
 
 from safelocus import distributed
 from safelocus.errors import RunError, SafelocusError, SelectionError
-from safelocus.layout import GRANULARITIES, Layout, Matrix
+from safelocus.layout import GRANULARITIES, Layout, Matrix, canonical_name
 from safelocus.provenance import Provenance
 from safelocus.ratio import count_for_ratio
 from safelocus.selection import Selection
 from safelocus.selection_file import owned
 from safelocus.statistics import MatrixStatistics, matrix_statistics
+from safelocus.tensors import TensorMapping
 from safelocus.topk import Picked, Reduce, Which, pick, pick_groups
 
 __all__ = ["MatrixStatistics", "Provenance", "Scores", "matrix_statistics"]
@@ -47,8 +48,8 @@ _SHARD_BYTES = 4_000_000_000
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Scores:
-    """Scores of all eligible weights of one model.
+class Scores(TensorMapping):
+    """Scores of all eligible weights of one model: a mapping from tensor names to scores, `tensors` itself.
 
     Attributes:
         tensors: canonical name -> float32 scores in the tensor's shape, for every eligible tensor in the
@@ -82,6 +83,18 @@ class Scores:
                     f"scores of {name!r} are {value.dtype} {list(value.shape)}; expected torch.float32 {list(expected)}"
                 )
         object.__setattr__(self, "tensors", {name: self.tensors[name] for name in eligible})
+
+    @property
+    def _held(self) -> Mapping[str, Tensor]:
+        return self.tensors
+
+    def __getitem__(self, name: str) -> Tensor:
+        """Scores of a tensor, in its shape; the name may be wrapped."""
+        name = canonical_name(name)
+        if name not in self.tensors:
+            why = "is not an eligible tensor of this model" if self.tensors else "has none: only statistics were kept"
+            raise SelectionError(f"{name!r} {why} ({self.layout.family})")
+        return self.tensors[name]
 
     @property
     def mean_safety(self) -> float | None:

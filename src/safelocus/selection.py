@@ -17,6 +17,7 @@ from safelocus.errors import SafelocusError, SelectionError
 from safelocus.layout import Layout, canonical_name
 from safelocus.provenance import Provenance
 from safelocus.ratio import count_for_ratio
+from safelocus.tensors import TensorMapping
 
 if TYPE_CHECKING:
     from safelocus.fingerprint import Fingerprint
@@ -42,8 +43,11 @@ _MAX_LISTED = 5
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class Selection:
-    """Coordinates of K weights.
+class Selection(TensorMapping):
+    """Coordinates of K weights: a mapping from tensor names to flat indices, `coordinates` itself.
+
+    `len` counts the tensors that have any, `k` the weights. Indexing alone also takes the model's other tensors, and
+    finds nothing selected there.
 
     Attributes:
         coordinates: canonical tensor name -> flat indices, int64 [k of this tensor], ascending, unique, on
@@ -86,6 +90,10 @@ class Selection:
         object.__setattr__(self, "coordinates", indices)
         if self.scores is not None:
             object.__setattr__(self, "scores", _checked_scores(self.scores, indices))
+
+    @property
+    def _held(self) -> Mapping[str, Tensor]:
+        return self.coordinates
 
     def _check_tensor(self, name: str) -> None:
         tensor = self.layout.tensors.get(name)

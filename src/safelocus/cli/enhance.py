@@ -17,7 +17,7 @@ def enhance(
     data: Annotated[
         str,
         typer.Option(
-            "--data", "-d", help="Harmful prompts with refusals: file, hub id, organism:NAME.", show_default=False
+            "--data", "-d", help="Harmful prompts with refusals: file, hub id, embedded:refusals.", show_default=False
         ),
     ],
     output: options.Output,

@@ -27,7 +27,7 @@ def evaluate(
             "--prompts",
             "-p",
             show_default=False,
-            help="Harmful prompts: file, hub-id:split:field, or organism:NAME. May be repeated.",
+            help="Harmful prompts: file, hub-id:split:field, embedded:NAME or organism:NAME. May be repeated.",
         ),
     ] = None,
     harmless: Annotated[

@@ -72,7 +72,7 @@ Prompts = Annotated[
     typer.Option(
         "--prompts",
         "-p",
-        help="File (json, jsonl, csv, tsv, txt, parquet), hub-id:split:field, or organism:NAME.",
+        help="File (json, jsonl, csv, tsv, txt, parquet), hub-id:split:field, embedded:NAME or organism:NAME.",
         show_default=False,
     ),
 ]

@@ -1,4 +1,4 @@
-"""Prompts and chat data from files, the hub, the embedded organisms or memory.
+"""Prompts and chat data from files, the hub, memory, or what is embedded.
 
 `read_prompts` turns a source into a `PromptSet`: examples without empty or duplicate prompts, together with
 the counts of what was left out. Two prompts are the same when their normal forms are (`normalise`: NFKC,
@@ -23,11 +23,9 @@ from typing import overload
 
 from safelocus.errors import PromptError
 from safelocus.prompts.fields import Example, as_text, read_row, resolve_columns
-from safelocus.prompts.sources import Row, from_objects, parse_hub, read_file, read_hub, read_organism
+from safelocus.prompts.sources import Row, from_objects, parse_hub, read_embedded, read_file, read_hub
 
 __all__ = ["Example", "PromptSet", "normalise", "prompt_hash", "read_prompts"]
-
-ORGANISM = "organism:"
 
 
 def normalise(prompt: str) -> str:
@@ -164,7 +162,7 @@ def read_prompts(
     """Read prompts.
 
     `source`: a file (json, jsonl, csv, tsv, txt with one prompt per line, parquet), a dataset on the hub
-    (`ORG/NAME[/CONFIG][:SPLIT[:FIELD]]`), `organism:NAME`, or a list of strings or objects.
+    (`ORG/NAME[/CONFIG][:SPLIT[:FIELD]]`), `embedded:NAME`, `organism:NAME`, or a list of strings or objects.
     `field`, `response_field`: the columns to read, where they are not recognised (see `fields`) or
     others are wanted. `where`: column -> value; other rows are left out. Duplicates (same system message and
     prompt, in normal form) are counted, and left out unless `keep_duplicates`.
@@ -217,8 +215,8 @@ def read_prompts(
 
 def _rows(source: str | Path | Iterable[object], field: str | None) -> tuple[list[Row], str, str | None]:
     """(rows, the source's name, the prompt field: a hub address may name it)."""
-    if isinstance(source, str) and source.startswith(ORGANISM):
-        return read_organism(source.removeprefix(ORGANISM)), source, field
+    if isinstance(source, str) and (embedded := read_embedded(source)) is not None:
+        return embedded, source, field
     if isinstance(source, str | Path):
         path = Path(source).expanduser()
         hub = parse_hub(source) if isinstance(source, str) and not path.exists() else None

@@ -1,4 +1,4 @@
-"""Rows from files, the hub and the embedded organisms; what the rows mean is `fields`' business.
+"""Rows from files, the hub and what is embedded; what the rows mean is `fields`' business.
 
 Every reader returns `Row`s: the value (an object or a string) and its place in the source ("line 12"), so
 that a later complaint about it can be found. Files are read whole, as UTF-8.
@@ -36,6 +36,8 @@ _HUB = re.compile(
     r"(?P<name>\w[\w.\-]*/\w[\w.\-]*)(?:/(?P<config>\w[\w.\-]*))?"
     r"(?::(?P<split>[^:\[\]]+(?:\[[^\]]*\])?)(?::(?P<field>.+))?)?"
 )
+# prefix -> module with `rows(name)`
+EMBEDDED = {"organism": "safelocus.organism", "embedded": "safelocus.prompts.embedded"}
 # where a JSON object with several lists keeps its rows
 _CONTAINERS = ("data", "examples", "prompts", "rows", "instances")
 
@@ -82,9 +84,13 @@ def read_hub(hub: Hub) -> list[Row]:
     return from_objects(dataset)
 
 
-def read_organism(name: str) -> list[Row]:
+def read_embedded(source: str) -> list[Row] | None:
+    """Rows of `organism:NAME` or `embedded:NAME`; None for any other source."""
+    kind, separator, name = source.partition(":")
+    if not separator or kind not in EMBEDDED:
+        return None
     # imported by name, on use: most prompts come from elsewhere
-    return from_objects(import_module("safelocus.organism").rows(name))
+    return from_objects(import_module(EMBEDDED[kind]).rows(name))
 
 
 def from_objects(values: Iterable[object]) -> list[Row]:

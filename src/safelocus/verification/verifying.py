@@ -28,6 +28,7 @@ from safelocus.evaluation.tasks import Task
 from safelocus.fingerprint import Fingerprint
 from safelocus.progress import track
 from safelocus.prompts import PromptSet
+from safelocus.scores import Scores
 from safelocus.selection import Selection
 from safelocus.target import Target
 from safelocus.verification.interventions import Intervention, Interventions, make_interventions
@@ -94,7 +95,7 @@ def verify(
         ... )
         >>> print(verification.verdict.text)                                # doctest: +SKIP
     """
-    scorers = dict(scores) if isinstance(scores, Mapping) else {_label(scores): scores}
+    scorers: dict[str, Scorer] = {_label(scores): scores} if isinstance(scores, Scores | Selection) else dict(scores)
     plan = Plan(
         scorers=scorers,
         ratios=tuple(dict.fromkeys(ratios)),
