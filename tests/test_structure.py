@@ -11,7 +11,7 @@ import safelocus
 
 SOURCE = Path(safelocus.__file__).parent
 ORDER = [
-    {"errors", "progress", "run"},
+    {"errors", "progress", "run", "autocast"},
     {"distributed"},
     {"interrupt"},
     {"provenance"},
@@ -22,7 +22,7 @@ ORDER = [
     {"selection"},
     {"scores"},
     {"comparison"},
-    {"organism"},
+    {"organism", "smollm2"},
     {"prompts"},
     {"chat"},
     {"target"},

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import GenerationConfig
 
+from safelocus.autocast import many_passes
 from safelocus.errors import PromptError
 from safelocus.forcing import pad
 
@@ -66,7 +67,7 @@ def generate_from(encoded: Sequence[Sequence[int]], target: "Target", max_new_to
         decoder_start_token_id=getattr(target.model.config, "decoder_start_token_id", None),
         stop_strings=list(target.chat.stop_strings) or None,
     )
-    with as_used(target.model):
+    with as_used(target.model), many_passes(target.autocast):
         output = target.model.generate(
             input_ids=ids,
             attention_mask=mask,

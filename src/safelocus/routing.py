@@ -15,7 +15,8 @@ from safelocus.layout import Layout, canonical_name
 
 
 class RoutingCounter:
-    """Tokens routed to each expert during forward passes with gradients (padding left out).
+    """Tokens routed to each expert during forward passes with gradients (padding left out), as often as they are run:
+    those of a prompt with several responses once, where they stand in one row (`forcing`).
 
     Works on modules that hold fused expert weights and are called with (hidden states, indices of the
     experts chosen [tokens, k], ...), as all of transformers 5's are. `tokens[tensor]` is a count per
@@ -59,8 +60,11 @@ class RoutingCounter:
         names, num_experts = self._modules[module]
         chosen = chosen.reshape(-1, chosen.shape[-1])  # [tokens, k]
         is_token = torch.ones((), dtype=torch.bool, device=chosen.device)
-        if self._mask is not None and self._mask.numel() == len(chosen):
-            is_token = self._mask.reshape(-1, 1).to(chosen.device).bool()
+        mask = self._mask
+        if mask is not None and mask.ndim == 4:  # of rows with several responses, where padding sees padding alone
+            mask = mask[:, 0, :, 0] == 0
+        if mask is not None and mask.numel() == len(chosen):
+            is_token = mask.reshape(-1, 1).to(chosen.device).bool()
         # one slot more: expert-parallel runs mark experts held elsewhere with index E. Neither a mask as an index nor
         # bincount: both wait for the device, here in every layer
         counts = torch.zeros(num_experts + 1, dtype=torch.int64, device=chosen.device)

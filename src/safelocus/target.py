@@ -1,6 +1,6 @@
 """The target: the causal LM under study, with its tokenizer, chat format and layout.
 
-`load` takes a folder, a hub id or `organism:NAME` and checks everything that can be checked before
+`load` takes a folder, a hub id, `organism:NAME` or `smollm2` and checks everything that can be checked before
 weights are read: the folder, its configuration, tokenizer and weight files (safetensors only; no
 pickle is ever loaded), and afterwards that no weight was missing and silently initialised.
 """
@@ -9,7 +9,7 @@ import difflib
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,7 +24,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from safelocus import distributed
+from safelocus import autocast, distributed
+from safelocus.autocast import Autocast
 from safelocus.chat import ChatFormat, chat_format
 from safelocus.errors import ModelError
 from safelocus.fingerprint import Fingerprint
@@ -45,6 +46,7 @@ class Target:
         tokenizer: its tokenizer; must have a padding or end-of-text token.
         chat: how prompts become token ids.
         layout: how its tensors divide into logical matrices.
+        autocast: what its products are computed in, where that is not the weights' own type.
     """
 
     name: str
@@ -52,6 +54,7 @@ class Target:
     tokenizer: PreTrainedTokenizerBase
     chat: ChatFormat
     layout: Layout
+    autocast: Autocast | None = None
 
     @classmethod
     def of(
@@ -103,6 +106,12 @@ class Target:
         """Whether its weights are spread over the processes, all of which must use it together."""
         return distributed.any_sharded(dict(self.model.named_parameters()))
 
+    @property
+    def dtype(self) -> str:
+        """Of its weights, and of its products where that is another: "float32", "float32, bfloat16 products"."""
+        weights = str(self.model.dtype).removeprefix("torch.")
+        return weights if self.autocast is None else f"{weights}, {str(self.autocast.dtype)[6:]} products"
+
     def fingerprint(self) -> Fingerprint:
         """Digest of configuration and weights as they are now; reads every weight once."""
         return Fingerprint.of(self.model, self.layout)
@@ -121,11 +130,12 @@ def load(
     shard: bool = False,
     offload: bool = False,
 ) -> Target:
-    """Load a target from a folder, a hub id or `organism:NAME`.
+    """Load a target from a folder, a hub id, `organism:NAME` or `smollm2`.
 
     Args:
         name: where the model is.
-        dtype: the weights' type in memory; "auto" keeps the checkpoint's.
+        dtype: the weights' type in memory; "auto" keeps the checkpoint's on an accelerator, and on a CPU takes fp32,
+            with products in bf16 where those are quicker (see `autocast`).
         device: "cuda", "cpu", ... or "auto" to place over several devices; default: the accelerator if any.
         layout: TOML file that describes an architecture unknown here (`safelocus inspect` prints one).
         system: system prompt put before every request; folded into the request where the chat
@@ -162,7 +172,9 @@ def load(
     model = load_model(auto, name, config=config, dtype=dtype, device="cpu" if on_host else device, **sharding, **hub)
     if on_host:
         distributed.keep_on_host(model, [layer for prefix in layers for layer in model.get_submodule(prefix)])
-    return Target.of(model, tokenizer, name=str(name), layout=layout, system=system, template=template)
+    target = Target.of(model, tokenizer, name=str(name), layout=layout, system=system, template=template)
+    quicker = autocast.quicker(config) if dtype == "auto" and model.device.type == "cpu" else None
+    return target if quicker is None else replace(target, autocast=Autocast.attach(model, quicker))
 
 
 def _layers(config: Any, layout: Path | None) -> list[str]:
@@ -187,6 +199,10 @@ def resolve(name: str | Path) -> str:
         from safelocus import organism  # only who asks for an organism pays for it
 
         return str(organism.resolve_model(text.removeprefix("organism:")))
+    if text.partition(":")[0] == "smollm2" and not Path(text).exists():
+        from safelocus import smollm2
+
+        return str(smollm2.resolve(text))
     path = Path(text).expanduser()
     looks_like_path = text.startswith((".", "/", "~")) or path.exists() or text.count("/") > 1
     if not looks_like_path and text.count("/") == 1:
@@ -197,7 +213,8 @@ def resolve(name: str | Path) -> str:
         hint = f" Did you mean {', '.join(str(parent / n) for n in near)}?" if near else ""
         what = "is a file" if path.exists() else "does not exist"
         raise ModelError(
-            f"{text}: {what}; expected a model folder, a hub id such as `org/model`, or `organism:NAME`.{hint}"
+            f"{text}: {what}; expected a model folder, a hub id such as `org/model`, `organism:NAME` or `smollm2`."
+            f"{hint}"
         )
     if not (path / "config.json").is_file():
         raise ModelError(f"{path}: no config.json in this folder; expected a Hugging Face model folder")
@@ -235,10 +252,16 @@ def load_model(auto: Any, name: str | Path, *, dtype: Dtype = "auto", device: st
     if Path(where).is_dir():
         _check_weight_files(Path(where))
     placement = {"device_map": "auto"} if device == "auto" else {}
+    dtype = dtype_on(device, dtype)
     try:
         with _quiet(where):
             model, report = auto.from_pretrained(
-                where, dtype=dtype, use_safetensors=True, output_loading_info=True, **placement, **options
+                where,
+                dtype=dtype,
+                use_safetensors=True,
+                output_loading_info=True,
+                **placement,
+                **options,
             )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         if isinstance(error, torch.OutOfMemoryError):
@@ -254,6 +277,12 @@ def load_model(auto: Any, name: str | Path, *, dtype: Dtype = "auto", device: st
     if device != "auto" and "distributed_config" not in options:
         model.to(device or default_device())
     return model.eval()
+
+
+def dtype_on(device: str | torch.device | None, dtype: Dtype) -> Dtype:
+    """What "auto" means there: fp32 on a CPU, the checkpoint's own type elsewhere."""
+    place = default_device() if device is None else device
+    return "float32" if dtype == "auto" and str(place) == "cpu" else dtype
 
 
 def default_device() -> torch.device:

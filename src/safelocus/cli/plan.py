@@ -54,8 +54,10 @@ def plan(
     from safelocus import resources
     from safelocus.prompts import read_prompts
     from safelocus.resources import Answering, Lengths, Scoring, Subject, Training, find_device
+    from safelocus.target import dtype_on
 
     where = find_device(device, count=devices)
+    dtype = dtype_on("cpu" if where.is_cpu else device, dtype)
     subject = Subject.load(
         model, dtype=dtype, layout=layout, revision=revision, trust_remote_code=trust_remote_code
     )  # fmt: skip

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from safelocus.evaluation.tasks import TaskExample
     from safelocus.prompts import Example, PromptSet
     from safelocus.resources import Choice, Device, Lengths, Subject, Training
+    from safelocus.target import Dtype
     from safelocus.training import TrainingSettings
 
 T = TypeVar("T")
@@ -41,7 +42,7 @@ class Model:
         from safelocus.resources import Subject
 
         return Subject.load(
-            self.name, dtype=self.dtype, layout=self.layout, revision=self.revision,
+            self.name, dtype=self._dtype(), layout=self.layout, revision=self.revision,
             trust_remote_code=self.trust_remote_code,
         )  # fmt: skip
 
@@ -49,7 +50,12 @@ class Model:
         """The guard, in the same dtype."""
         from safelocus.resources import Subject
 
-        return Subject.load(name, dtype=self.dtype, trust_remote_code=self.trust_remote_code) if name else None
+        return Subject.load(name, dtype=self._dtype(), trust_remote_code=self.trust_remote_code) if name else None
+
+    def _dtype(self) -> "Dtype":
+        from safelocus.target import dtype_on
+
+        return dtype_on(self.device, self.dtype)
 
     def devices(self) -> "Device":
         """Of one process: its own accelerator, or its part of the CPU's memory."""

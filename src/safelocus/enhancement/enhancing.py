@@ -186,7 +186,7 @@ def run_enhancement(
         provenance={
             "model": target.name,
             "fingerprint": fingerprint.id,
-            "dtype": str(target.model.dtype).removeprefix("torch."),
+            "dtype": target.dtype,
             "selection": selection.describe(),
             **lesson.describe(),
             "versions": versions(),

@@ -112,7 +112,7 @@ class TargetResponder:
         return {
             "kind": "target",
             "name": self.target.name,
-            "dtype": str(self.target.model.dtype).removeprefix("torch."),
+            "dtype": self.target.dtype,
             "chat": self.target.chat.to_json(),
         }
 

@@ -3,7 +3,7 @@
     S(x) = log sum_r P(r | x) - log sum_c P(c | x)
 
 over refusal openings r and compliance openings c: the log-odds of refusing, as far as these openings
-tell. No second model, no generation: one forward pass over (openings x prompts).
+tell. No second model, no generation: one forward pass, with all openings behind each prompt.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from safelocus.errors import ModelError
-from safelocus.forcing import teacher_force
+from safelocus.forcing import teacher_force_several
 
 if TYPE_CHECKING:
     from safelocus.target import Target
@@ -41,9 +41,10 @@ class Refusal:
     def __call__(self, target: "Target", prompts: Sequence[str]) -> Tensor:
         """Scores [B]; differentiable in the target's weights."""
         openings = [*self.refusals, *self.compliances]
-        pairs = [target.chat.encode_pair(prompt, opening) for prompt in prompts for opening in openings]
-        forced = teacher_force(target, [prompt for prompt, _ in pairs], [response for _, response in pairs])
-        likelihood = forced.log_likelihood(len(pairs)).view(len(prompts), len(openings))
+        encoded = [target.chat.encode_prompt(prompt) for prompt in prompts]
+        responses = [target.chat.encode_pair(prompts[0], opening)[1] for opening in openings]  # whatever the prompt
+        forced = teacher_force_several(target, encoded, [responses] * len(prompts))
+        likelihood = forced.log_likelihood(len(prompts) * len(openings)).view(len(prompts), len(openings))
         refusal, compliance = likelihood.split([len(self.refusals), len(self.compliances)], dim=1)
         return torch.logsumexp(refusal, dim=1) - torch.logsumexp(compliance, dim=1)
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from safelocus.forcing import Forced, logits_at
+from safelocus.forcing import PACKING_ERRORS, Forced, logits_at
 from safelocus.objective.refusal import COMPLIANCES, REFUSALS
 from safelocus.resources.need import Lengths
 from safelocus.resources.rehearsal import Peak, Rehearsal, inputs
@@ -66,13 +66,26 @@ def nothing(_: str) -> bool:
 
 
 def refusal(batch: int, prompt: int) -> Callable[[Any], Tensor]:
-    """As `Refusal`: every prompt with every opening."""
-    rows = batch * OPENINGS
+    """As `Refusal`: every prompt with all openings behind it, or with each, where a model takes no such rows."""
+    responses = batch * OPENINGS
+    num_logits = responses * OPENING_TOKENS
+
+    def packed(model: Any) -> Tensor:
+        length = prompt + OPENINGS * (OPENING_TOKENS - 1)
+        given = inputs(batch, length)
+        given["attention_mask"] = torch.zeros(batch, 1, length, length, dtype=model.dtype, device="meta")
+        given["position_ids"] = torch.zeros_like(given["input_ids"])
+        return logits_at(model, given, torch.zeros(num_logits, dtype=torch.long, device="meta"))
 
     def work(model: Any) -> Tensor:
-        logits = _logits(model, rows, prompt + OPENING_TOKENS, rows * OPENING_TOKENS)
+        try:
+            logits = None if model.config.is_encoder_decoder else packed(model)
+        except PACKING_ERRORS:
+            logits = None
+        if logits is None:
+            logits = _logits(model, responses, prompt + OPENING_TOKENS, num_logits)
         index = torch.zeros(len(logits), dtype=torch.long, device="meta")
-        return Forced(logits=logits, token=index, row=index).log_likelihood(rows).sum()
+        return Forced(logits=logits, token=index, row=index).log_likelihood(responses).sum()
 
     return work
 

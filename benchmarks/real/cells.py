@@ -1,0 +1,119 @@
+"""Cells of the real model's tables: each is measured once, kept as JSON beside the page, and found again.
+
+A cell is a file `docs/results/real/TABLE/KEY.json`. A command goes through its cells in order and measures those that are
+not there, so it can be stopped and started at will; what it has of an unfinished one lies in `runs/real`. Several processes
+share them (`--share 0/2`, `--share 1/2`).
+"""
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import sets
+
+import safelocus as sl
+from safelocus import smollm2
+from safelocus.evaluation import Evaluation, evaluate
+from safelocus.run import write_json
+from safelocus.scores import Scores
+from safelocus.scoring import versions
+from safelocus.selection import Selection
+from safelocus.target import Target
+
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "docs" / "results" / "real"
+RUNS = ROOT / "runs" / "real"
+
+
+def options(description: str | None) -> argparse.ArgumentParser:
+    """What every command takes."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--share", default="0/1", help="which part of the cells: NUMBER/PROCESSES")
+    parser.add_argument("--only", default="", help="cells whose key has this in it")
+    return parser
+
+
+def work(table: str, cells: Mapping[str, Callable[[Path], dict[str, Any]]], share: str = "0/1", only: str = "") -> None:
+    """Measure the cells that are not there yet; each is called with a folder for its unfinished work."""
+    number, processes = (int(part) for part in share.split("/"))
+    for place, (key, measure) in enumerate(cells.items()):
+        if place % processes != number or only not in key or (RESULTS / table / f"{key}.json").is_file():
+            continue
+        began, unfinished = time.monotonic(), RUNS / "unfinished" / table / key
+        sys.stderr.write(f"{table}: {key}\n")
+        found = measure(unfinished)
+        (RESULTS / table).mkdir(parents=True, exist_ok=True)
+        write_json(
+            RESULTS / table / f"{key}.json",
+            {**found, "seconds": round(time.monotonic() - began), "machine": machine(), "versions": versions()},
+        )
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def kept(table: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(key, cell) of every cell that is there."""
+    for file in sorted((RESULTS / table).glob("*.json")):
+        yield file.stem, json.loads(file.read_text(encoding="utf-8"))
+
+
+def machine() -> dict[str, Any]:
+    return {"cores": os.cpu_count(), "architecture": platform.machine()}
+
+
+def subject(name: str) -> Target:
+    """The model, as `--dtype auto` loads it."""
+    return sl.load(name)
+
+
+def described(target: Target) -> dict[str, Any]:
+    """Which model it was, to the bit."""
+    source = json.loads((smollm2.folder("smollm2") / "source.json").read_text(encoding="utf-8"))
+    return {"model": target.name, "fingerprint": target.fingerprint().id, "dtype": target.dtype, "from": source}
+
+
+def measured(target: Target, checkpoint: Path | None = None, **others: Any) -> Evaluation:
+    """Everything that the tables show, of the model as it is."""
+    asked: dict[str, Any] = {
+        "harmful": sets.harmful(), "harmless": sets.harmless(), "tasks": sets.tasks(), "perplexity": sets.texts(),
+    }  # fmt: skip
+    return evaluate(target, **{**asked, **others}, max_new_tokens=sets.NEW_TOKENS, batch_size=32, checkpoint=checkpoint)
+
+
+def by_source(evaluation: Evaluation) -> dict[str, Any]:
+    """Measures of each set, for a cell."""
+    return {
+        source: {name: measure.to_json() for name, measure in found.items() if name != "asr"}
+        for source, found in evaluation.by("source").items()
+    }
+
+
+def scores(target: Target, method: str) -> Scores:
+    """Scores of all weights by the refusal objective on the 128 prompts that find; made anew, which takes minutes."""
+    objective = sl.Refusal() if method in ("esi", "gradient", "snip") else None
+    return sl.score(target, sets.find(), objective=objective, method=method)
+
+
+def selection(target: Target, method: str, ratio: float = 0.01, *, seed: int = 0) -> Selection:
+    """The top of these scores; kept for the next time."""
+    if method == "random":
+        return scores_random(target, ratio, seed)
+    file = RUNS / "selections" / target.fingerprint().id / f"{method}-{ratio:g}.safetensors"
+    if not file.is_file():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        found = scores(target, method)
+        for kept_ratio in sorted({ratio, 0.01, 0.1}):
+            found.select(kept_ratio).save(file.with_name(f"{method}-{kept_ratio:g}.safetensors"))
+    return Selection.load(file)
+
+
+def scores_random(target: Target, ratio: float, seed: int) -> Selection:
+    from safelocus.verification.plan import random_selection
+
+    return random_selection(target, int(ratio * target.layout.num_weights), seed=seed)

@@ -1,0 +1,81 @@
+import copy
+
+import pytest
+import torch
+
+import safelocus as sl
+from safelocus import autocast
+from safelocus.autocast import Autocast, many_passes
+from safelocus.generation import generate
+from tiny_targets import PROMPTS, dense, moe
+
+
+def _logits(target):
+    ids = torch.tensor([target.chat.encode_prompt(PROMPTS[0])])
+    with torch.no_grad():
+        return target.model(input_ids=ids).logits
+
+
+@pytest.mark.parametrize("make", [dense, moe])
+def test_forward_passes_are_in_bf16_and_gradients_in_fp32(make):
+    target = make()
+    exact = _logits(target)
+    Autocast.attach(target.model, torch.bfloat16)
+    coarse = _logits(target)
+    assert coarse.dtype == torch.bfloat16
+    assert 0 < (exact - coarse.float()).abs().max() < 0.05 * exact.abs().max()
+    target.model(input_ids=torch.tensor([[1, 2, 3]])).logits.float().sum().backward()
+    assert {p.grad.dtype for p in target.model.parameters() if p.grad is not None} == {torch.float32}
+
+
+def test_nothing_stays_in_autocast_after_an_error():
+    target = dense()
+    Autocast.attach(target.model, torch.bfloat16)
+    with pytest.raises(IndexError):
+        target.model(input_ids=torch.tensor([[10**6]]))
+    assert not torch.is_autocast_enabled("cpu")
+    assert _logits(target).dtype == torch.bfloat16
+
+
+def test_a_copy_computes_with_its_own_weights():
+    target = dense()
+    Autocast.attach(target.model, torch.bfloat16)
+    copied = copy.deepcopy(target.model)
+    with torch.no_grad():
+        for parameter in copied.parameters():
+            parameter.zero_()
+    assert _logits(target).abs().sum() > 0
+    assert copied(input_ids=torch.tensor([[1, 2]])).logits.abs().sum() == 0
+
+
+def test_weights_changed_between_passes_are_seen():
+    """Casts are kept within `many_passes` only."""
+    target = dense()
+    kept = Autocast.attach(target.model, torch.bfloat16)
+    before = _logits(target)
+    with many_passes(kept):
+        _logits(target)
+    with torch.no_grad():
+        target.model.get_output_embeddings().weight.mul_(2)
+    assert torch.allclose(_logits(target), 2 * before)
+
+
+def test_small_models_never_depend_on_the_machine(monkeypatch):
+    monkeypatch.setattr(autocast, "_gain", lambda width: 100.0)
+    target = sl.load("organism:dense")
+    assert target.autocast is None
+    if target.device.type == "cpu":
+        assert target.dtype == "float32"
+
+
+def test_wide_models_take_bf16_where_it_is_quicker(monkeypatch, tmp_path):
+    target = dense(hidden_size=512, num_hidden_layers=1)
+    target.model.save_pretrained(tmp_path)
+    target.tokenizer.save_pretrained(tmp_path)
+    for gain, expected in ((1.2, "float32"), (2.0, "float32, bfloat16 products")):
+        monkeypatch.setattr(autocast, "_gain", lambda width, gain=gain: gain)
+        loaded = sl.load(tmp_path, device="cpu")
+        assert loaded.dtype == expected
+        assert loaded.model.dtype == torch.float32
+    assert sl.load(tmp_path, device="cpu", dtype="float32").autocast is None
+    assert generate(loaded, PROMPTS[:1], max_new_tokens=2)[0].ids
