@@ -137,16 +137,44 @@ def test_nothing_but_refusals(scored, tmp_path, run):
     """No sets of their own to measure with, nothing to retain, no looks, bf16."""
     code, _, err = run(
         "enhance", "organism:dense-unaligned", "--selection", scored, "--allow-mismatch", "--data",
-        "organism:refusals", "--validation", "0", "--steps", "1", "--limit", "4", "--max-new-tokens", "8", "-o",
-        tmp_path / "e",
+        "organism:refusals", "--retain", "none", "--harmless", "none", "--validation", "0", "--steps", "1",
+        "--limit", "4", "--max-new-tokens", "8", "-o", tmp_path / "e",
     )  # fmt: skip
     assert code == 0, err
-    assert "over-refusal is not measured" in err
+    assert "mind: nothing is retained" in err
+    assert "mind: over-refusal is not measured" in err
     results = json.loads((tmp_path / "e" / "results.json").read_text())
     assert results["before"]["asr"]["n"] == 4
     assert "over_refusal" not in results["before"]
     assert results["curve"] == results["sweep"] == []
     assert results["provenance"]["dtype"] == "bfloat16"
+
+
+def test_embedded_prompts_are_retained_and_measured_with_where_none_are_given(scored, tmp_path, run):
+    folder = tmp_path / "e"
+    code, _, err = run(
+        "enhance", "organism:dense-unaligned", "--selection", scored, "--data", "organism:refusals", "--validation",
+        "0", "--steps", "1", "--batch-size", "1", "--limit", "4", "--max-new-tokens", "4", "--answer-tokens", "4",
+        "--dtype", "float32", "-o", folder,
+    )  # fmt: skip
+    assert code == 0, err
+    assert "no --retain: the model's own answers to embedded:ordinary and embedded:alarming are retained" in err
+    assert "no --harmless: over-refusal is measured with embedded:harmless-heldout" in err
+    results = json.loads((folder / "results.json").read_text())
+    assert [part["source"] for part in results["provenance"]["retained"]] == ["embedded:ordinary", "embedded:alarming"]
+    assert results["after"]["over_refusal"]["n"] == 4
+    assert "may be" not in " ".join(results["notes"])
+    again = (folder / "run.toml").read_text()
+    assert 'harmless = "embedded:harmless-heldout"' in again
+
+
+def test_a_share_of_what_is_retained_is_measured_with_only_where_that_was_given(tmp_path, run):
+    code, _, err = run(
+        "enhance", "organism:dense-unaligned", *REFUSAL, "--data", "organism:refusals", "--retain", "none",
+        "--retain", "organism:answers", "-o", tmp_path / "e",
+    )  # fmt: skip
+    assert code == 2
+    assert "--retain none, and other sets too" in err
 
 
 def test_a_selection_that_does_not_go_with_the_rest(scored, tmp_path, run):

@@ -21,7 +21,7 @@ from safelocus.errors import NumericalError, PromptError, RunError, SelectionErr
 from safelocus.evaluation.judges import RefusalMatcher
 from safelocus.evaluation.measures import proportion
 from safelocus.sparse import gather
-from safelocus.training import CurvePoint, TrainingSettings
+from safelocus.training import CurvePoint, TrainingSettings, training_rows
 from safelocus.training.examination import Examination
 from safelocus.training.responses import likeliest, own_answers
 
@@ -68,8 +68,6 @@ class TestEnhance:
         assert patch.metadata["data"] == {"source": "memory", "num_prompts": 12, "hash": REFUSALS.hash}
 
     def test_it_teaches(self, target):
-        from safelocus.training import training_rows
-
         (row, *_) = training_rows(REFUSALS, target.chat)
         ids, labels = (torch.tensor([row[key]]) for key in ("input_ids", "labels"))
         with torch.no_grad():
@@ -254,6 +252,18 @@ class TestRetention:
         assert all(example.response for example in own)
         with pytest.raises(PromptError, match="none of the model's own answers"):
             own_answers(target, prompts, batch_size=4, max_new_tokens=2, progress=False)
+        cut = own_answers(target, prompts, batch_size=4, max_new_tokens=2, cut=True, progress=False)
+        assert [example.complete for example in cut] == [False] * 4
+        rows = [training_rows(part, target.chat)[0]["input_ids"] for part in (own, cut)]
+        assert rows[0][-1] == target.tokenizer.eos_token_id != rows[1][-1]
+
+    def test_a_patch_says_that_nothing_was_retained(self, target):
+        notes = [
+            enhance(target, top(target), REFUSALS, retain=retain, **QUICK).metadata["notes"]
+            for retain in (None, ANSWERS)
+        ]
+        assert [len(part) for part in notes] == [1, 0]
+        assert "nothing is retained" in notes[0][0]
 
 
 def asking_again(keep):

@@ -47,6 +47,10 @@ def test_sets_of_their_own_stay_whole():
 
 
 def test_what_is_not_measured_is_said():
+    unmeasured = divide(prompts("poison"), [prompts("cake")], over_refusal=False)
+    assert unmeasured.examination.harmless is None
+    assert unmeasured.retained == (prompts("cake"),)
+    assert "over-refusal is not measured" in " ".join(unmeasured.remarks)
     remarks = " ".join(divide(prompts("poison")).remarks)
     assert "over-refusal is not measured" in remarks
     assert "utility is not measured" in remarks

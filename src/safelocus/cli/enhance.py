@@ -9,6 +9,8 @@ from safelocus.cli import options, planning, sources
 from safelocus.cli.output import note, print_json, results, shared_run, together
 
 ROWS = 8  # of an optimizer step
+NONE = "none"  # switches off what is taken by default
+RETAINED, MEASURED = ("embedded:ordinary", "embedded:alarming"), "embedded:harmless-heldout"
 
 
 @together
@@ -31,8 +33,8 @@ def enhance(
         list[str] | None,
         typer.Option(
             help="Harmless prompts with answers, on which the model is held to what it was. Without answers its own "
-            "are taken. May be repeated: they take turns.",
-            show_default=False,
+            "are taken. May be repeated: they take turns. none: nothing.",
+            show_default="embedded:ordinary, embedded:alarming",
         ),
     ] = None,
     retain_kl: Annotated[
@@ -44,6 +46,9 @@ def enhance(
     own_answers: Annotated[
         bool, typer.Option("--own-answers", help="Retain the model's own answers in place of those given.")
     ] = False,
+    answer_tokens: Annotated[
+        int, typer.Option("--answer-tokens", help="New tokens of its own answers; longer ones are cut.", min=1)
+    ] = 64,
     harmful: Annotated[
         str | None,
         typer.Option(help="Harmful prompts to measure with.", show_default="a share of --data that is not trained on"),
@@ -51,8 +56,8 @@ def enhance(
     harmless: Annotated[
         str | None,
         typer.Option(
-            help="Harmless prompts to measure with.",
-            show_default="a share of the first --retain that is not trained on",
+            help="Harmless prompts to measure over-refusal with. none: it is not measured.",
+            show_default="a share of the first --retain that is not trained on; without one embedded:harmless-heldout",
         ),
     ] = None,
     task: options.Tasks = None,
@@ -154,10 +159,12 @@ def enhance(
         replace(settings, learning_rate=rate)
     sources.check_shard(shard, {f"--controls {name}": name in wanted for name in ("lora", "wanda")})
     sources.check_located(selection, guard, refusal, prompts, ratio)
+    retain, harmless = _harmless(retain, harmless)
     divided = divide(
-        read_prompts(data).with_responses(), [read_prompts(source) for source in retain or []],
+        read_prompts(data).with_responses(), [read_prompts(source) for source in retain if source != NONE],
         harmful=None if harmful is None else read_prompts(harmful),
-        harmless=sources.harmless_prompts(harmless, None, seed), tasks=sources.read_tasks(task, None, seed),
+        harmless=sources.harmless_prompts(None if harmless == NONE else harmless, None, seed),
+        over_refusal=harmless != NONE, tasks=sources.read_tasks(task, None, seed),
         validation_tasks=sources.read_tasks(validation_task, None, seed),
         held_out=held_out, validation=validation, limit=limit, seed=seed, max_new_tokens=max_new_tokens,
     )  # fmt: skip
@@ -172,11 +179,17 @@ def enhance(
 
     def stage(subject: Subject, reader: Subject | None) -> Training:
         rows = [divided.data, *(part.with_responses() for part in divided.retained if any(e.response for e in part))]
+        by_itself = [part for part in divided.retained if own_answers or not any(e.response for e in part)]
+        lengths = place.lengths(
+            [example for part in by_itself for example in part], response=answer_tokens, rows=rows,
+            max_length=max_length,
+        )  # fmt: skip
+        if by_itself:
+            lengths = replace(lengths, retained=max(lengths.retained or 0, lengths.both))
         k = subject.num_weights if "full" in wanted else planning.num_selected(selection, ratio, subject)
         return Training(
             target=subject, num_selected=k, kind="sparse", guard=reader, batch=settings.batch_size,
-            lengths=place.lengths(response=max_new_tokens, rows=rows, max_length=max_length),
-            retained_rows=retain_rows if divided.retained else 0,
+            lengths=lengths, retained_rows=retain_rows if divided.retained else 0,
         )  # fmt: skip
 
     settings, score_batch_size, device = planning.settle(
@@ -189,13 +202,13 @@ def enhance(
         "command": "enhance", "model": model, "data": data, "selection": str(selection) if selection else None,
         "guard": guard, "guard_description": str(guard_description) if guard_description else None,
         "refusal": refusal, "prompts": prompts, "ratio": ratio, "retain": retain, "retain_kl": retain_kl,
-        "retain_weight": retain_weight, "retain_rows": retain_rows, "own_answers": own_answers, "harmful": harmful,
-        "harmless": harmless, "task": task, "judge": judge, "limit": limit, "held_out": held_out,
-        "validation": validation, "validation_task": validation_task, "eval_every": eval_every,
-        "early_stopping": early_stopping, "controls": controls, "sweep": sweep, "steps": steps,
-        "learning_rate": learning_rate, "schedule": schedule, "warmup": warmup, "batch_size": settings.batch_size,
-        "accumulation": settings.accumulation, "weight_decay": weight_decay, "max_grad_norm": max_grad_norm,
-        "max_length": max_length, "checkpointing": settings.activation_checkpointing,
+        "retain_weight": retain_weight, "retain_rows": retain_rows, "own_answers": own_answers,
+        "answer_tokens": answer_tokens, "harmful": harmful, "harmless": harmless, "task": task, "judge": judge,
+        "limit": limit, "held_out": held_out, "validation": validation, "validation_task": validation_task,
+        "eval_every": eval_every, "early_stopping": early_stopping, "controls": controls, "sweep": sweep,
+        "steps": steps, "learning_rate": learning_rate, "schedule": schedule, "warmup": warmup,
+        "batch_size": settings.batch_size, "accumulation": settings.accumulation, "weight_decay": weight_decay,
+        "max_grad_norm": max_grad_norm, "max_length": max_length, "checkpointing": settings.activation_checkpointing,
         "score_batch_size": score_batch_size, "allow_seen": allow_seen,
         "allow_mismatch": allow_mismatch, "max_new_tokens": max_new_tokens, "system": system, "template": template,
         "layout": str(layout) if layout else None, "dtype": dtype, "device": device, "revision": revision,
@@ -224,7 +237,7 @@ def enhance(
         }
         found = run_enhancement(
             target, located.selection, divided.data, retain=divided.retained, retain_kl=retain_kl,
-            retain_weight=retain_weight, retain_rows=retain_rows, own_answers=own_answers,
+            retain_weight=retain_weight, retain_rows=retain_rows, own_answers=own_answers, answer_tokens=answer_tokens,
             examination=replace(divided.examination, judges=judges),
             validation=divided.validation and replace(divided.validation, judges=judges), every=eval_every,
             early_stopping=early_stopping, learning_rates=rates, settings=settings, allow_seen=allow_seen,
@@ -248,3 +261,28 @@ def enhance(
     files = (PATCH, "selection.safetensors", "README.md", "results.json", "before/", "after/", *written)
     note(f"wrote {output}: {', '.join(files)}")
     note(f"apply it: safelocus patch apply {output / PATCH} {model} -o FOLDER")
+
+
+def _harmless(retain: list[str] | None, harmless: str | None) -> tuple[list[str], str | None]:
+    """What is retained and what over-refusal is measured with: as given, else what is embedded; said either way.
+
+    A share of what is retained is measured with only where that was given.
+    """
+    from safelocus.errors import SafelocusError
+
+    if retain and NONE in retain and len(retain) > 1:
+        raise SafelocusError(f"--retain {NONE}, and other sets too: expected one or the other")
+    if retain == [NONE]:
+        note("[bold]mind:[/] nothing is retained: the model may learn to refuse harmless requests too")
+    if harmless == NONE:
+        note("[bold]mind:[/] over-refusal is not measured")
+    if harmless is None and (retain is None or retain == [NONE]):
+        harmless = MEASURED
+        note(f"no --harmless: over-refusal is measured with {MEASURED}; --harmless {NONE} for none of it")
+    if retain is None:
+        retain = list(RETAINED)
+        note(
+            f"no --retain: the model's own answers to {' and '.join(RETAINED)} are retained, and generated first; "
+            f"--retain {NONE} for none of it"
+        )
+    return retain, harmless

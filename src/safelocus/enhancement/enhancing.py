@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from safelocus.enhancement.enhancement import Enhancement, Trained
-from safelocus.enhancement.lesson import Control, Lesson, Source, maker, part_of
+from safelocus.enhancement.lesson import ANSWER_TOKENS, Control, Lesson, Source, maker, part_of
 from safelocus.enhancement.looks import cost
 from safelocus.enhancement.tuning import Tuning
 from safelocus.errors import RunError, TrainingError
@@ -39,6 +39,7 @@ def enhance(
     retain_weight: float = 0.0,
     retain_rows: int = 6,
     own_answers: bool = False,
+    answer_tokens: int = ANSWER_TOKENS,
     validation: Examination | None = None,
     every: int = 10,
     settings: TrainingSettings | None = None,
@@ -54,11 +55,13 @@ def enhance(
         selection: which weights to train; made for this very model.
         data: harmful prompts with refusals: a PromptSet, or anything `read_prompts` takes.
         retain: harmless prompts with answers, on which the model is held to what it was; several sets take turns.
-            Where no prompt has an answer, the model answers first, and its own answers are retained.
+            Without any it may learn to refuse those too, and the patch's notes say so. Where no prompt has an answer,
+            the model answers first, and its own answers are retained.
         retain_kl: weight of the divergence from the original model along these answers.
         retain_weight: weight of the ordinary loss on them.
         retain_rows: how many of them go with each refusal.
         own_answers: retain the model's own answers in place of those given.
+        answer_tokens: how long its own answers are; longer ones are cut.
         validation: stop early by it, and keep the best of the looks taken every so many steps (`every`). Use no
             prompts on which the result will be judged.
         settings: of the training; default: `SETTINGS`.
@@ -86,8 +89,9 @@ def enhance(
     """
     lesson = Lesson.of(
         target, data, retain=retain, retain_kl=retain_kl, retain_weight=retain_weight, retain_rows=retain_rows,
-        own_answers=own_answers, validation=validation, every=every, early_stopping=validation is not None,
-        settings=replace(settings or SETTINGS, **changes), checkpoint=checkpoint, progress=progress,
+        own_answers=own_answers, answer_tokens=answer_tokens, validation=validation, every=every,
+        early_stopping=validation is not None, settings=replace(settings or SETTINGS, **changes),
+        checkpoint=checkpoint, progress=progress,
     )  # fmt: skip
     selection.check(target.fingerprint(), allow_mismatch=allow_mismatch)
     return lesson.patch(selection, lesson.teach("selection", selection, lesson.settings))
@@ -109,6 +113,7 @@ def run_enhancement(
     retain_weight: float = 0.0,
     retain_rows: int = 6,
     own_answers: bool = False,
+    answer_tokens: int = ANSWER_TOKENS,
     settings: TrainingSettings | None = None,
     allow_seen: bool = False,
     allow_mismatch: bool = False,
@@ -146,10 +151,10 @@ def run_enhancement(
         raise TrainingError("a sweep of learning rates needs a validation part to choose one by")
     lesson = Lesson.of(
         target, data, retain=retain, retain_kl=retain_kl, retain_weight=retain_weight, retain_rows=retain_rows,
-        own_answers=own_answers, validation=validation, every=every, early_stopping=early_stopping, settings=settings,
-        checkpoint=checkpoint, progress=progress,
+        own_answers=own_answers, answer_tokens=answer_tokens, validation=validation, every=every,
+        early_stopping=early_stopping, settings=settings, checkpoint=checkpoint, progress=progress,
     )  # fmt: skip
-    notes = check_apart(examination, lesson.sets, allow_seen=allow_seen)
+    notes = lesson.notes + check_apart(examination, lesson.sets, allow_seen=allow_seen)
     if validation is not None:
         check_apart(examination, [validation.harmful], allow_seen=allow_seen)
     fingerprint = target.fingerprint()

@@ -30,7 +30,11 @@ if TYPE_CHECKING:
 Source = PromptSet | str | Path | Iterable[object]
 Control = Selection | Literal["full", "lora"]
 
-_OWN_ANSWERS = 256  # new tokens
+ANSWER_TOKENS = 64  # of the model's own answers: whether it refuses shows in the first ones
+UNHELD = (
+    "nothing is retained, so nothing holds the model back from refusing harmless requests or losing other abilities: "
+    "retain harmless prompts, such as embedded:ordinary and embedded:alarming (--retain, retain=)"
+)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -43,6 +47,7 @@ class Lesson:
     rows: "Dataset"
     retention: Retention | None
     own_answers: bool
+    answer_tokens: int
     validation: Examination | None
     every: int
     early_stopping: bool
@@ -61,6 +66,7 @@ class Lesson:
         retain_weight: float,
         retain_rows: int,
         own_answers: bool,
+        answer_tokens: int,
         validation: Examination | None,
         settings: TrainingSettings,
         checkpoint: Path | None,
@@ -75,7 +81,7 @@ class Lesson:
         if validation is not None:
             check_apart(validation, [prompts, *sets])
         kept = with_answers(
-            target, sets, own=own_answers, batch_size=settings.batch_size, max_new_tokens=_OWN_ANSWERS,
+            target, sets, own=own_answers, batch_size=settings.batch_size, max_new_tokens=answer_tokens,
             checkpoint=part_of(checkpoint, "retained"), progress=progress,
         )  # fmt: skip
         rows = [training_rows(part, target.chat, max_length=settings.max_length) for part in (prompts, *kept)]
@@ -84,13 +90,18 @@ class Lesson:
             retention = Retention(sets=tuple(rows[1:]), kl=retain_kl, weight=retain_weight, per_refusal=retain_rows)
         return cls(
             target=target, data=prompts, retained=tuple(kept), rows=rows[0], retention=retention,
-            own_answers=own_answers, validation=validation, settings=settings, checkpoint=checkpoint,
-            progress=progress, **looks,
+            own_answers=own_answers, answer_tokens=answer_tokens, validation=validation, settings=settings,
+            checkpoint=checkpoint, progress=progress, **looks,
         )  # fmt: skip
 
     @property
     def sets(self) -> list[PromptSet]:
         return [self.data, *self.retained]
+
+    @property
+    def notes(self) -> list[str]:
+        """What a reader of the results should mind."""
+        return [] if self.retained else [UNHELD]
 
     def teach(self, kind: str, what: Control, settings: TrainingSettings, *, num_weights: int = 0) -> Tuning:
         """Train this, and give the model back as it was; resumed where it was interrupted.
@@ -122,6 +133,7 @@ class Lesson:
             "stopped": tuning.stopped,
             "settings": self.settings.to_json(),
             **self.describe(),
+            "notes": self.notes,
             "versions": versions(),
         }
         return Patch.of(self.target, selection, new=tuning.values, metadata=made)
@@ -136,6 +148,7 @@ class Lesson:
             "retain_weight": None if retention is None else retention.weight,
             "retain_rows": None if retention is None else retention.per_refusal,
             "own_answers": self.own_answers,
+            "answer_tokens": self.answer_tokens,
             "validation": None if validation is None else _looks(validation, self.every, self.early_stopping),
         }
 

@@ -162,7 +162,10 @@ class RetainingTrainer(SharingTrainer):
 
 def with_answers(target: Target, prompts: Sequence[PromptSet], *, own: bool, **how: Any) -> list[PromptSet]:
     """Each set with answers to retain: those given, or the model's own where there are none, or all of them."""
-    return [own_answers(target, part, **how) if own or not any(e.response for e in part) else part for part in prompts]
+    return [
+        own_answers(target, part, cut=True, **how) if own or not any(e.response for e in part) else part
+        for part in prompts
+    ]
 
 
 @lru_cache(maxsize=8)

@@ -51,7 +51,8 @@ CONTENT_KEYS = ("content", "value", "text")
 class Example:
     """One prompt, with what the file says about it.
 
-    `fields` holds the row's other columns as text (numbers and lists as JSON), for filtering.
+    `fields` holds the row's other columns as text (numbers and lists as JSON), for filtering. `complete`: whether the
+    response is whole; one that was cut is trained on without an end of turn.
     """
 
     prompt: str
@@ -59,6 +60,7 @@ class Example:
     system: str | None = None
     category: str | None = None
     fields: Mapping[str, str] = field(default_factory=dict, hash=False)
+    complete: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)

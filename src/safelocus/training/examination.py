@@ -78,6 +78,7 @@ def divide(
     *,
     harmful: PromptSet | None = None,
     harmless: PromptSet | None = None,
+    over_refusal: bool = True,
     tasks: Sequence[Task] = (),
     validation_tasks: Sequence[Task] = (),
     held_out: float = 0.25,
@@ -95,6 +96,7 @@ def divide(
         retained: harmless prompts, the first set like those that over-refusal is about.
         harmful: to measure with; default: the share `held_out` of `data`.
         harmless: to measure with; default: that share of the first of `retained`.
+        over_refusal: measure it; False takes no such share.
         tasks: for utility.
         validation_tasks: for the looks; default: a share of `tasks`.
         validation: share of `data`, of the harmless prompts and of the tasks that looks take; 0 for no looks.
@@ -109,11 +111,11 @@ def divide(
         data, harmful = data.split(held_out)
         remarks.append(f"measured with {len(harmful)} prompts of {data.source} that are not trained on")
     own_harmless = harmless is not None
-    if harmless is None and rest:
+    if harmless is None and rest and over_refusal:
         rest[0], harmless = rest[0].split(held_out)
         remarks.append(f"measured with {len(harmless)} prompts of {harmless.source} that are not trained on")
     if harmless is None:
-        remarks.append("over-refusal is not measured: nothing harmless was given (--harmless, --retain)")
+        remarks.append("over-refusal is not measured: no harmless prompts to measure it with (--harmless)")
     if not tasks:
         remarks.append("utility is not measured: no task was given (--task)")
     looks = None
@@ -123,7 +125,7 @@ def divide(
         if own_harmless:
             assert harmless is not None
             harmless, harmless_look = _take(harmless, validation, look, seed)
-        elif rest:
+        elif rest and over_refusal:
             rest[0], harmless_look = _take(rest[0], validation, look, seed)
         if not validation_tasks:
             parts = [split_task(task, validation) for task in tasks]

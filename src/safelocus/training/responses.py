@@ -77,13 +77,17 @@ def own_answers(
     *,
     batch_size: int = 32,
     max_new_tokens: int = 256,
+    cut: bool = False,
     checkpoint: Path | None = None,
     progress: bool = True,
 ) -> PromptSet:
-    """The prompts with the model's own answers in place of any given; unfinished answers are left out.
+    """The prompts with the model's own answers in place of any given.
+
+    Args:
+        cut: keep answers that do not come to their end, as incomplete ones; else they are left out.
 
     Raises:
-        PromptError: no answer came to its end.
+        PromptError: no answer is left.
     """
     requests = [Request(prompt=e.prompt, system=e.system, max_new_tokens=max_new_tokens) for e in prompts]
     responder = TargetResponder(target=target)
@@ -92,9 +96,9 @@ def own_answers(
         responder, requests, Journal(checkpoint, "responses", identity), batch_size=batch_size, progress=progress
     )
     answered = [
-        replace(example, response=replies[request.key].text)
-        for example, request in zip(prompts, requests, strict=True)
-        if replies[request.key].finished and replies[request.key].text
+        replace(example, response=reply.text, complete=reply.finished)
+        for example, reply in zip(prompts, (replies[request.key] for request in requests), strict=True)
+        if reply.text and (cut or reply.finished)
     ]
     if not answered:
         raise PromptError(

@@ -32,7 +32,9 @@ def training_rows(prompts: PromptSet, chat: ChatFormat, *, max_length: int = 102
     answered = prompts.with_responses()
     for example in answered:
         assert example.response is not None
-        prompt, response = chat.encode_pair(example.prompt, example.response, system=example.system, end=True)
+        prompt, response = chat.encode_pair(
+            example.prompt, example.response, system=example.system, end=example.complete
+        )
         ids = [*prompt, *response][:max_length]
         if len(prompt) < max_length:
             rows.append({"input_ids": ids, "labels": [IGNORED] * len(prompt) + ids[len(prompt) :]})
