@@ -17,6 +17,7 @@ ORDER = [
     {"provenance"},
     {"layout"},
     {"fingerprint"},
+    {"identity", "resume"},
     {"ratio", "topk", "statistics"},
     {"selection_file"},
     {"selection"},

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from safelocus import selection_file
 from safelocus.errors import SafelocusError, SelectionError
+from safelocus.fingerprint import digest as tensor_digest
+from safelocus.identity import digest
 from safelocus.layout import Layout, canonical_name
 from safelocus.provenance import Provenance
 from safelocus.ratio import count_for_ratio
@@ -135,6 +137,12 @@ class Selection:
             "parents": list(self.parents) or None,
         }
         return {key: value for key, value in values.items() if value is not None}
+
+    def identity(self) -> dict[str, str]:
+        """Which weights, and of which scores."""
+        of = {**self.describe(), "only_eligible": self.only_eligible}
+        coordinates = {name: tensor_digest(index) for name, index in self.coordinates.items()}
+        return {"coordinates": digest(coordinates), "description": digest(of)}
 
     def per_matrix_counts(self) -> dict[str, int]:
         """Matrix name -> selected weights, for every matrix that could have any, zeros included."""

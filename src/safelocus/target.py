@@ -7,9 +7,9 @@ pickle is ever loaded), and afterwards that no weight was missing and silently i
 
 import difflib
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,7 +28,7 @@ from safelocus import distributed
 from safelocus.chat import ChatFormat, chat_format
 from safelocus.errors import ModelError
 from safelocus.fingerprint import Fingerprint
-from safelocus.layout import Layout
+from safelocus.layout import Layout, canonical_name, is_adapter
 
 _QUICK_BYTES = 1 << 30  # weights below this load in a moment
 
@@ -102,6 +102,27 @@ class Target:
     def is_sharded(self) -> bool:
         """Whether its weights are spread over the processes, all of which must use it together."""
         return distributed.any_sharded(dict(self.model.named_parameters()))
+
+    def talking_as(self, chat: Mapping[str, Any]) -> "Target":
+        """The same, talked to in another way: what `ChatFormat.to_json` said of it."""
+        if chat == self.chat.to_json():
+            return self
+        form = chat_format(
+            self.tokenizer, system=chat["system"], template=chat["template"], thinking=chat["thinking"],
+            generation_config=getattr(self.model, "generation_config", None), **chat["template_kwargs"],
+        )  # fmt: skip
+        return replace(self, chat=form)
+
+    def identity(self) -> dict[str, Any]:
+        """All that its answers depend on, to the bit."""
+        parameters = [(canonical_name(name), parameter) for name, parameter in self.model.named_parameters()]
+        adapters = Fingerprint.of_tensors(self.model.config, [each for each in parameters if is_adapter(each[0])])
+        return {
+            "dtype": str(self.model.dtype).removeprefix("torch."),
+            "weights": self.fingerprint().id,
+            "adapters": adapters.id if adapters.tensors else None,
+            **self.chat.identity(),
+        }
 
     def fingerprint(self) -> Fingerprint:
         """Digest of configuration and weights as they are now; reads every weight once."""

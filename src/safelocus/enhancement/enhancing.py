@@ -88,6 +88,7 @@ def enhance(
         target, data, retain=retain, retain_kl=retain_kl, retain_weight=retain_weight, retain_rows=retain_rows,
         own_answers=own_answers, validation=validation, every=every, early_stopping=validation is not None,
         settings=replace(settings or SETTINGS, **changes), checkpoint=checkpoint, progress=progress,
+        further={"the selection": selection},
     )  # fmt: skip
     selection.check(target.fingerprint(), allow_mismatch=allow_mismatch)
     return lesson.patch(selection, lesson.teach("selection", selection, lesson.settings))
@@ -148,6 +149,10 @@ def run_enhancement(
         target, data, retain=retain, retain_kl=retain_kl, retain_weight=retain_weight, retain_rows=retain_rows,
         own_answers=own_answers, validation=validation, every=every, early_stopping=early_stopping, settings=settings,
         checkpoint=checkpoint, progress=progress,
+        further={
+            "the selection": selection, "the controls": controls, "learning_rates": rates,
+            "the examination": examination,
+        },
     )  # fmt: skip
     notes = check_apart(examination, lesson.sets, allow_seen=allow_seen)
     if validation is not None:

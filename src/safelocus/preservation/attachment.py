@@ -75,8 +75,9 @@ def preserve(
             raise TrainingError("an optimizer does not know its model: preserve(optimizer, selection, model=model)")
         protection = _protection(model, selection, allow_mismatch, **how)
         _check_trained_by(optimizers, protection)
+        hook = _AfterStep(protection, len(optimizers))
         for optimizer in optimizers:
-            protection.add_handle(optimizer.register_step_post_hook(lambda *_: protection.after_step()))
+            protection.add_handle(optimizer.register_step_post_hook(hook))
         return protection
     from transformers import Trainer
 
@@ -111,6 +112,27 @@ def _protection(
     if calibration is not None:
         protection.calibrate(calibration)
     return protection
+
+
+class _AfterStep:
+    """Restores after the step of any optimizer, and calibrates after those of the training, whatever their number.
+
+    A step of the training is over when every optimizer has taken its own, or when one takes its next.
+    """
+
+    def __init__(self, protection: Protection, num_optimizers: int) -> None:
+        self._protection, self._num_optimizers = protection, num_optimizers
+        self._stepped: set[int] = set()
+
+    def __call__(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        self._protection.restore()
+        is_next = id(optimizer) in self._stepped
+        self._stepped = {id(optimizer)} if is_next else {*self._stepped, id(optimizer)}
+        is_whole = len(self._stepped) == self._num_optimizers
+        if is_whole:
+            self._stepped = set()
+        if is_next or is_whole:
+            self._protection.calibrate_if_due()
 
 
 def _given(what: nn.Module | Target, model: nn.Module | None) -> nn.Module:

@@ -131,7 +131,7 @@ class Protection:
         )  # fmt: skip
 
     def after_step(self) -> None:
-        """What the hook of an optimizer calls."""
+        """What a loop of your own calls after each step of the training: restores, and calibrates when it is time."""
         self.restore()
         self.calibrate_if_due()
 

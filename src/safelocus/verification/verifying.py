@@ -28,10 +28,10 @@ from safelocus.evaluation.tasks import Task
 from safelocus.fingerprint import Fingerprint
 from safelocus.progress import track
 from safelocus.prompts import PromptSet
+from safelocus.resume import Journal, claim
 from safelocus.selection import Selection
 from safelocus.target import Target
 from safelocus.verification.interventions import Intervention, Interventions, make_interventions
-from safelocus.verification.journal import Journal
 from safelocus.verification.plan import Plan, Scorer
 from safelocus.verification.verification import SELECTIONS, Cell, Observation, Setting, Verification
 
@@ -113,11 +113,18 @@ def verify(
     def observe() -> Evaluation:
         return evaluate(
             responder, harmful=prompts, harmless=() if harmless is None else harmless, tasks=tasks,
-            judges=(judges,) if isinstance(judges, Judge) else tuple(judges), batch_size=batch_size,
-            max_new_tokens=max_new_tokens, progress=False,
+            judges=asked, batch_size=batch_size, max_new_tokens=max_new_tokens, progress=False,
         )  # fmt: skip
 
-    journal = Journal(checkpoint, plan.identity(before, prompts, harmless, tasks, judges, max_new_tokens))
+    asked = (judges,) if isinstance(judges, Judge) else tuple(judges)
+    inputs = {
+        "the model": target, "the scores": scorers, "--prompts": prompts, "--harmless": harmless, "the tasks": tasks,
+        "the judges": asked, "ratios": plan.ratios, "the interventions": plan.interventions,
+        "selections": plan.selections, "seeds": seeds, "random_draws": random_draws, "batch_size": batch_size,
+        "max_new_tokens": max_new_tokens,
+    }  # fmt: skip
+    claim(checkpoint, inputs)
+    journal = Journal(checkpoint, "cells")
     evaluation = observe()
     found = outcomes(evaluation.rows, evaluation.judge_names)
     order = {name: list(values) for name, values in found.items()}
@@ -127,8 +134,8 @@ def verify(
     cells: list[Cell] = []
     selection, made_for = None, None
     for step in track(steps, "verifying", enabled=progress and distributed.is_main()):
-        if (known := journal.find(step)) is not None:
-            cells.append(known)
+        if (step.key,) in journal:
+            cells.append(Cell.from_line(journal[(step.key,)]))
             continue
         if step.made_by != made_for:  # a selection serves all its interventions and seeds
             selection, made_for = plan.select(target, step), step.made_by
@@ -143,7 +150,7 @@ def verify(
             observed=observed,
         )  # fmt: skip
         cells.append(cell)
-        journal.add(step, cell)
+        journal.add([((step.key,), cell.to_line())])
     if differences := before.differences(target.fingerprint()):
         raise RunError(
             f"the model did not come back as it was ({'; '.join(differences)}); something else changed its weights "
@@ -181,8 +188,6 @@ def check_unseen(scorers: Mapping[str, Scorer], prompts: PromptSet, *, allow_see
         used = provenance.extra.get("prompt_hashes")
         if used is not None:
             num_seen = len(hashes & set(used))
-        elif provenance.prompts_hash == prompts.hash:
-            num_seen = len(prompts)
         else:
             yield (
                 f"The scores of {name} do not say which prompts they were made with (an earlier version wrote them), "
