@@ -124,9 +124,13 @@ class Target:
             **self.chat.identity(),
         }
 
-    def fingerprint(self) -> Fingerprint:
-        """Digest of configuration and weights as they are now; reads every weight once."""
-        return Fingerprint.of(self.model, self.layout)
+    def fingerprint(self, *, like: Mapping[str, Any] | None = None) -> Fingerprint:
+        """Digest of configuration and weights as they are now; reads every weight once.
+
+        Args:
+            like: of a model that this one may be in another dtype; see `fingerprint.check_made_for`.
+        """
+        return Fingerprint.of(self.model, self.layout, like=like)
 
 
 def load(

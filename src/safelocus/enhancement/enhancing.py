@@ -90,7 +90,7 @@ def enhance(
         settings=replace(settings or SETTINGS, **changes), checkpoint=checkpoint, progress=progress,
         further={"the selection": selection},
     )  # fmt: skip
-    selection.check(target.fingerprint(), allow_mismatch=allow_mismatch)
+    selection.check(target.fingerprint(like=selection.provenance.fingerprint), allow_mismatch=allow_mismatch)
     return lesson.patch(selection, lesson.teach("selection", selection, lesson.settings))
 
 
@@ -158,7 +158,8 @@ def run_enhancement(
     if validation is not None:
         check_apart(examination, [validation.harmful], allow_seen=allow_seen)
     fingerprint = target.fingerprint()
-    notes += selection.check(fingerprint, allow_mismatch=allow_mismatch)
+    own = target.fingerprint(like=selection.provenance.fingerprint)
+    notes += selection.check(own, allow_mismatch=allow_mismatch)
     responder = TargetResponder(target=target)
     before = examination.evaluate(responder, checkpoint=part_of(checkpoint, "before"), progress=progress)
     trained = []

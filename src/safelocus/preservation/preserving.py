@@ -182,6 +182,11 @@ def run_preservation(
         look=_smaller(examined, look, settings.seed), every=every, lora=lora, checkpoint=checkpoint,
         progress=progress,
     )  # fmt: skip
+    if lora is None and torch.finfo(target.model.dtype).bits < 32:
+        remarks.append(
+            f"all weights are trained in {str(target.model.dtype).removeprefix('torch.')}, which rounds small steps "
+            "away; float32 (--dtype float32) keeps them"
+        )
     before = run.examine("before")
     remarks += _unasked(before, lesson.task.name)
     wanted: dict[str, Selection | Callable[[], Selection] | None] = {PROTECTED: selection}

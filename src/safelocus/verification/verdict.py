@@ -201,12 +201,13 @@ def _sentences(found: "Verification", effect: Effect, kind: str, num_settings: i
         rule = (
             "none has a clear contrast, and this one has the largest"
             if kind == "none"
-            else "of those with a clear contrast, the one with the best balance of refusal lost against utility lost, to "
-            "the nearest 0.1, and of equals the mildest"
+            else "of those with a clear contrast, the one with the best balance of refusal lost against utility lost, "
+            "to the nearest 0.1, and of equals the mildest"
         )
         said.append(
             f"(Of {num_settings} settings this one was taken by rule: {rule}. Contrasts are judged at "
-            f"{100 * (1 - 0.05 / (2 * num_settings)):.2f} %, because {num_settings} were looked at against two controls.)"
+            f"{100 * (1 - 0.05 / (2 * num_settings)):.2f} %, because {num_settings} were looked at against two "
+            "controls.)"
         )
     return said
 

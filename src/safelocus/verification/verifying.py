@@ -19,13 +19,13 @@ from typing import Any
 from torch import nn
 
 from safelocus import distributed
-from safelocus.errors import PromptError, RunError, SelectionError
+from safelocus.errors import PromptError, RunError
 from safelocus.evaluation import evaluate
 from safelocus.evaluation.evaluation import Evaluation, outcomes
 from safelocus.evaluation.judges import Judge
 from safelocus.evaluation.responding import TargetResponder
 from safelocus.evaluation.tasks import Task
-from safelocus.fingerprint import Fingerprint
+from safelocus.fingerprint import check_made_for
 from safelocus.progress import track
 from safelocus.prompts import PromptSet
 from safelocus.resume import Journal, claim
@@ -106,7 +106,9 @@ def verify(
     notes = list(check_unseen(scorers, prompts, allow_seen=allow_seen))
     before = target.fingerprint()
     for name, scorer in scorers.items():
-        notes += _check_model(name, scorer, before, allow_mismatch)
+        # made by hand or in memory it says nothing: `selection.require` still checks names and shapes
+        if (known := scorer.provenance.fingerprint) is not None:
+            notes += check_made_for(known, target.fingerprint(like=known), name, allow_mismatch=allow_mismatch)
 
     responder = TargetResponder(target=target)  # keeps the encoded prompts
 
@@ -214,20 +216,6 @@ def _observed(evaluation: Evaluation, order: dict[str, list[Any]]) -> Observatio
             for name, identities in order.items()
         },
     )
-
-
-def _check_model(name: str, scorer: Scorer, model: Fingerprint, allow_mismatch: bool) -> list[str]:
-    """Scores and selections made for other weights are an error; a note where that is allowed."""
-    own = scorer.provenance.fingerprint
-    if own is None:
-        return []  # made by hand or in memory: `selection.require` still checks names and shapes
-    differences = Fingerprint.from_json(own).differences(model)
-    if differences and not allow_mismatch:
-        raise SelectionError(
-            f"{name} was made for another model than this one: {'; '.join(differences)}. If you mean it (a "
-            "fine-tuned sibling, say), allow it: --allow-mismatch, allow_mismatch=True"
-        )
-    return [f"{name} was made for another model: {'; '.join(differences)}."] if differences else []
 
 
 def _label(scorer: Scorer) -> str:
