@@ -17,6 +17,7 @@ ORDER = [
     {"provenance"},
     {"layout"},
     {"fingerprint"},
+    {"identity", "resume"},
     {"tensors", "ratio", "topk", "statistics"},
     {"selection_file"},
     {"selection"},
