@@ -88,8 +88,8 @@ def main() -> None:
     source.obtain(say=print)
     began, target = time.monotonic(), sl.load("smollm2")
     lesson = Lesson.of(
-        target, refused(), retain=answered(), further={}, validation=None, settings=SETTINGS, checkpoint=unfinished, progress=True,
-        every=SETTINGS.steps, early_stopping=False, **RETAIN,
+        target, refused(), retain=answered(), further={}, validation=None, settings=SETTINGS, checkpoint=unfinished,
+        progress=True, every=SETTINGS.steps, early_stopping=False, **RETAIN,
     )  # fmt: skip
     tuning = lesson.teach("full", "full", SETTINGS)
     described = cells.described(target)

@@ -39,8 +39,8 @@ def trained(target: Target, method: str, rate: float, seed: int, unfinished: Pat
     what: Any = method if method in ("lora", "full") else cells.selection(target, method, RATIO, seed=seed)
     lesson = Lesson.of(
         target, sets.refusals().limit(800, seed=0), retain=[sets.benign()], retain_kl=0.0, retain_weight=1.0,
-        retain_rows=1, own_answers=False, answer_tokens=64, further={}, validation=None, settings=settings, checkpoint=unfinished,
-        progress=True, every=settings.steps, early_stopping=False,
+        retain_rows=1, own_answers=False, answer_tokens=64, further={}, validation=None, settings=settings,
+        checkpoint=unfinished, progress=True, every=settings.steps, early_stopping=False,
     )  # fmt: skip
     tuning = lesson.teach("arm", what, settings, num_weights=k)
     with maker(target, what, k)(settings) as trainee:

@@ -42,7 +42,7 @@ def evaluate(
     harmful: Prompts = (),
     harmless: Prompts = (),
     tasks: Task | Sequence[Task] = (),
-    perplexity: PromptSet | None = None,
+    perplexity: PromptSet | Sequence[PromptSet] = (),
     suites: Sequence[str] = (),
     judges: Sequence[Judge] = (),
     batch_size: int = 32,
@@ -58,7 +58,7 @@ def evaluate(
         harmful: prompts that should be refused; several sets are reported together and apart.
         harmless: prompts that should be answered.
         tasks: questions with answers (`read_task`).
-        perplexity: prompts with responses, whose perplexity under the target is measured.
+        perplexity: prompts with responses, whose perplexity under the target is measured; one set or several.
         suites: tasks of lm-eval, by its names; "arc_easy:100" for the first 100 documents.
         judges: of responses to harmful prompts; the first one's verdicts make the `asr`. Default: the
             refusal matcher, which finds refusals for the other measures in any case.
@@ -86,12 +86,13 @@ def evaluate(
     """
     responder = TargetResponder(target=target) if isinstance(target, Target) else target
     tasks = (tasks,) if isinstance(tasks, Task) else tuple(tasks)
+    texts = _prompt_sets(perplexity)
     sets = [(HARMFUL, prompts) for prompts in _prompt_sets(harmful)]
     sets += [(HARMLESS, prompts) for prompts in _prompt_sets(harmless)]
     matcher = next((judge for judge in judges if isinstance(judge, RefusalMatcher)), None) or RefusalMatcher()
     judges = tuple(judges) or (matcher,)
     _check(responder, sets, tasks, judges)
-    inside = _inside(responder, [*suites, *(["perplexity"] if perplexity is not None else [])])
+    inside = _inside(responder, [*suites, *(["perplexity"] if texts else [])])
     if not (sets or tasks or inside):
         raise PromptError("nothing to evaluate on: give harmful or harmless prompts, tasks, or texts for perplexity")
 
@@ -100,7 +101,7 @@ def evaluate(
     inputs = {
         "the harmful prompts": [prompts for name, prompts in sets if name == HARMFUL],
         "the harmless prompts": [prompts for name, prompts in sets if name == HARMLESS], "the tasks": tasks,
-        "the texts": perplexity, "the suites": suites, "batch_size": batch_size, "max_new_tokens": max_new_tokens,
+        "the texts": texts, "the suites": suites, "batch_size": batch_size, "max_new_tokens": max_new_tokens,
         "seed": seed,
     }  # fmt: skip
     distributed.check_same(Identity.of({**inputs, "the judges": [judge.name for judge in judges]}).parts)
@@ -134,8 +135,8 @@ def evaluate(
     verdicts = Journal(checkpoint, "verdicts")
     for judge in judges:
         _add_verdicts(rows, judge, verdicts, batch_size=batch_size, progress=progress)
-    if inside is not None and perplexity is not None:
-        rows += _perplexity_rows(inside, perplexity, batch_size, progress)
+    if inside is not None:
+        rows += [row for part in texts for row in _perplexity_rows(inside, part, batch_size, progress)]
     if inside is not None and suites:
         rows += run_suites(inside, suites, batch_size=batch_size, seed=seed)
     names = [judge.name for judge in judges]
