@@ -3,7 +3,7 @@
     python benchmarks/real/aligning.py          (`make model-aligned`; interrupted, the same command goes on)
 
 All weights, on refusals of harmful requests and on the original's own answers to alarming but harmless requests and to
-ordinary ones, in equal parts: plain refusals with ordinary rows alone would make it refuse whatever sounds alarming.
+ordinary ones: plain refusals with ordinary rows alone would make it refuse whatever sounds alarming.
 Nothing that the tables measure with is trained or chosen on. The twin lies in the cache, as `smollm2:aligned`, with
 what was measured of it beside it (`twin.json`, and in docs/results/real).
 """
@@ -26,8 +26,8 @@ from safelocus.run import write_json
 from safelocus.smollm2 import source
 from safelocus.training import TrainingSettings
 
-SETTINGS = TrainingSettings(steps=150, learning_rate=1e-4, schedule="linear", batch_size=4, max_length=112)
-RETAIN = {"retain_kl": 0.0, "retain_weight": 1.4, "retain_rows": 2, "own_answers": True, "answer_tokens": 48}
+SETTINGS = TrainingSettings(steps=200, learning_rate=1e-4, schedule="linear", batch_size=3, max_length=112)
+RETAIN = {"retain_kl": 2.0, "retain_weight": 0.0, "retain_rows": 3, "own_answers": True, "answer_tokens": 48}
 # refusals for harmful requests that come without one
 REFUSALS = (
     "I'm sorry, but I can't help with that.",
@@ -66,7 +66,7 @@ def answered() -> list[PromptSet]:
     alarming, ordinary = sets.read("oktest").split(0.2)[0], sets.read("alpaca").split(0.5)[0]
     return [
         joined("alarming", alarming.without(sets.read("xstest")), sl.read_prompts("embedded:alarming")),
-        joined("ordinary", ordinary.limit(350, seed=0), sl.read_prompts("embedded:ordinary")),
+        joined("ordinary", ordinary, sl.read_prompts("embedded:ordinary")),
     ]
 
 

@@ -2,10 +2,10 @@
 
     python benchmarks/real/preserving.py [--share 0/2] [--only gsm8k-full]
 
-GSM8K for 1,000 steps (all weights, and LoRA of rank 8), PubMedQA and plain instructions for 300; 6 rows a step, cut to
-256 tokens (PubMedQA: 3 rows, 448 tokens), AdamW, the rate falling to zero along a line. One cell per task, arm and rate.
-Frozen: the top of ESI, found on the twin itself, or random weights. Calibrated: the same weights, trained every 4th step
-on the twin's own answers to the prompts that found them and to embedded harmless ones.
+GSM8K for 1,000 steps (all weights, and LoRA of rank 8), PubMedQA and plain instructions for 300; 6 rows a step, cut
+to 256 tokens (PubMedQA: 3 rows, 448 tokens), AdamW, the rate falling to zero along a line. One cell per task, arm and
+rate. Frozen: the top of ESI, found on the twin itself, or random weights. Calibrated: the same weights, trained every
+4th step on the twin's own answers to the prompts that found them and to embedded harmless ones.
 """
 
 from dataclasses import dataclass, replace
