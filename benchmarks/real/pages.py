@@ -304,7 +304,7 @@ def verify_page() -> str | None:
             rows.append(
                 (
                     key.replace("-", " "), name, str(len(some)),
-                    *(_range([each[measure] for each in some]) for measure in ("refusal", "over_refusal", "incoherent")),
+                    *(_range([each[what] for each in some]) for what in ("refusal", "over_refusal", "incoherent")),
                 )
             )  # fmt: skip
         verdicts += [(key.replace("-", " "), c["claim"], c["measured"], c["verdict"]) for c in cell["claims"]]
