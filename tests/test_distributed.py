@@ -129,7 +129,7 @@ def break_rules(_):
         sl.score(target, PROMPTS, method="wanda", progress=False)
     with pytest.raises(SafelocusError, match="accumulate_on"):
         sl.score(target, PROMPTS, objective=REFUSAL, accumulate_on="cpu", progress=False)
-    with pytest.raises(RunError, match="different inputs \\(prompts\\)"):
+    with pytest.raises(RunError, match="different inputs \\(--prompts\\)"):
         sl.score(target, PROMPTS[distributed.rank() :], objective=REFUSAL, progress=False)
 
     def explode(target, prompts):

@@ -279,7 +279,7 @@ def break_rules(_):
     lesson = Lesson(prompts=read_prompts(HARMLESS), task=task_of(read_prompts(REFUSALS)))
     with pytest.raises(TrainingError, match="a LoRA adapter needs"):
         run_preservation(target, some(target), lesson, examination=EXAMINATION, lora=Lora(), **SETTINGS)
-    with pytest.raises(RunError, match="different inputs \\(data\\)"):
+    with pytest.raises(RunError, match="different inputs \\(--data\\)"):
         sl.enhance(target, some(target), read_prompts(REFUSALS[distributed.rank() :]), **SETTINGS)
     # experts may be without tokens in one process, or in all
     rank, experts = distributed.rank(), [torch.nn.Parameter(torch.zeros(2)) for _ in range(3)]

@@ -144,5 +144,5 @@ def test_an_interrupted_run_resumes_bit_for_bit(trainer, dtype, tmp_path):
     target, losses = run(checkpoints=checkpoints)
     assert losses == expected
     assert_same(target.model, reference.model)
-    with pytest.raises(RunError, match="another selection"):
+    with pytest.raises(RunError, match="differs in the selection"):
         run(checkpoints=Checkpoints(folder=tmp_path, inputs={"the selection": "b"}))

@@ -111,7 +111,7 @@ def check_made_for(
         model: that of the model now, made `like=known`.
 
     Returns:
-        What differs or cannot be told, in words.
+        What differs or cannot be told, in sentences.
 
     Raises:
         SelectionError: it was made for another model, and that is not allowed.
@@ -129,12 +129,13 @@ def check_made_for(
             f"{what} was made for another model than this one: {'; '.join(differences)}. If you mean it (a fine-tuned "
             "sibling, say), allow it: --allow-mismatch, allow_mismatch=True"
         )
+    remarks = [f"{what} was made for another model: {'; '.join(differences)}"] if differences else []
     if rounded:
-        differences.append(
+        remarks.append(
             f"{len(rounded)} tensors have another dtype than when {what} was made ({_some(rounded)}), so only names "
             "and shapes say that this is the same model"
         )
-    return differences
+    return remarks
 
 
 def _entry(value: Tensor, known: tuple[tuple[int, ...], str, str] | None) -> tuple[tuple[int, ...], str, str]:
