@@ -6,16 +6,19 @@ READY := $(VENV)/.ready
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo test test-fast check fix types docs pictures organism setup
+.PHONY: demo test test-fast test-long check fix types docs pictures organism setup
 
 demo: $(READY)  ## the whole story on two embedded organisms: locate, verify, enhance, preserve
 	$(BIN)/safelocus demo -o runs/demo --overwrite
 
-test: $(READY)  ## every test
+test: $(READY)  ## every test but those of test-long (about eight minutes on two cores)
 	$(BIN)/pytest -n auto --dist worksteal
 
 test-fast: $(READY)  ## the quick loop
 	$(BIN)/pytest -n auto --dist worksteal -m "not slow" -q
+
+test-long: $(READY)  ## the tests that take minutes each: an organism built anew
+	$(BIN)/pytest -n auto --dist worksteal -m long
 
 check: $(READY)  ## what CI runs
 	$(BIN)/ruff format --check .

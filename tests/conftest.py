@@ -1,5 +1,6 @@
 """One thread per test process (the tensors are tiny, and test processes share the cores), and the command line."""
 
+import gc
 import os
 import signal
 
@@ -13,6 +14,12 @@ from safelocus.cli import main
 
 # a shell that runs tests in the background has them, and whatever they start, ignore Ctrl-C
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_collection_finish():
+    """What is imported by now stays: every training collects garbage, and need not search through modules for it."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

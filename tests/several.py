@@ -1,5 +1,6 @@
 """Processes for tests: a group of them in one go, torchrun as a user would, and models that are shared in rows."""
 
+import gc
 import os
 import socket
 import subprocess
@@ -54,6 +55,7 @@ def together(num_processes, function, folder, *arguments):
 
 def _join(rank, num_processes, function, folder, arguments):
     torch.set_num_threads(1)
+    gc.freeze()
     meeting = f"file://{folder}/meeting"
     dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=num_processes)
     function(folder, *arguments)
@@ -83,6 +85,7 @@ def command(num_processes, folder, *arguments):
 
 def _launched(rank, num_processes, port, folder, arguments):
     torch.set_num_threads(1)
+    gc.freeze()
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(num_processes)}
     os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
     for number, stream in enumerate(STREAMS, start=1):
