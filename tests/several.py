@@ -66,7 +66,8 @@ def _join(rank, num_processes, function, folder, arguments):
 def command(num_processes, folder, *arguments, first=None):
     """A command of safelocus in a group of processes, as `torchrun -m safelocus` runs it, but imported already.
 
-    Each process calls `first`, if given, before the command. Returns (exit codes, standard outputs, error streams), in the order of the processes.
+    Each process calls `first`, if given, before the command. Returns (exit codes, standard outputs, error streams), in
+    the order of the processes.
     """
     set_forkserver_preload(PRELOADED)
     with socket.socket() as free:
