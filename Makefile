@@ -24,10 +24,13 @@ test: $(READY)  ## every test but those of test-long and test-real (about eight 
 	$(BIN)/pytest -n auto --dist worksteal
 
 test-fast: $(READY)  ## the quick loop
-	$(BIN)/pytest -n auto --dist worksteal -m "not slow" -q
+	$(BIN)/pytest -n auto --dist worksteal -m "not slow and not long and not real" -q
 
 test-long: $(READY)  ## the tests that take minutes each: an organism built anew
 	$(BIN)/pytest -n auto --dist worksteal -m long
+
+test-real: $(READY)  ## two minutes with the real chat model, where it can be had
+	$(BIN)/pytest -m real
 
 check: $(READY)  ## what CI runs
 	$(BIN)/ruff format --check .
