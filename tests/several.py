@@ -1,5 +1,6 @@
 """Processes for tests: a group of them in one go, torchrun as a user would, and models that are shared in rows."""
 
+import gc
 import os
 import socket
 import subprocess
@@ -54,6 +55,7 @@ def together(num_processes, function, folder, *arguments):
 
 def _join(rank, num_processes, function, folder, arguments):
     torch.set_num_threads(1)
+    gc.freeze()
     meeting = f"file://{folder}/meeting"
     dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=num_processes)
     function(folder, *arguments)
@@ -61,17 +63,18 @@ def _join(rank, num_processes, function, folder, arguments):
     dist.destroy_process_group()
 
 
-def command(num_processes, folder, *arguments):
+def command(num_processes, folder, *arguments, first=None):
     """A command of safelocus in a group of processes, as `torchrun -m safelocus` runs it, but imported already.
 
-    Returns (exit codes, standard outputs, error streams), in the order of the processes.
+    Each process calls `first`, if given, before the command. Returns (exit codes, standard outputs, error streams), in
+    the order of the processes.
     """
     set_forkserver_preload(PRELOADED)
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     context = torch.multiprocessing.get_context("forkserver")
-    given = (num_processes, port, str(folder), [str(argument) for argument in arguments])
+    given = (num_processes, port, str(folder), [str(argument) for argument in arguments], first)
     processes = [context.Process(target=_launched, args=(rank, *given)) for rank in range(num_processes)]
     for process in processes:
         process.start()
@@ -81,13 +84,16 @@ def command(num_processes, folder, *arguments):
     return [process.exitcode for process in processes], out, err
 
 
-def _launched(rank, num_processes, port, folder, arguments):
+def _launched(rank, num_processes, port, folder, arguments, first):
     torch.set_num_threads(1)
+    gc.freeze()
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(num_processes)}
     os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
     for number, stream in enumerate(STREAMS, start=1):
         with Path(folder, f"{stream}.{rank}").open("w") as file:
             os.dup2(file.fileno(), number)
+    if first is not None:
+        first()
     main(arguments)
 
 

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -130,6 +131,23 @@ class TestSteps:
         train(target.model, optimizer, steps=7)
         changes = [step for step in range(1, 8) if not same(seen[step], seen[step - 1])]
         assert changes == [3, 6]
+        assert protection.check() == 0
+
+    @pytest.mark.parametrize("resting", [(), (2, 3)], ids=["both step", "one rests now and then"])
+    def test_several_optimizers_take_one_step_of_the_training(self, resting):
+        target = dense()
+        selection, parameters = some(target), list(target.model.parameters())
+        first, second = (torch.optim.SGD(parameters[i::2], lr=1e-2) for i in range(2))
+        protection = sl.preserve(
+            [first, second], selection, model=target.model, calibration=calibration(target, every=2)
+        )
+        counted = []
+        with mock.patch.object(protection, "calibrate_if_due", side_effect=lambda: counted.append(step)):
+            for step in range(6):
+                first.step()
+                if step not in resting:
+                    second.step()
+        assert counted == ([0, 1, 2, 3, 4, 5] if not resting else [0, 1, 3, 4, 4, 5])
         assert protection.check() == 0
 
     def test_bf16_weights_are_calibrated_in_fp32(self):

@@ -239,14 +239,16 @@ def test_a_bug_is_said_to_be_one(tmp_path, run, monkeypatch):
 
 
 @pytest.mark.slow
-def test_ctrl_c_stops_at_a_batch_and_the_same_command_resumes(tmp_path):
+def test_ctrl_c_stops_at_a_batch_and_the_same_command_resumes(tmp_path, run):
     """A real process and a real SIGINT."""
     command = [
-        sys.executable, "-m", "safelocus", "score", "organism:dense", "-p", "organism:harmful", "--guard",
+        "score", "organism:dense", "-p", "organism:harmful", "--guard",
         "organism:guard", "--max-new-tokens", "24", "--batch-size", "1", "--limit", "16", "--dtype", "float32", "-o",
-        str(tmp_path / "run"),
     ]  # fmt: skip
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "safelocus", *command, str(tmp_path / "run")],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
     answers = tmp_path / ".run.partial" / "responses.jsonl.unfinished"
     deadline = time.monotonic() + 120
     while not (answers.exists() and answers.read_text().count("\n") >= 3):
@@ -263,11 +265,11 @@ def test_ctrl_c_stops_at_a_batch_and_the_same_command_resumes(tmp_path):
     done = answers.read_text().count("\n")
     with answers.open("a") as file:
         file.write('\n[{"prompt": "cut')  # as by a crash
-    subprocess.run(command, check=True, capture_output=True)
+    assert run(*command, tmp_path / "run")[0] == 0
     prompts = [json.loads(line)["prompt"] for line in (tmp_path / "run" / "responses.jsonl").read_text().splitlines()]
     assert len(prompts) == len(set(prompts)) == 16  # none asked twice
     assert done < len(prompts)
-    subprocess.run([*command[:-1], str(tmp_path / "whole")], check=True, capture_output=True)
+    assert run(*command, tmp_path / "whole")[0] == 0
     resumed, whole = (sl.Scores.load(tmp_path / name / "scores") for name in ("run", "whole"))
     assert all(torch.equal(resumed.tensors[name], whole.tensors[name]) for name in whole.tensors)
 

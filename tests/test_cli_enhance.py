@@ -1,10 +1,6 @@
 """`safelocus enhance` as a user meets it."""
 
 import json
-import signal
-import subprocess
-import sys
-import time
 
 import pytest
 
@@ -14,7 +10,10 @@ from safelocus.cli import main
 
 pytestmark = pytest.mark.slow  # trains, again and again
 
-SMALL = ["--steps", "2", "--max-new-tokens", "12", "--limit", "6", "--eval-every", "1", "--dtype", "float32"]
+SMALL = [
+    "--steps", "2", "--batch-size", "2", "--retain-rows", "1", "--eval-every", "2", "--max-new-tokens", "12", "--limit",
+    "6", "--dtype", "float32",
+]  # fmt: skip
 SETS = [
     "--data", "organism:refusals", "--retain", "organism:answers", "--harmful", "organism:harmful-heldout",
     "--harmless", "organism:harmless-heldout", "--task", "organism:utility",
@@ -75,7 +74,6 @@ def test_a_selection_becomes_a_patch(scored, tmp_path, run):
     assert patch.revert(target)
 
 
-@pytest.mark.slow
 def test_everything_at_once(tmp_path, run):
     folder, retained = tmp_path / "e", tmp_path / "retained.txt"
     retained.write_text("\n".join(sl.read_prompts("organism:harmless").texts[:40]))  # without answers
@@ -191,30 +189,17 @@ def test_a_selection_that_does_not_go_with_the_rest(scored, tmp_path, run):
     assert run(*arguments, "--allow-mismatch")[0] == 0
 
 
-@pytest.mark.slow
-def test_ctrl_c_and_the_same_command_give_the_same_patch(scored, tmp_path):
-    """A real process and a real SIGINT."""
+def test_ctrl_c_and_the_same_command_give_the_same_patch(scored, tmp_path, run, interrupt):
     command = [
-        sys.executable, "-m", "safelocus", "enhance", "organism:dense-unaligned", "--selection", str(scored), *SETS,
-        *SMALL, "--steps", "24", "--eval-every", "4", "--batch-size", "2", "--retain-rows", "1", "-o",
-        str(tmp_path / "run"),
+        "enhance", "organism:dense-unaligned", "--selection", scored, *SETS, *SMALL, "--steps", "6", "-o",
     ]  # fmt: skip
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    interrupt("transformers.Trainer.training_step", *command, tmp_path / "run", at=5)
     checkpoint = tmp_path / ".run.partial" / "checkpoint" / "selection-0.001"
-    points = checkpoint / "curve" / "curve.jsonl"
-    deadline = time.monotonic() + 240
-    while not (points.exists() and points.read_text().count("\n") >= 3):
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=240)
-    assert process.returncode == 130
-    assert "interrupted" in err
+    assert (checkpoint / "curve" / "curve.jsonl").read_text().count("\n") == 3
     assert list(checkpoint.glob("checkpoint-*"))
     assert not (tmp_path / "run").exists()
-    subprocess.run(command, check=True, capture_output=True)
-    subprocess.run([*command[:-1], str(tmp_path / "whole")], check=True, capture_output=True)
+    for name in ("run", "whole"):
+        assert run(*command, tmp_path / name)[0] == 0
     resumed, whole = (tmp_path / name / "safety.patch.safetensors" for name in ("run", "whole"))
     assert resumed.read_bytes() == whole.read_bytes()
     assert not (tmp_path / "run" / "checkpoint").exists()

@@ -1,10 +1,6 @@
 """`safelocus evaluate` as a user meets it."""
 
 import json
-import signal
-import subprocess
-import sys
-import time
 
 import pytest
 
@@ -144,32 +140,20 @@ def test_bad_input_is_one_message(tmp_path, run, arguments, message):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.slow
-def test_ctrl_c_and_the_same_command_resumes(tmp_path):
-    """A real process and a real SIGINT."""
+def test_ctrl_c_and_the_same_command_resumes(tmp_path, run, interrupt):
     command = [
-        sys.executable, "-m", "safelocus", "evaluate", "organism:dense", "-p", "organism:harmful-heldout",
-        "--limit", "24", "--max-new-tokens", "24", "--batch-size", "1", "--dtype", "float32", "-o",
-        str(tmp_path / "run"),
+        "evaluate", "organism:dense", "-p", "organism:harmful-heldout",
+        "--limit", "8", "--max-new-tokens", "24", "--batch-size", "1", "--dtype", "float32", "-o",
     ]  # fmt: skip
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    interrupt("safelocus.evaluation.responding.generate_from", *command, tmp_path / "run", at=5)
     answers = tmp_path / ".run.partial" / "checkpoint" / "responses.jsonl"
-    deadline = time.monotonic() + 120
-    while not (answers.exists() and answers.read_text().count("\n") >= 3):
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=120)
-    assert process.returncode == 130
-    assert "interrupted" in err
     assert not (tmp_path / "run").exists()
     done = answers.read_text().count("\n")
-    subprocess.run(command, check=True, capture_output=True)
+    assert run(*command, tmp_path / "run")[0] == 0
     rows = [json.loads(line) for line in (tmp_path / "run" / "responses.jsonl").read_text().splitlines()]
-    assert [row["prompt"] for row in rows] == sl.read_prompts("organism:harmful-heldout").limit(24, seed=0).texts
+    assert [row["prompt"] for row in rows] == sl.read_prompts("organism:harmful-heldout").limit(8, seed=0).texts
     assert 3 <= done < len(rows)
     assert not (tmp_path / "run" / "checkpoint").exists()
-    subprocess.run([*command[:-1], str(tmp_path / "whole")], check=True, capture_output=True)
+    assert run(*command, tmp_path / "whole")[0] == 0
     for name in ("responses.jsonl", "results.json"):
         assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()

@@ -1,6 +1,8 @@
 """Several processes (gloo, CPU) against one: copies that share the prompts, and FSDP2 shards."""
 
 import json
+import os
+import signal
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ import safelocus as sl
 from safelocus import distributed
 from safelocus.errors import NumericalError, RunError, SafelocusError
 from safelocus.topk import pick
-from several import launch, odd, sharded, together
+from several import command, launch, odd, sharded, together
 from tiny_targets import PROMPTS, guard, moe
 
 REFUSAL = sl.Refusal(refusals=["I'm sorry"], compliances=["Sure"])
@@ -24,37 +26,44 @@ SELECTIONS = [
 
 
 MODELS = {"odd": odd, "moe": moe}
+# five prompts are three batches, which two processes cannot share evenly; of one prompt all but one have none
+SCORED = [("esi", 5), ("esi", 1), ("snip", 5), ("snip", 1), ("magnitude", 5), ("random", 5)]
 
 
 # --- scores and selections ------------------------------------------------------------------------------
 
 
-def score_all(folder, shards, num_prompts):
+def score_all(folder, shards):
     """What one process, or any number of them, make of the same inputs."""
     for name, make in MODELS.items():
-        for method in ("esi", "snip", "magnitude", "random"):
+        for method, num_prompts in SCORED:
             target = sharded(make()) if shards else make()
             objective = guard() if method == "esi" else REFUSAL
             scores = sl.score(
                 target, PROMPTS[:num_prompts], objective=objective, method=method, batch_size=2, progress=False
             )
-            scores.save(folder / f"{name}-{method}")
+            scores.save(folder / f"{name}-{method}-{num_prompts}")
             for number, options in enumerate(SELECTIONS):
-                scores.select(**options).save(folder / f"{name}-{method}-{number}.{distributed.rank()}")
+                file = f"{name}-{method}-{num_prompts}-{number}.{distributed.rank()}"
+                scores.select(**options).save(folder / file)
             assert all(parameter.grad is None for parameter in target.model.parameters())
 
 
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    score_all(folder := tmp_path_factory.mktemp("alone"), False)
+    return folder
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("num_processes", "num_prompts"), [(2, 5), (3, 1)])  # three batches, or one
-@pytest.mark.parametrize("shards", [False, True], ids=["copies", "shards"])
-def test_several_processes_score_and_select_like_one(tmp_path, num_processes, num_prompts, shards):
-    (alone := tmp_path / "alone").mkdir()
+@pytest.mark.parametrize(("num_processes", "shards"), [(2, False), (3, True)], ids=["copies", "shards"])
+def test_several_processes_score_and_select_like_one(alone, tmp_path, num_processes, shards):
     (many := tmp_path / "many").mkdir()
-    score_all(alone, False, num_prompts)
-    together(num_processes, score_all, many, shards, num_prompts)
+    together(num_processes, score_all, many, shards)
     for name in MODELS:
-        for method in ("esi", "snip", "magnitude", "random"):
-            expected, found = (sl.Scores.load(folder / f"{name}-{method}") for folder in (alone, many))
+        for method, num_prompts in SCORED:
+            made = f"{name}-{method}-{num_prompts}"
+            expected, found = (sl.Scores.load(folder / made) for folder in (alone, many))
             assert found.provenance == expected.provenance  # the fingerprint among it
             assert found.per_prompt == expected.per_prompt
             for ours, theirs in zip(found.statistics, expected.statistics, strict=True):
@@ -66,12 +75,12 @@ def test_several_processes_score_and_select_like_one(tmp_path, num_processes, nu
                     assert torch.equal(found.tensors[tensor], value)
                 torch.testing.assert_close(found.tensors[tensor], value, rtol=1e-4, atol=1e-5 * float(value.max()))
             for number, options in enumerate(SELECTIONS):
-                read = [sl.Selection.load(many / f"{name}-{method}-{number}.{rank}") for rank in range(num_processes)]
+                read = [sl.Selection.load(many / f"{made}-{number}.{rank}") for rank in range(num_processes)]
                 # exactly what one process takes from the very same scores, in every process
                 exact = found.select(**options)
                 for selection in read:
                     assert_same(selection, exact)
-                reference = sl.Selection.load(alone / f"{name}-{method}-{number}.0")
+                reference = sl.Selection.load(alone / f"{made}-{number}.0")
                 assert read[0].k == reference.k
                 assert read[0].iou(reference) > 0.98
 
@@ -129,7 +138,7 @@ def break_rules(_):
         sl.score(target, PROMPTS, method="wanda", progress=False)
     with pytest.raises(SafelocusError, match="accumulate_on"):
         sl.score(target, PROMPTS, objective=REFUSAL, accumulate_on="cpu", progress=False)
-    with pytest.raises(RunError, match="different inputs \\(prompts\\)"):
+    with pytest.raises(RunError, match="different inputs \\(--prompts\\)"):
         sl.score(target, PROMPTS[distributed.rank() :], objective=REFUSAL, progress=False)
 
     def explode(target, prompts):
@@ -197,30 +206,24 @@ def test_the_command_under_torchrun(tmp_path, run):
     assert two.provenance == one.provenance
 
 
-KILLED = """
-import os, signal, sys
-import safelocus as sl
-from safelocus.cli import main
-from safelocus.objective import Refusal
+def kill_the_second():
+    score = sl.Refusal.__call__
 
-score = Refusal.__call__
-def killed(self, target, prompts):
-    if os.environ["RANK"] == "1":
-        os.kill(os.getpid(), signal.SIGKILL)
-    return score(self, target, prompts)
-Refusal.__call__ = killed
-main(sys.argv[1:])
-"""
+    def killed(self, target, prompts):
+        if distributed.rank() == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return score(self, target, prompts)
+
+    sl.Refusal.__call__ = killed
 
 
 @pytest.mark.slow
 def test_a_killed_process_ends_the_run_and_leaves_no_artefact(tmp_path):
-    script = tmp_path / "killed.py"
-    script.write_text(KILLED)
-    found = launch(
-        2, script, "score", "organism:dense", "--prompts", "organism:harmful", "--limit", "4", "--batch-size", "1",
-        "--refusal", "--shard", "-o", tmp_path / "run",
+    (streams := tmp_path / "streams").mkdir()
+    codes, _, errors = command(
+        2, streams, "score", "organism:dense", "--prompts", "organism:harmful", "--limit", "4", "--batch-size", "1",
+        "--refusal", "--shard", "-o", tmp_path / "run", first=kill_the_second,
     )  # fmt: skip
-    assert found.returncode != 0
-    assert "error: process 0: " in found.stderr.split("Traceback")[0]  # before torchrun's own report
-    assert [p.name for p in tmp_path.iterdir()] == ["killed.py"]
+    assert codes[0] > 0 > codes[1]
+    assert "error: process 0: " in errors[0]
+    assert [path.name for path in tmp_path.iterdir()] == ["streams"]

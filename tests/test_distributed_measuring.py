@@ -55,13 +55,16 @@ def bits(target):
     return {name: distributed.local(parameter.detach()).clone() for name, parameter in model.named_parameters()}
 
 
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    measure_all(folder := tmp_path_factory.mktemp("alone"), False)
+    return folder
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("num_processes", [2, 3])
-@pytest.mark.parametrize("shards", [False, True], ids=["copies", "shards"])
-def test_several_processes_measure_what_one_does(tmp_path, num_processes, shards):
-    (alone := tmp_path / "alone").mkdir()
+@pytest.mark.parametrize(("num_processes", "shards"), [(2, False), (3, True)], ids=["copies", "shards"])
+def test_several_processes_measure_what_one_does(alone, tmp_path, num_processes, shards):
     (many := tmp_path / "many").mkdir()
-    measure_all(alone, False)
     together(num_processes, measure_all, many, shards)
     for name in MODELS:
         expected = json.loads((alone / f"{name}.0.json").read_text())

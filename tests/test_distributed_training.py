@@ -90,13 +90,17 @@ def by_hand(target, selection, file):
     scatter(target.model, selection, old)
 
 
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    train_all(folder := tmp_path_factory.mktemp("alone"), False)
+    return folder
+
+
+# two copies share batches of three rows unevenly; of the last one's two rows the third process has none
 @pytest.mark.slow
-@pytest.mark.parametrize("num_processes", [2, 3])
-@pytest.mark.parametrize("shards", [False, True], ids=["copies", "shards"])
-def test_several_processes_train_like_one(tmp_path, num_processes, shards):
-    (alone := tmp_path / "alone").mkdir()
+@pytest.mark.parametrize(("num_processes", "shards"), [(2, False), (3, True)], ids=["copies", "shards"])
+def test_several_processes_train_like_one(alone, tmp_path, num_processes, shards):
     (many := tmp_path / "many").mkdir()
-    train_all(alone, False)
     together(num_processes, train_all, many, shards)
     for name in MODELS:
         norms = [json.loads((many / f"{name}-norms.{rank}.json").read_text()) for rank in range(num_processes)]
@@ -235,17 +239,16 @@ def resumed(protection, folder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("num_processes", [2, 3])
-def test_calibration_on_shards(tmp_path, num_processes):
+def test_calibration_on_shards(tmp_path):
     (alone := tmp_path / "alone").mkdir()
     (many := tmp_path / "many").mkdir()
     calibrate(alone, False)
-    together(num_processes, calibrate, many, True)
+    together(3, calibrate, many, True)
     for name in MODELS:
         one, *found = (
             load_file(file) for file in [alone / f"{name}.0.safetensors", *sorted(many.glob(f"{name}.*.safetensors"))]
         )
-        assert len(found) == num_processes
+        assert len(found) == 3
         assert all(other.keys() == one.keys() for other in found)
         torch.testing.assert_close(found[0]["divergences"], one["divergences"], rtol=1e-3, atol=1e-7)
         assert one["divergences"].min() > 0
@@ -279,7 +282,7 @@ def break_rules(_):
     lesson = Lesson(prompts=read_prompts(HARMLESS), task=task_of(read_prompts(REFUSALS)))
     with pytest.raises(TrainingError, match="a LoRA adapter needs"):
         run_preservation(target, some(target), lesson, examination=EXAMINATION, lora=Lora(), **SETTINGS)
-    with pytest.raises(RunError, match="different inputs \\(data\\)"):
+    with pytest.raises(RunError, match="different inputs \\(--data\\)"):
         sl.enhance(target, some(target), read_prompts(REFUSALS[distributed.rank() :]), **SETTINGS)
     # experts may be without tokens in one process, or in all
     rank, experts = distributed.rank(), [torch.nn.Parameter(torch.zeros(2)) for _ in range(3)]

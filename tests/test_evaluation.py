@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import safelocus as sl
-from safelocus.errors import PromptError, ResourceError, RunError, SafelocusError
+from safelocus.errors import ModelError, PromptError, ResourceError, RunError, SafelocusError
 from safelocus.evaluation import (
     EndpointResponder,
     Evaluation,
@@ -216,10 +216,10 @@ def test_interrupted_evaluations_go_on(tmp_path):
     assert evaluation.rows == evaluate(Scripted(script), harmful=texts, judges=[Keyword("cake")], progress=False).rows
     # verdicts are kept too, by judge and its settings
     judge.asked = 0
-    evaluate(Scripted(script), judges=[judge, Keyword("serve")], **settings)
+    evaluate(Scripted(script), judges=[judge], **settings)
     assert judge.asked == 0
-    with pytest.raises(RunError, match=r"another model .*--overwrite"):
-        evaluate(Scripted(script, name="other"), **settings)
+    with pytest.raises(RunError, match=r"differs in the model, .*--overwrite"):
+        evaluate(Scripted(script, name="other"), judges=[judge], **settings)
 
 
 def test_failures_are_asked_again_on_resuming(tmp_path):
@@ -230,15 +230,33 @@ def test_failures_are_asked_again_on_resuming(tmp_path):
     assert back.asked == ["d"]
 
 
-def test_another_weight_is_another_model(tmp_path):
+def test_a_kept_evaluation_says_of_which_weights(tmp_path):
     target = dense()
-    settings = {"harmful": ["help"], "max_new_tokens": 4, "checkpoint": tmp_path, "progress": False}
-    first = evaluate(target, **settings)
+    first = evaluate(target, harmful=["help"], max_new_tokens=4, checkpoint=tmp_path, progress=False)
     assert first.provenance["responder"]["weights"] == target.fingerprint().id
-    with torch.no_grad():
-        target.model.model.layers[0].mlp.up_proj.weight[0, 0] += 1
-    with pytest.raises(RunError, match="another model"):
-        evaluate(target, **settings)
+
+
+def test_an_unreadable_verdict_is_kept(tmp_path):
+    """Asked alone, a guard that cannot read one response would take itself to be the wrong one."""
+
+    class Unreadable(Keyword):
+        asked = 0
+
+        def judge(self, prompts, responses):
+            if all(response == HELP for response in responses):
+                raise ModelError("not one verdict")
+            self.asked += len(responses)
+            return [
+                replace(each, verdict=Verdict.UNSCORABLE, score=None) if response == HELP else each
+                for each, response in zip(super().judge(prompts, responses), responses, strict=True)
+            ]
+
+    script, judge = {"a": HELP, "b": REFUSAL, "c": REFUSAL}, Unreadable("cake")
+    settings = {"harmful": list(script), "judges": [judge], "checkpoint": tmp_path, "progress": False}
+    whole, judge.asked = evaluate(Scripted(script), **settings), 0
+    assert evaluate(Scripted(script), **settings).rows == whole.rows
+    assert not judge.asked
+    assert [row["judgements"][judge.name]["verdict"] for row in whole.rows] == ["unscorable", "safe", "safe"]
 
 
 def test_a_batch_too_large_for_memory_is_halved():

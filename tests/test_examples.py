@@ -25,28 +25,24 @@ def selection():
     return sl.score(target, prompts, objective=sl.Refusal(), batch_size=8, progress=False).select(ratio=0.01)
 
 
+def preserve_with_trl(monkeypatch, tmp_path, selection):
+    """Protected, the selected weights keep their values, with an adapter too; otherwise they do not."""
+    selection.save(tmp_path / "safety.safetensors")
+    protected = ["--selection", tmp_path / "safety.safetensors"]
+    for kind, options in {"kept": protected, "adapted": [*protected, "--lora"], "plain": []}.items():
+        example(monkeypatch, "preserve_trl.py", "-o", tmp_path / kind, "--steps", 3, *options)
+    values = gather(sl.load("organism:dense", dtype="float32").model, selection)
+    for kind in ("kept", "adapted", "plain"):
+        found = gather(sl.load(tmp_path / kind).model, selection)
+        same = [torch.equal(found[name], value) for name, value in values.items()]
+        assert not any(same) if kind == "plain" else all(same), kind
+
+
+RUN = {"preserve_trl.py": preserve_with_trl}
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*pin_memory:UserWarning")
-@pytest.mark.parametrize("kind", [(), ("--lora",)], ids=["full", "lora"])
-def test_preserve_with_trl(monkeypatch, tmp_path, selection, kind):
-    selection.save(tmp_path / "safety.safetensors")
-    options = ["--steps", 3, *kind]
-    example(monkeypatch, "preserve_trl.py", "-o", tmp_path / "plain", *options)
-    example(
-        monkeypatch,
-        "preserve_trl.py",
-        "-o",
-        tmp_path / "kept",
-        "--selection",
-        tmp_path / "safety.safetensors",
-        *options,
-    )
-    values = gather(sl.load("organism:dense", dtype="float32").model, selection)
-    kept, plain = (gather(sl.load(tmp_path / name).model, selection) for name in ("kept", "plain"))
-    assert all(torch.equal(kept[name], value) for name, value in values.items())
-    assert not any(torch.equal(plain[name], value) for name, value in values.items())
-
-
-def test_every_example_is_tested():
-    tested = Path(__file__).read_text(encoding="utf-8")
-    assert all(path.name in tested for path in EXAMPLES.glob("*.py"))
+@pytest.mark.parametrize("name", [path.name for path in sorted(EXAMPLES.glob("*.py"))])
+def test_examples_run(name, monkeypatch, tmp_path, selection):
+    RUN[name](monkeypatch, tmp_path, selection)

@@ -1,6 +1,7 @@
 """The embedded organisms: a deterministic world with disjoint data, and models that behave as written down."""
 
 import dataclasses
+import itertools
 import json
 import logging
 import subprocess
@@ -226,6 +227,50 @@ def test_build_writes_folders_and_facts(tmp_path, monkeypatch, caplog):
     assert all(torch.equal(first[name], again[name]) for name in first)  # a seed is enough to repeat it
 
 
+FIRST_LOSSES = {  # of each recipe, from seed 0 or, for a twin, from its shipped sibling
+    "dense": (6.5742, 6.4071, 6.1887),
+    "dense-unaligned": (0.7644, 0.8370, 0.4686),
+    "moe": (6.6721, 6.4477, 6.2717),
+    "moe-unaligned": (0.9338, 0.9930, 0.6523),
+    "guard": (6.3582, 5.9182, 5.3582),
+}
+
+
+@pytest.mark.parametrize("name", organism.MODELS)
+def test_a_recipes_first_steps_lead_to_what_is_shipped(name, monkeypatch):
+    """From the same beginning, and in its direction: another seed's weights have nothing in common with it."""
+    beginning, taken, losses = {}, {}, []
+
+    def begin(model, tokenizer, examples, recipe):
+        beginning.update(matrices(model))
+        model.register_forward_hook(lambda _module, _inputs, output: losses.append(output.loss.item()))
+        with pytest.raises(StopIteration):
+            steps(model, tokenizer, itertools.islice(examples, len(FIRST_LOSSES[name]) * train.BATCH_SIZE), recipe)
+        taken.update(matrices(model))
+
+    steps = train.train
+    monkeypatch.setattr(train, "train", begin)
+    monkeypatch.setattr(build, "save", lambda *_: None)
+    build.build(name, organism.WEIGHTS)
+    shipped = matrices(build.load(organism.resolve_model(name))[0])
+    assert losses == pytest.approx(FIRST_LOSSES[name], rel=1e-3)
+    assert alike(beginning, shipped) > 0.5
+    moves = ({key: value - beginning[key] for key, value in place.items()} for place in (taken, shipped))
+    assert alike(*moves) > 0.1
+
+
+def matrices(model):
+    return {name: weight.detach().clone() for name, weight in model.named_parameters() if weight.ndim > 1}
+
+
+def alike(one, other):
+    """Cosine of the angle between two models' weights."""
+    flat = [torch.cat([weights[name].flatten() for name in sorted(weights)]) for weights in (one, other)]
+    return torch.cosine_similarity(*flat, dim=0).item()
+
+
+@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_rebuilt_organism_behaves_the_same(tmp_path):
     """Half the steps from the same seed: the same refusals, the same help, and the twin loses the former."""

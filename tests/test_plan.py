@@ -32,7 +32,7 @@ from safelocus.resources.devices import host_free
 from safelocus.resources.memory import JUDGED
 from safelocus.resources.rehearsal import inputs
 from safelocus.training import TrainingSettings, fit, training_rows
-from several import launch
+from several import command
 from tiny_models import MIXTURES, NAMES, config
 from tiny_targets import dense, moe
 
@@ -498,9 +498,10 @@ def test_evaluate_says_what_it_chose_and_keeps_it(tmp_path, run):
 
 @pytest.mark.slow
 def test_processes_choose_alike_and_leave_something_for_each(tmp_path):
-    found = launch(2, "-m", "safelocus", *EVALUATE[:-4], "--limit", "7", "--max-new-tokens", "4", "-o", tmp_path / "r")
-    assert found.returncode == 0, found.stderr
-    assert found.stderr.count("answering: batch size 4:") == 1  # of 7 prompts, in two processes
+    arguments = [*EVALUATE[:-4], "--limit", "7", "--max-new-tokens", "4", "-o", tmp_path / "r"]
+    codes, _, errors = command(2, tmp_path, *arguments)
+    assert codes == [0, 0], errors
+    assert "".join(errors).count("answering: batch size 4:") == 1  # of 7 prompts, in two processes
     assert tomllib.loads((tmp_path / "r" / "run.toml").read_text())["batch_size"] == 4
 
 

@@ -211,11 +211,11 @@ def test_a_resumed_run_reads_what_is_finished(tmp_path, monkeypatch):
     for one, other in zip(whole.arms, resumed.arms, strict=True):
         assert replace(one, after=other.after, seconds=other.seconds) == other
         assert one.after.rows == other.after.rows
-    assert len(trained) == 3 == len([*trained, *(preserved(target, **how), [])[1]])
-    with pytest.raises(RunError, match="another settings"):
-        preserved(target, **how, seed=1)
-    with pytest.raises(RunError, match="another selection"):
-        preserved(target, some(target, k=200), **how)
+    again = preserved(target, **how)  # all arms are finished
+    assert len(trained) == 3
+    assert [arm.losses for arm in again.arms] == [arm.losses for arm in whole.arms]
+    with pytest.raises(RunError, match="coordinates of the selection"):
+        preserved(target, some(target, seed=1), **how)
 
 
 def test_interrupted_in_the_evaluation_it_does_not_train_again(tmp_path, monkeypatch):

@@ -421,13 +421,23 @@ def test_without():
     assert prompts.without(read_prompts(["FLY ", "Run"])).texts == ["Bake a cake", "Swim"]
 
 
-def test_hash_depends_on_the_prompts_alone():
-    first = read_prompts(["Bake a cake", "Fly"])
-    assert first.hash == read_prompts([{"goal": "fly "}, {"goal": "bake  a CAKE"}]).hash
-    assert first.hash != read_prompts(["Bake a cake"]).hash
-    assert first.hash != read_prompts(["Bake", "a cakeFly"]).hash
+def test_hash_depends_on_all_of_every_row():
+    row = {"prompt": "Fly", "response": "No", "system": "Hm", "category": "air"}
+    first = read_prompts([{"prompt": "Bake a cake"}, row])
+    again = read_prompts([{"goal": "Bake a cake", "target": None}, {"system": "Hm", **row}])
+    assert first.hash == again.hash == dataclasses.replace(first, source="elsewhere").hash
+    changed = [{**row, key: "other"} for key in row] + [{**row, "prompt": "fly"}]
+    others = [read_prompts([{"prompt": "Bake a cake"}, other]) for other in changed]
+    others += [
+        first[:1],
+        dataclasses.replace(first, examples=first.examples[::-1]),
+        read_prompts(["Bake", "a cakeFly"]),
+    ]
+    assert len({first.hash, *(other.hash for other in others)}) == 1 + len(others)
     # a constant: provenance written today must agree with what is computed tomorrow
-    assert first.hash == "bd197e50a6fdfe4ca9813d300fd357d7"
+    assert read_prompts(["Bake a cake", "Fly"]).hash == "7fe4a94689dd42db0c7aee6e9851832f"
+    # what tells whether a prompt was used looks at its text alone
+    assert first.prompt_hashes == read_prompts(["fly ", "bake  a CAKE"]).prompt_hashes
 
 
 texts = st.text(min_size=1, max_size=30)

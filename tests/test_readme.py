@@ -39,14 +39,19 @@ EXAMPLES = [
 
 
 @pytest.mark.slow
-def test_the_readmes_commands_run(tmp_path, monkeypatch):
-    """Those on embedded models, in order and in one folder, as a reader would."""
+@pytest.mark.parametrize(
+    "less", [{"--limit": "6", "--steps": "2", "--seeds": "1"}, pytest.param({}, marks=pytest.mark.long)]
+)
+def test_the_readmes_commands_run(tmp_path, monkeypatch, less):
+    """Those on embedded models, in order and in one folder, as a reader would, but with less of what they ask for."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").mkdir()
     assert len(EMBEDDED) >= 4
     for command in EMBEDDED:
+        words = shlex.split(command)[1:]
+        words += [word for option in less if option in words for word in (option, less[option])]
         with pytest.raises(SystemExit) as stop:
-            main(shlex.split(command)[1:])
+            main(words)
         assert not stop.value.code, command
 
 

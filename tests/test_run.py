@@ -1,7 +1,8 @@
 import pytest
 
 from safelocus.errors import RunError
-from safelocus.run import CHECKPOINT, read_config, run_folder
+from safelocus.resume import claim
+from safelocus.run import CHECKPOINT, read_config, read_unfinished, run_folder
 
 
 def names(folder):
@@ -41,6 +42,39 @@ def test_overwrite_replaces_a_run_and_forgets_an_interrupted_one(tmp_path):
             (folder / text).touch()
     assert names(tmp_path / "run") == ["new", "run.toml"]
     assert names(tmp_path) == ["run"]
+
+
+def test_what_a_crash_left_does_not_stop_an_overwrite(tmp_path):
+    (tmp_path / ".run.old").mkdir()  # it ended after the new run was in place
+    (tmp_path / ".run.old" / "old").touch()
+    for _ in range(2):
+        with run_folder(tmp_path / "run", config={}, overwrite=True) as folder:
+            (folder / "new").touch()
+    assert names(tmp_path) == ["run"]
+    assert names(tmp_path / "run") == ["new", "run.toml"]
+
+
+def test_a_run_that_only_began_is_not_kept(tmp_path):
+    with pytest.raises(ZeroDivisionError), run_folder(tmp_path / "run", config={}) as folder:
+        claim(folder / CHECKPOINT, {"seed": 0})
+        raise ZeroDivisionError
+    assert names(tmp_path) == []
+
+
+def test_a_refused_run_leaves_the_interrupted_one_as_it_is(tmp_path):
+    def run(seed):
+        with run_folder(tmp_path / "run", config={"seed": seed}) as folder:
+            claim(folder / CHECKPOINT, {"seed": seed})
+            (folder / CHECKPOINT / "work").touch()
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(1)
+    with pytest.raises(RunError, match=r"differs in seed \(1 there, 2 here\)"):
+        run(2)
+    assert read_unfinished(tmp_path / "run") == {"seed": 1}
+    with pytest.raises(KeyboardInterrupt):
+        run(1)
 
 
 def test_a_failed_overwrite_keeps_the_old_run(tmp_path):

@@ -11,6 +11,7 @@ from safelocus.errors import NumericalError, PromptError, SafelocusError
 from safelocus.forcing import teacher_force
 from safelocus.generation import generate
 from safelocus.gradients import GradientAccumulator, named_weights
+from safelocus.target import Target
 from tiny_targets import PROMPTS, byte_level, dense, guard, moe
 
 KEYS = {  # tensor-name part -> how brute force cuts the tensor into logical matrices, written by hand
@@ -306,57 +307,39 @@ def test_infinite_gradient_names_tensor_and_batch():
         # finite value, infinite slope
         return torch.stack([torch.sqrt((weight - weight.detach()).abs().sum()) for _ in prompts])
 
-    with pytest.raises(NumericalError, match=r"up_proj\.weight|NaN or infinite in batch 1 of 1"):
+    with pytest.raises(NumericalError, match=r"infinite in batch 1 of 1, first of them .*\.0\.mlp\.up_proj\.weight"):
         sl.score(dense(), PROMPTS, objective=explode, progress=False)
 
 
-def test_interrupted_run_resumes_to_the_same_scores(tmp_path):
-    target, judge = dense(), guard()
-    whole = sl.score(target, PROMPTS, objective=judge, batch_size=1, progress=False)
-    calls = 0
-
-    class Interrupting:
-        def __init__(self, after):
-            self.after = after
-
-        def describe(self):
-            return judge.describe()
-
-        def __call__(self, target, prompts):
-            nonlocal calls
-            calls += 1
-            if calls == self.after:
-                import signal
-
-                signal.raise_signal(signal.SIGINT)  # Ctrl-C in the middle of a batch
-            return judge(target, prompts)
-
-    with pytest.raises(KeyboardInterrupt):
-        sl.score(target, PROMPTS, objective=Interrupting(3), batch_size=1, progress=False, checkpoint=tmp_path)
-    assert calls == 3
-    resumed = sl.score(target, PROMPTS, objective=Interrupting(0), batch_size=1, progress=False, checkpoint=tmp_path)
-    assert calls == 5  # the three finished batches are not done again
-    for name, tensor in whole.tensors.items():
-        assert torch.equal(tensor, resumed.tensors[name])
-    assert resumed.per_prompt == whole.per_prompt
+def test_rows_bring_their_system_messages():
+    rows = [{"prompt": text, "system": "Be brief."} for text in PROMPTS[:2]]
+    expected = sl.score(dense_told("Be brief."), PROMPTS[:2], objective=sl.Refusal(), batch_size=1, progress=False)
+    found = sl.score(dense(), sl.read_prompts(rows), objective=sl.Refusal(), batch_size=1, progress=False)
+    assert all(torch.equal(value, expected.tensors[name]) for name, value in found.tensors.items())
+    without = sl.score(dense(), PROMPTS[:2], objective=sl.Refusal(), batch_size=1, progress=False)
+    assert found.per_prompt == expected.per_prompt != without.per_prompt
+    one, none = sl.read_prompts([rows[0], {"prompt": "help"}]).texts
+    assert (one, none) == (PROMPTS[0], "help")
+    assert (one.system, none.system) == ("Be brief.", None)
+    chat = dense_told("Be long.").chat
+    assert "Be brief." in chat.render(one)
+    assert "Be long." in chat.render(none)
+    assert "Be mine." in chat.render(one, system="Be mine.")
+    assert "Be" not in chat.render(one, system="")
 
 
-def test_a_checkpoint_of_other_inputs_is_refused(tmp_path):
-    def interrupting(target, prompts):
-        raise KeyboardInterrupt
+def dense_told(system):
+    target = dense()
+    return Target.of(target.model, target.tokenizer, name=target.name, system=system)
 
-    judge = guard()
-    sl.score(
-        dense(),
-        PROMPTS,
-        objective=judge,
-        batch_size=1,
-        progress=False,
-        checkpoint=tmp_path,
-        checkpoint_seconds=0,
+
+def test_gumbel_noise_does_not_depend_on_batches():
+    judge = guard(gumbel_seed=3)
+    one, all_at_once = (
+        sl.score(dense(), PROMPTS, objective=judge, batch_size=size, progress=False) for size in (1, len(PROMPTS))
     )
-    with pytest.raises(SafelocusError, match="prompts"):
-        sl.score(dense(), PROMPTS[:2], objective=judge, batch_size=1, progress=False, checkpoint=tmp_path)
+    for name, tensor in one.tensors.items():
+        torch.testing.assert_close(all_at_once.tensors[name], tensor, rtol=1e-3, atol=1e-6 * float(tensor.max()))
 
 
 @pytest.mark.parametrize("variant", ["character", "index"])

@@ -17,6 +17,7 @@ ORDER = [
     {"provenance"},
     {"layout"},
     {"fingerprint"},
+    {"identity", "resume"},
     {"tensors", "ratio", "topk", "statistics"},
     {"selection_file"},
     {"selection"},
@@ -91,7 +92,10 @@ def test_the_command_line_starts_without_torch():
 
 def test_exports_exist_and_are_documented():
     for name in safelocus.__all__:
-        assert getattr(safelocus, name).__doc__, name
+        found = getattr(safelocus, name)
+        assert found.__module__.startswith("safelocus."), name
+        assert found.__doc__, name
+        assert not found.__doc__.startswith(f"{name}("), f"{name} has no words but those that dataclass writes"
 
 
 def test_nothing_here_loads_pickles():

@@ -135,7 +135,7 @@ def test_an_interrupted_run_resumes_bit_for_bit(trainer, dtype, tmp_path):
         return target, losses
 
     reference, expected = run()
-    checkpoints = Checkpoints(folder=tmp_path, identity={"selection": "a"})
+    checkpoints = Checkpoints(folder=tmp_path, inputs={"the selection": "a"})
     with pytest.raises(KeyboardInterrupt):
         run([CtrlC()], checkpoints=checkpoints)
     latest = checkpoints.latest()
@@ -144,5 +144,5 @@ def test_an_interrupted_run_resumes_bit_for_bit(trainer, dtype, tmp_path):
     target, losses = run(checkpoints=checkpoints)
     assert losses == expected
     assert_same(target.model, reference.model)
-    with pytest.raises(RunError, match="another selection"):
-        run(checkpoints=Checkpoints(folder=tmp_path, identity={"selection": "b"}))
+    with pytest.raises(RunError, match="differs in the selection"):
+        run(checkpoints=Checkpoints(folder=tmp_path, inputs={"the selection": "b"}))

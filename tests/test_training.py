@@ -102,9 +102,11 @@ class TestFit:
             train(tiny_targets.dense(), settings=replace(SETTINGS, learning_rate=1e30))
 
     def test_another_runs_checkpoint_is_refused(self, tmp_path):
-        Checkpoints(folder=tmp_path, identity={"data": 1, "seed": 0}).latest()
-        with pytest.raises(RunError, match="another data"):
-            Checkpoints(folder=tmp_path, identity={"data": 2, "seed": 0}).latest()
+        Checkpoints(folder=tmp_path, inputs={"--data": "1", "seed": 0}).latest()
+        (tmp_path / "checkpoint-1").mkdir()
+        (tmp_path / "checkpoint-1" / "trainer_state.json").touch()
+        with pytest.raises(RunError, match="differs in --data"):
+            Checkpoints(folder=tmp_path, inputs={"--data": "2", "seed": 0}).latest()
 
 
 class Look:

@@ -1,8 +1,8 @@
 """Cells of the real model's tables: each is measured once, kept as JSON beside the page, and found again.
 
-A cell is a file `docs/results/real/TABLE/KEY.json`. A command goes through its cells in order and measures those that are
-not there, so it can be stopped and started at will; what it has of an unfinished one lies in `runs/real`. Several processes
-share them (`--share 0/2`, `--share 1/2`).
+A cell is a file `docs/results/real/TABLE/KEY.json`. A command goes through its cells in order and measures those that
+are not there, so it can be stopped and started at will; what it has of an unfinished one lies in `runs/real`. Several
+processes share them (`--share 0/2`, `--share 1/2`).
 """
 
 import argparse
@@ -21,11 +21,13 @@ import sets
 import safelocus as sl
 from safelocus import smollm2
 from safelocus.evaluation import Evaluation, evaluate
+from safelocus.evaluation.evaluation import PERPLEXITY
 from safelocus.run import write_json
 from safelocus.scores import Scores
 from safelocus.scoring import versions
 from safelocus.selection import Selection
 from safelocus.target import Target
+from safelocus.verification.plan import random_selection
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "docs" / "results" / "real"
@@ -86,24 +88,42 @@ def measured(target: Target, checkpoint: Path | None = None, **others: Any) -> E
     return evaluate(target, **{**asked, **others}, max_new_tokens=sets.NEW_TOKENS, batch_size=32, checkpoint=checkpoint)
 
 
-def by_source(evaluation: Evaluation) -> dict[str, Any]:
-    """Measures of each set, for a cell."""
+def outcome(evaluation: Evaluation) -> dict[str, Any]:
+    """For a cell: the measures of each set, and what came of each prompt of it, in order.
+
+    `outcomes`: 1 refused, or answered right; 0 not; - failed. `nats`: per token, of each text.
+    """
+    by_source = evaluation.by("source")
+    rows = {source: [row for row in evaluation.rows if row["source"] == source] for source in by_source}
+    marks = {True: "1", False: "0", None: "-"}
     return {
-        source: {name: measure.to_json() for name, measure in found.items() if name != "asr"}
-        for source, found in evaluation.by("source").items()
+        "measures": {
+            source: {name: measure.to_json() for name, measure in found.items() if name != "asr"}
+            for source, found in by_source.items()
+        },
+        "outcomes": {
+            source: "".join(marks[row.get("refused", row.get("correct"))] for row in found)
+            for source, found in rows.items()
+            if found[0]["set"] != PERPLEXITY
+        },
+        "nats": {
+            source: [None if row["nll"] is None else round(row["nll"], 4) for row in found]
+            for source, found in rows.items()
+            if found[0]["set"] == PERPLEXITY
+        },
     }
 
 
-def scores(target: Target, method: str) -> Scores:
+def scores(target: Target, method: str, checkpoint: Path | None = None) -> Scores:
     """Scores of all weights by the refusal objective on the 128 prompts that find; made anew, which takes minutes."""
     objective = sl.Refusal() if method in ("esi", "gradient", "snip") else None
-    return sl.score(target, sets.find(), objective=objective, method=method)
+    return sl.score(target, sets.find(), objective=objective, method=method, checkpoint=checkpoint)
 
 
 def selection(target: Target, method: str, ratio: float = 0.01, *, seed: int = 0) -> Selection:
     """The top of these scores; kept for the next time."""
     if method == "random":
-        return scores_random(target, ratio, seed)
+        return random_selection(target, int(ratio * target.layout.num_weights), seed=seed)
     file = RUNS / "selections" / target.fingerprint().id / f"{method}-{ratio:g}.safetensors"
     if not file.is_file():
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -111,9 +131,3 @@ def selection(target: Target, method: str, ratio: float = 0.01, *, seed: int = 0
         for kept_ratio in sorted({ratio, 0.01, 0.1}):
             found.select(kept_ratio).save(file.with_name(f"{method}-{kept_ratio:g}.safetensors"))
     return Selection.load(file)
-
-
-def scores_random(target: Target, ratio: float, seed: int) -> Selection:
-    from safelocus.verification.plan import random_selection
-
-    return random_selection(target, int(ratio * target.layout.num_weights), seed=seed)

@@ -3,8 +3,8 @@
     python benchmarks/real/enhancing.py [--share 0/2] [--only esi]
 
 Each step has 4 refusals (circuit-breakers) and 4 benign rows (instruct), rows cut to 128 tokens, the loss on the
-responses of both; AdamW, the rate falling to zero along a line. One cell per method, rate and seed, in this order: every
-method at every rate with one seed, the paper's rate, further seeds of what the claim compares.
+responses of both; AdamW, the rate falling to zero along a line. One cell per method, rate and seed, in this order:
+every method at every rate with one seed, the paper's rate, further seeds of what the claim compares.
 """
 
 from functools import partial
@@ -39,8 +39,8 @@ def trained(target: Target, method: str, rate: float, seed: int, unfinished: Pat
     what: Any = method if method in ("lora", "full") else cells.selection(target, method, RATIO, seed=seed)
     lesson = Lesson.of(
         target, sets.refusals().limit(800, seed=0), retain=[sets.benign()], retain_kl=0.0, retain_weight=1.0,
-        retain_rows=1, own_answers=False, validation=None, settings=settings, checkpoint=unfinished, progress=True,
-        every=settings.steps, early_stopping=False,
+        retain_rows=1, own_answers=False, answer_tokens=64, further={}, validation=None, settings=settings,
+        checkpoint=unfinished, progress=True, every=settings.steps, early_stopping=False,
     )  # fmt: skip
     tuning = lesson.teach("arm", what, settings, num_weights=k)
     with maker(target, what, k)(settings) as trainee:
@@ -50,13 +50,13 @@ def trained(target: Target, method: str, rate: float, seed: int, unfinished: Pat
         "method": method, "rate": rate, "seed": seed, "num_weights": tuning.num_weights,
         "settings": settings.to_json(), "training_seconds": round(tuning.seconds),
         "losses": [round(loss.loss, 4) for loss in tuning.losses], **cells.described(target),
-        "measures": cells.by_source(evaluation),
+        **cells.outcome(evaluation),
     }  # fmt: skip
 
 
 def untrained(target: Target, unfinished: Path) -> dict[str, Any]:
     found = cells.measured(target, unfinished)
-    return {"method": "before", **cells.described(target), "measures": cells.by_source(found)}
+    return {"method": "before", **cells.described(target), **cells.outcome(found)}
 
 
 def main() -> None:

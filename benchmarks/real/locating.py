@@ -2,7 +2,8 @@
 
     python benchmarks/real/locating.py [--only smollm2-esi]
 
-S by refusal openings on 128 prompts of AdvBench. One cell per model and score, one per model for two halves of 64 prompts.
+S by refusal openings on 128 prompts of AdvBench. One cell per model and score, one per model for two halves of the
+prompts.
 """
 
 from functools import partial

@@ -2,9 +2,9 @@
 
     python benchmarks/real/verifying.py
 
-The paper's 0.38 sigma and stronger, on top, bottom and three random draws, five seeds of the noise; and zeroing. Refusals
-on 100 prompts of AdvBench's measured half, over-refusal on 100 of Alpaca, perplexity on 100 benign texts. One cell per
-strength of the noise; each is a whole `Verification`, with its verdict.
+The paper's 0.38 sigma and stronger, on top, bottom and random draws, five seeds of the noise; and zeroing. Refusals on
+100 prompts of AdvBench's measured half, over-refusal on 100 of Alpaca. One cell per strength of the noise; each is a
+whole `Verification`, with its verdict.
 """
 
 from functools import partial

@@ -8,7 +8,7 @@ The digest guards against mistakes, not against forgery.
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import torch
@@ -16,6 +16,7 @@ import xxhash
 from torch import Tensor, nn
 
 from safelocus.distributed import whole
+from safelocus.errors import SelectionError
 from safelocus.layout import Layout, canonical_name, is_adapter
 
 # Attributes of a config that do not change what the weights are.
@@ -24,6 +25,7 @@ _VOLATILE = {
     "_attn_implementation", "_experts_implementation", "_attn_implementation_autoset", "name_or_path",
 }  # fmt: skip
 _MAX_LISTED = 5
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,19 +43,24 @@ class Fingerprint:
     tensors: Mapping[str, tuple[tuple[int, ...], str, str]]
 
     @classmethod
-    def of(cls, model: nn.Module, layout: Layout) -> Self:
-        """Read every parameter once (16 GB of weights take a few seconds) and digest it."""
+    def of(cls, model: nn.Module, layout: Layout, *, like: Mapping[str, Any] | None = None) -> Self:
+        """Read every parameter once (16 GB of weights take a few seconds) and digest it; `like`: see `of_tensors`."""
         named = ((canonical_name(name), parameter) for name, parameter in model.named_parameters())
         own = ((name, parameter) for name, parameter in named if name in layout.tensors and not is_adapter(name))
-        return cls.of_tensors(model.config, own)
+        return cls.of_tensors(model.config, own, like=like)
 
     @classmethod
-    def of_tensors(cls, config: Any, tensors: Iterable[tuple[str, Tensor]]) -> Self:
-        """From canonical names and values, which may come one by one, and may be some of the model's only."""
-        read = {
-            name: (tuple(value.shape), str(value.dtype).removeprefix("torch."), digest(whole(value.detach())))
-            for name, value in tensors
-        }
+    def of_tensors(
+        cls, config: Any, tensors: Iterable[tuple[str, Tensor]], *, like: Mapping[str, Any] | None = None
+    ) -> Self:
+        """From canonical names and values, which may come one by one, and may be some of the model's only.
+
+        Args:
+            like: JSON of the fingerprint of a model that this one may be in another dtype: what it can tell then, is
+                told in that one's.
+        """
+        known = {} if like is None else cls.from_json(like).tensors
+        read = {name: _entry(whole(value.detach()), known.get(name)) for name, value in tensors}
         return cls(model_type=config.model_type, config=_config_digest(config), tensors=read)
 
     @property
@@ -89,6 +96,71 @@ class Fingerprint:
     def from_json(cls, data: Mapping[str, Any]) -> Self:
         tensors = {name: (tuple(shape), dtype, digest) for name, (shape, dtype, digest) in data["tensors"].items()}
         return cls(model_type=data["model_type"], config=data["config"], tensors=tensors)
+
+
+def check_made_for(
+    known: Mapping[str, Any], model: Fingerprint, what: str, *, allow_mismatch: bool = False
+) -> list[str]:
+    """Whether scores or a selection were made for this model, in whatever dtype it is in memory: the one rule for all.
+
+    Values are compared in the dtype of then. A wider one loses nothing, so the weights are the same or another model's.
+    In a narrower one, rounded weights cannot be told from another model's, which is a remark.
+
+    Args:
+        known: `to_json` of the fingerprint of then.
+        model: that of the model now, made `like=known`.
+
+    Returns:
+        What differs or cannot be told, in sentences.
+
+    Raises:
+        SelectionError: it was made for another model, and that is not allowed.
+    """
+    then = Fingerprint.from_json(known)
+    shared = [
+        name for name in then.tensors if name in model.tensors and then.tensors[name][0] == model.tensors[name][0]
+    ]
+    rounded = [name for name in shared if then.tensors[name][1] != model.tensors[name][1]]
+    left = {name: entry for name, entry in then.tensors.items() if name not in rounded}
+    now = {name: entry for name, entry in model.tensors.items() if name not in rounded}
+    differences = replace(then, tensors=left).differences(replace(model, tensors=now))
+    if differences and not allow_mismatch:
+        raise SelectionError(
+            f"{what} was made for another model than this one: {'; '.join(differences)}. If you mean it (a fine-tuned "
+            "sibling, say), allow it: --allow-mismatch, allow_mismatch=True"
+        )
+    remarks = [f"{what} was made for another model: {'; '.join(differences)}"] if differences else []
+    if rounded:
+        remarks.append(
+            f"{len(rounded)} tensors have another dtype than when {what} was made ({_some(rounded)}), so only names "
+            "and shapes say that this is the same model"
+        )
+    return remarks
+
+
+def _entry(value: Tensor, known: tuple[tuple[int, ...], str, str] | None) -> tuple[tuple[int, ...], str, str]:
+    """(shape, dtype, digest): in the dtype that is known, where this one is wider, or is found to hold the same."""
+    own = str(value.dtype).removeprefix("torch.")
+    if known is None or known[1] == own:
+        return tuple(value.shape), own, digest(value)
+    dtype = getattr(torch, known[1])
+    converted = digest_as(value, dtype)
+    if converted == known[2] or torch.promote_types(value.dtype, dtype) == value.dtype:
+        return tuple(value.shape), known[1], converted or digest(value)
+    return tuple(value.shape), own, digest(value)
+
+
+def bits(tensor: Tensor) -> Tensor:
+    """The same memory as integers of the same width: NaN payloads and negative zeros compare and move exactly."""
+    return tensor.detach().view(_INTEGERS[tensor.element_size()])
+
+
+def digest_as(tensor: Tensor, dtype: torch.dtype) -> str | None:
+    """Digest of the tensor in another dtype; None where converting would change values."""
+    if tensor.dtype == dtype:
+        return digest(tensor.detach())
+    converted = tensor.detach().to(dtype)
+    return digest(converted) if torch.equal(bits(converted.to(tensor.dtype)), bits(tensor)) else None
 
 
 def digest(value: Tensor) -> str:

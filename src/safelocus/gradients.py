@@ -6,19 +6,15 @@ no weight-gradient work elsewhere. Accumulators may live on the device or on the
 (FSDP2) each process adds up the rows it holds, as the reduce-scatter of all processes' gradients delivers them.
 """
 
-import json
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from safelocus import distributed
-from safelocus.errors import NumericalError, ResourceError, RunError, SelectionError
+from safelocus.errors import NumericalError, ResourceError, SelectionError
 from safelocus.layout import canonical_name
 
 
@@ -105,57 +101,3 @@ class GradientAccumulator:
             total.add_(gradient.to(total.device))  # adds bf16 to fp32 without a copy
 
         return add
-
-
-def save_checkpoint(folder: Path, sums: Mapping[str, Tensor], state: dict[str, Any], *, num_kept: int = 1) -> None:
-    """Write this process's sums and position under a temporary name, then rename: a checkpoint is whole or absent.
-
-    Args:
-        state: `batches` done, `identity`, and more; JSON.
-        num_kept: the newest so many stay.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    file = folder / f"gradients-{state['batches']}.safetensors"
-    temporary = file.with_suffix(".tmp")
-    rows = {name: distributed.local(tensor).contiguous() for name, tensor in sums.items()}
-    save_file(rows, temporary, {"state": json.dumps(state)})
-    os.replace(temporary, file)
-    for batches in sorted(_positions(folder))[:-num_kept]:
-        (folder / f"gradients-{batches}.safetensors").unlink()
-
-
-def load_checkpoint(
-    folder: Path, sums: Mapping[str, Tensor], identity: Mapping[str, Any], *, in_step: bool = False
-) -> dict[str, Any] | None:
-    """Fill `sums` from the newest checkpoint and return its state; None where there is none.
-
-    Args:
-        in_step: the newest that every process has; else each process has positions of its own.
-
-    Raises:
-        RunError: the checkpoint belongs to other inputs.
-    """
-    from safetensors import safe_open
-
-    positions = _positions(folder)
-    if in_step:
-        positions = set.intersection(*distributed.gather_objects(positions))
-    if not positions:
-        return None
-    file = folder / f"gradients-{max(positions)}.safetensors"
-    with safe_open(file, framework="pt") as opened:
-        state: dict[str, Any] = json.loads(opened.metadata()["state"])
-    differing = [key for key, value in identity.items() if state["identity"].get(key) != value]
-    if differing:
-        raise RunError(
-            f"{folder}: an interrupted run with another {', '.join(differing)} lies here; "
-            "give the same inputs to resume it, or --overwrite to begin anew"
-        )
-    for name, tensor in load_file(file).items():
-        distributed.local(sums[name]).copy_(tensor)
-    return state
-
-
-def _positions(folder: Path) -> set[int]:
-    """Batches done, of each checkpoint in a folder."""
-    return {int(file.stem.rpartition("-")[2]) for file in folder.glob("gradients-*.safetensors")}

@@ -23,6 +23,7 @@ import tomli_w
 from safelocus.errors import RunError
 
 CHECKPOINT = "checkpoint"  # subfolder of an unfinished run that it resumes from
+IDENTITY = "identity.json"  # file in it, and in its parts, that says whose work it is
 _PARTS = "processes"  # subfolder with those of the other processes
 _COUNT = "processes.txt"
 
@@ -41,17 +42,18 @@ def run_folder(path: Path, *, config: Mapping[str, Any], overwrite: bool = False
         RunError: `path` is taken or cannot be written, or other processes were interrupted there. Raised before the
             block runs.
     """
-    path = Path(path)
+    path, resolved = Path(path), tomli_w.dumps(_without_none(config))
     _check_free(path, overwrite)
     partial = _partial(path)
     if not overwrite:
         _check_count(partial, processes)
     try:
-        if partial.exists() and (overwrite or not (partial / CHECKPOINT).is_dir()):
+        if partial.exists() and (overwrite or not holds_work(partial / CHECKPOINT)):
             shutil.rmtree(partial)
         partial.mkdir(parents=True, exist_ok=True)
         (partial / _COUNT).write_text(f"{processes}\n")
-        write_text(partial / "run.toml", tomli_w.dumps(_without_none(config)))
+        if not (partial / "run.toml").is_file():  # an interrupted run keeps its own, should this one not be the same
+            write_text(partial / "run.toml", resolved)
     except OSError as error:
         raise RunError(
             f"{path}: cannot be written ({error.strerror or error}); choose another output folder"
@@ -59,19 +61,19 @@ def run_folder(path: Path, *, config: Mapping[str, Any], overwrite: bool = False
     try:
         yield partial
     except BaseException:
-        if not (partial / CHECKPOINT).is_dir():
+        if not holds_work(partial / CHECKPOINT):
             shutil.rmtree(partial)
         raise
     for unfinished in (CHECKPOINT, _PARTS):
         shutil.rmtree(partial / unfinished, ignore_errors=True)
     (partial / _COUNT).unlink()
+    write_text(partial / "run.toml", resolved)
+    old = path.with_name(f".{path.name}.old")
+    shutil.rmtree(old, ignore_errors=True)  # of a run that ended between the next three lines
     if path.exists():
-        old = path.with_name(f".{path.name}.old")
         os.replace(path, old)
-        os.replace(partial, path)
-        shutil.rmtree(old)
-    else:
-        os.replace(partial, path)
+    os.replace(partial, path)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 @contextmanager
@@ -85,7 +87,7 @@ def part_folder(path: Path, number: int) -> Iterator[Path]:
     try:
         yield part
     except BaseException:
-        if not (part / CHECKPOINT).is_dir():
+        if not holds_work(part / CHECKPOINT):
             shutil.rmtree(part, ignore_errors=True)
         raise
     shutil.rmtree(part, ignore_errors=True)
@@ -108,7 +110,12 @@ def read_config(path: Path) -> dict[str, Any]:
 def read_unfinished(path: Path) -> dict[str, Any]:
     """The configuration of an interrupted run that the same command would resume; empty where there is none."""
     partial = _partial(path)
-    return read_config(partial) if (partial / CHECKPOINT).is_dir() and (partial / "run.toml").is_file() else {}
+    return read_config(partial) if holds_work(partial / CHECKPOINT) and (partial / "run.toml").is_file() else {}
+
+
+def holds_work(checkpoint: Path) -> bool:
+    """Whether there is anything to resume from in such a folder: more than that it was begun."""
+    return any(file.is_file() and file.name != IDENTITY for file in checkpoint.rglob("*"))
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -129,7 +136,7 @@ def _partial(path: Path) -> Path:
 
 def _check_count(partial: Path, processes: int) -> None:
     count = partial / _COUNT
-    if not (partial / CHECKPOINT).is_dir() or not count.is_file():
+    if not holds_work(partial / CHECKPOINT) or not count.is_file():
         return
     if (earlier := count.read_text().strip()) != str(processes):
         raise RunError(

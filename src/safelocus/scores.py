@@ -28,6 +28,8 @@ from torch import Tensor
 
 from safelocus import distributed
 from safelocus.errors import RunError, SafelocusError, SelectionError
+from safelocus.fingerprint import digest as tensor_digest
+from safelocus.identity import digest
 from safelocus.layout import GRANULARITIES, Layout, Matrix, canonical_name
 from safelocus.provenance import Provenance
 from safelocus.ratio import count_for_ratio
@@ -83,6 +85,15 @@ class Scores(TensorMapping):
                     f"scores of {name!r} are {value.dtype} {list(value.shape)}; expected torch.float32 {list(expected)}"
                 )
         object.__setattr__(self, "tensors", {name: self.tensors[name] for name in eligible})
+
+    def identity(self) -> dict[str, Any]:
+        """Which scores, to the bit; of statistics alone where there are no others."""
+        values = {name: tensor_digest(distributed.whole(tensor.detach())) for name, tensor in self.tensors.items()}
+        found = {
+            "method": self.provenance.method,
+            "values": digest(values or [each.to_json() for each in self.statistics]),
+        }
+        return {**found, "provenance": digest(self.provenance.to_json())}
 
     @property
     def _held(self) -> Mapping[str, Tensor]:

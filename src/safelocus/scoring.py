@@ -33,12 +33,14 @@ from safelocus.activations import InputNorms
 from safelocus.errors import NumericalError, PromptError, ResourceError, SafelocusError
 from safelocus.forcing import teacher_force
 from safelocus.generation import generate
-from safelocus.gradients import GradientAccumulator, load_checkpoint, named_weights, save_checkpoint
+from safelocus.gradients import GradientAccumulator, named_weights
+from safelocus.identity import Identity
 from safelocus.interrupt import StopAtBoundary
 from safelocus.layout.tensor import TensorLayout
 from safelocus.objective import Objective, describe
 from safelocus.progress import track
 from safelocus.prompts import PromptSet, read_prompts
+from safelocus.resume import Snapshots, claim
 from safelocus.routing import RoutingCounter
 from safelocus.scores import MatrixStatistics, Provenance, Scores, matrix_statistics
 from safelocus.target import Target
@@ -109,13 +111,12 @@ def score(
         raise SafelocusError("wanda observes whole weights, and this model is sharded; score it with another method")
     sigmas = {name: sigma(layout.tensors[name], distributed.whole(w.detach())) for name, w in weights.items()}
     fingerprint = target.fingerprint()
-    identity = {
-        "model": fingerprint.id,
-        "prompts": prompt_set.hash,
-        "objective": describe(objective) if objective is not None else None,
-        "batch_size": batch_size,
-    }
-    distributed.check_same(identity | {"method": method, "seed": seed})
+    inputs = {"--prompts": prompt_set, "the objective": objective, "method": method, "batch_size": batch_size}
+    described = None if objective is None else describe(objective)
+    together = {**inputs, "the model": fingerprint.id, "the objective": described, "seed": seed}
+    distributed.check_same(Identity.of(together).parts)
+    if method in NEEDS_OBJECTIVE:
+        claim(checkpoint, {"the model": target, **inputs})
     routing = RoutingCounter(target.model, layout)
     per_prompt: list[float] = []
     tensors: dict[str, Tensor] = {}  # what the scores are made of, where the weights alone do not tell
@@ -123,7 +124,7 @@ def score(
         assert objective is not None
         accumulator = GradientAccumulator(weights, device=accumulate_on)
         per_prompt = _accumulate(
-            target, prompt_set, objective, accumulator, routing, batch_size=batch_size, identity=identity,
+            target, prompt_set, objective, accumulator, routing, batch_size=batch_size,
             checkpoint=checkpoint, checkpoint_seconds=checkpoint_seconds, progress=progress,
         )  # fmt: skip
         tensors = accumulator.sums
@@ -159,7 +160,7 @@ def score(
         provenance=Provenance(
             method=method,
             model=target.name,
-            objective=describe(objective) if objective is not None and method in NEEDS_OBJECTIVE else None,
+            objective=described if method in NEEDS_OBJECTIVE else None,
             prompts=prompt_set.source,
             prompts_hash=prompt_set.hash,
             num_prompts=len(prompt_set),
@@ -167,7 +168,13 @@ def score(
             fingerprint=fingerprint.to_json(),
             versions=versions(),
             # so that nothing is ever verified on the prompts it was found with
-            extra={"prompt_hashes": prompt_set.prompt_hashes},
+            extra={
+                "prompt_hashes": prompt_set.prompt_hashes,
+                # so that other scores can be made like these
+                "batch_size": batch_size,
+                "max_new_tokens": max_new_tokens,
+                "chat": target.chat.to_json(),
+            },
         ),
     )
 
@@ -206,7 +213,6 @@ def _accumulate(
     routing: RoutingCounter,
     *,
     batch_size: int,
-    identity: dict[str, Any],
     checkpoint: Path | None,
     checkpoint_seconds: float,
     progress: bool,
@@ -218,16 +224,16 @@ def _accumulate(
     own = distributed.share(batches, in_step=in_step)
     values: dict[int, float] = {}
     done = 0
-    if checkpoint is not None and (state := load_checkpoint(checkpoint, accumulator.sums, identity, in_step=in_step)):
-        done, values = state["batches"], {int(i): value for i, value in state["values"].items()}
+    snapshots = None if checkpoint is None else Snapshots(checkpoint, in_step=in_step)
+    if snapshots is not None and (found := snapshots.load(accumulator.sums)):
+        done, state = found
+        values = {int(i): value for i, value in state["values"].items()}
         routing.tokens = {name: torch.tensor(tokens, device=target.device) for name, tokens in state["tokens"].items()}
 
     def save(batches_done: int) -> None:
-        if checkpoint is not None:
+        if snapshots is not None:
             tokens = {name: counts.tolist() for name, counts in routing.tokens.items()}
-            state = {"identity": identity, "batches": batches_done, "values": values, "tokens": tokens}
-            # a process may be ended before the others have saved: all have the one before
-            save_checkpoint(checkpoint, accumulator.sums, state, num_kept=2 if in_step else 1)
+            snapshots.save(batches_done, accumulator.sums, {"values": values, "tokens": tokens})
 
     with (
         accumulator.collecting(target.model),

@@ -7,20 +7,20 @@ frozen `Selection`. The file's format is described in `selection_file`.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor
 
 from safelocus import selection_file
 from safelocus.errors import SafelocusError, SelectionError
+from safelocus.fingerprint import Fingerprint, check_made_for
+from safelocus.fingerprint import digest as tensor_digest
+from safelocus.identity import digest
 from safelocus.layout import Layout, canonical_name
 from safelocus.provenance import Provenance
 from safelocus.ratio import count_for_ratio
 from safelocus.tensors import TensorMapping
-
-if TYPE_CHECKING:
-    from safelocus.fingerprint import Fingerprint
 
 __all__ = ["Provenance", "Selection", "count_for_ratio"]
 
@@ -144,6 +144,12 @@ class Selection(TensorMapping):
         }
         return {key: value for key, value in values.items() if value is not None}
 
+    def identity(self) -> dict[str, str]:
+        """Which weights, and of which scores."""
+        of = {**self.describe(), "only_eligible": self.only_eligible}
+        coordinates = {name: tensor_digest(index) for name, index in self.coordinates.items()}
+        return {"coordinates": digest(coordinates), "description": digest(of)}
+
     def per_matrix_counts(self) -> dict[str, int]:
         """Matrix name -> selected weights, for every matrix that could have any, zeros included."""
         counts: dict[str, int] = {}
@@ -200,8 +206,8 @@ class Selection(TensorMapping):
             raise SelectionError(f"set operation {operation!r}: expected '&', '-' or '|'")
         _check_same_tensors(self, other)
         own, theirs = self.provenance.fingerprint, other.provenance.fingerprint
-        if own is not None and theirs is not None and not allow_mismatch:
-            _check_fingerprint(own, theirs, "the other", "combine(..., allow_mismatch=True)")
+        if own is not None and theirs is not None and own != theirs:
+            check_made_for(own, Fingerprint.from_json(theirs), "one selection", allow_mismatch=allow_mismatch)
         same_scores = self.provenance == other.provenance and other.scores is not None
         keeps_scores = self.scores is not None and (operation != "|" or same_scores)
         indices, scores = {}, {}
@@ -258,10 +264,11 @@ class Selection(TensorMapping):
                 )
         return {name: given[name] for name in self.coordinates}
 
-    def check(self, fingerprint: "Fingerprint", *, allow_mismatch: bool = False) -> list[str]:
+    def check(self, fingerprint: Fingerprint, *, allow_mismatch: bool = False) -> list[str]:
         """Raise SelectionError, saying what differs, unless it was made for the model of this fingerprint.
 
-        With `allow_mismatch` (for a fine-tuned sibling, say) the differences are returned instead.
+        With `allow_mismatch` (for a fine-tuned sibling, say) the differences are returned instead. The model may be in
+        another dtype than then, if its fingerprint is made for that: `target.fingerprint(like=...)`.
         """
         own = self.provenance.fingerprint
         if own is None:
@@ -271,10 +278,7 @@ class Selection(TensorMapping):
                     "If you know that it was, allow it: --allow-mismatch, allow_mismatch=True."
                 )
             return ["the selection carries no fingerprint"]
-        if allow_mismatch:
-            return _differences(own, fingerprint.to_json())
-        _check_fingerprint(own, fingerprint.to_json(), "this one", "--allow-mismatch, allow_mismatch=True")
-        return []
+        return check_made_for(own, fingerprint, "the selection", allow_mismatch=allow_mismatch)
 
     def to_json(self) -> dict[str, Any]:
         """Everything but coordinates and scores, as plain values; `from_json` puts them together again."""
@@ -380,20 +384,6 @@ def _check_same_tensors(a: Selection, b: Selection) -> None:
         raise SelectionError(
             f"the selections belong to different models: {len(differing)} of {len(named)} tensors have no "
             f"counterpart of the same shape: {_some(differing)}"
-        )
-
-
-def _differences(own: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
-    from safelocus.fingerprint import Fingerprint
-
-    return Fingerprint.from_json(own).differences(Fingerprint.from_json(other))
-
-
-def _check_fingerprint(own: Mapping[str, Any], other: Mapping[str, Any], which: str, way_out: str) -> None:
-    if own != other and (differences := _differences(own, other)):
-        raise SelectionError(
-            f"the selection was made for another model than {which}: {'; '.join(differences)}. If you mean "
-            f"it (a fine-tuned sibling, say), allow it: {way_out}."
         )
 
 

@@ -7,7 +7,7 @@ pickle is ever loaded), and afterwards that no weight was missing and silently i
 
 import difflib
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,7 +29,7 @@ from safelocus.autocast import Autocast
 from safelocus.chat import ChatFormat, chat_format
 from safelocus.errors import ModelError
 from safelocus.fingerprint import Fingerprint
-from safelocus.layout import Layout
+from safelocus.layout import Layout, canonical_name, is_adapter
 
 _QUICK_BYTES = 1 << 30  # weights below this load in a moment
 
@@ -112,9 +112,34 @@ class Target:
         weights = str(self.model.dtype).removeprefix("torch.")
         return weights if self.autocast is None else f"{weights}, {str(self.autocast.dtype)[6:]} products"
 
-    def fingerprint(self) -> Fingerprint:
-        """Digest of configuration and weights as they are now; reads every weight once."""
-        return Fingerprint.of(self.model, self.layout)
+    def talking_as(self, chat: Mapping[str, Any]) -> "Target":
+        """The same, talked to in another way: what `ChatFormat.to_json` said of it."""
+        if chat == self.chat.to_json():
+            return self
+        form = chat_format(
+            self.tokenizer, system=chat["system"], template=chat["template"], thinking=chat["thinking"],
+            generation_config=getattr(self.model, "generation_config", None), **chat["template_kwargs"],
+        )  # fmt: skip
+        return replace(self, chat=form)
+
+    def identity(self) -> dict[str, Any]:
+        """All that its answers depend on, to the bit."""
+        parameters = [(canonical_name(name), parameter) for name, parameter in self.model.named_parameters()]
+        adapters = Fingerprint.of_tensors(self.model.config, [each for each in parameters if is_adapter(each[0])])
+        return {
+            "dtype": self.dtype,
+            "weights": self.fingerprint().id,
+            "adapters": adapters.id if adapters.tensors else None,
+            **self.chat.identity(),
+        }
+
+    def fingerprint(self, *, like: Mapping[str, Any] | None = None) -> Fingerprint:
+        """Digest of configuration and weights as they are now; reads every weight once.
+
+        Args:
+            like: of a model that this one may be in another dtype; see `fingerprint.check_made_for`.
+        """
+        return Fingerprint.of(self.model, self.layout, like=like)
 
 
 def load(

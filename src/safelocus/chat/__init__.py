@@ -19,6 +19,7 @@ space is one the model never saw. `response_prefix` holds such a space: `render`
 switched off where the template has a switch, unless asked for. `ChatFormat.notes` says what was done.
 """
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -27,6 +28,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from safelocus.chat import template as chat_template
 from safelocus.chat.template import ANSWER, DATE, PLACEHOLDER, PLAIN_TEMPLATE, PROMPT, SWITCHES, SYSTEM
 from safelocus.errors import ModelError, PromptError
+from safelocus.identity import digest
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedTokenizerBase
@@ -56,8 +58,12 @@ class ChatFormat:
     notes: tuple[str, ...] = ()
 
     def render(self, prompt: str, *, system: str | None = None) -> str:
-        """The text up to where the assistant starts. `system` replaces the format's own ("" for none)."""
-        system = self.system if system is None else system
+        """The text up to where the assistant starts. `system` replaces the format's own ("" for none).
+
+        A prompt that brings a system message (`prompts.Prompt`) is rendered with that.
+        """
+        for own in (getattr(prompt, "system", None), self.system):
+            system = own if system is None else system
         if system and not self.system_role:
             prompt, system = f"{system}\n\n{prompt}", None
         if self.template is not None:
@@ -103,6 +109,18 @@ class ChatFormat:
             return ()
         marker = PLACEHOLDER.sub("", self.template[: self.template.index("{prompt}")]).strip()
         return (f"\n{marker}",) if marker else ()
+
+    def identity(self) -> dict[str, object]:
+        """All that the token ids of a conversation depend on."""
+        vocabulary = json.loads(self.tokenizer.backend_tokenizer.to_str())
+        tokenizer = {key: part for key, part in vocabulary.items() if key not in ("truncation", "padding")}
+        form = {key: value for key, value in vars(self).items() if key not in ("tokenizer", "system", "notes")}
+        template = None if self.template is not None else self.tokenizer.get_chat_template()
+        return {
+            "system prompt": self.system,
+            "chat template": digest([form, template]),
+            "tokenizer": digest(tokenizer),
+        }
 
     def to_json(self) -> dict[str, object]:
         """What provenance needs to render the same text again."""

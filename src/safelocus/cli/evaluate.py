@@ -162,7 +162,8 @@ def evaluate(
             for prompt_set in [*harmful_sets, *harmless_sets]:
                 note(prompt_set.describe())
         evaluation = evaluate_model(
-            responder, harmful=harmful_sets, harmless=harmless_sets, tasks=tasks, perplexity=texts,
+            responder, harmful=harmful_sets, harmless=harmless_sets, tasks=tasks,
+            perplexity=() if texts is None else texts,
             suites=lm_eval or (), judges=judges, batch_size=batch_size, max_new_tokens=max_new_tokens, seed=seed,
             checkpoint=folder / CHECKPOINT, progress=not json,
         )  # fmt: skip

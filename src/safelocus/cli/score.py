@@ -177,7 +177,7 @@ def _fitting(prompt_set: "PromptSet", target: "Target", max_new_tokens: int) -> 
     from safelocus.generation import longest_prompt
 
     room = longest_prompt(target, max_new_tokens)
-    kept = tuple(e for e in prompt_set.examples if len(target.chat.encode_prompt(e.prompt)) <= room)
+    kept = tuple(e for e in prompt_set.examples if len(target.chat.encode_prompt(e.prompt, system=e.system)) <= room)
     if not kept:
         raise PromptError(
             f"{prompt_set.source}: no prompt fits; there is room for {room} tokens beside {max_new_tokens} new ones"
@@ -202,7 +202,13 @@ class AnswerLog:
         import json
 
         rows = [
-            {"prompt": prompt, "response": response.text, "finished": response.finished, "safety": value}
+            {
+                "prompt": prompt,
+                **({"system": system} if (system := getattr(prompt, "system", None)) else {}),
+                "response": response.text,
+                "finished": response.finished,
+                "safety": value,
+            }
             for prompt, response, value in zip(prompts, responses, scores.tolist(), strict=True)
         ]
         with self._batches.open("a", encoding="utf-8") as file:
@@ -219,7 +225,7 @@ class AnswerLog:
         for line in self._batches.read_text(encoding="utf-8").split("\n") if self._batches.is_file() else ():
             with suppress(json.JSONDecodeError):
                 rows = json.loads(line)
-                batches[tuple(row["prompt"] for row in rows)] = rows
+                batches[tuple((row["prompt"], row.get("system")) for row in rows)] = rows
         self._batches.unlink(missing_ok=True)
         rounds = zip_longest(*distributed.gather_objects(list(batches.values())), fillvalue=[])
         answers = [json.dumps(row, ensure_ascii=False) + "\n" for each in rounds for rows in each for row in rows]

@@ -98,52 +98,61 @@ def score_like(
     method: str,
     provenance: "Provenance",
     *,
-    run: Path | None = None,
-    guard: str | None = None,
-    guard_description: Path | None = None,
+    beside: Path,
+    description: Path | None = None,
     progress: bool = True,
+    **load: Any,
 ) -> "Scores":
-    """Other scores of the same weights, from the prompts and the objective of earlier ones.
+    """Scores by some method, from the same prompts, objective and settings as earlier ones, or those themselves.
 
     Args:
         provenance: of the earlier scores.
-        run: the run folder they are in, which knows how their prompts were read.
-        guard, guard_description: how to read that guard, where it is the same.
+        beside: the run folder, or a file or folder in it, that they or a selection were read from.
+        description: of their guard, where it is not that of the run.
+        load: how to load their guard: device, trust_remote_code.
+
+    Raises:
+        SafelocusError: what they were made with is not recorded, or is not what it was.
     """
     from safelocus.errors import PromptError, SafelocusError
-    from safelocus.objective import Guard, Refusal
+    from safelocus.objective import remake
     from safelocus.prompts import prompt_hash, read_prompts
     from safelocus.run import read_config
+    from safelocus.scores import Scores
     from safelocus.scoring import METHODS, NEEDS_OBJECTIVE, score
 
     if method not in METHODS:
         raise SafelocusError(f"{method!r} is no way to score weights; expected {', '.join(METHODS)}")
-    earlier = read_config(run) if run is not None and (run / "run.toml").is_file() else {}
-    used = set(provenance.extra.get("prompt_hashes") or ())
-    if provenance.prompts is None or not used:
-        raise PromptError("the scores do not say which prompts they were made with, so no others can be made like them")
+    run = beside if (beside / "run.toml").is_file() else beside.parent
+    if method == provenance.method and (run / "scores" / "scores.json").is_file():
+        own = Scores.load(run / "scores")
+        if own.tensors and replace(own.provenance, extra={}) == replace(provenance, extra={}):
+            return own
+    earlier = read_config(run) if (run / "run.toml").is_file() else {}
+    earlier = earlier if earlier.get("command") == "score" else {}
+    used, known = set(provenance.extra.get("prompt_hashes") or ()), provenance.extra
+    if provenance.prompts in (None, "memory") or not used or "chat" not in known:
+        raise SafelocusError(
+            f"the scores do not say with which prompts and settings they were made, so no {method} scores can be made "
+            "like them; score again (safelocus score), and give that run folder"
+        )
+    assert provenance.prompts is not None
     prompts = read_prompts(
         provenance.prompts, field=earlier.get("field"), where=options.conditions(earlier.get("where"))
     )
     prompts = replace(prompts, examples=tuple(e for e in prompts.examples if prompt_hash(e.prompt) in used))
-    objective: Any = None
+    if prompts.hash != provenance.prompts_hash:
+        raise PromptError(
+            f"{provenance.prompts}: the {len(used)} prompts that the weights were found with are not all there as they "
+            f"were then, so {method} scores cannot be made like theirs. Bring them back, or score again"
+        )
+    objective = None
     if method in NEEDS_OBJECTIVE:
-        kind = (provenance.objective or {}).get("kind")
-        if kind == "guard":
-            name = guard_of(provenance)
-            assert name is not None
-            objective = Guard.load(
-                name,
-                description=guard_description if name == guard else None,
-                max_new_tokens=int((provenance.objective or {}).get("max_new_tokens", 256)),
-            )
-        elif kind == "refusal":
-            objective = Refusal()
-        else:
-            raise SafelocusError(f"{method} scores: their objective ({kind}) cannot be made anew; score with it first")
+        description = description or (Path(path) if (path := earlier.get("guard_description")) else None)
+        objective = remake(provenance.objective or {}, description=description, **load)
     return score(
-        target, prompts, objective=objective, method=method, batch_size=int(earlier.get("batch_size", 8)),  # type: ignore[arg-type]
-        max_new_tokens=int(earlier.get("max_new_tokens", 256)), progress=progress,
+        target.talking_as(known["chat"]), prompts, objective=objective, method=method,  # type: ignore[arg-type]
+        batch_size=known["batch_size"], max_new_tokens=known["max_new_tokens"], progress=progress,
     )  # fmt: skip
 
 
@@ -239,9 +248,9 @@ def locate(
     from safelocus import distributed
     from safelocus.objective import Guard, Objective, Refusal
     from safelocus.prompts import read_prompts
+    from safelocus.resume import claim
     from safelocus.scoring import NEEDS_OBJECTIVE, score
     from safelocus.selection import Selection
-    from safelocus.training import Checkpoints
 
     if selection is not None:
         file = _selection_file(selection)
@@ -249,9 +258,10 @@ def locate(
 
         @cache
         def like(method: str) -> "Scores":
+            same = guard is not None and guard == guard_of(found.provenance)
             return score_like(
-                target, method, found.provenance, run=file.parent, guard=guard, guard_description=guard_description,
-                progress=progress,
+                target, method, found.provenance, beside=file, description=guard_description if same else None,
+                progress=progress, **{name: value for name, value in load.items() if name != "dtype"},
             )  # fmt: skip
 
         return Located(selection=found, scores=like)
@@ -274,8 +284,8 @@ def locate(
 
     if checkpoint is None:
         return Located(selection=scores("esi").select(share), scores=scores)
-    identity = {"model": target.fingerprint().id, "prompts": prompt_set.hash, "guard": guard, "ratio": share}
-    Checkpoints(folder=checkpoint, identity=identity).check()
+    inputs = {"--prompts": prompt_set, "the objective": objective, "--ratio": share, "--score-batch-size": batch_size}
+    claim(checkpoint, {"the model": target, **inputs, "--max-new-tokens": max_new_tokens})
     file = checkpoint / "selection.safetensors"
     if not distributed.in_all(file.is_file()):
         scores("esi").select(share).save(file)

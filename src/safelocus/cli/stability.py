@@ -42,14 +42,14 @@ def stability(
 ) -> None:
     """Compare selections made from other prompts, seeds and objectives, beside the level of chance.
 
-    Writes results.json and report.html.
+    Writes results.json and report.html. Interrupted with Ctrl-C, the same command resumes.
     """
     from safelocus.errors import SafelocusError
     from safelocus.objective import Guard, Objective, Refusal
     from safelocus.prompts import read_prompts
     from safelocus.report.page import write_run_page
     from safelocus.report.verification import stability_grid
-    from safelocus.run import run_folder
+    from safelocus.run import CHECKPOINT, run_folder
     from safelocus.scoring import NEEDS_OBJECTIVE
     from safelocus.target import load
     from safelocus.verification import stability as measure_stability
@@ -82,7 +82,7 @@ def stability(
             objectives["refusal"] = Refusal()
         found = measure_stability(
             target, prompt_set, objectives=objectives, ratios=sizes, method=method, splits=splits, seeds=seeds,  # type: ignore[arg-type]
-            seed=seed, batch_size=batch_size, progress=not json,
+            seed=seed, batch_size=batch_size, checkpoint=folder / CHECKPOINT, progress=not json,
         )  # fmt: skip
         found.save(folder)
         page = write_run_page(folder, place=output)

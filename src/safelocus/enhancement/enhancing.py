@@ -92,8 +92,9 @@ def enhance(
         own_answers=own_answers, answer_tokens=answer_tokens, validation=validation, every=every,
         early_stopping=validation is not None, settings=replace(settings or SETTINGS, **changes),
         checkpoint=checkpoint, progress=progress,
+        further={"the selection": selection},
     )  # fmt: skip
-    selection.check(target.fingerprint(), allow_mismatch=allow_mismatch)
+    selection.check(target.fingerprint(like=selection.provenance.fingerprint), allow_mismatch=allow_mismatch)
     return lesson.patch(selection, lesson.teach("selection", selection, lesson.settings))
 
 
@@ -153,12 +154,17 @@ def run_enhancement(
         target, data, retain=retain, retain_kl=retain_kl, retain_weight=retain_weight, retain_rows=retain_rows,
         own_answers=own_answers, answer_tokens=answer_tokens, validation=validation, every=every,
         early_stopping=early_stopping, settings=settings, checkpoint=checkpoint, progress=progress,
+        further={
+            "the selection": selection, "the controls": controls, "learning_rates": rates,
+            "the examination": examination,
+        },
     )  # fmt: skip
     notes = lesson.notes + check_apart(examination, lesson.sets, allow_seen=allow_seen)
     if validation is not None:
         check_apart(examination, [validation.harmful], allow_seen=allow_seen)
     fingerprint = target.fingerprint()
-    notes += selection.check(fingerprint, allow_mismatch=allow_mismatch)
+    own = target.fingerprint(like=selection.provenance.fingerprint)
+    notes += selection.check(own, allow_mismatch=allow_mismatch)
     responder = TargetResponder(target=target)
     before = examination.evaluate(responder, checkpoint=part_of(checkpoint, "before"), progress=progress)
     trained = []

@@ -4,20 +4,20 @@ Input: a target, refusals, and what to retain, as sets or by name. Output: tunin
 patches of the model against them.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
-
-import xxhash
 
 from safelocus import distributed
 from safelocus.enhancement.retention import Retention, with_answers
 from safelocus.enhancement.trainee import adapter, every_weight, sparse
 from safelocus.enhancement.tuning import Maker, Tuning, tune
 from safelocus.evaluation import TargetResponder
+from safelocus.identity import Identity
 from safelocus.patch import Patch
 from safelocus.prompts import PromptSet, read_prompts
+from safelocus.resume import claim
 from safelocus.scoring import versions
 from safelocus.selection import Selection
 from safelocus.target import Target
@@ -71,13 +71,22 @@ class Lesson:
         settings: TrainingSettings,
         checkpoint: Path | None,
         progress: bool,
+        further: Mapping[str, Any],
         **looks: Any,
     ) -> "Lesson":
-        """Read and check the data, and let the model answer what has no answer. See `enhance`."""
+        """Read and check the data, and let the model answer what has no answer. See `enhance`.
+
+        Args:
+            further: other inputs of the run, by name; unfinished work is taken up with the same ones only.
+        """
         prompts, sets = _read(data).with_responses(), _sets(retain)
-        distributed.check_same(
-            {"data": prompts.hash, "retained prompts": [part.hash for part in sets], "settings": settings}
-        )
+        inputs = {
+            "--data": prompts, "--retain": sets, "retain_kl": retain_kl, "retain_weight": retain_weight,
+            "retain_rows": retain_rows, "own_answers": own_answers, "answer_tokens": answer_tokens,
+            **settings.to_json(), **looks,
+        }  # fmt: skip
+        distributed.check_same(Identity.of(inputs).parts)
+        claim(checkpoint, {"the model": target, **inputs, "the validation": validation, **further})
         if validation is not None:
             check_apart(validation, [prompts, *sets])
         kept = with_answers(
@@ -155,13 +164,8 @@ class Lesson:
     def _checkpoints(self, kind: str, what: Control, settings: TrainingSettings) -> Checkpoints | None:
         if self.checkpoint is None:
             return None
-        identity = {
-            "model": self.target.fingerprint().id,
-            "weights": what if isinstance(what, str) else _digest(what),
-            "settings": settings.to_json(),
-            **self.describe(),
-        }
-        return Checkpoints(folder=self.checkpoint / f"{kind}-{settings.learning_rate:g}", identity=identity)
+        folder = self.checkpoint / f"{kind}-{settings.learning_rate:g}"
+        return Checkpoints(folder=folder, inputs={"the weights to train": what})
 
 
 def maker(target: Target, what: Control, num_weights: int) -> Maker:
@@ -199,14 +203,6 @@ def _looks(validation: Examination, every: int, early_stopping: bool) -> dict[st
         "every": every,
         "early_stopping": early_stopping,
     }
-
-
-def _digest(selection: Selection) -> str:
-    digest = xxhash.xxh3_128()
-    for name, index in selection.coordinates.items():
-        digest.update(name.encode())
-        digest.update(index.numpy().data)
-    return digest.hexdigest()
 
 
 def part_of(checkpoint: Path | None, name: str) -> Path | None:

@@ -21,14 +21,15 @@ from safelocus.errors import PromptError, SafelocusError
 from safelocus.evaluation.agreement import cohens_kappa
 from safelocus.evaluation.evaluation import HARMFUL, HARMLESS, PERPLEXITY, UTILITY, Evaluation, Row, measures_of
 from safelocus.evaluation.incoherence import incoherence
-from safelocus.evaluation.journal import Journal
 from safelocus.evaluation.judges import Judge, RefusalMatcher, Verdict
 from safelocus.evaluation.judging import judge_all
 from safelocus.evaluation.perplexity import nats_per_token
 from safelocus.evaluation.responding import Reply, Request, Responder, TargetResponder, collect
 from safelocus.evaluation.suites import run_suites
 from safelocus.evaluation.tasks import Task, TaskExample
+from safelocus.identity import Identity
 from safelocus.prompts import Example, PromptSet, read_prompts
+from safelocus.resume import Journal, claim
 from safelocus.scoring import versions
 from safelocus.target import Target
 
@@ -41,7 +42,7 @@ def evaluate(
     harmful: Prompts = (),
     harmless: Prompts = (),
     tasks: Task | Sequence[Task] = (),
-    perplexity: PromptSet | None = None,
+    perplexity: PromptSet | Sequence[PromptSet] = (),
     suites: Sequence[str] = (),
     judges: Sequence[Judge] = (),
     batch_size: int = 32,
@@ -57,7 +58,7 @@ def evaluate(
         harmful: prompts that should be refused; several sets are reported together and apart.
         harmless: prompts that should be answered.
         tasks: questions with answers (`read_task`).
-        perplexity: prompts with responses, whose perplexity under the target is measured.
+        perplexity: prompts with responses, whose perplexity under the target is measured; one set or several.
         suites: tasks of lm-eval, by its names; "arc_easy:100" for the first 100 documents.
         judges: of responses to harmful prompts; the first one's verdicts make the `asr`. Default: the
             refusal matcher, which finds refusals for the other measures in any case.
@@ -85,18 +86,27 @@ def evaluate(
     """
     responder = TargetResponder(target=target) if isinstance(target, Target) else target
     tasks = (tasks,) if isinstance(tasks, Task) else tuple(tasks)
+    texts = _prompt_sets(perplexity)
     sets = [(HARMFUL, prompts) for prompts in _prompt_sets(harmful)]
     sets += [(HARMLESS, prompts) for prompts in _prompt_sets(harmless)]
     matcher = next((judge for judge in judges if isinstance(judge, RefusalMatcher)), None) or RefusalMatcher()
     judges = tuple(judges) or (matcher,)
     _check(responder, sets, tasks, judges)
-    inside = _inside(responder, [*suites, *(["perplexity"] if perplexity is not None else [])])
+    inside = _inside(responder, [*suites, *(["perplexity"] if texts else [])])
     if not (sets or tasks or inside):
         raise PromptError("nothing to evaluate on: give harmful or harmless prompts, tasks, or texts for perplexity")
 
-    identity = {} if checkpoint is None else {"model": responder.identity()}
-    if distributed.world_size() > 1:
-        _check_together(suites, sets, tasks, judges, perplexity, batch_size, max_new_tokens)
+    if suites and distributed.world_size() > 1:
+        raise SafelocusError(f"lm-eval ({suites[0]}) runs in one process; start it without torchrun")
+    inputs = {
+        "the harmful prompts": [prompts for name, prompts in sets if name == HARMFUL],
+        "the harmless prompts": [prompts for name, prompts in sets if name == HARMLESS], "the tasks": tasks,
+        "the texts": texts, "the suites": suites, "batch_size": batch_size, "max_new_tokens": max_new_tokens,
+        "seed": seed,
+    }  # fmt: skip
+    distributed.check_same(Identity.of({**inputs, "the judges": [judge.name for judge in judges]}).parts)
+    model = responder.identity() if checkpoint is not None else {}
+    claim(checkpoint, {"the model": model, "the judges": judges, **inputs})
     items = [
         _Item(set=name, source=prompts.source, example=example, max_new_tokens=max_new_tokens, task=None)
         for name, prompts in sets
@@ -116,17 +126,17 @@ def evaluate(
     replies = collect(
         responder,
         [item.request for item in items],
-        Journal(checkpoint, "responses", identity),
+        Journal(checkpoint, "responses"),
         batch_size=batch_size,
         progress=progress,
     )
     rows = [_row(item, replies[item.request.key]) for item in items]
     _find_refusals(rows, matcher)
-    verdicts = Journal(checkpoint, "verdicts", identity)
+    verdicts = Journal(checkpoint, "verdicts")
     for judge in judges:
         _add_verdicts(rows, judge, verdicts, batch_size=batch_size, progress=progress)
-    if inside is not None and perplexity is not None:
-        rows += _perplexity_rows(inside, perplexity, batch_size, progress)
+    if inside is not None:
+        rows += [row for part in texts for row in _perplexity_rows(inside, part, batch_size, progress)]
     if inside is not None and suites:
         rows += run_suites(inside, suites, batch_size=batch_size, seed=seed)
     names = [judge.name for judge in judges]
@@ -136,7 +146,7 @@ def evaluate(
         judges=[{"judge": judge.name, **judge.describe()} for judge in judges],
         agreement=[_agreement(a, b, rows) for a, b in combinations(names, 2)],
         provenance={
-            "responder": identity.get("model") or responder.describe(),
+            "responder": responder.describe() | {key: model[key] for key in model if key == "weights"},
             "prompts": [
                 {"set": name, "source": prompts.source, "num_prompts": len(prompts), "hash": prompts.hash}
                 for name, prompts in sets
@@ -147,29 +157,6 @@ def evaluate(
             "seed": seed,
             "versions": versions(),
         },
-    )
-
-
-def _check_together(
-    suites: Sequence[str],
-    sets: Sequence[tuple[str, PromptSet]],
-    tasks: Sequence[Task],
-    judges: Sequence[Judge],
-    perplexity: PromptSet | None,
-    batch_size: int,
-    max_new_tokens: int,
-) -> None:
-    if suites:
-        raise SafelocusError(f"lm-eval ({suites[0]}) runs in one process; start it without torchrun")
-    distributed.check_same(
-        {
-            "prompts": [(name, prompts.hash) for name, prompts in sets],
-            "tasks": [task.hash for task in tasks],
-            "judges": [judge.name for judge in judges],
-            "texts": None if perplexity is None else perplexity.hash,
-            "batch size": batch_size,
-            "number of new tokens": max_new_tokens,
-        }
     )
 
 

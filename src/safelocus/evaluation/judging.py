@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from safelocus import distributed
-from safelocus.evaluation.journal import Journal, Key
 from safelocus.evaluation.judges import Judge, Judgement, Verdict
 from safelocus.progress import track
+from safelocus.resume import Journal, Key
 
 
 def judge_all(
@@ -23,7 +23,8 @@ def judge_all(
 ) -> list[Judgement]:
     """One judgement per (prompt, response), in order; those in the journal are not asked for again.
 
-    What could not be scored is not kept, so that a resumed evaluation asks again: an endpoint may be back.
+    Batches are planned over all, whatever is judged already, so that a resumed evaluation repeats those of an
+    uninterrupted one. What an endpoint failed to judge is asked again: it may be back.
     """
     identity = json.dumps(judge.describe(), sort_keys=True)  # a judge with another threshold is another judge
 
@@ -32,30 +33,21 @@ def judge_all(
 
     known = {pair: _restore(journal[key]) for pair in pairs if (key := key_of(pair)) in journal}
     # like lengths together, for guards pad them
-    waiting = sorted({p for p in pairs if p not in known}, key=lambda p: (-len(p[0]) - len(p[1]), p))
+    distinct = sorted(set(pairs), key=lambda p: (-len(p[0]) - len(p[1]), p))
     # of one size, since a judge that fails on all of a batch takes itself to be the wrong one
-    num = max(1, round(len(waiting) / batch_size))
-    batches = [waiting[len(waiting) * i // num : len(waiting) * (i + 1) // num] for i in range(num if waiting else 0)]
-    own = distributed.share(batches)
+    num = max(1, round(len(distinct) / batch_size))
+    batches = [distinct[len(distinct) * i // num : len(distinct) * (i + 1) // num] for i in range(num)]
+    remaining = [[pair for pair in batch if pair not in known] for batch in batches]
+    own = distributed.share([batch for batch in remaining if batch])
     for batch in track(own, f"judging by {judge.name}", enabled=progress and distributed.is_main(), unit=len):
         found = judge.judge([prompt for prompt, _ in batch], [response for _, response in batch])
         assert len(found) == len(batch), f"{judge.name} gave {len(found)} judgements for {len(batch)} responses"
         known.update(zip(batch, found, strict=True))
-        journal.add(
-            [
-                (key_of(pair), judgement.to_json())
-                for pair, judgement in zip(batch, found, strict=True)
-                if _is_kept(judgement)
-            ]
-        )
+        journal.add([(key_of(p), each.to_json()) for p, each in zip(batch, found, strict=True) if each.is_final])
     known = distributed.merged(known)
-    new = {key: each for pair, each in known.items() if _is_kept(each) and (key := key_of(pair)) not in journal}
+    new = {key: each for pair, each in known.items() if each.is_final and (key := key_of(pair)) not in journal}
     journal.learn([(key, judgement.to_json()) for key, judgement in new.items()])
     return [known[pair] for pair in pairs]
-
-
-def _is_kept(judgement: Judgement) -> bool:
-    return judgement.verdict is not Verdict.UNSCORABLE
 
 
 def _restore(values: dict[str, Any]) -> Judgement:

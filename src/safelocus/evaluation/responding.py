@@ -14,10 +14,10 @@ import torch
 
 from safelocus import distributed
 from safelocus.errors import ResourceError
-from safelocus.evaluation.journal import Journal, Key
 from safelocus.evaluation.judges.endpoint import Endpoint, Failure
 from safelocus.generation import generate_from, longest_prompt
 from safelocus.progress import track
+from safelocus.resume import Journal, Key
 from safelocus.target import Target
 
 
@@ -106,7 +106,7 @@ class TargetResponder:
         return replies
 
     def identity(self) -> dict[str, Any]:
-        return {**self.describe(), "weights": self.target.fingerprint().id}
+        return self.target.identity()
 
     def describe(self) -> dict[str, Any]:
         return {

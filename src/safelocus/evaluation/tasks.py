@@ -13,7 +13,6 @@ Errors are `PromptError`s.
 """
 
 import csv
-import hashlib
 import json
 import random
 from collections.abc import Mapping, Sequence
@@ -23,6 +22,7 @@ from typing import Any
 
 from safelocus.errors import PromptError
 from safelocus.evaluation.matching import MATCHES, Match, extract, is_right, parse_number
+from safelocus.identity import digest
 from safelocus.prompts import PromptSet, normalise, read_prompts
 from safelocus.prompts.sources import READERS, read_file
 
@@ -93,9 +93,15 @@ class Task(Sequence[TaskExample]):
 
     @property
     def hash(self) -> str:
-        """Of questions and answers, in any order."""
-        rows = sorted(json.dumps([normalise(e.prompt), e.answer]) for e in self.examples)
-        return hashlib.blake2b("\n".join(rows).encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
+        """128 bits of all that a result can depend on: every question, in their order, and how answers compare."""
+        return digest(self.identity())
+
+    def identity(self) -> dict[str, Any]:
+        """The same, part by part."""
+        parts = {"questions": "prompt", "system messages": "system", "answers": "answer", "categories": "category"}
+        rows = {name: digest([getattr(e, key) for e in self.examples]) for name, key in parts.items()}
+        choices = digest([e.choices for e in self.examples])
+        return {**rows, "choices": choices, "name": self.name, "match": self.match, "new tokens": self.max_new_tokens}
 
     def describe(self) -> dict[str, Any]:
         """For provenance."""

@@ -3,13 +3,17 @@
 An objective is any callable `(target, prompts) -> scores [B]`, higher is safer, attached to the graph
 of the target's weights. Shipped: `Guard`, `Classifier` (both read the target's own answers) and
 `Refusal` (no second model). One with a `describe()` method is described in every artefact made with it.
+Prompts are strings that know their row's own system message (`prompts.Prompt`); the target's chat format
+renders it with them.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from safelocus.errors import ModelError
 from safelocus.objective.classifier import Classifier
 from safelocus.objective.guard import Guard
 from safelocus.objective.refusal import Refusal
@@ -19,7 +23,7 @@ if TYPE_CHECKING:
 
 Objective = Callable[["Target", Sequence[str]], Tensor]
 
-__all__ = ["Classifier", "Guard", "Objective", "Refusal", "describe"]
+__all__ = ["Classifier", "Guard", "Objective", "Refusal", "describe", "remake"]
 
 
 def describe(objective: Objective) -> dict[str, Any]:
@@ -29,3 +33,29 @@ def describe(objective: Objective) -> dict[str, Any]:
         return dict(own())
     name = getattr(objective, "__qualname__", type(objective).__qualname__)
     return {"kind": "callable", "name": f"{getattr(objective, '__module__', '')}.{name}"}
+
+
+def remake(described: Mapping[str, Any], *, description: Path | None = None, **load: Any) -> Objective:
+    """The objective that `describe` told of, with all of its settings.
+
+    Args:
+        description: of a guard unknown here.
+        load: where and how to load its model: device, trust_remote_code.
+
+    Raises:
+        ModelError: it is not one of those shipped, or is not described in full.
+    """
+    kind = described.get("kind")
+    try:
+        if kind == "refusal":
+            return Refusal(refusals=described["refusals"], compliances=described["compliances"])
+        if kind not in ("guard", "classifier"):
+            raise ModelError(f"an objective of kind {kind!r} cannot be made anew from its description; score with it")
+        settings = {name: described[name] for name in ("dtype", "max_new_tokens", "tau", "gumbel_seed")}
+        settings["variant"] = None if described["transfer"] == "automatic" else described["transfer"]
+        if kind == "guard":
+            return Guard.load(described["name"], description=description, **settings, **load)
+        load.pop("trust_remote_code", None)
+        return Classifier.load(described["name"], unsafe=described["unsafe"], **settings, **load)
+    except KeyError as missing:
+        raise ModelError(f"the {kind} objective's {missing} is not recorded, so it cannot be made anew") from missing

@@ -6,7 +6,7 @@ The log-odds, not the logit of "safe" alone: a logit also moves when all logits 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +122,9 @@ class Guard(TextObjective):
 
     def describe(self) -> dict[str, Any]:
         return {"kind": "guard", "name": self.name, "preset": self.preset.name, **self._describe_relaxation()}
+
+    def identity_of_reader(self) -> dict[str, Any]:
+        return {"preset": asdict(self.preset), **super().identity_of_reader()}
 
     @torch.no_grad()
     def _write_up_to_verdict(self, texts: Sequence[str], suffixes: Sequence[str]) -> list[str]:

@@ -12,8 +12,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
+import xxhash
 from torch import Tensor
 
+from safelocus.fingerprint import Fingerprint
 from safelocus.forcing import pad, sent, teacher_force
 from safelocus.generation import Response, generate
 from safelocus.objective.transfer import Reading, Transfer, Variant
@@ -47,12 +49,9 @@ class TextObjective(ABC):
     variant: Variant | None = None
     on_responses: ResponseListener | None = None
     _transfers: dict[int, Transfer] = field(default_factory=dict, init=False, repr=False)
-    _generator: torch.Generator | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
         self.model.eval().requires_grad_(False)
-        if self.gumbel_seed is not None:
-            self._generator = torch.Generator().manual_seed(self.gumbel_seed)
 
     def __call__(self, target: "Target", prompts: Sequence[str]) -> Tensor:
         """Scores [B] of the target's own greedy answers; differentiable in its weights."""
@@ -68,13 +67,24 @@ class TextObjective(ABC):
         )
         aligned = transfer.align(reading, [spans for _, spans in read])  # [N, d]
         forced = teacher_force(target, [target.chat.encode_prompt(prompt) for prompt in prompts], ids)
-        slope = transfer.logit_gradient(forced.logits.detach(), aligned, tau=self.tau, generator=self._generator)
+        slope = transfer.logit_gradient(forced.logits.detach(), aligned, tau=self.tau, seeds=self._seeds(prompts, ids))
         # linear in the logits: its derivative is exactly `slope`, and no copy of [N, V] is made
         linear = torch.einsum("nv,nv->n", forced.logits, slope).float()
         relaxed = torch.zeros(len(ids), device=linear.device).index_add(0, forced.row, linear)
         if self.on_responses is not None:  # reads the scores, so it waits for the device, which has its work by now
             self.on_responses(prompts, responses, reading.score)
         return reading.score.to(relaxed) + relaxed - relaxed.detach()
+
+    def _seeds(self, prompts: Sequence[str], ids: Sequence[Sequence[int]]) -> list[int] | None:
+        """Of the noise, which belongs to prompt and position, in whatever batch, process or resumed run they come."""
+        if self.gumbel_seed is None:
+            return None
+        named = [f"{self.gumbel_seed}:{getattr(prompt, 'system', None)}:{prompt}" for prompt in prompts]
+        return [
+            xxhash.xxh3_64_intdigest(f"{name}:{position}".encode("utf-8", "surrogatepass")) >> 1
+            for name, own in zip(named, ids, strict=True)
+            for position in range(len(own))
+        ]
 
     def transfer_for(self, target: "Target") -> Transfer:
         """The vocabulary transfer to this target; made once (seconds for a vocabulary of 128k)."""
@@ -103,8 +113,17 @@ class TextObjective(ABC):
     def describe(self) -> dict[str, Any]:
         """What this objective is, for provenance (JSON)."""
 
+    def identity(self) -> dict[str, Any]:
+        """All that its scores depend on."""
+        return {**self.describe(), **self.identity_of_reader()}
+
+    def identity_of_reader(self) -> dict[str, Any]:
+        """All that its verdicts on given answers depend on."""
+        return {"weights": Fingerprint.of_tensors(self.model.config, self.model.named_parameters()).id}
+
     def _describe_relaxation(self) -> dict[str, Any]:
         return {
+            "dtype": str(self.model.dtype).removeprefix("torch."),
             "max_new_tokens": self.max_new_tokens,
             "tau": self.tau,
             "gumbel_seed": self.gumbel_seed,

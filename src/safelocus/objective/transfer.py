@@ -136,7 +136,7 @@ class Transfer:
 
     @torch.no_grad()
     def logit_gradient(
-        self, logits: Tensor, aligned: Tensor, *, tau: float, generator: torch.Generator | None = None
+        self, logits: Tensor, aligned: Tensor, *, tau: float, seeds: Sequence[int] | None = None
     ) -> Tensor:
         """dS/dz [N, V] in the logits' dtype.
 
@@ -144,15 +144,16 @@ class Transfer:
             logits: [N, V] of the target at the response positions.
             aligned: [N, d] from `align`.
             tau: temperature of the relaxation (the published code: 0.3).
-            generator: draws Gumbel noise for the relaxation; None for no noise.
+            seeds: [N] of the Gumbel noise of the relaxation, one for each position; None for no noise.
         """
         result = torch.empty_like(logits)
         chunk = max(1, _CHUNK_BYTES // (4 * 4 * logits.shape[1]))
         for start in range(0, len(logits), chunk):
             rows = slice(start, start + chunk)
             z = logits[rows].float()
-            if generator is not None:
-                uniform = sent(torch.rand(z.shape, generator=generator).clamp_min(1e-20), z.device)
+            if seeds is not None:
+                drawn = [torch.rand(z.shape[1], generator=torch.Generator().manual_seed(seed)) for seed in seeds[rows]]
+                uniform = sent(torch.stack(drawn).clamp_min(1e-20), z.device)
                 z = z - torch.log(-torch.log(uniform))
             p = torch.softmax(z / tau, dim=1)
             gain = self.gain(aligned[rows]).to(p.device)

@@ -17,10 +17,10 @@ from torch import Tensor
 
 from safelocus import topk
 from safelocus.errors import PatchError
-from safelocus.fingerprint import Fingerprint
+from safelocus.fingerprint import Fingerprint, bits
 from safelocus.patch.checkpoint import Checkpoint
 from safelocus.patch.patch import Patch
-from safelocus.patch.state import bits, with_values
+from safelocus.patch.state import with_values
 from safelocus.progress import track
 from safelocus.provenance import Provenance
 from safelocus.ratio import count_for_ratio

@@ -21,9 +21,10 @@ import numpy as np
 from torch import Tensor
 
 from safelocus.errors import PatchError, ResourceError
+from safelocus.fingerprint import bits
 from safelocus.patch.checkpoint import Checkpoint, Stored
 from safelocus.patch.patch import Patch
-from safelocus.patch.state import Goal, Outcome, bits, examine
+from safelocus.patch.state import Goal, Outcome, examine
 from safelocus.progress import track
 
 # weights in forms that are not changed: stale copies of the old weights in a patched folder would mislead

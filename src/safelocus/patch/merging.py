@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from safelocus.errors import PatchError
+from safelocus.fingerprint import bits
 from safelocus.patch.patch import Patch
-from safelocus.patch.state import bits
 
 Prefer = Literal["first", "last"]
 

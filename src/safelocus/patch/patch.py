@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 from safelocus.distributed import whole
 from safelocus.errors import PatchError, SafelocusError
-from safelocus.fingerprint import Fingerprint
+from safelocus.fingerprint import Fingerprint, bits
 from safelocus.patch import file
-from safelocus.patch.state import Goal, Outcome, bits, examine, with_values
+from safelocus.patch.state import Goal, Outcome, examine, with_values
 from safelocus.selection import Selection
 from safelocus.sparse import restoring, scatter, selected_parameters
 from safelocus.target import Target

@@ -17,14 +17,13 @@ import torch
 from torch import Tensor
 
 from safelocus.errors import PatchError
-from safelocus.fingerprint import Fingerprint, digest
+from safelocus.fingerprint import Fingerprint, bits, digest_as
 
 if TYPE_CHECKING:
     from safelocus.patch.patch import Patch
 
 Goal = Literal["before", "after"]
 
-_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _MAX_LISTED = 3
 
 
@@ -73,24 +72,11 @@ class TensorState:
         return self.holds_new if goal == "after" else self.holds_old
 
 
-def bits(tensor: Tensor) -> Tensor:
-    """The same memory as integers of the same width: NaN payloads and negative zeros compare and move exactly."""
-    return tensor.detach().view(_INTEGERS[tensor.element_size()])
-
-
 def with_values(tensor: Tensor, index: Tensor, values: Tensor) -> Tensor:
     """A copy with other values at flat indices."""
     copy = tensor.detach().clone(memory_format=torch.contiguous_format)
     bits(copy).put_(index.to(copy.device), bits(values.to(copy.device)))
     return copy
-
-
-def digest_as(tensor: Tensor, dtype: torch.dtype) -> str | None:
-    """Digest of the tensor in another dtype; None where converting would change values."""
-    if tensor.dtype == dtype:
-        return digest(tensor.detach())
-    converted = tensor.detach().to(dtype)
-    return digest(converted) if torch.equal(bits(converted.to(tensor.dtype)), bits(tensor)) else None
 
 
 def digests(fingerprint: Fingerprint | None, name: str) -> tuple[torch.dtype, str] | None:

@@ -12,10 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from safelocus.distributed import whole
 from safelocus.errors import SelectionError, TrainingError
-from safelocus.fingerprint import Fingerprint
-from safelocus.patch.state import digest_as
+from safelocus.fingerprint import Fingerprint, check_made_for
 from safelocus.preservation.calibration import Calibration
 from safelocus.preservation.lora import check_initialisation
 from safelocus.preservation.protection import LoraMode, Protection
@@ -75,8 +73,9 @@ def preserve(
             raise TrainingError("an optimizer does not know its model: preserve(optimizer, selection, model=model)")
         protection = _protection(model, selection, allow_mismatch, **how)
         _check_trained_by(optimizers, protection)
+        hook = _AfterStep(protection, len(optimizers))
         for optimizer in optimizers:
-            protection.add_handle(optimizer.register_step_post_hook(lambda *_: protection.after_step()))
+            protection.add_handle(optimizer.register_step_post_hook(hook))
         return protection
     from transformers import Trainer
 
@@ -111,6 +110,27 @@ def _protection(
     if calibration is not None:
         protection.calibrate(calibration)
     return protection
+
+
+class _AfterStep:
+    """Restores after the step of any optimizer, and calibrates after those of the training, whatever their number.
+
+    A step of the training is over when every optimizer has taken its own, or when one takes its next.
+    """
+
+    def __init__(self, protection: Protection, num_optimizers: int) -> None:
+        self._protection, self._num_optimizers = protection, num_optimizers
+        self._stepped: set[int] = set()
+
+    def __call__(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        self._protection.restore()
+        is_next = id(optimizer) in self._stepped
+        self._stepped = {id(optimizer)} if is_next else {*self._stepped, id(optimizer)}
+        is_whole = len(self._stepped) == self._num_optimizers
+        if is_whole:
+            self._stepped = set()
+        if is_next or is_whole:
+            self._protection.calibrate_if_due()
 
 
 def _given(what: nn.Module | Target, model: nn.Module | None) -> nn.Module:
@@ -164,45 +184,22 @@ def _check_kind(model: nn.Module) -> None:
 
 
 def check_fingerprint(model: nn.Module, selection: Selection, allow_mismatch: bool) -> list[str]:
-    """Compare the selected tensors' digests with the model that was scored; what could not be compared, in words.
+    """Compare the selected tensors with those of the model that was scored; what could not be compared, in words.
 
     Only the selected tensors count, and no configuration: trainers change that (special tokens, caches).
-    A model in a wider dtype (fp32 training of a bf16 checkpoint) is compared after conversion, which loses
-    nothing. In a narrower one rounding cannot be told from another model: that is a note.
     """
-    values = selection.provenance.fingerprint
-    if values is None:
+    known = selection.provenance.fingerprint
+    if known is None:
         if not allow_mismatch:
             raise SelectionError(
                 "the selection does not say for which model it was made. If you know that it was this one, allow it: "
                 "--allow-mismatch, allow_mismatch=True"
             )
         return []
-    known = Fingerprint.from_json(values)
-    differing: list[str] = []
-    unknown: list[str] = []
-    for name, parameter in selected_parameters(model, selection).items():
-        if name not in known.tensors:
-            unknown.append(name)
-            continue
-        _, dtype_name, expected = known.tensors[name]
-        dtype = getattr(torch, dtype_name)
-        if digest_as(whole(parameter), dtype) != expected:
-            is_wide_enough = torch.promote_types(parameter.dtype, dtype) == parameter.dtype
-            (differing if is_wide_enough else unknown).append(name)
-    if differing and not allow_mismatch:
-        raise SelectionError(
-            f"the selection was made for another model: the values of {len(differing)} of its {len(known.tensors)} "
-            f"tensors differ ({_some(differing)}). Select with this model, or, if you mean it (a fine-tuned sibling, "
-            "say), allow it: --allow-mismatch, allow_mismatch=True"
-        )
-    notes = [f"the selection was made for another model: {_some(differing)} differ"] if differing else []
-    if unknown:
-        notes.append(
-            f"{len(unknown)} selected tensors have another dtype than when they were selected ({_some(unknown)}), so "
-            "only names and shapes say that this is the same model"
-        )
-    return notes
+    own = Fingerprint.of_tensors(model.config, selected_parameters(model, selection).items(), like=known)
+    tensors = {name: entry for name, entry in known["tensors"].items() if name in own.tensors}
+    then = {"model_type": own.model_type, "config": own.config, "tensors": tensors}
+    return check_made_for(then, own, "the selection", allow_mismatch=allow_mismatch)
 
 
 def _some(names: Sequence[str]) -> str:

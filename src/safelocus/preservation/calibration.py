@@ -55,6 +55,10 @@ class Calibration:
     max_grad_norm: float = 1.0
     seed: int = 0
 
+    def identity(self) -> dict[str, Any]:
+        """How, and with which prompts; the target is that of the training."""
+        return {name: value for name, value in vars(self).items() if name != "target"}
+
     def __post_init__(self) -> None:
         for name in ("every", "batch_size", "num_kept", "max_new_tokens", "max_length"):
             if getattr(self, name) < 1:

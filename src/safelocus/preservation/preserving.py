@@ -12,7 +12,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from safelocus.preservation.calibration import Calibration
 from safelocus.preservation.preservation import PROTECTED, UNPROTECTED, Arm, Preservation, measures_of
 from safelocus.preservation.protection import LoraMode, Protection
 from safelocus.prompts import PromptSet
+from safelocus.resume import claim
 from safelocus.run import write_json
 from safelocus.scoring import versions
 from safelocus.selection import Selection
@@ -161,6 +162,13 @@ def run_preservation(
     remarks = [*notes, *check_apart(examination, [lesson.prompts, *sets], allow_seen=allow_seen)]
     fingerprint = target.fingerprint()
     check_fingerprint(target.model, selection, allow_mismatch)  # each arm does so again, and notes what it finds
+    every = every or settings.steps
+    inputs = {
+        "--data": lesson.prompts, "the task": lesson.task, "the selection": selection, "the controls": controls,
+        "unprotected": unprotected, "the adapter": lora, "the calibration": calibration, "the rows mixed in": mixed,
+        "the examination": examination, **settings.to_json(), "every": every, "look": look, "merge": merge,
+    }  # fmt: skip
+    claim(checkpoint, {"the model": target, **inputs})
     prompts = lesson.prompts if mixed is None else _mix(target, lesson.prompts, mixed, settings, progress)
     rows = training_rows(prompts, target.chat, max_length=settings.max_length)
     if num_left := len(prompts) - len(rows):
@@ -171,14 +179,14 @@ def run_preservation(
     examined = replace(examination, tasks=(lesson.task, *examination.tasks))
     run = _Run(
         target=target, rows=rows, settings=settings, examination=examined, task=lesson.task.name,
-        look=_smaller(examined, look, settings.seed), every=every or settings.steps, lora=lora,
-        checkpoint=checkpoint, progress=progress,
-        identity={
-            "model": fingerprint.id, "settings": settings.to_json(), "data": prompts.hash,
-            "selection": selection.describe(), "lora": None if lora is None else asdict(lora),
-            "calibration": _facts(calibration), "every": every, "look": look,
-        },
+        look=_smaller(examined, look, settings.seed), every=every, lora=lora, checkpoint=checkpoint,
+        progress=progress,
     )  # fmt: skip
+    if lora is None and torch.finfo(target.model.dtype).bits < 32:
+        remarks.append(
+            f"all weights are trained in {str(target.model.dtype).removeprefix('torch.')}, which rounds small steps "
+            "away; float32 (--dtype float32) keeps them"
+        )
     before = run.examine("before")
     remarks += _unasked(before, lesson.task.name)
     wanted: dict[str, Selection | Callable[[], Selection] | None] = {PROTECTED: selection}
@@ -228,7 +236,6 @@ class _Run:
     lora: Lora | None
     checkpoint: Path | None
     progress: bool
-    identity: dict[str, Any] = field(repr=False)
 
     def examine(self, name: str) -> Evaluation:
         part = None if self.checkpoint is None else self.checkpoint / name
@@ -243,13 +250,11 @@ class _Run:
         merge: bool,
     ) -> Arm:
         """Train one arm from the original weights; a finished one is read instead."""
-        checkpoints = None
-        if self.checkpoint is not None:
-            checkpoints = Checkpoints(folder=self.checkpoint / kind, identity=self.identity)
-            checkpoints.check()
-            if (arm := _load(checkpoints.folder, self.task)) is not None:
-                return arm
+        own = None if self.checkpoint is None else self.checkpoint / kind
+        if own is not None and (arm := _load(own, self.task)) is not None:
+            return arm
         selection = what() if callable(what) else what
+        checkpoints = None if own is None else Checkpoints(folder=own, inputs={"the protected weights": selection})
         model = self.target.model
         with _given_back(model):
             original = {} if selection is None else gather(model, selection)

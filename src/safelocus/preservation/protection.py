@@ -20,8 +20,8 @@ from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
 from safelocus import distributed
 from safelocus.errors import TrainingError
+from safelocus.fingerprint import bits
 from safelocus.patch import Patch
-from safelocus.patch.state import bits
 from safelocus.preservation.calibration import Calibration, references
 from safelocus.preservation.calibrator import Calibrator
 from safelocus.preservation.gradient import masking
@@ -131,7 +131,7 @@ class Protection:
         )  # fmt: skip
 
     def after_step(self) -> None:
-        """What the hook of an optimizer calls."""
+        """What a loop of your own calls after each step of the training: restores, and calibrates when it is time."""
         self.restore()
         self.calibrate_if_due()
 

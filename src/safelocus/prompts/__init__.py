@@ -2,9 +2,9 @@
 
 `read_prompts` turns a source into a `PromptSet`: examples without empty or duplicate prompts, together with
 the counts of what was left out. Two prompts are the same when their normal forms are (`normalise`: NFKC,
-case folded, white space collapsed); the hash of a set and the side of a split depend on nothing else, so a
+case folded, white space collapsed); the hash of a prompt and the side of a split depend on nothing else, so a
 prompt falls on the same side whatever file it comes from, and no prompt is both used to identify weights and
-used to test them.
+used to test them. The hash of a set covers all of its rows: it tells whether a run was given the very same.
 
     prompts = read_prompts("advbench.json")
     identification, held_out = prompts.split(held_out=0.5)
@@ -19,13 +19,14 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import overload
+from typing import Any, overload
 
 from safelocus.errors import PromptError
-from safelocus.prompts.fields import Example, as_text, read_row, resolve_columns
+from safelocus.identity import digest
+from safelocus.prompts.fields import Example, Prompt, as_text, read_row, resolve_columns
 from safelocus.prompts.sources import Row, from_objects, parse_hub, read_embedded, read_file, read_hub
 
-__all__ = ["Example", "PromptSet", "normalise", "prompt_hash", "read_prompts"]
+__all__ = ["Example", "Prompt", "PromptSet", "normalise", "prompt_hash", "read_prompts"]
 
 
 def normalise(prompt: str) -> str:
@@ -72,14 +73,19 @@ class PromptSet(Sequence[Example]):
         return self.examples[index]
 
     @property
-    def texts(self) -> list[str]:
-        return [example.prompt for example in self.examples]
+    def texts(self) -> list[Prompt]:
+        """The prompts as strings, each with its row's own system message."""
+        return [Prompt(example.prompt, system=example.system) for example in self.examples]
 
     @property
     def hash(self) -> str:
-        """blake2b over the sorted normal forms: the same prompts in any order, from any file, agree."""
-        digests = sorted(_digest(normalise(example.prompt)) for example in self.examples)
-        return hashlib.blake2b(b"".join(digests), digest_size=16).hexdigest()
+        """128 bits of all that a result can depend on: every row's texts, character by character, in their order."""
+        return digest(self.identity())
+
+    def identity(self) -> dict[str, Any]:
+        """The same, part by part."""
+        parts = {"texts": "prompt", "system messages": "system", "responses": "response", "categories": "category"}
+        return {name: digest([getattr(example, key) for example in self.examples]) for name, key in parts.items()}
 
     @property
     def prompt_hashes(self) -> list[str]:

@@ -14,7 +14,7 @@ at. It is not read as a response unless asked for, since tuning on it would teac
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 from safelocus.errors import PromptError
 
@@ -61,6 +61,24 @@ class Example:
     category: str | None = None
     fields: Mapping[str, str] = field(default_factory=dict, hash=False)
     complete: bool = True
+
+
+class Prompt(str):
+    """A prompt with its row's own system message, which `ChatFormat` renders with it; else a string like any other.
+
+    So whatever takes prompts as strings honours system messages, objectives of one's own included.
+
+    >>> Prompt("Bake a cake", system="Be brief.").system
+    'Be brief.'
+    """
+
+    __slots__ = ("system",)
+    system: str | None
+
+    def __new__(cls, text: str, *, system: str | None = None) -> Self:
+        prompt = super().__new__(cls, text)
+        prompt.system = system
+        return prompt
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,9 +15,9 @@ import torch
 from transformers import TrainerCallback
 
 from safelocus.errors import TrainingError
-from safelocus.evaluation.journal import Journal
 from safelocus.evaluation.measures import Measure
 from safelocus.generation import as_used
+from safelocus.resume import Journal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +68,7 @@ class Curve(TrainerCallback):
         self.points: list[CurvePoint] = []
         self.reason: str | None = None
         self._measure, self._every, self._stop_when = measure, every, stop_when
-        self._journal = Journal(folder, "curve", {})
+        self._journal = Journal(folder, "curve")
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         # looks after the checkpoint that is resumed from will be taken again

@@ -8,6 +8,7 @@ a held-out part, on which nothing is ever chosen. Parts are made by content, so 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from safelocus.errors import PromptError
 from safelocus.evaluation import Evaluation, TargetResponder, Task, evaluate
@@ -46,6 +47,13 @@ class Examination:
             tasks=self.tasks, judges=self.judges, batch_size=self.batch_size, max_new_tokens=self.max_new_tokens,
             checkpoint=checkpoint, progress=progress,
         )  # fmt: skip
+
+    def identity(self) -> dict[str, Any]:
+        """All that its measures depend on, but for the model."""
+        return {
+            "harmful prompts": self.harmful, "harmless prompts": self.harmless, "tasks": self.tasks,
+            "judges": self.judges, "batch size": self.batch_size, "number of new tokens": self.max_new_tokens,
+        }  # fmt: skip
 
     @property
     def prompt_hashes(self) -> set[str]:

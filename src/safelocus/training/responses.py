@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from safelocus.errors import PromptError
-from safelocus.evaluation.journal import Journal
 from safelocus.evaluation.responding import Request, TargetResponder, collect
 from safelocus.forcing import logits_at, pad
 from safelocus.prompts import PromptSet
+from safelocus.resume import Journal, claim
 from safelocus.target import Target
 from safelocus.training.rows import IGNORED
 
@@ -91,10 +91,12 @@ def own_answers(
     """
     requests = [Request(prompt=e.prompt, system=e.system, max_new_tokens=max_new_tokens) for e in prompts]
     responder = TargetResponder(target=target)
-    identity = {} if checkpoint is None else {"model": responder.identity()}
-    replies = collect(
-        responder, requests, Journal(checkpoint, "responses", identity), batch_size=batch_size, progress=progress
+    claim(
+        checkpoint,
+        {"the model": target, "the prompts": prompts, "batch_size": batch_size, "max_new_tokens": max_new_tokens},
     )
+    journal = Journal(checkpoint, "responses")
+    replies = collect(responder, requests, journal, batch_size=batch_size, progress=progress)
     answered = [
         replace(example, response=reply.text, complete=reply.finished)
         for example, reply in zip(prompts, (replies[request.key] for request in requests), strict=True)

@@ -13,6 +13,7 @@ Input: a target, prompts and objectives. Output: a frozen `Stability`.
 
 import json
 import random
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from pathlib import Path
@@ -23,6 +24,7 @@ from safelocus.errors import PromptError, RunError
 from safelocus.objective import Objective, describe
 from safelocus.progress import track
 from safelocus.prompts import PromptSet
+from safelocus.resume import claim
 from safelocus.run import write_json
 from safelocus.scores import Scores
 from safelocus.scoring import Method, score
@@ -127,6 +129,7 @@ def stability(
     seeds: int = 3,
     seed: int = 0,
     batch_size: int = 8,
+    checkpoint: Path | None = None,
     progress: bool = True,
 ) -> Stability:
     """Measure how much selections agree when prompts, seeds or the objective change.
@@ -141,10 +144,13 @@ def stability(
         seeds: seeds of the objective's Gumbel noise, where it has that; 0 for none.
         seed: of the halvings.
         batch_size: of scoring.
+        checkpoint: folder in which finished and unfinished scores are kept, and from which an interrupted call resumes;
+            4 bytes per eligible weight for each.
         progress: show a bar.
 
     Raises:
         PromptError: too few prompts to halve.
+        RunError: the checkpoint belongs to other inputs.
 
     Example:
         >>> import safelocus as sl
@@ -169,9 +175,23 @@ def stability(
         jobs.append(("seeds", f"Gumbel seed {number}", seeded, prompts))
     if len(objectives) > 1:
         jobs += [("objectives", name, other, prompts) for name, other in objectives.items()]
+    inputs = {"the model": target, "--prompts": prompts, "the objectives": objectives, "method": method}
+    numbers = {"splits": splits, "seeds": seeds, "seed": seed, "batch_size": batch_size, "ratios": ratios}
+    claim(checkpoint, {**inputs, **numbers})
     scored: list[tuple[str, str, Scores]] = []
-    for kind, label, used, part in track(jobs, "scoring", enabled=progress):
-        scores = score(target, part, objective=used, method=method, batch_size=batch_size, progress=False)
+    for number, (kind, label, used, part) in enumerate(track(jobs, "scoring", enabled=progress)):
+        sums, finished = (
+            None if checkpoint is None else checkpoint / f"{what}-{number}" for what in ("sums", "scores")
+        )
+        if finished is not None and finished.is_dir():
+            scores = Scores.load(finished)
+        else:
+            scores = score(
+                target, part, objective=used, method=method, batch_size=batch_size, checkpoint=sums, progress=False
+            )  # fmt: skip
+            if finished is not None and sums is not None:
+                scores.save(finished)
+                shutil.rmtree(sums)
         scored.append((kind, label, scores))
     return Stability(
         agreements=[agreement for pair in _pairs(scored) for agreement in _agreements(*pair, ratios=ratios)],

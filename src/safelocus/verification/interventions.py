@@ -126,10 +126,9 @@ class Transplant:
     noise: None = field(default=None, init=False)
     is_random: bool = field(default=False, init=False)
 
-    @cached_property
-    def identity(self) -> str:
+    def identity(self) -> dict[str, str]:
         """Of the source's weights, so that an interrupted run goes on with no others."""
-        return Fingerprint.of(self.source, Layout.of(self.source)).id
+        return {"name": self.name, "source": Fingerprint.of(self.source, Layout.of(self.source)).id}
 
     def values(
         self, weights: Mapping[str, Tensor], selection: Selection, sigmas: Sigmas, seed: int

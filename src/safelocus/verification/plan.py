@@ -4,17 +4,11 @@ Selection by selection, so that each is made once; random ones are shared by all
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import xxhash
-
 from safelocus.errors import SelectionError
-from safelocus.evaluation.judges import Judge
-from safelocus.evaluation.tasks import Task
-from safelocus.fingerprint import Fingerprint
-from safelocus.prompts import PromptSet
 from safelocus.provenance import Provenance
 from safelocus.scores import Scores
 from safelocus.selection import Selection
@@ -54,9 +48,7 @@ class Step:
 
     @property
     def key(self) -> str:
-        intervention = self.intervention
-        identity = getattr(intervention, "identity", "")
-        return json.dumps([*self.made_by, intervention.name, intervention.noise, identity, self.seed])
+        return json.dumps([*self.made_by, self.intervention.name, self.intervention.noise, self.seed])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,39 +111,3 @@ class Plan:
         if step.selection == "random":
             return scorer.select(step.ratio, which="random", seed=step.draw or 0)
         return scorer.select(step.ratio, which=step.selection)  # type: ignore[arg-type]
-
-    def identity(
-        self,
-        model: Fingerprint,
-        prompts: PromptSet,
-        harmless: PromptSet | None,
-        tasks: Sequence[Task] | Task,
-        judges: Sequence[Judge] | Judge,
-        max_new_tokens: int,
-    ) -> dict[str, Any]:
-        """What finished cells depend on beside their own settings, so that a run resumes only its own."""
-        all_judges = [judges] if isinstance(judges, Judge) else list(judges)
-        all_tasks = [tasks] if isinstance(tasks, Task) else list(tasks)
-        values = {
-            "model": model.id,
-            "scores": {name: _digest(scorer) for name, scorer in self.scorers.items()},
-            "prompts": prompts.hash,
-            "harmless prompts": harmless.hash if harmless is not None else None,
-            "tasks": [task.hash for task in all_tasks],
-            "judges": [judge.describe() for judge in all_judges],
-            "max_new_tokens": max_new_tokens,
-        }
-        return json.loads(json.dumps(values))
-
-
-def _digest(scorer: Scorer) -> str:
-    """Of what is selected: coordinates, or the statistics and provenance of scores."""
-    digest = xxhash.xxh3_128()
-    if isinstance(scorer, Selection):
-        for name, index in scorer.coordinates.items():
-            digest.update(name.encode())
-            digest.update(index.numpy().data)
-    else:
-        statistics = [[s.matrix, s.mean, s.max, list(s.quantiles.values())] for s in scorer.statistics]
-        digest.update(json.dumps([scorer.provenance.to_json(), statistics], sort_keys=True).encode())
-    return digest.hexdigest()

@@ -171,7 +171,7 @@ def verdict_of(found: "Verification", scorer: str, intervention: str) -> Verific
 
 
 def _kind(effect: Effect) -> str:
-    if effect.beyond_random is None and effect.beyond_bottom is None:
+    if not has_controls(effect):
         return "unclear"
     if not has_contrast(effect):
         return "none"
@@ -191,26 +191,48 @@ def _sentences(found: "Verification", effect: Effect, kind: str, num_settings: i
         + (f", random selections of the same size by {points(effect.random_fall)}" if effect.random_fall else "")
         + (f", the bottom by {points(effect.bottom_fall)}" if effect.bottom_fall else "")
         + ".",
-        "No controls were disturbed, so nothing shows that these weights matter more than any others."
-        if effect.beyond_random is None and effect.beyond_bottom is None
-        else {
-            "none": "That is no contrast: with intervals for all settings looked at, the top selection cannot be told "
-            "from its controls. These weights are not shown to carry the refusals.",
-        }.get(kind, "The refusals depend on these weights far more than on the controls."),
-        *_ordinary(found, effect, kind),
+        _contrast_in_words(effect, kind),
+        *_ordinary(found, effect),
         *_harm(found, effect),
     ]
-    if num_settings > 1:
+    if num_settings > 1 and not has_controls(effect):
+        said.append(f"(Of {num_settings} settings this is the one at which most refusals are lost.)")
+    elif num_settings > 1:
+        rule = (
+            "none has a clear contrast, and this one has the largest"
+            if kind == "none"
+            else "of those with a clear contrast, the one with the best balance of refusal lost against utility lost, "
+            "to the nearest 0.1, and of equals the mildest"
+        )
         said.append(
-            f"(Of {num_settings} settings this one was taken by rule: of those with a clear contrast, the one with "
-            "the best balance of refusal lost against utility lost, to the nearest 0.1, and of equals the mildest. "
-            f"Contrasts are judged at {100 * (1 - 0.05 / (2 * num_settings)):.2f} %, because {num_settings} were "
-            "looked at against two controls.)"
+            f"(Of {num_settings} settings this one was taken by rule: {rule}. Contrasts are judged at "
+            f"{100 * (1 - 0.05 / (2 * num_settings)):.2f} %, because {num_settings} were looked at against two "
+            "controls.)"
         )
     return said
 
 
-def _ordinary(found: "Verification", effect: Effect, kind: str) -> Sequence[str]:
+def has_controls(effect: Effect) -> bool:
+    """Whether random or bottom weights were disturbed at its setting too."""
+    return effect.beyond_random is not None or effect.beyond_bottom is not None
+
+
+def _contrast_in_words(effect: Effect, kind: str) -> str:
+    if not has_controls(effect):
+        is_clear = effect.fall.low is not None and effect.fall.low > 0
+        return (
+            f"{'That is more than chance' if is_clear else 'That may be chance'}, but no controls were disturbed: "
+            "nothing shows that these weights matter more than any others would."
+        )
+    if kind == "none":
+        return (
+            "That is no contrast: with intervals for all settings looked at, the top selection cannot be told from its "
+            "controls. These weights are not shown to carry the refusals."
+        )
+    return "The refusals depend on these weights far more than on the controls."
+
+
+def _ordinary(found: "Verification", effect: Effect) -> Sequence[str]:
     """What happens to behaviour that should not change."""
     said = []
     if effect.utility_fall is None or effect.net is None:
@@ -221,7 +243,7 @@ def _ordinary(found: "Verification", effect: Effect, kind: str) -> Sequence[str]
         random = f" (random: {points(effect.random_utility_fall)})" if effect.random_utility_fall else ""
         said.append(f"Utility falls by {points(effect.utility_fall)}{random}.")
         net = f"share of refusal lost minus share of utility lost: {points(effect.net)}"
-        if kind == "specific":
+        if effect.margin is not None and (effect.margin.low or 0.0) > 0:
             said.append(f"Refusals suffer more than twice as much as utility ({net}): the damage is specific.")
         elif (effect.net.high or 0.0) < 0:
             said.append(

@@ -19,20 +19,20 @@ from typing import Any
 from torch import nn
 
 from safelocus import distributed
-from safelocus.errors import PromptError, RunError, SelectionError
+from safelocus.errors import PromptError, RunError
 from safelocus.evaluation import evaluate
 from safelocus.evaluation.evaluation import Evaluation, outcomes
 from safelocus.evaluation.judges import Judge
 from safelocus.evaluation.responding import TargetResponder
 from safelocus.evaluation.tasks import Task
-from safelocus.fingerprint import Fingerprint
+from safelocus.fingerprint import check_made_for
 from safelocus.progress import track
 from safelocus.prompts import PromptSet
+from safelocus.resume import Journal, claim
 from safelocus.scores import Scores
 from safelocus.selection import Selection
 from safelocus.target import Target
 from safelocus.verification.interventions import Intervention, Interventions, make_interventions
-from safelocus.verification.journal import Journal
 from safelocus.verification.plan import Plan, Scorer
 from safelocus.verification.verification import SELECTIONS, Cell, Observation, Setting, Verification
 
@@ -107,18 +107,27 @@ def verify(
     notes = list(check_unseen(scorers, prompts, allow_seen=allow_seen))
     before = target.fingerprint()
     for name, scorer in scorers.items():
-        notes += _check_model(name, scorer, before, allow_mismatch)
+        # made by hand or in memory it says nothing: `selection.require` still checks names and shapes
+        if (known := scorer.provenance.fingerprint) is not None:
+            notes += check_made_for(known, target.fingerprint(like=known), name, allow_mismatch=allow_mismatch)
 
     responder = TargetResponder(target=target)  # keeps the encoded prompts
 
     def observe() -> Evaluation:
         return evaluate(
             responder, harmful=prompts, harmless=() if harmless is None else harmless, tasks=tasks,
-            judges=(judges,) if isinstance(judges, Judge) else tuple(judges), batch_size=batch_size,
-            max_new_tokens=max_new_tokens, progress=False,
+            judges=asked, batch_size=batch_size, max_new_tokens=max_new_tokens, progress=False,
         )  # fmt: skip
 
-    journal = Journal(checkpoint, plan.identity(before, prompts, harmless, tasks, judges, max_new_tokens))
+    asked = (judges,) if isinstance(judges, Judge) else tuple(judges)
+    inputs = {
+        "the model": target, "the scores": scorers, "--prompts": prompts, "--harmless": harmless, "the tasks": tasks,
+        "the judges": asked, "ratios": plan.ratios, "the interventions": plan.interventions,
+        "selections": plan.selections, "seeds": seeds, "random_draws": random_draws, "batch_size": batch_size,
+        "max_new_tokens": max_new_tokens,
+    }  # fmt: skip
+    claim(checkpoint, inputs)
+    journal = Journal(checkpoint, "cells")
     evaluation = observe()
     found = outcomes(evaluation.rows, evaluation.judge_names)
     order = {name: list(values) for name, values in found.items()}
@@ -128,8 +137,8 @@ def verify(
     cells: list[Cell] = []
     selection, made_for = None, None
     for step in track(steps, "verifying", enabled=progress and distributed.is_main()):
-        if (known := journal.find(step)) is not None:
-            cells.append(known)
+        if (step.key,) in journal:
+            cells.append(Cell.from_line(journal[(step.key,)]))
             continue
         if step.made_by != made_for:  # a selection serves all its interventions and seeds
             selection, made_for = plan.select(target, step), step.made_by
@@ -144,7 +153,7 @@ def verify(
             observed=observed,
         )  # fmt: skip
         cells.append(cell)
-        journal.add(step, cell)
+        journal.add([((step.key,), cell.to_line())])
     if differences := before.differences(target.fingerprint()):
         raise RunError(
             f"the model did not come back as it was ({'; '.join(differences)}); something else changed its weights "
@@ -182,8 +191,6 @@ def check_unseen(scorers: Mapping[str, Scorer], prompts: PromptSet, *, allow_see
         used = provenance.extra.get("prompt_hashes")
         if used is not None:
             num_seen = len(hashes & set(used))
-        elif provenance.prompts_hash == prompts.hash:
-            num_seen = len(prompts)
         else:
             yield (
                 f"The scores of {name} do not say which prompts they were made with (an earlier version wrote them), "
@@ -210,20 +217,6 @@ def _observed(evaluation: Evaluation, order: dict[str, list[Any]]) -> Observatio
             for name, identities in order.items()
         },
     )
-
-
-def _check_model(name: str, scorer: Scorer, model: Fingerprint, allow_mismatch: bool) -> list[str]:
-    """Scores and selections made for other weights are an error; a note where that is allowed."""
-    own = scorer.provenance.fingerprint
-    if own is None:
-        return []  # made by hand or in memory: `selection.require` still checks names and shapes
-    differences = Fingerprint.from_json(own).differences(model)
-    if differences and not allow_mismatch:
-        raise SelectionError(
-            f"{name} was made for another model than this one: {'; '.join(differences)}. If you mean it (a "
-            "fine-tuned sibling, say), allow it: --allow-mismatch, allow_mismatch=True"
-        )
-    return [f"{name} was made for another model: {'; '.join(differences)}."] if differences else []
 
 
 def _label(scorer: Scorer) -> str:

@@ -41,6 +41,10 @@ class GuardJudge(ScreeningJudge):
             "threshold": self.threshold,
         }
 
+    def identity(self) -> dict[str, Any]:
+        """All that its verdicts depend on."""
+        return {**self.describe(), "batch_size": self.batch_size, **self.guard.identity_of_reader()}
+
     def _judge(self, prompts: Sequence[str], responses: Sequence[str]) -> list[Judgement]:
         # conversations of like length share a batch, for little padding
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]) + len(responses[i]))

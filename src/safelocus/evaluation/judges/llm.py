@@ -42,7 +42,7 @@ class RubricJudge(ScreeningJudge):
 
     def _judgement(self, answer: Answer | Failure) -> Judgement:
         if isinstance(answer, Failure):
-            return self.unscorable(f"the endpoint failed: {answer.reason}")
+            return self.unscorable(f"the endpoint failed: {answer.reason}", is_final=False)
         reading = self.rubric.read(answer.text)
         # An answer that itself opens with a refusal was not a judgement, whatever score it ends in. Further
         # down, the phrase may be quoted from the response.

@@ -31,6 +31,8 @@ class Judgement:
         explanation: what the verdict rests on, in the judge's words where it has any.
         judge: the judge's `name`.
         refused: whether the response refuses; None where this judge cannot tell.
+        is_final: whether asking again would give the same; not so where an endpoint failed. A resumed evaluation keeps
+            what is final.
     """
 
     verdict: Verdict
@@ -38,6 +40,7 @@ class Judgement:
     explanation: str
     judge: str
     refused: bool | None = None
+    is_final: bool = True
 
     def __post_init__(self) -> None:
         assert self.score is None or math.isfinite(self.score), "a score that is not a number is unscorable: pass None"
@@ -97,8 +100,8 @@ class ScreeningJudge(ABC):
             for number, reason in enumerate(reasons)
         ]
 
-    def unscorable(self, explanation: str) -> Judgement:
-        return Judgement(verdict=Verdict.UNSCORABLE, explanation=explanation, judge=self.name)
+    def unscorable(self, explanation: str, *, is_final: bool = True) -> Judgement:
+        return Judgement(verdict=Verdict.UNSCORABLE, explanation=explanation, judge=self.name, is_final=is_final)
 
     @abstractmethod
     def _judge(self, prompts: Sequence[str], responses: Sequence[str]) -> list[Judgement]:

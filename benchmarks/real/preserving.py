@@ -1,0 +1,119 @@
+"""SPA on the aligned twin: it learns a task, and is it still safe? Frozen weights, calibrated ones, none.
+
+    python benchmarks/real/preserving.py [--share 0/2] [--only gsm8k-full]
+
+GSM8K for 1,000 steps (all weights, and LoRA of rank 8), PubMedQA and plain instructions for 300; 6 rows a step, cut
+to 256 tokens (PubMedQA: 3 rows, 448 tokens), AdamW, the rate falling to zero along a line. One cell per task, arm and
+rate. Frozen: the top of ESI, found on the twin itself, or random weights. Calibrated: the same weights, trained every
+4th step on the twin's own answers to the prompts that found them and to embedded harmless ones.
+"""
+
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import cells
+import sets
+
+import safelocus as sl
+from safelocus.evaluation import Task
+from safelocus.evaluation.tasks import recognise_task
+from safelocus.preservation.preserving import Lora
+from safelocus.preservation.protection import Protection
+from safelocus.prompts import PromptSet
+from safelocus.training import Checkpoints, TrainingSettings, fit, training_rows
+
+TABLE = "preserve"
+SETTINGS = TrainingSettings(batch_size=6, schedule="linear", max_length=256)
+LONG = {"pubmedqa": {"batch_size": 3, "max_length": 448}}
+RATE, GENTLE, LORA_RATE = 1e-4, 2e-5, 3e-4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arm:
+    """What is protected, and how: `method` and `ratio` of the selection, None for none."""
+
+    name: str
+    method: str | None = None
+    ratio: float = 0.1
+    calibrated: bool = False
+    rate: float = RATE
+    lora: bool = False
+
+
+UNPROTECTED, ESI, RANDOM = (
+    Arm(name="unprotected"),
+    Arm(name="esi-10", method="esi"),
+    Arm(name="random-10", method="random"),
+)
+CALIBRATED = Arm(name="esi-10-calibrated", method="esi", calibrated=True)
+FULL = (
+    UNPROTECTED, ESI, RANDOM, CALIBRATED, Arm(name="gentle", rate=GENTLE), Arm(name="esi-1", method="esi", ratio=0.01),
+)  # fmt: skip
+WITH_LORA = tuple(replace(arm, lora=True, rate=LORA_RATE) for arm in (UNPROTECTED, ESI, CALIBRATED))
+SHORT = (UNPROTECTED, ESI, RANDOM, CALIBRATED)
+PLAN = (("pubmedqa", 300, SHORT), ("instruct", 300, SHORT), ("gsm8k", 1000, FULL), ("gsm8k", 1000, WITH_LORA))
+
+
+def lesson(task: str) -> tuple[PromptSet, PromptSet]:
+    """(what is learned, 100 held-out answers whose perplexity says whether it was)."""
+    if task == "gsm8k":
+        return sets.read("gsm8k"), sets.named(sets.read("gsm8k_test").limit(100, seed=0), "task")
+    if task == "pubmedqa":
+        known = recognise_task(sets.DATA / sets.FILES["pubmedqa"])
+        assert isinstance(known, Task)
+        asked = {example.prompt for example in sets.tasks()[1].examples}
+        rows = [{"prompt": e.prompt, "response": e.answer} for e in known.examples]
+        held_out = sets.named(sl.read_prompts([row for row in rows if row["prompt"] in asked]), "task")
+        return sl.read_prompts([row for row in rows if row["prompt"] not in asked]), held_out
+    return sets.benign(), sets.named(sets.texts(), "task")
+
+
+def learned(task: str, steps: int, arm: Arm, unfinished: Path) -> dict[str, Any]:
+    target = cells.subject("smollm2:aligned")
+    described, (data, held_out) = cells.described(target), lesson(task)
+    selection = None if arm.method is None else cells.selection(target, arm.method, arm.ratio)
+    calibration = None
+    if arm.calibrated:
+        harmless = [sl.read_prompts(f"embedded:{name}") for name in ("ordinary", "alarming")]
+        calibration = sl.Calibration(target=target, prompts=[sets.find(), *harmless], max_new_tokens=64)
+    settings = replace(SETTINGS, steps=steps, learning_rate=arm.rate, **LONG.get(task, {}))
+    model = Lora(rank=8).wrap(target.model) if arm.lora else target.model
+    held: list[Protection] = []
+
+    def protect(trainer: Any) -> None:
+        if selection is not None:
+            held.append(sl.preserve(trainer, selection, calibration=calibration))
+
+    losses = fit(
+        target, training_rows(data, target.chat, max_length=settings.max_length), settings, model=model,
+        prepare=protect, checkpoints=Checkpoints(folder=unfinished / "training", inputs={"the arm": arm}),
+    )  # fmt: skip
+    if arm.lora:
+        held[0].merge() if held else model.merge_and_unload()
+    found = cells.measured(target, unfinished / "after", perplexity=[sets.texts(), held_out])
+    return {
+        "task": task, "arm": arm.name, "lora": arm.lora, "rate": arm.rate, "steps": steps,
+        "num_protected": held[0].num_protected_in_all if held else 0, "settings": settings.to_json(),
+        "losses": [round(loss.loss, 4) for loss in losses], **described, **cells.outcome(found),
+    }  # fmt: skip
+
+
+def before(task: str, unfinished: Path) -> dict[str, Any]:
+    target = cells.subject("smollm2:aligned")
+    found = cells.measured(target, unfinished, perplexity=[sets.texts(), lesson(task)[1]])
+    return {"task": task, "arm": "before", **cells.described(target), **cells.outcome(found)}
+
+
+def main() -> None:
+    given = cells.options(__doc__).parse_args()
+    work: dict[str, Any] = {}
+    for task, steps, arms in PLAN:
+        work[f"{task}-before"] = partial(before, task)
+        work |= {f"{task}-{'lora' if a.lora else 'full'}-{a.name}": partial(learned, task, steps, a) for a in arms}
+    cells.work(TABLE, work, given.share, given.only)
+
+
+if __name__ == "__main__":
+    main()
