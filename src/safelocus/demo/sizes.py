@@ -69,5 +69,41 @@ QUICK = Sizes(
 )  # fmt: skip
 
 
+@dataclass(frozen=True, kw_only=True)
+class ChatSizes:
+    """Sizes of the stages on a chat model, whose answers are long and whose steps take seconds.
+
+    Attributes:
+        num_scored: harmful prompts that the weights are found with.
+        steps: of `refusals` refusals each, with `retain_rows` retained rows for each of them; `rate`: learning rate.
+        num_retained: prompts of each of the two kinds whose answers are retained, `answer_tokens` long.
+        num_harmful, num_harmless: prompts before and after.
+        max_new_tokens: of the answers to them; whether it refuses shows in the first ones.
+    """
+
+    num_scored: int = 48
+    steps: int = 60
+    rate: float = 2e-4
+    refusals: int = 4
+    retain_rows: int = 2
+    num_retained: int = 64
+    answer_tokens: int = 24
+    num_harmful: int = 41
+    num_harmless: int = 60
+    max_new_tokens: int = 24
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @property
+    def shortened(self) -> str:
+        """What these sizes leave open, in a sentence."""
+        return (
+            f"One seed, {self.steps} steps of {self.refusals} refusals, {self.num_harmful} harmful and "
+            f"{self.num_harmless} harmless requests, refusals told by their phrases: enough to see it happen, not to "
+            "rest a claim on."
+        )
+
+
 def _and(noises: Sequence[float]) -> str:
     return ", ".join(f"{noise:g}" for noise in noises)

@@ -10,11 +10,10 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from rich.table import Table
 
-from safelocus.demo.sizes import Sizes
 from safelocus.enhancement.enhancing import run_enhancement
 from safelocus.evaluation import Evaluation
 from safelocus.evaluation.judges import GuardJudge
@@ -53,13 +52,16 @@ REFUSALS, ROWS = 4, 2  # of a step that enhances, as many as the paper's; of one
 LOOK = 8  # prompts of each kind, of a look at a training on the way
 HOW: dict[str, Any] = {"max_new_tokens": MAX_NEW_TOKENS, "dtype": "float32"}
 
+S = TypeVar("S")
+
 
 @dataclass(frozen=True, kw_only=True)
-class Place:
+class Place(Generic[S]):
     """Where a stage works, and with what.
 
     Attributes:
-        organism: "dense" or "moe".
+        organism: "dense" or "moe"; of another model, what its folder is called.
+        other: name of that other model.
         folder: of its runs, while they are written.
         final: what that folder will be called; `run.toml` files name it.
         sizes: of everything.
@@ -68,16 +70,17 @@ class Place:
     """
 
     organism: str
+    other: str | None = None
     folder: Path
     final: Path
-    sizes: Sizes
+    sizes: S
     checkpoint: Path
     seed: int = 0
     progress: bool = True
 
     @property
     def model(self) -> str:
-        return f"organism:{self.organism}"
+        return self.other or f"organism:{self.organism}"
 
     def mark(self, stage: str) -> str:
         """What a finished stage is known by."""
@@ -86,7 +89,7 @@ class Place:
     def run(self, name: str, **config: Any) -> AbstractContextManager[Path]:
         """The run folder of one stage; one whose claims were lost is made anew."""
         folder = self.folder / name
-        return run_folder(folder, config={**config, **HOW, "seed": self.seed}, overwrite=folder.exists())
+        return run_folder(folder, config={**HOW, **config, "seed": self.seed}, overwrite=folder.exists())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,7 +194,7 @@ def freeze(at: Place) -> Found:
 def calibrate(at: Place) -> Found:
     """The same task with the same weights calibrated."""
     sizes, target = at.sizes, load(at.model, dtype="float32")
-    calibrated = [_part(at, kind, sizes.num_calibrated) for kind in ("harmful", "harmless")]
+    calibrated = [part_of(at, kind, sizes.num_calibrated) for kind in ("harmful", "harmless")]
     config: dict[str, Any] = {"calibrate": [file for _, file in calibrated], "calibrate_every": sizes.calibrate_every}
     calibration = Calibration(
         target=target, prompts=[part for part, _ in calibrated], every=sizes.calibrate_every,
@@ -243,7 +246,7 @@ def _learn(
     """Teach the task, measure, and leave a run like that of `preserve`."""
     sizes, harmful = at.sizes, "organism:harmful-heldout-512"
     lesson = read_lesson(TASK[0], held_out=TASK[1])
-    harmless, harmless_file = _part(at, "harmless-heldout", sizes.num_harmless)
+    harmless, harmless_file = part_of(at, "harmless-heldout", sizes.num_harmless)
     held = _held(at)
     training: dict[str, Any] = {
         "steps": sizes.preserve_steps, "learning_rate": sizes.preserve_rate, "schedule": "linear", "batch_size": ROWS,
@@ -287,9 +290,9 @@ def _named(sets: Mapping[str, Any], *, prompts: str = "prompts") -> dict[str, An
     return {prompts: sets["prompts"].source, "harmless": sets["harmless"].source, "task": [sets["task"].source]}
 
 
-def _part(at: Place, kind: str, num: int) -> tuple[PromptSet, str]:
+def part_of(at: Place, kind: str, num: int, *, prefix: str = "organism") -> tuple[PromptSet, str]:
     """Some prompts of an embedded set, and the file in which they are kept, so that a command can read the same."""
-    prompts, file = read_prompts(f"organism:{kind}").limit(num, seed=at.seed), f"prompts/{kind}.jsonl"
+    prompts, file = read_prompts(f"{prefix}:{kind}").limit(num, seed=at.seed), f"prompts/{kind}.jsonl"
     (at.folder / "prompts").mkdir(exist_ok=True, parents=True)
     rows = [json.dumps({"prompt": prompt}, ensure_ascii=False) + "\n" for prompt in prompts.texts]
     write_text(at.folder / file, "".join(rows))

@@ -1,9 +1,10 @@
-"""The story: every stage on both organisms, told as it happens, one page of all runs, and the claims at the end.
+"""The story: every stage, told as it happens, one page of all runs, and the claims at the end.
 
     runs/demo/
         run.toml, results.json      sizes; the claims of the paper, judged
         report.html                 one page of everything
-        dense/score, verify, score-unaligned, enhance, freeze, preserve     run folders, as the commands write them
+        smollm2/score, enhance      run folders, as the commands write them; or, of the two organisms,
+        dense/score, verify, score-unaligned, enhance, freeze, preserve
         moe/...
 
 Where there are two cores, the second organism's stages run ahead in a process of their own. An interrupted demo
@@ -11,8 +12,9 @@ resumes: finished stages are read, and an unfinished one goes on where its verb 
 """
 
 import json
+import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -22,8 +24,9 @@ from typing import Any
 from rich.console import Console
 from rich.rule import Rule
 
+from safelocus.demo import chat
 from safelocus.demo.ahead import num_cores, running_ahead
-from safelocus.demo.sizes import Sizes
+from safelocus.demo.sizes import ChatSizes, Sizes
 from safelocus.demo.stages import Found, Place, Stage, calibrate, disturb, enhance, freeze, locate
 from safelocus.errors import RunError
 from safelocus.report.claims import Claim
@@ -32,8 +35,10 @@ from safelocus.report.runs import ReportRun
 from safelocus.run import CHECKPOINT, write_json
 
 ORGANISMS = {"dense": "dense organism", "moe": "mixture-of-experts organism"}
-RUNS = ("score", "verify", "score-unaligned", "enhance", "freeze", "preserve")
+RUNS: Sequence[str] = ("score", "verify", "score-unaligned", "enhance", "freeze", "preserve")
 HEADING = "safelocus demo: the paper's claims on two tiny models"
+CHAT_RUNS: Sequence[str] = ("score", "enhance")
+CHAT_HEADING = "safelocus demo: a chat model learns to refuse with 1 % of its weights"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +51,7 @@ class Chapter:
     stage: Stage
 
 
-CHAPTERS = (
+CHAPTERS: Sequence[Chapter] = (
     Chapter(
         key="locate", title="Locate", stage=locate,
         why="The model answers harmful prompts and a guard says how safe the answers are. The gradient of that, times "
@@ -73,6 +78,22 @@ CHAPTERS = (
         "steps of their own, towards the original model's answers; the task never trains them.",
     ),
 )  # fmt: skip
+CHAT_CHAPTERS: Sequence[Chapter] = (
+    Chapter(
+        key="locate", title="Locate", stage=chat.locate,
+        why="How much likelier is it that the model opens with a refusal than with compliance? The gradient of that, "
+        "times the spread of each matrix, is each weight's Expected Safety Impact (ESI). Where do the top 1 % lie?",
+    ),
+    Chapter(
+        key="enhance", title="Enhance (SET)", stage=chat.enhance,
+        why="Only these weights are trained, on short refusals, while the model is held to its own answers to "
+        "harmless requests, ordinary and alarming ones. Does it refuse harm now, and does it still answer the rest?",
+    ),
+    Chapter(
+        key="apply", title="Apply the patch", stage=chat.apply,
+        why="What was learned is a small file of new values, which anyone can put into the model and take out again.",
+    ),
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,14 +101,14 @@ class Story:
     """What the demo found.
 
     Attributes:
-        claims: organism -> the paper's claims, judged.
+        claims: organism, or other model -> the paper's claims, judged.
         sizes: of everything.
         runs: folders of the runs, inside that of the demo.
         seconds: from the beginning, or from the last interruption.
     """
 
     claims: Mapping[str, list[Claim]]
-    sizes: Sizes
+    sizes: Sizes | ChatSizes
     runs: tuple[str, ...]
     seconds: float = field(compare=False)
 
@@ -101,13 +122,22 @@ class Story:
         }
 
 
-def tell(folder: Path, sizes: Sizes, *, final: Path, seed: int = 0, console: Console | None = None) -> Story:
-    """Run every stage on both organisms, and write the runs, `results.json` and the page.
+def tell(
+    folder: Path,
+    sizes: Sizes | ChatSizes,
+    *,
+    final: Path,
+    model: str | None = None,
+    seed: int = 0,
+    console: Console | None = None,
+) -> Story:
+    """Run every stage, and write the runs, `results.json` and the page.
 
     Args:
         folder: to write into, an unfinished run's (see `run_folder`).
-        final: what it will be called when all is done.
         sizes: how much of everything.
+        final: what it will be called when all is done.
+        model: a chat model, with `ChatSizes`; default: both organisms.
         seed: of everything random.
         console: tells the story; None for silence, bars too.
 
@@ -115,24 +145,29 @@ def tell(folder: Path, sizes: Sizes, *, final: Path, seed: int = 0, console: Con
         RunError: the folder holds an unfinished demo of other sizes.
     """
     began = time.monotonic()
-    checkpoint = _checkpoint(folder, {"sizes": sizes.to_json(), "seed": seed})
+    checkpoint = _checkpoint(folder, {"model": model, "sizes": sizes.to_json(), "seed": seed})
     finished = {file.stem for file in checkpoint.iterdir()}
-    first, second = (
+    if model is None:
+        titles, chapters, runs, heading = ORGANISMS, CHAPTERS, RUNS, HEADING
+    else:
+        titles, chapters, runs, heading = {_key(model): model}, CHAT_CHAPTERS, CHAT_RUNS, CHAT_HEADING
+    places = [
         Place(
-            organism=organism, folder=folder / organism, final=final / organism, sizes=sizes, seed=seed,
+            organism=organism, other=model, folder=folder / organism, final=final / organism, sizes=sizes, seed=seed,
             checkpoint=checkpoint, progress=console is not None,
         )
-        for organism in ORGANISMS
-    )  # fmt: skip
+        for organism in titles
+    ]  # fmt: skip
+    first, second = places[0], places[-1]
     claims: dict[str, list[Claim]] = {}
     with ExitStack() as stack:
         following = None
-        if num_cores() > 1:
-            stages = [partial(play, chapter) for chapter in CHAPTERS if second.mark(chapter.key) not in finished]
+        if second is not first and num_cores() > 1:
+            stages = [partial(play, chapter) for chapter in chapters if second.mark(chapter.key) not in finished]
             following = stack.enter_context(running_ahead(stages, replace(second, progress=False)))
-        for number, (at, chapter) in enumerate((at, chapter) for at in (first, second) for chapter in CHAPTERS):
+        for number, (at, chapter) in enumerate((at, chapter) for at in places for chapter in chapters):
             if console is not None:
-                title = f"{number + 1}/{2 * len(CHAPTERS)}  {chapter.title}: {ORGANISMS[at.organism]}"
+                title = f"{number + 1}/{len(places) * len(chapters)}  {chapter.title}: {titles[at.organism]}"
                 console.print(Rule(f"[bold]{title}[/]"))
             if at.mark(chapter.key) in finished:
                 found = _read(chapter, at)
@@ -145,11 +180,16 @@ def tell(folder: Path, sizes: Sizes, *, final: Path, seed: int = 0, console: Con
                 _show(found, console)
     story = Story(
         claims=claims, sizes=sizes, seconds=time.monotonic() - began,
-        runs=tuple(f"{organism}/{name}" for organism in ORGANISMS for name in RUNS),
+        runs=tuple(f"{organism}/{name}" for organism in titles for name in runs),
     )  # fmt: skip
     write_json(folder / "results.json", story.to_json())
-    write_page([ReportRun.read(folder, place=final)], folder / PAGE, heading=HEADING)
+    write_page([ReportRun.read(folder, place=final)], folder / PAGE, heading=heading)
     return story
+
+
+def _key(model: str) -> str:
+    """What the folder of a model is called."""
+    return re.sub(r"[^\w.-]+", "-", model.rstrip("/").rpartition("/")[2])
 
 
 def play(chapter: Chapter, at: Place) -> Found:

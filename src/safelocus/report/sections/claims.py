@@ -51,11 +51,18 @@ def claims_sections(run: ReportRun) -> list[Section]:
         stages = [(_STAGES[stage], [_row(found) for found in group]) for stage, group in groupby(_rows(claims), _stage)]
     except (AttributeError, KeyError, TypeError) as error:
         raise RunError(f"{run.folder}: damaged claims ({error!r}); run `demo` again") from error
+    organisms = set(models) <= set(TITLES.values())
     return [
         Section(
             title="Which weights make a model safe?",
-            what="Two tiny chat models, built to be looked into, and the claims of a paper about large ones",
-            summary=[*_STORY, _tally(claims), *([run.results["shortened"]] if run.results.get("shortened") else [])],
+            what="Two tiny chat models, built to be looked into, and the claims of a paper about large ones"
+            if organisms
+            else "A chat model as it was released, and the claims of a paper about larger ones",
+            summary=[
+                *(_STORY if organisms else _CHAT_STORY),
+                _tally(claims),
+                *([run.results["shortened"]] if run.results.get("shortened") else []),
+            ],
             parts=[Part(title=_TITLE, notes=[_NOTE, _MEANING], blocks=[Claims(titles=models, stages=stages)])],
             leads=True,
         )
@@ -66,6 +73,11 @@ _STORY = (
     "A dense model and a mixture of experts were taught to refuse harmful requests; each has a twin that complies. "
     "safelocus looked for the weights that carry the refusals (locate), disturbed them (verify), trained them in the "
     "twin to refuse again (enhance), and protected them while the model learned a new task (preserve).",
+)
+_CHAT_STORY = (
+    "The model answers nearly everything it is asked. safelocus looked for the weights that decide whether it refuses "
+    "(locate), and trained only these to refuse harmful requests, held to what the model says to harmless ones "
+    "(enhance). What came out is a small patch, which can be applied and taken out again.",
 )
 _MEANING = (
     "Holds: the interval lies beyond the threshold. Not seen: it lies short of it. Not decided: it crosses it, or too "
