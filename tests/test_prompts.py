@@ -8,6 +8,7 @@ import sys
 import types
 import unicodedata
 from pathlib import Path
+from unittest import mock
 
 import pyarrow
 import pyarrow.parquet
@@ -436,6 +437,10 @@ def test_hash_depends_on_all_of_every_row():
     assert len({first.hash, *(other.hash for other in others)}) == 1 + len(others)
     # a constant: provenance written today must agree with what is computed tomorrow
     assert read_prompts(["Bake a cake", "Fly"]).hash == "7fe4a94689dd42db0c7aee6e9851832f"
+    # as strings its prompts bring their system messages along
+    assert read_prompts(first.texts).identity() == {
+        **first.identity(), **{key: mock.ANY for key in ("responses", "categories")}
+    }  # fmt: skip
     # what tells whether a prompt was used looks at its text alone
     assert first.prompt_hashes == read_prompts(["fly ", "bake  a CAKE"]).prompt_hashes
 

@@ -114,7 +114,8 @@ STAGES = {
         judges=(RefusalMatcher(),),
     ),
     "verify": Asking(
-        lambda target, scores, **how: sl.verify(target, scores, progress=False, **how), lambda found: found.to_json(),
+        lambda target, scores, **how: sl.verify(target, scores, allow_mismatch=True, progress=False, **how),
+        lambda found: found.to_json(),
         verifying, "evaluate", 3, scores={"esi": scored()}, prompts=HARMFUL, harmless=HARMLESS, tasks=TASK,
         noises=(2.0,), seeds=1, max_new_tokens=3, judges=(RefusalMatcher(),),
     ),
@@ -190,23 +191,23 @@ CHANGES = {
     },
     "evaluate": {
         **MODEL, "the harmful prompts": {"harmful": OTHER}, "the harmful prompts (system)": {"harmful": TOLD},
-        "the harmless prompts": {"harmless": HARMLESS[:2]}, "the tasks": {"tasks": replace(TASK, match="numeric")},
+        "the harmless prompts": {"harmless": HARMLESS[:2]}, "the tasks": {"tasks": replace(TASK, match="exact")},
         "the judges": {"judges": (RefusalMatcher(window=9),)},
         "the judges (another guard)": {"judges": (RefusalMatcher(), GuardJudge(guard=guarded()))},
         "batch_size (2 there, 3 here)": {"batch_size": 3}, "max_new_tokens": {"max_new_tokens": 4}, "seed": {"seed": 1},
     },
     "verify": {
-        **MODEL, "the values of esi of the scores": {"scores": {"esi": changed(scored())}},
-        "the scores": {"scores": {"mine": some(target())}},
+        **MODEL, "the values of the scores of esi": {"scores": {"esi": changed(scored())}},
+        "the scores of mine": {"scores": {"mine": some(target())}},
         **prompts("prompts", "--prompts"), "the texts of --harmless": {"harmless": OTHER},
-        "the tasks": {"tasks": TASK[:1]}, "the judges": {"judges": (RefusalMatcher(window=9),)},
+        "the questions of the tasks": {"tasks": TASK[:1]}, "the judges": {"judges": (RefusalMatcher(window=9),)},
         "ratios": {"ratios": (0.02,)}, "the interventions": {"noises": (3.0,)},
         "selections": {"selections": ("top",)}, "seeds": {"seeds": 2}, "random_draws": {"random_draws": 2},
         "batch_size": {"batch_size": 3}, "max_new_tokens": {"max_new_tokens": 4},
     },
     "stability": {
         **MODEL, **prompts("prompts", "--prompts"),
-        "the refusals of the refusal of the objectives":
+        "the refusals of the objective refusal":
             {"objectives": {"refusal": sl.Refusal(**{**OPENINGS, "refusals": ("no",)})}},
         "method": {"method": "snip"}, "splits": {"splits": 2}, "seeds": {"seeds": 2}, "seed": {"seed": 1},
         "ratios": {"ratios": (0.02,)}, "batch_size": {"batch_size": 2},
@@ -227,7 +228,7 @@ CHANGES = {
         "learning_rate": {"learning_rate": 1e-3},
         "the validation": {"validation": replace(EXAMINATION, harmful=HARMLESS)},
         "every": {"every": 2}, "the controls": {"controls": {"lora": "lora"}},
-        "the harmful prompts of the examination": examined(harmful=OTHER),
+        "the texts of the harmful prompts of the examination": examined(harmful=OTHER),
         "the harmless prompts of the examination": examined(harmless=HARMLESS),
         "the tasks of the examination": examined(tasks=(TASK,)),
         "the judges of the examination": examined(judges=(RefusalMatcher(window=9),)),
@@ -242,7 +243,7 @@ CHANGES = {
         "the calibration": {"calibration": sl.Calibration(target=target(), prompts=[HARMLESS])},
         "the controls": {"controls": {"other": some(target(), seed=1)}}, "unprotected": {"unprotected": True},
         "steps (3 there, 4 here)": {"steps": 4}, "seed": {"seed": 1}, "every": {"every": 1}, "look": {"look": 1},
-        "the harmful prompts of the examination": examined(harmful=OTHER),
+        "the texts of the harmful prompts of the examination": examined(harmful=OTHER),
     },
 }  # fmt: skip
 

@@ -365,6 +365,22 @@ def test_verdicts(refusal, utility, kind, words):
         assert found.verdict.effect.beyond_random.low > 0
 
 
+@pytest.mark.parametrize(
+    ("refusal", "utility", "words"),
+    [
+        ([0.9, 0.2], None, "That is more than chance, but no controls were disturbed"),
+        ([1.0, 1.0], None, "That may be chance, but no controls were disturbed"),
+        ([0.9, 0.2], [1.0, 0.95], "Refusals suffer more than twice as much as utility"),
+    ],
+)
+def test_without_controls_a_verdict_says_what_it_knows(refusal, utility, words):
+    found = made({("esi", "top"): refusal}, utility and {("esi", "top"): utility}, noises=(1.0, 3.0))
+    assert found.verdict.kind == "unclear"
+    assert words in found.verdict.text
+    assert "Of 2 settings this is the one at which most refusals are lost" in found.verdict.text
+    assert not [word for word in ("clear contrast", "against two controls", "far more") if word in found.verdict.text]
+
+
 def test_total_destruction_is_not_specific():
     """Everything is lost, but of utility there was less to lose."""
     rates = {("esi", "top"): [0.0], ("esi", "bottom"): [1.0], ("esi", "random"): [1.0]}

@@ -9,7 +9,7 @@ two identities is named down to the part: "the responses of --data", "the system
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, Self
 
@@ -58,15 +58,12 @@ def _plain(value: Any) -> Any:
 
 
 def _difference(name: str, own: Any, other: Any) -> str | None:
-    """The first part that differs: the others may follow from it, as a selection's scores from its coordinates."""
+    """The first part that differs: the others may follow from it, as answers from a selection's coordinates."""
     if own == other:
         return None
-    if isinstance(own, Mapping) and isinstance(other, Mapping):
-        parts: Iterator[str | None] = (
-            _difference(part if part.startswith(("the ", "--")) else f"the {part}", own.get(part), other.get(part))
-            for part in dict.fromkeys([*own, *other])
-        )
-        return f"{next(part for part in parts if part is not None)} of {name}"
+    if isinstance(own, Mapping) and isinstance(other, Mapping) and own.keys() == other.keys():
+        part = next(part for part in own if own[part] != other[part])
+        return _difference(f"the {part} of {name}", own[part], other[part])
     if all(value is None or isinstance(value, int | float) for value in (own, other)):
         return f"{name} ({json.dumps(other)} there, {json.dumps(own)} here)"
     return name

@@ -90,7 +90,7 @@ class Lesson:
         if validation is not None:
             check_apart(validation, [prompts, *sets])
         kept = with_answers(
-            target, sets, own=own_answers, batch_size=settings.batch_size, max_new_tokens=answer_tokens,
+            target, sets, own=own_answers, max_new_tokens=answer_tokens,
             checkpoint=part_of(checkpoint, "retained"), progress=progress,
         )  # fmt: skip
         rows = [training_rows(part, target.chat, max_length=settings.max_length) for part in (prompts, *kept)]

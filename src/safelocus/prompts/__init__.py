@@ -246,7 +246,8 @@ def _objects(rows: Sequence[Row], source: str) -> list[Mapping[str, object]]:
         if not isinstance(value, kind):
             also = ", as in the rows before it" if objects else " or text"
             raise PromptError(f"{source}, {place}: expected {expected}{also}, found {type(value).__name__}.")
-        objects.append({"prompt": value} if isinstance(value, str) else value)
+        own = {"system": value.system} if isinstance(value, Prompt) and value.system is not None else {}
+        objects.append({"prompt": str(value), **own} if isinstance(value, str) else value)
     return objects
 
 

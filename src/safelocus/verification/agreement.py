@@ -175,7 +175,8 @@ def stability(
         jobs.append(("seeds", f"Gumbel seed {number}", seeded, prompts))
     if len(objectives) > 1:
         jobs += [("objectives", name, other, prompts) for name, other in objectives.items()]
-    inputs = {"the model": target, "--prompts": prompts, "the objectives": objectives, "method": method}
+    inputs = {"the model": target, "--prompts": prompts, "method": method}
+    inputs |= {f"the objective {name}": each for name, each in objectives.items()}
     numbers = {"splits": splits, "seeds": seeds, "seed": seed, "batch_size": batch_size, "ratios": ratios}
     claim(checkpoint, {**inputs, **numbers})
     scored: list[tuple[str, str, Scores]] = []
