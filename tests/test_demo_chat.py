@@ -87,7 +87,9 @@ def test_no_harmful_response_is_printed_or_on_the_page(told):
     page = unescape((folder / "report.html").read_text(encoding="utf-8"))
     for part in ("before", "after"):
         rows = Evaluation.load(folder / NAME / "enhance" / part).rows
-        said = [r["response"] for r in rows if r["set"] == HARMFUL and not r["refused"] and len(r["response"]) > 12]
+        harmless = " ".join(r["response"] for r in rows if r["set"] != HARMFUL)  # some say the same, and are shown
+        said = [r["response"] for r in rows if r["set"] == HARMFUL and not r["refused"]]
+        said = [text for text in said if len(text) > 12 and text not in harmless]
         assert said
         assert not any(text in " ".join(printed.split()) or text in page for text in said)
 
