@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -160,11 +161,16 @@ class RetainingTrainer(SharingTrainer):
         return ResponseBatch.of([retention.row(place) for place in places], tokenizer.pad_token_id, self.args.device)
 
 
-def with_answers(target: Target, prompts: Sequence[PromptSet], *, own: bool, **how: Any) -> list[PromptSet]:
+def with_answers(
+    target: Target, prompts: Sequence[PromptSet], *, own: bool, checkpoint: Path | None, **how: Any
+) -> list[PromptSet]:
     """Each set with answers to retain: those given, or the model's own where there are none, or all of them."""
+    folders = [None if checkpoint is None else checkpoint / str(number) for number in range(len(prompts))]
     return [
-        own_answers(target, part, cut=True, **how) if own or not any(e.response for e in part) else part
-        for part in prompts
+        own_answers(target, part, cut=True, checkpoint=folder, **how)
+        if own or not any(example.response for example in part)
+        else part
+        for part, folder in zip(prompts, folders, strict=True)
     ]
 
 
