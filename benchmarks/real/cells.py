@@ -13,6 +13,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -39,15 +40,17 @@ def options(description: str | None) -> argparse.ArgumentParser:
     """What every command takes."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--share", default="0/1", help="which part of the cells: NUMBER/PROCESSES")
-    parser.add_argument("--only", default="", help="cells whose key has this in it")
+    parser.add_argument("--only", default="*", help="cells whose key is like this: 'esi-*'")
     return parser
 
 
-def work(table: str, cells: Mapping[str, Callable[[Path], dict[str, Any]]], share: str = "0/1", only: str = "") -> None:
+def work(
+    table: str, cells: Mapping[str, Callable[[Path], dict[str, Any]]], share: str = "0/1", only: str = "*"
+) -> None:
     """Measure the cells that are not there yet; each is called with a folder for its unfinished work."""
     number, processes = (int(part) for part in share.split("/"))
     for place, (key, measure) in enumerate(cells.items()):
-        if place % processes != number or only not in key or (RESULTS / table / f"{key}.json").is_file():
+        if place % processes != number or not fnmatch(key, only) or (RESULTS / table / f"{key}.json").is_file():
             continue
         began, unfinished = time.monotonic(), RUNS / "unfinished" / table / key
         sys.stderr.write(f"{table}: {key}\n")
