@@ -64,7 +64,7 @@ def test_the_story_is_told_stage_by_stage_and_ends_with_the_claims(made_up, tmp_
         assert said in words, said
     assert words.index("A finding") < words.index("The paper's claims") < words.index("report.html")
     config = tomllib.loads((tmp_path / "demo" / "run.toml").read_text())
-    assert config == {"command": "demo", "quick": True, "seed": 0}
+    assert config == {"command": "demo", "organisms": True, "quick": True, "seed": 0}
     results = json.loads((tmp_path / "demo" / "results.json").read_text())
     assert results["shortened"] == QUICK.shortened
     assert [Claim.from_json(each).verdict for each in results["claims"]["moe"]] == ["not seen", "holds", "holds"]
@@ -73,10 +73,25 @@ def test_the_story_is_told_stage_by_stage_and_ends_with_the_claims(made_up, tmp_
 
 def test_the_full_demo_is_cut_nowhere(made_up, tmp_path, run):
     assert FULL.shortened == ""
-    code, out, _ = run("demo", "-o", tmp_path / "demo")
+    code, out, _ = run("demo", "--organisms", "-o", tmp_path / "demo")
     assert code == 0
     assert "quick demo" not in out
     assert json.loads((tmp_path / "demo" / "results.json").read_text())["sizes"] == FULL.to_json()
+
+
+def test_without_the_chat_model_the_organisms_stand_in_for_it_and_it_is_said(made_up, tmp_path, run, monkeypatch):
+    monkeypatch.setenv("SAFELOCUS_CACHE", str(tmp_path / "empty"))
+    code, _, err = run("demo", "-o", tmp_path / "demo")
+    assert code == 0
+    assert "smollm2: not there yet" in err
+    assert "The organisms stand in for it" in err
+    assert len(made_up) == 4
+
+
+def test_another_model_that_is_not_there_is_an_error(tmp_path, run):
+    code, out, err = run("demo", "--model", tmp_path / "nowhere", "-o", tmp_path / "demo")
+    assert code == 2, out
+    assert "does not exist" in err
 
 
 def test_json_is_one_document_and_nothing_else(made_up, tmp_path, capsys):
