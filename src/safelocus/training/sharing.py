@@ -29,7 +29,7 @@ from safelocus import distributed
 from safelocus.training.responses import ResponseBatch
 from safelocus.training.rows import IGNORED
 
-_FEW_VALUES = 1 << 26  # logits that may be in memory at once, in place of TRL's tiles: 256 MB in fp32
+FEW_VALUES = 1 << 26  # logits that may be in memory at once, in place of TRL's tiles: 256 MB in fp32
 _LOGGER = logging.getLogger("transformers.training_args")
 _TRAINED = "trained.safetensors"
 _STATES = (PartialState, AcceleratorState, GradientState)
@@ -54,7 +54,7 @@ class SharingTrainer(SFTTrainer):
         if distributed.world_size() > 1:  # gradients are averaged, and so is what counts no items: routers' balance
             num_items_in_batch = num_items_in_batch / distributed.world_size()
         batch = ResponseBatch.padded(inputs["input_ids"], inputs["attention_mask"], inputs["labels"])
-        few = batch.num_values(model) <= _FEW_VALUES and self.args.device.type == "cpu"
+        few = batch.num_values(model) <= FEW_VALUES and self.args.device.type == "cpu"
         if not few or return_outputs or self.aux_loss_enabled:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         # TRL's head works through all positions on a CPU, twice, and takes gradients in fp32
