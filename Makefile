@@ -11,7 +11,7 @@ export TOKENIZERS_PARALLELISM = false
 demo: $(READY)  ## the whole story on two embedded organisms: locate, verify, enhance, preserve
 	$(BIN)/safelocus demo -o runs/demo --overwrite
 
-test: $(READY)  ## every test but those of test-long (about eight minutes on two cores)
+test: $(READY)  ## every test but those of test-long
 	$(BIN)/pytest -n auto --dist worksteal
 
 test-fast: $(READY)  ## the quick loop
