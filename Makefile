@@ -17,7 +17,7 @@ test: $(READY)  ## every test but those of test-long
 test-fast: $(READY)  ## the quick loop
 	$(BIN)/pytest -n auto --dist worksteal -m "not slow" -q
 
-test-long: $(READY)  ## the tests that take minutes each: an organism built anew
+test-long: $(READY)  ## the tests that take longest: an organism built anew, the README's commands in full
 	$(BIN)/pytest -n auto --dist worksteal -m long
 
 check: $(READY)  ## what CI runs
