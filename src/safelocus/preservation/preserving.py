@@ -165,8 +165,9 @@ def run_preservation(
     every = every or settings.steps
     inputs = {
         "the model": target, "--data": lesson.prompts, "the task": lesson.task, "the selection": selection,
-        "the controls": controls, "unprotected": unprotected, "the adapter": lora, "the calibration": calibration, "the rows mixed in": mixed,
-        "the examination": examination, **settings.to_json(), "every": every, "look": look, "merge": merge,
+        "the controls": controls, "unprotected": unprotected, "the adapter": lora, "the calibration": calibration,
+        "the rows mixed in": mixed, "the examination": examination, **settings.to_json(), "every": every, "look": look,
+        "merge": merge,
     }  # fmt: skip
     claim(checkpoint, inputs)
     prompts = lesson.prompts if mixed is None else _mix(target, lesson.prompts, mixed, settings, progress)
