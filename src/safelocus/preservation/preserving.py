@@ -164,8 +164,9 @@ def run_preservation(
     check_fingerprint(target.model, selection, allow_mismatch)  # each arm does so again, and notes what it finds
     every = every or settings.steps
     inputs = {
-        "the model": target, "--data": lesson.prompts, "the task": lesson.task, "the selection": selection, "the controls": controls,
-        "unprotected": unprotected, "the adapter": lora, "the calibration": calibration, "the rows mixed in": mixed,
+        "the model": target, "--data": lesson.prompts, "the task": lesson.task, "the selection": selection,
+        "the controls": controls, "unprotected": unprotected, "the adapter": lora, "the calibration": calibration,
+        "the rows mixed in": mixed,
         "the examination": examination, **settings.to_json(), "every": every, "look": look, "merge": merge,
     }  # fmt: skip
     claim(checkpoint, inputs)
