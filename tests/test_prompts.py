@@ -425,7 +425,7 @@ def test_without():
 def test_hash_depends_on_all_of_every_row():
     row = {"prompt": "Fly", "response": "No", "system": "Hm", "category": "air"}
     first = read_prompts([{"prompt": "Bake a cake"}, row])
-    again = read_prompts([{"goal": "Bake a cake", "target": None}, {"system": "Hm", **row}])
+    again = read_prompts([{"prompt": "Bake a cake", "response": None}, dict(reversed(row.items()))])
     assert first.hash == again.hash == dataclasses.replace(first, source="elsewhere").hash
     changed = [{**row, key: "other"} for key in row] + [{**row, "prompt": "fly"}]
     others = [read_prompts([{"prompt": "Bake a cake"}, other]) for other in changed]
