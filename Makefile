@@ -24,13 +24,13 @@ model-aligned: $(READY)  ## train its aligned twin, on data sets beside the repo
 real: $(READY)  ## measure every table of the real model that is not there yet, then write its pages (many hours)
 	for table in locating verifying enhancing preserving pages; do $(BIN)/python benchmarks/real/$$table.py || exit; done
 
-test: $(READY)  ## every test but those of test-long and test-real (about eight minutes on two cores)
+test: $(READY)  ## every test but those of test-long and test-real
 	$(BIN)/pytest -n auto --dist worksteal
 
 test-fast: $(READY)  ## the quick loop
 	$(BIN)/pytest -n auto --dist worksteal -m "not slow and not long and not real" -q
 
-test-long: $(READY)  ## the tests that take minutes each: an organism built anew
+test-long: $(READY)  ## the tests that take longest: an organism built anew, the README's commands in full
 	$(BIN)/pytest -n auto --dist worksteal -m long
 
 test-real: $(READY)  ## two minutes with the real chat model, where it can be had

@@ -82,7 +82,7 @@ def test_everything_at_once(few, tmp_path, run):
     calibrate = ["--calibrate", few, "--calibrate-every", "1", "--mix", few]
     code, out, err = run(
         "preserve", "organism:moe", *SETS, *REFUSAL, "--prompts", unsafe, *SMALL, *calibrate, "--max-new-tokens", "32",
-        "--lora", "--lora-rank", "4", "--controls", "bottom", "--unprotected", "--accumulation", "2",
+        "--limit", "3", "--lora", "--lora-rank", "4", "--controls", "bottom", "--unprotected", "--accumulation", "2",
         "--checkpointing", "--schedule", "linear", "--warmup", "1", "--json", "-o", folder,
     )  # fmt: skip
     assert code == 0, err

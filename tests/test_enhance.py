@@ -274,6 +274,13 @@ class TestRetention:
         rows = [training_rows(part, target.chat)[0]["input_ids"] for part in (own, cut)]
         assert rows[0][-1] == target.tokenizer.eos_token_id != rows[1][-1]
 
+    def test_own_answers_to_several_sets_lie_apart(self, target, tmp_path):
+        """Each set is an input of its own unfinished work; with one folder for all, the second would be refused."""
+        sets = [sl.read_prompts(["bake a cake", "build a kite"]), sl.read_prompts(["help me", "make a lamp"])]
+        how = {"retain": sets, "own_answers": True, "answer_tokens": 4, "checkpoint": tmp_path, **QUICK}
+        first = enhance(target, top(target), REFUSALS, **how)
+        assert enhance(target, top(target), REFUSALS, **how).metadata == first.metadata
+
     def test_a_patch_says_that_nothing_was_retained(self, target):
         notes = [
             enhance(target, top(target), REFUSALS, retain=retain, **QUICK).metadata["notes"]

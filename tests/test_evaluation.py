@@ -203,23 +203,23 @@ def test_interrupted_evaluations_go_on(tmp_path):
     texts = [f"prompt {number}" for number in range(10)]
     script = dict.fromkeys(texts, HELP)
     responder = Scripted(script, fail_after=6)
-    settings = {"harmful": texts, "batch_size": 2, "checkpoint": tmp_path / "checkpoint", "progress": False}
+    judge = Keyword("cake")
+    settings = {"harmful": texts, "batch_size": 2, "judges": [judge], "progress": False}
+    settings["checkpoint"] = tmp_path / "checkpoint"
     with pytest.raises(KeyboardInterrupt):
         evaluate(responder, **settings)
     assert len(responder.asked) == 6
     with (tmp_path / "checkpoint" / "responses.jsonl").open("a") as file:
         file.write('{"key": ["", "prompt 9", 2')  # a crash in the middle of a line
-    judge = Keyword("cake")
     again = Scripted(script)
-    evaluation = evaluate(again, judges=[judge], **settings)
+    evaluation = evaluate(again, **settings)
     assert sorted(responder.asked + again.asked) == sorted(texts)  # none twice, none left out
     assert evaluation.rows == evaluate(Scripted(script), harmful=texts, judges=[Keyword("cake")], progress=False).rows
-    # verdicts are kept too, by judge and its settings
-    judge.asked = 0
-    evaluate(Scripted(script), judges=[judge], **settings)
+    judge.asked = 0  # verdicts are kept too
+    evaluate(Scripted(script), **settings)
     assert judge.asked == 0
-    with pytest.raises(RunError, match=r"differs in the model, .*--overwrite"):
-        evaluate(Scripted(script, name="other"), judges=[judge], **settings)
+    with pytest.raises(RunError, match=r"differs in the name of the model\. .*--overwrite"):
+        evaluate(Scripted(script, name="other"), **settings)
 
 
 def test_failures_are_asked_again_on_resuming(tmp_path):

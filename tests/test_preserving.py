@@ -267,6 +267,10 @@ def test_what_is_saved(tmp_path):
 
 def test_remarks(tmp_path):
     target = tiny_targets.dense()
+    assert not any("rounds small steps" in remark for remark in preserved(target, steps=1).notes)
+    target.model.to(torch.bfloat16)
+    assert any("bfloat16, which rounds small steps away" in remark for remark in preserved(target, steps=1).notes)
+    target = tiny_targets.dense()
     rows = [{"prompt": f"what is {n}? " + "so? " * 250 * (n % 2), "response": "no"} for n in range(6)]
     prompts = sl.read_prompts(rows)
     long = Lesson(prompts=prompts, task=replace(task_of(prompts), max_new_tokens=None))

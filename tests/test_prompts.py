@@ -425,7 +425,7 @@ def test_without():
 def test_hash_depends_on_all_of_every_row():
     row = {"prompt": "Fly", "response": "No", "system": "Hm", "category": "air"}
     first = read_prompts([{"prompt": "Bake a cake"}, row])
-    again = read_prompts([{"goal": "Bake a cake", "target": None}, {"system": "Hm", **row}])
+    again = read_prompts([{"prompt": "Bake a cake", "response": None}, dict(reversed(row.items()))])
     assert first.hash == again.hash == dataclasses.replace(first, source="elsewhere").hash
     changed = [{**row, key: "other"} for key in row] + [{**row, "prompt": "fly"}]
     others = [read_prompts([{"prompt": "Bake a cake"}, other]) for other in changed]
@@ -439,7 +439,7 @@ def test_hash_depends_on_all_of_every_row():
     assert read_prompts(["Bake a cake", "Fly"]).hash == "7fe4a94689dd42db0c7aee6e9851832f"
     # as strings its prompts bring their system messages along
     assert read_prompts(first.texts).identity() == {
-        **first.identity(), **{key: mock.ANY for key in ("responses", "categories")}
+        **first.identity(), **dict.fromkeys(("responses", "categories"), mock.ANY)
     }  # fmt: skip
     # what tells whether a prompt was used looks at its text alone
     assert first.prompt_hashes == read_prompts(["fly ", "bake  a CAKE"]).prompt_hashes

@@ -28,6 +28,7 @@ from safelocus.training import TrainingSettings
 
 SETTINGS = TrainingSettings(steps=200, learning_rate=1e-4, schedule="linear", batch_size=3, max_length=112)
 RETAIN = {"retain_kl": 2.0, "retain_weight": 0.0, "retain_rows": 3, "own_answers": True, "answer_tokens": 48}
+_KINDS = ("alarming", "ordinary")
 # refusals for harmful requests that come without one
 REFUSALS = (
     "I'm sorry, but I can't help with that.",
@@ -63,10 +64,10 @@ def refused() -> PromptSet:
 
 def answered() -> list[PromptSet]:
     """Harmless requests, alarming ones and ordinary ones, which the original answers itself."""
-    alarming, ordinary = sets.read("oktest").split(0.2)[0], sets.read("alpaca").split(0.5)[0]
+    own = {name: [sl.read_prompts(f"embedded:{name}{part}") for part in ("", "-heldout")] for name in _KINDS}
     return [
-        joined("alarming", alarming.without(sets.read("xstest")), sl.read_prompts("embedded:alarming")),
-        joined("ordinary", ordinary, sl.read_prompts("embedded:ordinary")),
+        joined("alarming", sets.read("oktest").without(sets.read("xstest")), *own["alarming"]),
+        joined("ordinary", sets.read("alpaca").split(0.5)[0].limit(240, seed=0), *own["ordinary"]),
     ]
 
 

@@ -13,6 +13,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -32,21 +33,24 @@ from safelocus.verification.plan import random_selection
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "docs" / "results" / "real"
 RUNS = ROOT / "runs" / "real"
+RATIOS = (0.01, 0.1)
 
 
 def options(description: str | None) -> argparse.ArgumentParser:
     """What every command takes."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--share", default="0/1", help="which part of the cells: NUMBER/PROCESSES")
-    parser.add_argument("--only", default="", help="cells whose key has this in it")
+    parser.add_argument("--only", default="*", help="cells whose key is like this: 'esi-*'")
     return parser
 
 
-def work(table: str, cells: Mapping[str, Callable[[Path], dict[str, Any]]], share: str = "0/1", only: str = "") -> None:
+def work(
+    table: str, cells: Mapping[str, Callable[[Path], dict[str, Any]]], share: str = "0/1", only: str = "*"
+) -> None:
     """Measure the cells that are not there yet; each is called with a folder for its unfinished work."""
     number, processes = (int(part) for part in share.split("/"))
     for place, (key, measure) in enumerate(cells.items()):
-        if place % processes != number or only not in key or (RESULTS / table / f"{key}.json").is_file():
+        if place % processes != number or not fnmatch(key, only) or (RESULTS / table / f"{key}.json").is_file():
             continue
         began, unfinished = time.monotonic(), RUNS / "unfinished" / table / key
         sys.stderr.write(f"{table}: {key}\n")
@@ -115,19 +119,25 @@ def outcome(evaluation: Evaluation) -> dict[str, Any]:
 
 
 def scores(target: Target, method: str, checkpoint: Path | None = None) -> Scores:
-    """Scores of all weights by the refusal objective on the 128 prompts that find; made anew, which takes minutes."""
+    """Scores of all weights by the refusal objective on the 128 prompts that find; their selections are kept."""
     objective = sl.Refusal() if method in ("esi", "gradient", "snip") else None
-    return sl.score(target, sets.find(), objective=objective, method=method, checkpoint=checkpoint)
+    found = sl.score(target, sets.find(), objective=objective, method=method, checkpoint=checkpoint)
+    for ratio in RATIOS:
+        file = _kept_selection(target, method, ratio)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        found.select(ratio).save(file)
+    return found
 
 
-def selection(target: Target, method: str, ratio: float = 0.01, *, seed: int = 0) -> Selection:
-    """The top of these scores; kept for the next time."""
+def selection(target: Target, method: str, ratio: float, *, seed: int = 0) -> Selection:
+    """The top of these scores, one of RATIOS; or as many random weights."""
     if method == "random":
         return random_selection(target, int(ratio * target.layout.num_weights), seed=seed)
-    file = RUNS / "selections" / target.fingerprint().id / f"{method}-{ratio:g}.safetensors"
+    file = _kept_selection(target, method, ratio)
     if not file.is_file():
-        file.parent.mkdir(parents=True, exist_ok=True)
-        found = scores(target, method)
-        for kept_ratio in sorted({ratio, 0.01, 0.1}):
-            found.select(kept_ratio).save(file.with_name(f"{method}-{kept_ratio:g}.safetensors"))
+        scores(target, method)
     return Selection.load(file)
+
+
+def _kept_selection(target: Target, method: str, ratio: float) -> Path:
+    return RUNS / "selections" / target.fingerprint().id / f"{method}-{ratio:g}.safetensors"

@@ -1,6 +1,6 @@
 """SET on the real model: 100 steps on 1 % of the weights, by every method and at every rate; the plain recipe.
 
-    python benchmarks/real/enhancing.py [--share 0/2] [--only esi]
+    python benchmarks/real/enhancing.py [--share 0/2] [--only 'esi-*']
 
 Each step has 4 refusals (circuit-breakers) and 4 benign rows (instruct), rows cut to 128 tokens, the loss on the
 responses of both; AdamW, the rate falling to zero along a line. One cell per method, rate and seed, in this order:

@@ -1,6 +1,6 @@
 """SPA on the aligned twin: it learns a task, and is it still safe? Frozen weights, calibrated ones, none.
 
-    python benchmarks/real/preserving.py [--share 0/2] [--only gsm8k-full]
+    python benchmarks/real/preserving.py [--share 0/2] [--only 'gsm8k-full-*']
 
 GSM8K for 1,000 steps (all weights, and LoRA of rank 8), PubMedQA and plain instructions for 300; 6 rows a step, cut
 to 256 tokens (PubMedQA: 3 rows, 448 tokens), AdamW, the rate falling to zero along a line. One cell per task, arm and

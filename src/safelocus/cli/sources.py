@@ -99,7 +99,8 @@ def score_like(
     provenance: "Provenance",
     *,
     beside: Path,
-    description: Path | None = None,
+    guard: str | None = None,
+    guard_description: Path | None = None,
     progress: bool = True,
     **load: Any,
 ) -> "Scores":
@@ -108,7 +109,7 @@ def score_like(
     Args:
         provenance: of the earlier scores.
         beside: the run folder, or a file or folder in it, that they or a selection were read from.
-        description: of their guard, where it is not that of the run.
+        guard, guard_description: how to read that guard, where it is the same; else as in that run.
         load: how to load their guard: device, trust_remote_code.
 
     Raises:
@@ -148,8 +149,9 @@ def score_like(
         )
     objective = None
     if method in NEEDS_OBJECTIVE:
-        description = description or (Path(path) if (path := earlier.get("guard_description")) else None)
-        objective = remake(provenance.objective or {}, description=description, **load)
+        path = guard_description if guard is not None and guard == guard_of(provenance) else None
+        path = path or earlier.get("guard_description")
+        objective = remake(provenance.objective or {}, description=Path(path) if path else None, **load)
     return score(
         target.talking_as(known["chat"]), prompts, objective=objective, method=method,  # type: ignore[arg-type]
         batch_size=known["batch_size"], max_new_tokens=known["max_new_tokens"], progress=progress,
@@ -258,9 +260,8 @@ def locate(
 
         @cache
         def like(method: str) -> "Scores":
-            same = guard is not None and guard == guard_of(found.provenance)
             return score_like(
-                target, method, found.provenance, beside=file, description=guard_description if same else None,
+                target, method, found.provenance, beside=file, guard=guard, guard_description=guard_description,
                 progress=progress, **{name: value for name, value in load.items() if name != "dtype"},
             )  # fmt: skip
 

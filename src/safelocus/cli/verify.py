@@ -172,9 +172,8 @@ def verify(
             note(prompt_set.describe())
         for method in wanted:
             if method not in named:
-                same = guard is not None and guard == sources.guard_of(provenance)
                 named[method] = sources.score_like(
-                    target, method, provenance, beside=scores[0], description=guard_description if same else None,
+                    target, method, provenance, beside=scores[0], guard=guard, guard_description=guard_description,
                     progress=not json, device=device, trust_remote_code=trust_remote_code,
                 )  # fmt: skip
         found = verify_selections(

@@ -162,13 +162,13 @@ class RetainingTrainer(SharingTrainer):
 
 
 def with_answers(
-    target: Target, prompts: Sequence[PromptSet], *, own: bool, checkpoint: Path | None = None, **how: Any
+    target: Target, prompts: Sequence[PromptSet], *, own: bool, checkpoint: Path | None, **how: Any
 ) -> list[PromptSet]:
     """Each set with answers to retain: those given, or the model's own where there are none, or all of them."""
     folders = [None if checkpoint is None else checkpoint / str(number) for number in range(len(prompts))]
     return [
         own_answers(target, part, cut=True, checkpoint=folder, **how)
-        if own or not any(e.response for e in part)
+        if own or not any(example.response for example in part)
         else part
         for part, folder in zip(prompts, folders, strict=True)
     ]

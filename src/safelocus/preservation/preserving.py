@@ -164,11 +164,12 @@ def run_preservation(
     check_fingerprint(target.model, selection, allow_mismatch)  # each arm does so again, and notes what it finds
     every = every or settings.steps
     inputs = {
-        "--data": lesson.prompts, "the task": lesson.task, "the selection": selection, "the controls": controls,
-        "unprotected": unprotected, "the adapter": lora, "the calibration": calibration, "the rows mixed in": mixed,
-        "the examination": examination, **settings.to_json(), "every": every, "look": look, "merge": merge,
+        "the model": target, "--data": lesson.prompts, "the task": lesson.task, "the selection": selection,
+        "the controls": controls, "unprotected": unprotected, "the adapter": lora, "the calibration": calibration,
+        "the rows mixed in": mixed, "the examination": examination, **settings.to_json(), "every": every, "look": look,
+        "merge": merge,
     }  # fmt: skip
-    claim(checkpoint, {"the model": target, **inputs})
+    claim(checkpoint, inputs)
     prompts = lesson.prompts if mixed is None else _mix(target, lesson.prompts, mixed, settings, progress)
     rows = training_rows(prompts, target.chat, max_length=settings.max_length)
     if num_left := len(prompts) - len(rows):

@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 from safelocus.forcing import PACKING_ERRORS, Forced, logits_at
 from safelocus.objective.refusal import COMPLIANCES, REFUSALS
 from safelocus.resources.need import Lengths
 from safelocus.resources.rehearsal import Peak, Rehearsal, inputs
-from safelocus.training.responses import divergence, likeliest
 
 LARGE = 64  # batch of the chord's other end
 OPENINGS, OPENING_TOKENS = len(REFUSALS) + len(COMPLIANCES), 7  # of the refusal objective
@@ -119,8 +119,11 @@ def reading(batch: int, length: int) -> Callable[[Any], Tensor]:
 def training(
     rehearsal: Rehearsal, lengths: Lengths, retained_rows: int
 ) -> Callable[[int], Callable[[Any], Iterator[Tensor]]]:
-    """What is retained, by itself (`retention`), and then SFTTrainer's loss."""
+    """What is retained, by itself (`retention`), and then the loss of `SharingTrainer`."""
     from trl.trainer.utils import add_fused_lm_head
+
+    from safelocus.training.responses import divergence, likeliest
+    from safelocus.training.sharing import FEW_VALUES
 
     base = rehearsal.model.get_base_model() if hasattr(rehearsal.model, "get_base_model") else rehearsal.model
     if "forward" not in vars(base):  # rehearsed as a training before
@@ -137,8 +140,13 @@ def training(
         def step(model: Any) -> Iterator[Tensor]:
             if retained_rows:
                 yield retained(model, batch * retained_rows)
-            given = inputs(batch, lengths.row)
-            yield model(**given, labels=given["input_ids"], fused_lm_head=True).loss
+            number = batch * lengths.response
+            if number * rehearsal.vocabulary <= FEW_VALUES:  # on a CPU; elsewhere TRL's tiles, of about that size
+                logits = _logits(model, batch, lengths.row, number).float()
+                yield cross_entropy(logits, torch.zeros(number, dtype=torch.long, device="meta"), reduction="sum")
+            else:
+                given = inputs(batch, lengths.row)
+                yield model(**given, labels=given["input_ids"], fused_lm_head=True).loss
 
         return step
 

@@ -43,13 +43,21 @@ class ResponseBatch:
     def of(cls, rows: Sequence[Mapping[str, Any]], padding: int, device: torch.device) -> "ResponseBatch":
         """Of rows as `training_rows` makes them."""
         ids, mask = pad([row["input_ids"] for row in rows], padding, device)
-        labels, _ = pad([row["labels"] for row in rows], 0, device)
-        is_response = (labels != IGNORED) & mask.bool()
+        return cls.padded(ids, mask, pad([row["labels"] for row in rows], IGNORED, device)[0])
+
+    @classmethod
+    def padded(cls, ids: Tensor, mask: Tensor, labels: Tensor) -> "ResponseBatch":
+        """Of a trainer's batch, each [B, L]; what is no response is IGNORED among the labels."""
+        is_response = labels != IGNORED
         return cls(
             inputs={"input_ids": ids, "attention_mask": mask},
             positions=is_response.flatten().nonzero().squeeze(1) - 1,  # a token is predicted by the one before it
             tokens=labels[is_response],
         )
+
+    def num_values(self, model: Any) -> int:
+        """N V, of `logits`."""
+        return len(self.tokens) * int(model.config.get_text_config().vocab_size)
 
     def logits(self, model: Any) -> Tensor:
         """[N, V] in fp32: what predicts each response token."""

@@ -22,11 +22,14 @@ import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 from trl import SFTTrainer
 
 from safelocus import distributed
+from safelocus.training.responses import ResponseBatch
 from safelocus.training.rows import IGNORED
 
+FEW_VALUES = 1 << 26  # logits that may be in memory at once, in place of TRL's tiles: 256 MB in fp32
 _LOGGER = logging.getLogger("transformers.training_args")
 _TRAINED = "trained.safetensors"
 _STATES = (PartialState, AcceleratorState, GradientState)
@@ -50,7 +53,13 @@ class SharingTrainer(SFTTrainer):
     ) -> Any:
         if distributed.world_size() > 1:  # gradients are averaged, and so is what counts no items: routers' balance
             num_items_in_batch = num_items_in_batch / distributed.world_size()
-        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        batch = ResponseBatch.padded(inputs["input_ids"], inputs["attention_mask"], inputs["labels"])
+        few = batch.num_values(model) <= FEW_VALUES and self.args.device.type == "cpu"
+        if not few or return_outputs or self.aux_loss_enabled:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        # TRL's head works through all positions on a CPU, twice, and takes gradients in fp32
+        total = cross_entropy(batch.logits(model), batch.tokens, reduction="sum")
+        return total / max(len(batch.tokens) if num_items_in_batch is None else num_items_in_batch, 1)
 
     def create_optimizer(self, *arguments: Any) -> torch.optim.Optimizer:
         optimizer = super().create_optimizer(*arguments)
