@@ -264,8 +264,12 @@ def map_page() -> str | None:
                 title="", headings=("times what size gives", *(NAMES[m] for m in locating.METHODS)), rows=tuple(rows),
                 caption="fold [95 % interval over layers], p by permutation (Holm); p turned: with neighbours kept",
             ).markdown(),
-            f"The top 1 % hold {held}{gini}. "
-            + (f"Overlap of the selections (intersection over union): {', '.join(agreement)}." if agreement else ""),
+            " ".join(
+                [
+                    f"The top 1 % hold {held}{gini}.",
+                    *([f"Overlap of the selections (IoU): {', '.join(agreement)}."] if agreement else []),
+                ]
+            ),
             Grid(
                 title="", headings=("claim", "measured", "verdict"),
                 rows=tuple((c["claim"], c["measured"], c["verdict"]) for c in esi["claims"]), num_labels=3,
@@ -285,7 +289,7 @@ def _fold(pattern: Cell) -> str:
 
 
 def _iou(compared: Cell) -> str:
-    overlap = compared.get("overlap") or compared["selections"]["overlap"]
+    overlap = compared.get("top", compared)["overall"]
     return f"{overlap['iou']:.3f} (chance {overlap['expected_iou']:.3f})"
 
 
