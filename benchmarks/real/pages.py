@@ -35,6 +35,7 @@ NAMES = {
     "esi": "ESI", "random": "random", "gradient": "gradient", "snip": "SNIP", "magnitude": "magnitude",
     "lora": "LoRA of equal size", "full": "all weights", "before": "before",
 }  # fmt: skip
+README_RATE = 1e-4
 KEPT = 0.05  # points of accuracy, of over-refusal: below that ability counts as kept
 
 
@@ -362,7 +363,35 @@ def write(name: str, make: Callable[[], str | None]) -> None:
     print(f"wrote {file.relative_to(cells.ROOT)}")
 
 
+def readme() -> None:
+    """The table of README, between its marks: before, and after SET on ESI's and on random weights at one rate."""
+    found = dict(cells.kept(enhancing.TABLE))
+    shown = {"before": "before"} | {
+        f"{method}-{README_RATE:g}-0": f"1 % of the weights, {NAMES[method]}" for method in ("esi", "random")
+    }
+    if not shown.keys() <= found.keys():
+        return
+    sources = ("harmbench", "advbench", "xstest_safe", "alpaca")
+    table = Grid(
+        title="", headings=("refused, percent [95 % interval]", *(HEADINGS[SOURCES.index(each)] for each in sources)),
+        rows=tuple(
+            (label, *(interval(level(outcomes([found[key]], source))) for source in sources))
+            for key, label in shown.items()
+        ),
+        caption=f"SmolLM2-135M-Instruct, 100 steps at a rate of {README_RATE:g}; n "
+        + ", ".join(str(len(found["before"]["outcomes"][source])) for source in sources)
+        + ". The first two columns should rise, the other two should not: every rate, control and measure, and what "
+        "the plain recipe costs, is in [results](docs/results/real-enhance.md).",
+    )  # fmt: skip
+    file = cells.ROOT / "README.md"
+    head, _, rest = file.read_text(encoding="utf-8").partition("<!-- real -->\n")
+    _, _, tail = rest.partition("<!-- /real -->")
+    file.write_text(f"{head}<!-- real -->\n{table.markdown()}\n<!-- /real -->{tail}", encoding="utf-8")
+    print("wrote the table of README.md")
+
+
 def main() -> None:
+    readme()
     for name, make in (
         ("map", map_page), ("verify", verify_page), ("enhance", enhance_page), ("preserve", preserve_page),
     ):  # fmt: skip
