@@ -260,7 +260,7 @@ def test_ctrl_c_stops_at_a_batch_and_the_same_command_resumes(tmp_path, run):
     assert process.returncode == 130
     assert "interrupted" in err
     assert not (tmp_path / "run").exists()
-    (checkpoint,) = (tmp_path / ".run.partial" / "checkpoint").iterdir()
+    (checkpoint,) = (tmp_path / ".run.partial" / "checkpoint").glob("*.safetensors")
     assert load_file(checkpoint)
     done = answers.read_text().count("\n")
     with answers.open("a") as file:

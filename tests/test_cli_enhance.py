@@ -136,7 +136,7 @@ def test_nothing_but_refusals(scored, tmp_path, run):
     code, _, err = run(
         "enhance", "organism:dense-unaligned", "--selection", scored, "--allow-mismatch", "--data",
         "organism:refusals", "--retain", "none", "--harmless", "none", "--validation", "0", "--steps", "1",
-        "--limit", "4", "--max-new-tokens", "8", "-o", tmp_path / "e",
+        "--limit", "4", "--max-new-tokens", "8", "--dtype", "bfloat16", "-o", tmp_path / "e",
     )  # fmt: skip
     assert code == 0, err
     assert "mind: nothing is retained" in err
