@@ -102,6 +102,7 @@ def main() -> None:
             **cells.outcome(cells.measured(target, unfinished / "after")),
         }  # fmt: skip
         save(target, folder, found)
+    cells.RESULTS.mkdir(parents=True, exist_ok=True)
     write_json(cells.RESULTS / "aligned.json", found)
     shutil.rmtree(unfinished, ignore_errors=True)
     for name, measures in found["measures"].items():
