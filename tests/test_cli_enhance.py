@@ -42,7 +42,7 @@ def test_a_selection_becomes_a_patch(scored, tmp_path, run):
     assert code == 0, err
     assert {path.name for path in folder.iterdir()} == {
         "run.toml", "results.json", "README.md", "safety.patch.safetensors", "selection.safetensors",
-        "before", "after", "curve.png", "report.html",
+        "before", "after", "curve.svg", "report.html",
     }  # fmt: skip
     assert "report.html" in err
     shown = check_run_page(folder).rows("Before and after")
@@ -91,7 +91,7 @@ def test_everything_at_once(tmp_path, run):
     assert len(results["sweep"]) == 6
     assert results["before"]["judges"][0]["name"] == "organism:guard"
     assert results["provenance"]["retained"][0]["source"] == str(retained)
-    assert (folder / "sweep.png").is_file()
+    assert (folder / "sweep.svg").is_file()
     remarks = " ".join(results["notes"])
     assert "prompts of organism:refusals that are not trained on" in remarks
     assert "utility is not measured" in remarks

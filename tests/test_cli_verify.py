@@ -35,7 +35,7 @@ def test_verify_takes_what_is_not_given_from_the_scores(scored, tmp_path, run):
     scores = sl.Scores.load(scored / "scores")
     assert len(scores.provenance.extra["prompt_hashes"]) == 8
     names = {path.name for path in (tmp_path / "v").iterdir()}
-    assert names == {"run.toml", "results.json", "cells.jsonl", "curves.png", "report.html"}
+    assert names == {"run.toml", "results.json", "cells.jsonl", "curves.svg", "report.html"}
     assert "report.html" in err
     page = check_run_page(tmp_path / "v")
     assert results["verdicts"]["noise"]["text"] in page.words
@@ -62,7 +62,7 @@ def test_verify_several_scorers_with_utility(scored, tmp_path, run):
     assert measures <= set(printed["baseline"])
     assert all(measures <= set(cell) for cell in printed["cells"])
     names = {path.name for path in (tmp_path / "v").iterdir()}
-    assert {"curves.png", "curves-snip.png", "ranking-noise.png"} <= names
+    assert {"curves.svg", "curves-snip.svg", "ranking-noise.svg"} <= names
     # the scores made here are of the prompts that the first ones were made with
     used = sl.Scores.load(scored / "scores").provenance.extra["prompt_hashes"]
     made = printed["provenance"]["scorers"]["snip"]

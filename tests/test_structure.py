@@ -39,6 +39,7 @@ ORDER = [
     {"enhancement"},
     {"preservation"},
     {"resources"},
+    {"analysis"},
     {"report"},
     {"demo"},
     {"cli"},

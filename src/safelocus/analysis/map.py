@@ -16,9 +16,9 @@ from typing import Any, Self
 
 import torch
 
+from safelocus.analysis.concentration import Concentration, concentration
 from safelocus.errors import SelectionError
 from safelocus.layout import COMPONENTS, Matrix
-from safelocus.report.concentration import Concentration, concentration
 from safelocus.scores import MatrixStatistics, Scores
 from safelocus.selection import Selection
 
