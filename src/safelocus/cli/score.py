@@ -73,7 +73,7 @@ def score(
 ) -> None:
     """Score every eligible weight of a model, select the top share, and draw the map.
 
-    Writes scores/, selection.safetensors, results.json, responses.jsonl, report.html and map.png.
+    Writes scores/, selection.safetensors, results.json, responses.jsonl, report.html and map.svg.
     Interrupted with Ctrl-C, the same command resumes. Several processes (torchrun) share the prompts.
     """
     from safelocus import distributed

@@ -12,7 +12,7 @@ from typing import Any
 from safelocus.analysis.density import Densities
 from safelocus.report.grid import Grid
 
-Cell = str | float | int | None
+Value = str | float | int | None
 Format = str  # "text", "percent", "times", "count" or "number": how a column is spelled for people
 
 
@@ -30,7 +30,7 @@ class Chart:
 
     title: str
     columns: Mapping[str, Format]
-    rows: Sequence[Sequence[Cell]]
+    rows: Sequence[Sequence[Value]]
     note: str = ""
     wide: bool = False
 

@@ -7,7 +7,7 @@ from safelocus.analysis import words
 from safelocus.analysis.map import SafetyMap, relative_depths
 from safelocus.analysis.patterns import Pattern
 from safelocus.report import colours
-from safelocus.report.blocks import Cell, Lines, Part
+from safelocus.report.blocks import Lines, Part, Value
 from safelocus.report.grid import Grid, Tint
 from safelocus.report.maps import patterns_grid
 from safelocus.report.measures import measures_grid, proportions_in
@@ -51,7 +51,7 @@ def _behaviours(runs: Sequence[ReportRun]) -> dict[str, Mapping[str, Any]]:
 
 def _depth_part(maps: Mapping[str, SafetyMap], tested: Mapping[str, Sequence[Pattern]]) -> Part:
     deepest = [max(1, len([k for k in located.layer_keys if k[1] is not None])) for located in maps.values()]
-    rows: list[list[Cell]] = []
+    rows: list[list[Value]] = []
     for name, located in maps.items():
         depths = relative_depths(located.layer_keys)
         several = len({stack for stack, _ in depths}) > 1

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from safelocus.analysis.words import TIMES, percent
 from safelocus.report import colours
-from safelocus.report.blocks import Cell, Chart, Heat, Lines
+from safelocus.report.blocks import Chart, Heat, Lines, Value
 from safelocus.run import write_text
 
 WIDE, NARROW = 720, 440  # pixels of a chart
@@ -30,7 +30,7 @@ _MARKS = (
 )  # fmt: skip
 
 Drawn = tuple[str, float, float]  # SVG elements, width, height
-Place = Callable[[float], float]
+Scale = Callable[[float], float]
 
 
 def svg(chart: Chart) -> str:
@@ -150,7 +150,7 @@ def _lines(chart: Lines) -> Drawn:
     format = chart.columns[chart.value]
     known = [_number(row[i]) for row in chart.rows for i in (value, *ends) if row[i] is not None]
     lowest, highest, ticks = _span(chart.span, known, chart.reference, format)
-    at_y: Place = lambda v: bottom - (v - lowest) / (highest - lowest) * height  # noqa: E731
+    at_y: Scale = lambda v: bottom - (v - lowest) / (highest - lowest) * height  # noqa: E731
     places, at_x, marks = _along(chart, [row[x] for row in chart.rows], left + 8, right - 8)
     for tick in ticks:
         body.append(f'<path class="rule" d="M{left} {at_y(tick):.1f}H{right}"/>')
@@ -191,7 +191,7 @@ def _lines(chart: Lines) -> Drawn:
     return "".join(body), width, bottom + (42 if chart.x_title else 24)
 
 
-Rows = list[tuple[int, Sequence[Cell]]]
+Rows = list[tuple[int, Sequence[Value]]]
 
 
 def _series(chart: Lines, name: str) -> list[tuple[str, Rows]]:
@@ -239,13 +239,13 @@ def _legend(
 
 
 def _along(
-    chart: Lines, values: Sequence[Cell], left: float, right: float
-) -> tuple[Callable[[Cell], float], Place, list[tuple[float, str]]]:
+    chart: Lines, values: Sequence[Value], left: float, right: float
+) -> tuple[Callable[[Value], float], Scale, list[tuple[float, str]]]:
     """Value -> number, number -> pixel, and (pixel, label) of the ticks."""
     if chart.kind == "category":
         names = list(dict.fromkeys(values))
         step = (right - left) / max(1, len(names))
-        at: Place = lambda place: left + step * (place + 0.5)  # noqa: E731
+        at: Scale = lambda place: left + step * (place + 0.5)  # noqa: E731
         return names.index, at, [(at(place), str(name)) for place, name in enumerate(names)]
     numbers = [_number(value) for value in values]
     first, last = chart.x_span or (min(numbers), max(numbers))
@@ -306,7 +306,8 @@ def _svg(body: str, width: float, height: float, more: str, *, least: float = 0)
     """`least`: pixels below which a narrow page scrolls rather than shrink it."""
     extent = f"{math.ceil(width)} {math.ceil(height)}"
     size = f'width="{math.ceil(width)}" height="{math.ceil(height)}"'
-    return f'<svg {more}viewBox="0 0 {extent}" {size} style="{_FONT};font-size:{SIZE}px;min-width:{least:.0f}px">{body}</svg>'
+    style = f"{_FONT};font-size:{SIZE}px;min-width:{least:.0f}px"
+    return f'<svg {more}viewBox="0 0 {extent}" {size} style="{style}">{body}</svg>'
 
 
 def _text(
@@ -327,6 +328,6 @@ def _path(points: Iterable[tuple[float, float]]) -> str:
     return "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in points)
 
 
-def _number(value: Cell) -> float:
+def _number(value: Value) -> float:
     assert isinstance(value, int | float), value
     return float(value)

@@ -11,7 +11,7 @@ from safelocus.analysis.map import LayerKey, Region, SafetyMap
 from safelocus.analysis.patterns import Pattern
 from safelocus.analysis.words import UNKNOWN, count, percent, share_percent, times
 from safelocus.report import colours
-from safelocus.report.blocks import Cell, Heat, Lines, Matrices, Part, Section
+from safelocus.report.blocks import Heat, Lines, Matrices, Part, Section, Value
 from safelocus.report.grid import Grid, Tint
 from safelocus.report.runs import ReportRun
 from safelocus.selection import Selection
@@ -240,7 +240,7 @@ def concentration_chart(located: SafetyMap) -> Lines | None:
     if curve is None:
         return None
     observed, even = words.method_label(located.score_method), "all weights alike"
-    rows: list[list[Cell]] = [[observed, p.fraction, p.mass, p.num_weights] for p in curve.points]
+    rows: list[list[Value]] = [[observed, p.fraction, p.mass, p.num_weights] for p in curve.points]
     rows += [[even, p.fraction, p.fraction, p.num_weights] for p in curve.points]
     mark = None
     if located.selected_mass is not None:
@@ -364,8 +364,8 @@ def _region_columns(located: SafetyMap) -> dict[str, str]:
     return columns | mass
 
 
-def _numbers(located: SafetyMap, region: Region) -> list[Cell]:
-    mass: list[Cell] = [region.score_mass] if _has_mass(located) else []
+def _numbers(located: SafetyMap, region: Region) -> list[Value]:
+    mass: list[Value] = [region.score_mass] if _has_mass(located) else []
     return [region.enrichment, region.share, region.expected, region.num_selected, region.num_weights, *mass]
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from safelocus.analysis.words import capital, measure_label
-from safelocus.report.blocks import Cell, Lines
+from safelocus.report.blocks import Lines, Value
 from safelocus.report.grid import Grid, Span
 
 COLUMNS = {"value": "percent", "low": "percent", "high": "percent", "n": "count"}
@@ -60,7 +60,7 @@ def curves(points: Sequence[tuple[str, float, Any]], *, x: str, x_title: str, ki
     """One chart per measure; `points`: (curve, x, values that hold measures)."""
     charts = []
     for name in _names(values for _, _, values in points):
-        rows: list[list[Cell]] = [
+        rows: list[list[Value]] = [
             [series, at, *(found[name][key] for key in COLUMNS)]
             for series, at, values in points
             if name in (found := proportions_in(values))

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from safelocus.analysis.words import UNKNOWN, capital, count, in_words, kind_label
-from safelocus.report.blocks import Cell, Lines, Part, Section
+from safelocus.report.blocks import Lines, Part, Section, Value
 from safelocus.report.grid import Grid
 from safelocus.report.maps import selection_parts
 from safelocus.report.measures import curves, measures_grid, measures_in, proportions_in
@@ -157,7 +157,7 @@ def _points(series: str, curve: Any) -> Iterator[tuple[str, float, Any]]:
 
 def _losses(results: Results) -> list[Lines]:
     losses = results.get("losses")
-    rows: list[list[Cell]] = []
+    rows: list[list[Value]] = []
     for number, entry in enumerate(losses if isinstance(losses, Sequence) and not isinstance(losses, str) else []):
         loss = entry.get("loss") if isinstance(entry, Mapping) else entry
         step = entry.get("step", number + 1) if isinstance(entry, Mapping) else number + 1
