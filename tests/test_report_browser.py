@@ -80,8 +80,12 @@ def cell(browser: Chromium, column: int, row: int) -> tuple[float, float]:
         f"""(() => {{
             const cell = document.querySelector('.drawn[data-opens] [data-at="{column},{row}"]');
             cell.scrollIntoView({{block: "center", behavior: "instant"}});
-            const box = cell.getBoundingClientRect();
-            return [box.left + box.width / 2, box.top + box.height / 3];
+            const at = () => {{
+                const box = cell.getBoundingClientRect();
+                return [box.left + box.width / 2, box.top + box.height / 3];
+            }};
+            // scrolling is told of with the next frame
+            return new Promise(done => requestAnimationFrame(() => requestAnimationFrame(() => done(at()))));
         }})()"""
     )
 

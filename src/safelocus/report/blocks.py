@@ -139,7 +139,7 @@ class Part:
         notes: sentences under the heading.
         blocks: charts and tables, in order; tables that `folded` is true for show their title until opened.
         side_by_side: charts may stand beside one another where there is room.
-        limit: doublings at the ends of the scale of its heatmaps; None for none.
+        limit: doublings at the ends of the scale of what its script draws; None for none.
         unrouted: a sentence about the grey cells.
         file: stem of the picture of its charts in the run's folder; "" for none.
     """

@@ -7,7 +7,7 @@ the page's script finds what to show. A picture brings the light colours with it
 
 import math
 import textwrap
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from html import escape
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from safelocus.run import write_text
 WIDE, NARROW = 720, 440  # pixels of a chart
 SIZE = 12  # pixels of its letters
 LETTER = 6.4  # pixels that one takes, about
+_SCALE_WIDTH = 220
 _MOST_MARKS = 400  # of a line
 _FONT = "font-family:system-ui,'Segoe UI',Roboto,'Helvetica Neue',Arial,sans-serif"
 _DASHES = ("", "7 4", "2 3", "7 3 2 3", "10 4", "10 3 2 3")
@@ -125,7 +126,18 @@ def _heat(chart: Heat) -> Drawn:
     ]
     right = across[-1][1] + across[-1][2]
     body.append(_text((left + right) / 2, bottom + 34, chart.x, "middle", "muted"))
-    return "".join(body), right + 2, bottom + 42
+    body += _scale(left, bottom + 50, chart.limit)
+    return "".join(body), max(right + 2, left + _SCALE_WIDTH), bottom + 74
+
+
+def _scale(left: float, top: float, limit: int) -> Iterator[str]:
+    """What the colours mean: as many doublings to either side."""
+    step = (_SCALE_WIDTH - 60) / (colours.LEVELS + 1)
+    for level in range(colours.LEVELS + 1):
+        at = left + 20 + step * level
+        yield f'<rect class="h{level}" x="{at:.1f}" y="{top}" width="{step + 0.3:.1f}" height="8"/>'
+    for place, label in ((0, f"1/{2**limit}{TIMES}"), (0.5, f"1{TIMES}"), (1, f"{2**limit}{TIMES}")):
+        yield _text(left + 20 + (_SCALE_WIDTH - 60) * place, top + 21, label, "middle", "muted")
 
 
 def _short(value: float) -> str:

@@ -291,7 +291,7 @@ def _places(located: SafetyMap, selection: Selection | None) -> list[Part]:
     """Layers and components, experts, and inside each matrix."""
     chart = layers_chart(located)
     parts = [Part(
-        title="Layers and components", limit=chart.limit, file="map",
+        title="Layers and components", file="map",
         notes=[
             f"Enrichment: share of the selection divided by share of the eligible weights. 1{words.TIMES} is what size "
             "alone gives. Choose a cell (click, or arrow keys and Enter) to look inside its matrix."
@@ -302,7 +302,7 @@ def _places(located: SafetyMap, selection: Selection | None) -> list[Part]:
         charts = experts_charts(located)
         note = "a score of zero for want of data says nothing about importance."
         parts.append(Part(
-            title="Routed experts", limit=charts[0].limit, file="experts", blocks=[*charts, top_experts_grid(located)],
+            title="Routed experts", file="experts", blocks=[*charts, top_experts_grid(located)],
             unrouted=f"{words.unrouted_note(located)}: {note}" if located.unrouted else "",
             side_by_side=len(charts[0].xs) <= 12,
         ))  # fmt: skip
