@@ -128,8 +128,10 @@ def test_stability(tmp_path, run):
     )  # fmt: skip
     assert code == 0, err
     summary = json.loads((tmp_path / "s" / "results.json").read_text())["summary"]
-    shown = [row["IoU"] for row in check_run_page(tmp_path / "s").rows("Agreement of selections")]
-    assert shown == pytest.approx([row["iou"] for row in summary], rel=1e-5)
+    shown = [
+        row["IoU (lowest to highest)"] for row in check_run_page(tmp_path / "s").table("Stability of the top weights")
+    ]
+    assert [each.split()[0] for each in shown] == [f"{row['iou']:.3f}" for row in summary]
     assert [row["kind"] for row in summary] == ["prompts", "seeds", "objectives"]
     assert all(row["chance"] < row["iou"] <= 1 for row in summary)
     assert f"{summary[0]['iou']:.3f}" in out

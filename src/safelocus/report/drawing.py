@@ -16,7 +16,7 @@ from safelocus.report import colours
 from safelocus.report.blocks import Chart, Heat, Lines, Value
 from safelocus.run import write_text
 
-WIDE, NARROW = 720, 440  # pixels of a chart
+HEAT, WIDE, NARROW = 720, 520, 440  # pixels of a heatmap at most, and of other charts
 SIZE = 12  # pixels of its letters
 LETTER = 6.4  # pixels that one takes, about
 _SCALE_WIDTH = 220
@@ -38,7 +38,7 @@ def svg(chart: Chart) -> str:
     """A chart as an element of a page."""
     body, width, height = draw(chart)
     more = f'role="img" aria-label="{escape(chart.title)}. The numbers follow." '
-    return _svg(body, width, height, more, least=0.75 * width)
+    return _svg(body, width, height, more, least=0.65 * width)
 
 
 def picture(title: str, charts: Sequence[Chart]) -> str:
@@ -88,7 +88,7 @@ def _heat(chart: Heat) -> Drawn:
     rows = {(str(row[x]), str(row[y])): (number, row) for number, row in enumerate(chart.rows)}
     span = max(1.0, len(chart.xs) / 24)  # the totals stay legible beside many layers
     left = 14 + LETTER * max(map(len, chart.ys))
-    room = max(5.0, min(58.0, (WIDE - left) / (len(chart.xs) + span + 0.35)))
+    room = max(5.0, min(58.0, (HEAT - left) / (len(chart.xs) + span + 0.35)))
     across = [(label, left + room * place, room) for place, label in enumerate(chart.xs)]
     down = [(label, float(chart.height * place)) for place, label in enumerate(chart.ys)]
     if ("all", chart.ys[0]) in rows:
