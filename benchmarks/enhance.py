@@ -13,13 +13,11 @@ import torch
 from matplotlib.figure import Figure
 
 import safelocus as sl
+from safelocus.analysis.words import interval, kind_label
 from safelocus.enhancement.enhancing import run_enhancement
 from safelocus.evaluation.judges import GuardJudge
-from safelocus.report.colours import SERIES_LIGHT
-from safelocus.report.enhancement import kind_label
-from safelocus.report.figures import save_png
+from safelocus.report.colours import LIGHT
 from safelocus.report.grid import Grid
-from safelocus.report.verification import interval
 from safelocus.training.examination import Examination
 from safelocus.verification.plan import random_selection
 from safelocus.verification.pooling import difference, level
@@ -147,7 +145,7 @@ def sweep_figure(name, results):
     figure = Figure(figsize=(6.4, 4.6), dpi=150, layout="constrained")
     figure.set_facecolor("white")
     axes = figure.subplots(2, 1, sharex=True)
-    for colour, kind in zip(SERIES_LIGHT, ("selection", *CONTROLS), strict=False):
+    for colour, kind in zip(LIGHT.series, ("selection", *CONTROLS), strict=False):
         entries = [entry for entry in results[0]["sweep"] if entry["kind"] == kind]
         rates = [entry["learning_rate"] for entry in entries]
         for axis, m in zip(axes, ("asr", "utility"), strict=True):
@@ -184,7 +182,7 @@ def page(options):
     parts = []
     for name in ORGANISMS:
         if results := results_of(name, options):
-            save_png(sweep_figure(name, results), options.output.parent / f"enhance-{name}.png")
+            sweep_figure(name, results).savefig(options.output.parent / f"enhance-{name}.png")
             parts += [
                 f"## organism:{name}-unaligned", outcome_table(results).markdown(),
                 measured_by(result["command"] for result in results), change(results), "### Learning rates",

@@ -14,12 +14,11 @@ import torch
 from matplotlib.figure import Figure
 
 import safelocus as sl
+from safelocus.analysis.words import interval
 from safelocus.evaluation.judges import GuardJudge
 from safelocus.preservation.preserving import Mixed, run_preservation
-from safelocus.report.colours import SERIES_LIGHT
-from safelocus.report.figures import save_png
+from safelocus.report.colours import LIGHT
 from safelocus.report.grid import Grid
-from safelocus.report.verification import interval
 from safelocus.training.examination import Examination
 from safelocus.training.lesson import read_lesson
 from safelocus.verification.plan import random_selection
@@ -173,7 +172,7 @@ def curves(name, options):
     figure.set_facecolor("white")
     axes = figure.subplots(2, 1, sharex=True)
     shown = ("unprotected", "freeze-10", "calibrate-10", "calibrate-10-random", "mixed-freeze-1")
-    colours = dict(zip(shown, SERIES_LIGHT, strict=False))
+    colours = dict(zip(shown, LIGHT.series, strict=False))
     for file in sorted(options.runs.glob(f"{name}-task-*-0.json")):
         for key, points in json.loads(file.read_text(encoding="utf-8"))["curves"].items():
             if key not in colours:
@@ -213,7 +212,7 @@ def page(options):
     parts = []
     for name in ORGANISMS:
         if any(options.runs.glob(f"{name}-task-*.json")):
-            save_png(curves(name, options), options.output.parent / f"preserve-{name}.png")
+            curves(name, options).savefig(options.output.parent / f"preserve-{name}.png")
         for task, title in (
             ("task", "a task that does not teach compliance"),
             ("requests", "always answering requests"),

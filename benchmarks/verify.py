@@ -16,11 +16,11 @@ import safelocus as sl
 from safelocus.evaluation.judges import GuardJudge
 from safelocus.forcing import teacher_force
 from safelocus.gradients import named_weights
-from safelocus.report.figures import save_png
+from safelocus.report.drawing import write_picture
+from safelocus.report.grid import Grid
 from safelocus.report.verification import (
-    Grid,
-    curves_figure,
-    ranking_figure,
+    curves_charts,
+    ranking_chart,
     ranking_grid,
     settings_grid,
     stability_grid,
@@ -125,17 +125,19 @@ def section(name, options, figures):
     kinds = ("noise", "swap", "compared", "compared-swap")
     noise, swap, compared, compared_swap = (sl.Verification.load(options.runs / f"{name}-{kind}") for kind in kinds)
     stable = sl.Stability.load(options.runs / f"{name}-stability")
-    save_png(curves_figure(noise), figures / f"verify-{name}-noise.png")
-    save_png(ranking_figure(compared, "noise"), figures / f"verify-{name}-scorers.png")
+    title = f"organism:{name}: top weights against as many others"
+    write_picture(figures / f"verify-{name}-noise.svg", title, curves_charts(noise, noise.scorers[0]))
+    title = f"organism:{name}: what noise breaks first"
+    write_picture(figures / f"verify-{name}-scorers.svg", title, [ranking_chart(compared, "noise")])
     parts = [
         f"## organism:{name}",
         (options.runs / f"{name}.txt").read_text(encoding="utf-8"),
         "### Noise", *(verdict.text for verdict in noise.verdicts.values()), table(settings_grid(noise)),
-        f"![refusal, ASR, utility and over-refusal against noise](verify-{name}-noise.png)",
+        f"![refusal, ASR, utility and over-refusal against noise](verify-{name}-noise.svg)",
         "### Transplant from the unaligned twin, and zero", *(v.text for v in swap.verdicts.values()),
         table(settings_grid(swap)),
         "### Scorers", table(ranking_grid(compared, "noise")), table(ranking_grid(compared_swap, "transplant")),
-        f"![refusal lost against utility lost](verify-{name}-scorers.png)",
+        f"![refusal lost against utility lost](verify-{name}-scorers.svg)",
         "### Stability", table(stability_grid(stable)), *stable.notes,
     ]  # fmt: skip
     return "\n\n".join(parts)

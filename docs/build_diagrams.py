@@ -16,10 +16,10 @@ from pathlib import Path
 import torch
 
 import safelocus as sl
-from safelocus.report.colours import SERIES_LIGHT
+from safelocus.report.colours import LIGHT
 
 DOCS = Path(__file__).parent
-ORANGE, BLUE, GREY, GREEN, PURPLE = SERIES_LIGHT[:5]
+ORANGE, BLUE, GREY, GREEN, PURPLE = LIGHT.series[:5]
 INK, MUTED, LINE, PANEL = "#222222", "#5c6068", "#c9c7c2", "#f3f2ee"
 PALE = {ORANGE: "#f8e1d2", BLUE: "#dbe8f4", GREEN: "#d6ece1", GREY: "#e9e9e9", PURPLE: "#e8def1"}
 SANS = "system-ui, 'Segoe UI', Helvetica, Arial, 'DejaVu Sans', sans-serif"

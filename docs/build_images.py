@@ -14,15 +14,15 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 import safelocus as sl
+from safelocus.analysis.words import count, percent
 from safelocus.evaluation.measures import proportion
-from safelocus.report.colours import ROLES, SERIES_LIGHT
-from safelocus.report.figures import INK, MUTED, finish, new_figure, save_png
-from safelocus.report.text import count, percent
+from safelocus.report.colours import LIGHT, ROLES
 
 DOCS = Path(__file__).parent
 RATIO = 0.01
 SHOWN = 3000  # weights in the scatter
-COLOURS = {role: SERIES_LIGHT[number] for role, number in ROLES.items()}
+COLOURS = {role: LIGHT.series[number] for role, number in ROLES.items()}
+INK, MUTED = LIGHT.ink, LIGHT.muted
 TEXT = 9  # points: 15 pixels where a page shows the picture 880 wide
 
 
@@ -47,7 +47,7 @@ def esi(gradients: np.ndarray, sigmas: np.ndarray, k: int) -> Figure:
     shown = generator.choice(np.flatnonzero(gradients > 0), SHOWN, replace=False)
     shown = np.union1d(shown, generator.choice(np.flatnonzero(top), SHOWN // 6, replace=False))
     jitter = np.exp(generator.normal(0, 0.004, len(shown)))  # all weights of a matrix have the same sigma
-    figure = new_figure(6.4, 4.2)
+    figure = Figure(figsize=(6.4, 4.2), dpi=200, layout="constrained")
     axes = figure.add_subplot()
     for chosen, colour, label in (
         (False, MUTED, "other weights"),
@@ -82,7 +82,7 @@ def selection(scores: np.ndarray, k: int) -> Figure:
     edges = np.linspace(np.log10(np.quantile(positive, 1e-4)), np.log10(positive.max()) + 0.05, 110)
     drawn = np.random.default_rng(0).choice(scores, k, replace=False)
     found = {"eligible": scores, "top": order[-k:], "random": drawn, "bottom": order[:k]}
-    figure = new_figure(6.4, 4.6)
+    figure = Figure(figsize=(6.4, 4.6), dpi=200, layout="constrained")
     rows = figure.subplots(4, 1, sharex=True, height_ratios=(2.4, 1, 1, 1))
     for axes, (name, values) in zip(rows, found.items(), strict=True):
         logs = np.log10(np.maximum(values, 10 ** edges[0]))  # zeros stand at the left end
@@ -112,7 +112,7 @@ def noise() -> Figure:
     for strength, which, *numbers in row.findall(page.partition("| 3 %")[0]):
         strengths = strength or strengths
         points.setdefault(which, []).append((float(strengths), *map(int, numbers)))
-    figure = new_figure(6.8, 3.3)
+    figure = Figure(figsize=(6.8, 3.3), dpi=200, layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
     for number, (axes, name) in enumerate(
         zip(panels, ("refusal of harmful prompts", "utility: right answers"), strict=True)
@@ -134,9 +134,9 @@ def noise() -> Figure:
 def intervals() -> Figure:
     """How wide a 95 % interval is around 0, 10 and 50 % of n prompts."""
     numbers = np.unique(np.geomspace(10, 1000, 60).round(-1).astype(int))
-    figure = new_figure(6.4, 3.4)
+    figure = Figure(figsize=(6.4, 3.4), dpi=200, layout="constrained")
     axes = figure.add_subplot()
-    for share, colour in ((0.5, SERIES_LIGHT[1]), (0.1, SERIES_LIGHT[3]), (0.0, SERIES_LIGHT[0])):
+    for share, colour in ((0.5, LIGHT.series[1]), (0.1, LIGHT.series[3]), (0.0, LIGHT.series[0])):
         found = [proportion(round(share * n), int(n)) for n in numbers]
         axes.fill_between(
             numbers, [100 * m.low for m in found], [100 * m.high for m in found], color=colour, alpha=0.25, linewidth=0
@@ -158,11 +158,13 @@ def intervals() -> Figure:
 
 
 def _finish(axes: Axes, x: str, y: str, *, legend: bool = True) -> None:
-    """The style of all figures, in larger letters."""
-    finish(axes, x, y, grid=True)
-    axes.tick_params(labelsize=TEXT - 0.5)
-    for label in (axes.xaxis.label, axes.yaxis.label):
-        label.set_fontsize(TEXT)
+    """Labels, ticks and a grid behind what is drawn, no frame."""
+    axes.set_xlabel(x, fontsize=TEXT, color=INK)
+    axes.set_ylabel(y, fontsize=TEXT, color=INK)
+    axes.tick_params(labelsize=TEXT - 0.5, length=0, colors=INK)
+    axes.grid(True, color=LIGHT.line, linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.spines[:].set_visible(False)
     if legend:
         axes.legend(fontsize=TEXT - 0.5, frameon=False, labelcolor=INK)
 
@@ -175,7 +177,7 @@ def main() -> None:
         "intervals": intervals(),
     }  # fmt: skip
     for name, figure in figures.items():
-        save_png(figure, DOCS / "images" / f"{name}.png")
+        figure.savefig(DOCS / "images" / f"{name}.png", metadata={"Software": None})
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Maps with numbers that are easy to recognise, of every kind of model."""
 
-from safelocus.report.concentration import Concentration, Point
-from safelocus.report.map import MatrixRow, Region, SafetyMap
+from safelocus.analysis.concentration import Concentration, Point
+from safelocus.analysis.map import MatrixRow, Region, SafetyMap
 
 COMPONENTS = ("query", "key", "value", "output", "gate", "up", "down")
 EXPERT_COMPONENTS = ("gate", "up", "down")

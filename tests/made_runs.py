@@ -5,8 +5,8 @@ from pathlib import Path
 
 from transformers import LlamaConfig, Qwen3MoeConfig
 
+from safelocus.analysis.map import SafetyMap, safety_map
 from safelocus.layout import Layout
-from safelocus.report.map import SafetyMap, safety_map
 from test_map import EXPERTS, SMALL, random_scores
 
 

@@ -17,7 +17,8 @@ class Page(HTMLParser):
         self.words = ""
         self.policy = ""
         self.scripts = 0
-        self._inside = ""
+        self.tables: list[tuple[str, list[list[str]]]] = []  # (what stands above, rows with the headings)
+        self._inside = self._title = ""
         self.feed(html)
 
     def handle_starttag(self, tag, attributes):
@@ -28,11 +29,24 @@ class Page(HTMLParser):
             self.policy = values["content"]
         self._inside = "json" if values.get("type") == "application/json" else tag
         self.scripts += tag == "script" and self._inside != "json"
+        if tag == "table":
+            self.tables.append((self._title, []))
+        elif tag == "tr":
+            self.tables[-1][1].append([])
+        elif tag in ("td", "th"):
+            self.tables[-1][1][-1].append("")
+            self._exact = values.get("title")
 
     def handle_endtag(self, tag):
         self._inside = ""
 
     def handle_data(self, data):
+        if self._inside in ("h3", "summary"):
+            self._title = data
+        elif self._inside == "caption":
+            self.tables[-1] = (data, self.tables[-1][1])
+        elif self._inside in ("td", "th"):
+            self.tables[-1][1][-1][-1] = self._exact or data
         if self._inside == "json":
             self.data.append(json.loads(data))
         elif self._inside not in ("script", "style"):
@@ -41,8 +55,13 @@ class Page(HTMLParser):
     def figure(self, title: str) -> dict:
         return next(each for each in self.data if each.get("title") == title)
 
+    def table(self, title: str) -> list[dict[str, str]]:
+        """Rows of a table, by heading; of an interval the exact numbers."""
+        headings, *rows = next(found for name, found in self.tables if name == title)
+        return [dict(zip(headings, row, strict=True)) for row in rows]
+
     def rows(self, title: str) -> list[dict]:
-        """Rows of a figure's table, by column."""
+        """Numbers of a chart, by column."""
         table = self.figure(title)["table"]
         return [dict(zip(table["columns"], row, strict=True)) for row in table["rows"]]
 

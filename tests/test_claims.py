@@ -5,11 +5,7 @@ import json
 import pytest
 from rich.console import Console
 
-from safelocus.errors import RunError
-from safelocus.evaluation import Evaluation
-from safelocus.evaluation.evaluation import measures_of
-from safelocus.evaluation.measures import Measure, paired_difference, proportion
-from safelocus.report.claims import (
+from safelocus.analysis.claims import (
     CONTROLS_OPEN,
     HOLDS,
     NOT_ONLY_SAFETY,
@@ -31,10 +27,14 @@ from safelocus.report.claims import (
     verify_claims,
     weakest,
 )
+from safelocus.analysis.patterns import Pattern
+from safelocus.errors import RunError
+from safelocus.evaluation import Evaluation
+from safelocus.evaluation.evaluation import measures_of
+from safelocus.evaluation.measures import Measure, paired_difference, proportion
 from safelocus.report.page import write_page
-from safelocus.report.patterns import Pattern
 from safelocus.report.runs import ReportRun
-from safelocus.report.sections.claims import claims_sections, claims_table
+from safelocus.report.verdicts import claims_sections, claims_table
 from test_verification import made
 
 TASK = "organism:task-heldout"

@@ -37,7 +37,7 @@ def test_score_writes_a_complete_run(scored):
         "scores",
         "selection.safetensors",
         "report.html",
-        "map.png",
+        "map.svg",
     } <= names
     assert "checkpoint" not in names
     check_run_page(scored)

@@ -7,6 +7,7 @@ import pytest
 import safelocus as sl
 from pages import check_run_page
 from safelocus.cli import main
+from safelocus.report.grid import Span
 
 pytestmark = pytest.mark.slow  # trains, again and again
 
@@ -42,15 +43,15 @@ def test_a_selection_becomes_a_patch(scored, tmp_path, run):
     assert code == 0, err
     assert {path.name for path in folder.iterdir()} == {
         "run.toml", "results.json", "README.md", "safety.patch.safetensors", "selection.safetensors",
-        "before", "after", "curve.png", "report.html",
+        "before", "after", "curve.svg", "report.html",
     }  # fmt: skip
     assert "report.html" in err
-    shown = check_run_page(folder).rows("Before and after")
+    shown = check_run_page(folder).table("Before and after")
     results = json.loads((folder / "results.json").read_text())
     assert {"asr", "refusal", "over_refusal", "utility", "incoherent"} <= set(results["before"]) & set(results["after"])
     assert set(results["before"]["asr"]) == {"value", "low", "high", "n"}
-    asr = [row["value"] for row in shown if row["measure"] == "ASR"]
-    assert asr == pytest.approx([results[state]["asr"]["value"] for state in ("before", "after")], abs=1e-6)
+    asr = [row["ASR"] for row in shown[:2]]
+    assert asr == [Span(results[state]["asr"]).exact for state in ("before", "after")]
     patch = sl.Patch.load(folder / "safety.patch.safetensors")
     sizes = {results["training"]["num_weights"], *(c["num_weights"] for c in results["controls"].values())}
     assert sizes == {patch.k} == {sl.Selection.load(scored / "selection.safetensors").k}
@@ -91,7 +92,7 @@ def test_everything_at_once(tmp_path, run):
     assert len(results["sweep"]) == 6
     assert results["before"]["judges"][0]["name"] == "organism:guard"
     assert results["provenance"]["retained"][0]["source"] == str(retained)
-    assert (folder / "sweep.png").is_file()
+    assert (folder / "sweep.svg").is_file()
     remarks = " ".join(results["notes"])
     assert "prompts of organism:refusals that are not trained on" in remarks
     assert "utility is not measured" in remarks

@@ -7,6 +7,7 @@ import pytest
 import safelocus as sl
 from pages import check_run_page
 from safelocus.cli import main
+from safelocus.report.grid import Span
 
 QUICK = ["--limit", "12", "--max-new-tokens", "32"]
 EVALUATE = ["evaluate", "organism:dense", "--prompts", "organism:harmful-heldout", *QUICK]
@@ -33,8 +34,8 @@ def test_a_complete_run(evaluated):
         assert set(results[name]) == {"value", "low", "high", "n"}
     assert results["asr"] == results["asr@guard organism:guard"]
     assert results["asr"]["n"] == results["refusal"]["n"] == 12
-    shown = {row["measure"]: row["value"] for row in page.rows("Measures")}
-    assert shown["utility"] == pytest.approx(results["utility"]["value"], abs=1e-6)
+    shown = {row["measure"]: row["percent"] for row in page.table("Measures")}
+    assert shown["utility"] == Span(results["utility"]).exact
     assert results["agreement"][0]["n"] == 12
     rows = [json.loads(line) for line in (evaluated / "responses.jsonl").read_text().splitlines()]
     assert len(rows) == 36
@@ -65,12 +66,9 @@ def test_what_changed_since_another_run(evaluated, tmp_path, run):
     assert against["differences"]["asr"]["p"] < 0.01
     assert (against["num_pairs"], against["num_only_first"]) == (12, 24)
     page = check_run_page(tmp_path / "b")
-    shown = {row["measure"]: row for row in page.rows(f"Change since {evaluated}")}
+    shown = {row["measure"]: row for row in page.table(f"Change since {evaluated}")}
     for name, label in (("asr", "ASR"), ("refusal", "refusal")):
-        found = against["differences"][name]
-        assert [shown[label][end] for end in ("value", "low", "high")] == pytest.approx(
-            [found[end] for end in ("value", "low", "high")], abs=1e-5
-        )
+        assert shown[label]["points"] == Span(against["differences"][name]).exact
     assert f"Change since {evaluated}" in page.words
 
 

@@ -50,7 +50,7 @@ def test_a_task_is_learned_and_the_bits_stay(scored, tmp_path, run):
     )  # fmt: skip
     assert code == 0, err
     assert {path.name for path in folder.iterdir()} == {
-        "run.toml", "results.json", "model", "selection.safetensors", "before", "after", "unprotected", "curve.png",
+        "run.toml", "results.json", "model", "selection.safetensors", "before", "after", "unprotected", "curve.svg",
         "report.html",
     }  # fmt: skip
     assert "report.html" in err

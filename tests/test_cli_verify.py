@@ -35,7 +35,7 @@ def test_verify_takes_what_is_not_given_from_the_scores(scored, tmp_path, run):
     scores = sl.Scores.load(scored / "scores")
     assert len(scores.provenance.extra["prompt_hashes"]) == 8
     names = {path.name for path in (tmp_path / "v").iterdir()}
-    assert names == {"run.toml", "results.json", "cells.jsonl", "curves.png", "report.html"}
+    assert names == {"run.toml", "results.json", "cells.jsonl", "curves.svg", "report.html"}
     assert "report.html" in err
     page = check_run_page(tmp_path / "v")
     assert results["verdicts"]["noise"]["text"] in page.words
@@ -62,7 +62,7 @@ def test_verify_several_scorers_with_utility(scored, tmp_path, run):
     assert measures <= set(printed["baseline"])
     assert all(measures <= set(cell) for cell in printed["cells"])
     names = {path.name for path in (tmp_path / "v").iterdir()}
-    assert {"curves.png", "curves-snip.png", "ranking-noise.png"} <= names
+    assert {"curves.svg", "curves-snip.svg", "ranking-noise.svg"} <= names
     # the scores made here are of the prompts that the first ones were made with
     used = sl.Scores.load(scored / "scores").provenance.extra["prompt_hashes"]
     made = printed["provenance"]["scorers"]["snip"]
@@ -128,8 +128,10 @@ def test_stability(tmp_path, run):
     )  # fmt: skip
     assert code == 0, err
     summary = json.loads((tmp_path / "s" / "results.json").read_text())["summary"]
-    shown = [row["IoU"] for row in check_run_page(tmp_path / "s").rows("Agreement of selections")]
-    assert shown == pytest.approx([row["iou"] for row in summary], rel=1e-5)
+    shown = [
+        row["IoU (lowest to highest)"] for row in check_run_page(tmp_path / "s").table("Stability of the top weights")
+    ]
+    assert [each.split()[0] for each in shown] == [f"{row['iou']:.3f}" for row in summary]
     assert [row["kind"] for row in summary] == ["prompts", "seeds", "objectives"]
     assert all(row["chance"] < row["iou"] <= 1 for row in summary)
     assert f"{summary[0]['iou']:.3f}" in out

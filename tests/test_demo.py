@@ -11,12 +11,12 @@ from rich.console import Console
 from typer.main import get_command
 
 from made_runs import enhance_run, score_run
+from safelocus.analysis.claims import Claim
 from safelocus.cli import app, main
 from safelocus.demo import FULL, QUICK, story
 from safelocus.demo.ahead import running_ahead
 from safelocus.demo.stages import Found, Place
 from safelocus.errors import RunError
-from safelocus.report.claims import Claim
 from safelocus.report.grid import Grid
 from safelocus.report.runs import ReportRun
 from safelocus.verification import Verification

@@ -65,7 +65,7 @@ def test_it_is_located_tuned_and_patched(told):
     }  # fmt: skip
     patch = sl.Patch.load(folder / NAME / "enhance" / "safety.patch.safetensors")
     assert patch.k == sl.Selection.load(folder / NAME / "score" / "selection.safetensors").k
-    assert (folder / NAME / "score" / "map.png").is_file()
+    assert (folder / NAME / "score" / "map.svg").is_file()
     html = unescape((folder / "report.html").read_text(encoding="utf-8"))
     assert "a chat model learns to refuse" in html
     assert html.index("A chat model as it was released") < html.index("Before and after")

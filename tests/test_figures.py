@@ -6,22 +6,28 @@ import re
 import subprocess
 import sys
 from dataclasses import replace
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
-from matplotlib.image import imread
 from rich.console import Console
 
 from made_maps import COMPONENTS, MAPS, make_map
-from safelocus.report import colours, text
-from safelocus.report.figures import DPI, component_figure, concentration_figure, expert_figure, save_png
-from safelocus.report.tables import (
-    concentration_table,
-    experts_table,
-    layer_component_table,
-    summary_lines,
-    top_matrices_table,
+from safelocus.analysis import words as text
+from safelocus.analysis.words import summary_lines
+from safelocus.report import colours
+from safelocus.report.drawing import draw, picture, svg, write_picture
+from safelocus.report.maps import (
+    concentration_chart,
+    concentration_grid,
+    experts_charts,
+    experts_grid,
+    layers_chart,
+    layers_grid,
+    matrices_grid,
 )
+
+SVG = "{http://www.w3.org/2000/svg}"
 
 
 @pytest.fixture(params=list(MAPS))
@@ -29,7 +35,7 @@ def located(request):
     return make_map(**MAPS[request.param])
 
 
-def rendered(renderable, width: int = 100, *, colour: bool = False) -> str:
+def rendered(grid, width: int = 100, *, colour: bool = False) -> str:
     console = Console(
         width=width,
         file=io.StringIO(),
@@ -37,16 +43,16 @@ def rendered(renderable, width: int = 100, *, colour: bool = False) -> str:
         color_system="truecolor" if colour else None,
         legacy_windows=False,
     )
-    console.print(renderable)
+    console.print(grid.rich())
     return console.file.getvalue()
 
 
 def test_tables_fit_into_100_columns(located):
     tables = [
-        layer_component_table(located),
-        top_matrices_table(located),
-        experts_table(located),
-        concentration_table(located),
+        layers_grid(located),
+        matrices_grid(located),
+        experts_grid(located),
+        concentration_grid(located),
     ]
     assert (tables[2] is None) == (not located.experts)
     assert (tables[3] is None) == (located.concentration is None)
@@ -58,60 +64,60 @@ def test_tables_fit_into_100_columns(located):
 
 
 def test_layer_table_says_its_numbers_without_colour():
-    lines = rendered(layer_component_table(make_map())).splitlines()
+    lines = rendered(layers_grid(make_map())).splitlines()
     row = next(line for line in lines if line.split()[:1] == ["2"]).split()
     assert row == [
         "2",
-        "0.80x",
-        "0x",
-        "4.0x",
-        "0.80x",
-        "0.80x",
-        "0.80x",
-        "0.80x",
-        "2.0x",
+        "0.80×",
+        "0×",
+        "4.0×",
+        "0.80×",
+        "0.80×",
+        "0.80×",
+        "0.80×",
+        "2.0×",
         "50",
         "%",
         "25",
         "%",
     ]
     totals = next(line for line in lines if line.split()[:1] == ["all"]).split()
-    assert totals[1:8] == ["0.80x", "0.80x", "1.9x", "0.80x", "0.80x", "0.80x", "0.80x"]
+    assert totals[1:8] == ["0.80×", "0.80×", "1.9×", "0.80×", "0.80×", "0.80×", "0.80×"]
 
 
 def test_colour_follows_enrichment():
-    coloured = rendered(layer_component_table(make_map()), colour=True)
-    background = {number: rgb for rgb, number in re.findall(r"48;2;([\d;]+)m *([\d.]+x)\x1b", coloured)}
-    assert background["4.0x"] == ";".join(str(c) for c in colours.interpolate(colours.LIGHT, 1.0))
-    assert background["0x"] == ";".join(str(c) for c in colours.interpolate(colours.LIGHT, 0.0))
+    coloured = rendered(layers_grid(make_map()), colour=True)
+    background = {number: rgb for rgb, number in re.findall(r"48;2;([\d;]+)m *([\d.]+×)\x1b", coloured)}
+    assert background["4.0×"] == ";".join(str(c) for c in colours.interpolate(colours.LIGHT.heat, 1.0))
+    assert background["0×"] == ";".join(str(c) for c in colours.interpolate(colours.LIGHT.heat, 0.0))
 
 
 def test_deep_models_are_taken_in_bands():
-    lines = rendered(layer_component_table(make_map(layers=80), max_rows=40)).splitlines()
+    lines = rendered(layers_grid(make_map(layers=80), max_rows=40)).splitlines()
     assert any(line.split()[:1] == ["2-3"] for line in lines)
     band = next(line.split() for line in lines if line.split()[:1] == ["2-3"])
-    assert band[3] == "2.4x"  # of 4.0 and 0.8, equal in size
+    assert band[3] == "2.4×"  # of 4.0 and 0.8, equal in size
     assert sum(bool(re.match(r" +\d+-\d+ ", line)) for line in lines) == 40
 
 
 def test_names_with_brackets_are_not_markup():
-    shown = rendered(top_matrices_table(make_map()))
+    shown = rendered(matrices_grid(make_map()))
     assert "layers.2.self_attn.qkv_proj.weight[value]" in shown
     assert "layers.2.self_attn.qkv_proj.weight[key]" not in shown  # holds nothing
 
 
 def test_experts_without_tokens_are_said_to_have_none():
-    grid = rendered(experts_table(make_map(experts=8)))
+    grid = rendered(experts_grid(make_map(experts=8)))
     assert grid.count("never") == 2  # the cell, and the caption
     assert "1 of 32" in grid
-    listed = rendered(experts_table(make_map(layers=6, experts=64), n=3))
-    assert [line.split()[1:3] for line in listed.splitlines() if "x" in line and line.split()[0].isdigit()] == [
-        ["63", "16x"]
+    listed = rendered(experts_grid(make_map(layers=6, experts=64), n=3))
+    assert [line.split()[1:3] for line in listed.splitlines() if "×" in line and line.split()[0].isdigit()] == [
+        ["63", "16×"]
     ] * 3
 
 
-def test_concentration_table():
-    shown = rendered(concentration_table(make_map()))
+def test_concentration_grid():
+    shown = rendered(concentration_grid(make_map()))
     row = next(line for line in shown.splitlines() if line.split()[:2] == ["1", "%"])
     assert row.split()[:5] == ["1", "%", "10,000", "60", "%"]
     assert row.count("█") == 18  # 60 % of 30 columns
@@ -121,9 +127,9 @@ def test_concentration_table():
 def test_summary():
     assert summary_lines(make_map(experts=8)) == [
         "The 1 % with the highest ESI (10,000 weights) hold 31 % of all ESI.",
-        "Most enriched: value matrices (1.9x what their size would give), layer 2 (2.0x).",
+        "Most enriched: value matrices (1.9× what their size would give), layer 2 (2.0×).",
         "The early, middle and late third of the layers hold 20 %, 50 % and 30 % of the selection.",
-        "Of the routed experts the most enriched is layer 0 expert 7 (2.0x); 1 of 32 was never given a token.",
+        "Of the routed experts the most enriched is layer 0 expert 7 (2.0×); 1 of 32 was never given a token.",
     ]
 
 
@@ -156,13 +162,13 @@ def test_percent(share, shown):
 @pytest.mark.parametrize(
     ("enrichment", "shown"),
     [
-        (0, "0x"),
-        (0.001, "<.01x"),
-        (0.04, "0.04x"),
-        (0.996, "1.0x"),
-        (2.34, "2.3x"),
-        (9.96, "10x"),
-        (44, "44x"),
+        (0, "0×"),
+        (0.001, "<.01×"),
+        (0.04, "0.04×"),
+        (0.996, "1.0×"),
+        (2.34, "2.3×"),
+        (9.96, "10×"),
+        (44, "44×"),
     ],
 )
 def test_times(enrichment, shown):
@@ -179,7 +185,7 @@ def test_scale_ends_where_the_numbers_do():
     assert places == [0, 0, 0.25, 0.5, 0.75, 1, 1]
 
 
-@pytest.mark.parametrize("palette", [colours.LIGHT, colours.DARK])
+@pytest.mark.parametrize("palette", [colours.LIGHT.heat, colours.DARK.heat])
 def test_numbers_are_readable_on_every_colour(palette):
     def luminance(colour):
         linear = [c / 255 / 12.92 if c <= 10 else ((c / 255 + 0.055) / 1.055) ** 2.4 for c in colour]
@@ -193,80 +199,85 @@ def test_numbers_are_readable_on_every_colour(palette):
         assert contrast >= 4.5  # WCAG AA
 
 
-def test_figures_decode_at_their_size(located, tmp_path):
-    figures = [component_figure(located), expert_figure(located), concentration_figure(located)]
-    assert (figures[1] is None) == (not located.experts)
-    assert (figures[2] is None) == (located.concentration is None)
-    for figure in figures:
-        if figure is not None:
-            save_png(figure, tmp_path / "figure.png")
-            pixels = imread(tmp_path / "figure.png")
-            width, height = figure.get_size_inches()
-            assert pixels.shape[:2] == pytest.approx((height * DPI, width * DPI), abs=1)
-            assert np.unique(pixels[..., 0]).size > 20  # something is drawn
-    assert [path.name for path in tmp_path.iterdir()] == ["figure.png"]
+def shown(chart) -> ElementTree.Element:
+    return ElementTree.fromstring(picture("A <title>", [chart]))
 
 
-def test_component_figure_shows_numbers_and_title():
-    figure = component_figure(make_map())
-    (axes, _) = figure.axes
-    numbers = [shown.get_text() for shown in axes.texts]
-    assert len(numbers) == 7 * 4 + 7 + 4  # cells and both totals
+def cells(chart) -> dict[tuple[str, str], ElementTree.Element]:
+    """Rectangles by the places of their rows."""
+    x, y = chart.column(chart.x), chart.column(chart.y)
+    found = [each for each in shown(chart).iter(f"{SVG}rect") if "data-row" in each.attrib]
+    rows = [chart.rows[int(each.get("data-row"))] for each in found]
+    return {(row[x], row[y]): each for row, each in zip(rows, found, strict=True)}
+
+
+def test_pictures_are_whole_and_within_their_bounds(located, tmp_path):
+    charts = [layers_chart(located), *experts_charts(located)] if located.experts else [layers_chart(located)]
+    concentration = concentration_chart(located)
+    assert (concentration is None) == (located.concentration is None)
+    for chart in [*charts, *([concentration] if concentration else [])]:
+        assert write_picture(tmp_path / "figure.svg", "A <title>", [chart]) == "figure.svg"
+        root = ElementTree.fromstring((tmp_path / "figure.svg").read_text(encoding="utf-8"))
+        assert "var(" not in ElementTree.tostring(root, encoding="unicode")  # a picture brings its colours
+        assert "A <title>" in [text.text for text in root.iter(f"{SVG}text")]
+        _, width, height = draw(chart)
+        for rect in (each for each in root.iter(f"{SVG}rect") if "x" in each.attrib):
+            assert 0 <= float(rect.get("x")) <= float(rect.get("x")) + float(rect.get("width")) <= width
+            assert 0 <= float(rect.get("y")) <= float(rect.get("y")) + float(rect.get("height")) <= height
+        classes = {each.get("class") for each in root.iter() if each.get("class")}
+        style = root.find(f"{SVG}style").text
+        assert all(f".{name}{{" in style for name in classes), classes
+    assert [path.name for path in tmp_path.iterdir()] == ["figure.svg"]
+
+
+def test_every_region_has_a_cell_with_its_number():
+    chart = layers_chart(make_map())
+    numbers = [text.text for text in shown(chart).iter(f"{SVG}text") if text.get("class").startswith("t")]
+    assert len(cells(chart)) == len(numbers) == 7 * 4 + 7 + 4  # cells and both totals
     assert numbers.count("4.0") == 1
     assert numbers.count("0") == 4
-    assert figure.get_suptitle() == "tiny: top 1 % of the model's weights by ESI"
-    assert [label.get_text() for label in axes.get_yticklabels()] == [*COMPONENTS, "all"]
-    crowded = component_figure(make_map(layers=80)).axes[0]
-    assert not [shown for shown in crowded.texts if shown.get_position()[0] < 80]  # no room but in the totals
+    assert list(chart.ys) == [*COMPONENTS]
+    crowded = shown(layers_chart(make_map(layers=80)))
+    assert len([each for each in crowded.iter(f"{SVG}text") if (each.get("class") or "").startswith("t")]) <= 8
 
 
-def test_figure_colours_are_the_maps():
-    figure = component_figure(make_map())
-    cells = figure.axes[0].collections[0].get_array()
-    assert cells.shape == (7, 4)
-    assert cells[2, 2] == pytest.approx(2.0)  # log2 of 4
-    assert cells[1].tolist() == [-2.0] * 4  # nothing selected: the lower end of the scale
-    assert cells[0, 0] == pytest.approx(math.log2(0.8))
+def test_colours_of_cells_are_the_maps():
+    found = cells(layers_chart(make_map()))
+    assert found["2", "value"].get("class") == "h32"  # 4 times, the upper end
+    assert {found[str(layer), "key"].get("class") for layer in range(4)} == {"h0"}  # nothing selected
+    place = 0.5 + math.log2(0.8) / 4
+    assert found["0", "query"].get("class") == f"h{round(32 * place)}"
 
 
-def test_expert_figure_leaves_unrouted_experts_open():
-    figure = expert_figure(make_map(experts=8))
-    enrichment, tokens = (axes.collections[0].get_array() for axes in figure.axes[:2])
-    assert np.argwhere(enrichment.mask).tolist() == [[3, 1]]  # expert 3, layer 1
-    assert np.argwhere(tokens.mask).tolist() == [[3, 1]]
-    assert tokens[7, 0] == pytest.approx(math.log2(80 / 45))
-    assert "(grey: 1 of 32 was never given a token)" in figure.get_suptitle()
+def test_unrouted_experts_have_no_colour():
+    for chart in experts_charts(make_map(experts=8)):
+        assert [place for place, cell in cells(chart).items() if cell.get("class") == "unrouted"] == [("1", "3")]
+    load = experts_charts(make_map(experts=8))[1].rows[7]
+    assert load[-1] == pytest.approx(80 / 45)
 
 
-def test_concentration_figure_goes_through_the_points():
-    axes = concentration_figure(make_map()).axes[0]
-    equal, observed, selection = axes.lines
-    assert observed.get_ydata().tolist() == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
-    assert equal.get_ydata().tolist() == equal.get_xdata().tolist()
-    assert (selection.get_xdata()[0], selection.get_ydata()[0]) == (0.01, 0.31)
+def test_the_curve_goes_through_the_points():
+    chart = concentration_chart(make_map())
+    assert [row[2] for row in chart.rows if row[0] == "ESI"] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+    assert all(row[1] == row[2] for row in chart.rows if row[0] != "ESI")
+    assert chart.mark[:2] == (0.01, 0.31)
+    marks = [each for each in shown(chart).iter(f"{SVG}path") if each.get("data-row") in ("0", "1", "2", "3", "4")]
+    places = [tuple(map(float, re.findall(r"[\d.]+", each.get("transform")))) for each in marks]
+    assert np.diff([x for x, _ in places]) == pytest.approx(np.full(4, places[1][0] - places[0][0]), abs=0.11)
+    assert np.diff([y for _, y in places]) == pytest.approx(np.full(4, places[1][1] - places[0][1]), abs=0.11)
 
 
-def test_same_map_same_png(tmp_path):
-    for name in ("a.png", "b.png"):
-        save_png(component_figure(make_map()), tmp_path / name)
-    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+def test_strangers_names_stay_text():
+    chart = replace(layers_chart(make_map()), title="<script>", ys=["<b>", *COMPONENTS[1:]])
+    assert "<script>" not in svg(chart)
+    assert "<b>" not in svg(chart)
+    assert "&lt;b&gt;" in svg(chart)
 
 
-def test_failed_save_leaves_the_earlier_picture(tmp_path, monkeypatch):
-    path = tmp_path / "map.png"
-    path.write_bytes(b"earlier")
-    figure = component_figure(make_map())
-
-    def break_off(file, **_):
-        file.write_bytes(b"half a pict")
-        raise OSError("disk full")
-
-    monkeypatch.setattr(figure, "savefig", break_off)
-    with pytest.raises(OSError, match="disk full"):
-        save_png(figure, path)
-    assert [found.read_bytes() for found in tmp_path.iterdir()] == [b"earlier"]
+def test_same_map_same_picture():
+    assert picture("a", [layers_chart(make_map())]) == picture("a", [layers_chart(make_map())])
 
 
-def test_figures_need_no_global_state():
-    code = "import sys, safelocus.report.figures; assert 'matplotlib.pyplot' not in sys.modules"
+def test_pictures_need_no_chart_library():
+    code = "import sys, safelocus.report.page; assert not {'matplotlib', 'plotly'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

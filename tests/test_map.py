@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LlamaConfig, Phi3Config, Qwen2MoeConfig, Qwen3MoeConfig, T5Config
 
+from safelocus.analysis.concentration import FRACTIONS, concentration
+from safelocus.analysis.map import SafetyMap, safety_map
 from safelocus.errors import NumericalError, SelectionError
 from safelocus.layout import Layout
-from safelocus.report.concentration import FRACTIONS, concentration
-from safelocus.report.map import SafetyMap, safety_map
 from safelocus.scores import Provenance, Scores, matrix_statistics
 from safelocus.selection import Selection
 
@@ -319,7 +319,7 @@ def test_concentration_holds_its_bounds(values, cut):
 def test_concentration_in_chunks_is_that_of_the_whole(monkeypatch):
     scores = torch.rand(1000, generator=torch.Generator().manual_seed(0))
     whole = concentration({"a": scores})
-    monkeypatch.setattr("safelocus.report.concentration._CHUNK_CPU", 7)
+    monkeypatch.setattr("safelocus.analysis.concentration._CHUNK_CPU", 7)
     chunked = concentration({"a": scores})
     assert [p.mass for p in chunked.points] == pytest.approx([p.mass for p in whole.points], rel=1e-12)
     assert chunked.gini == pytest.approx(whole.gini, rel=1e-9)

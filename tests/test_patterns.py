@@ -8,9 +8,9 @@ import torch
 from transformers import LlamaConfig, Qwen3MoeConfig
 
 from made_runs import map_run
+from safelocus.analysis.map import SafetyMap, safety_map
+from safelocus.analysis.patterns import patterns
 from safelocus.layout import Layout
-from safelocus.report.map import SafetyMap, safety_map
-from safelocus.report.patterns import patterns
 from safelocus.selection import Selection
 from test_map import EXPERTS, SMALL
 
@@ -104,7 +104,7 @@ def test_without_a_pattern_few_are_found(monkeypatch):
         layer = np.random.default_rng(matrix.layer + 1000 * null.seed).normal()
         return 0.05 * float(np.exp(0.7 * layer + 0.7 * generator.normal()))
 
-    monkeypatch.setattr("safelocus.report.patterns.NUM_RESAMPLES", 2)
+    monkeypatch.setattr("safelocus.analysis.patterns.NUM_RESAMPLES", 2)
     rejected = {"value matrices": 0, "MLP matrices": 0, "middle layers": 0}
     for seed in range(60):
         null.seed = seed

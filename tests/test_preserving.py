@@ -15,7 +15,8 @@ from safelocus.preservation import calibration as calibration_module
 from safelocus.preservation import preserving
 from safelocus.preservation.calibration import Calibration
 from safelocus.preservation.preserving import ADAPTER, MODEL, PATCH, Lora, Mixed, run_preservation
-from safelocus.report.preservation import outcome_grid, write_figures
+from safelocus.report.page import write_run_page
+from safelocus.report.training import outcome_grid
 from safelocus.sparse import gather
 from safelocus.training import TrainingSettings, fit, training_rows
 from safelocus.training.examination import Examination
@@ -261,8 +262,8 @@ def test_what_is_saved(tmp_path):
     for name in ("before", "after", "unprotected"):
         assert len(sl.Evaluation.load(tmp_path / name).rows) == 12
     assert found.comparison
-    assert [row[0] for row in outcome_grid(found).rows] == ["before", "protected", "unprotected", "bottom protected"]
-    assert all((tmp_path / name).is_file() for name in write_figures(found, tmp_path))
+    assert [row[0] for row in outcome_grid(results).rows] == ["before", "protected", "unprotected", "bottom protected"]
+    assert write_run_page(tmp_path, place=tmp_path) == ["report.html", "curve.svg"]
 
 
 def test_remarks(tmp_path):

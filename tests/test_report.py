@@ -14,14 +14,15 @@ from transformers import LlamaConfig, Phi3Config, Qwen3MoeConfig
 from made_maps import MAPS, make_map
 from made_runs import enhance_run, map_run, measures, preserve_run, score_run
 from pages import Page
+from safelocus.analysis import words as text
+from safelocus.analysis.density import densities
+from safelocus.analysis.map import relative_depths, thirds
+from safelocus.analysis.words import summary_lines
 from safelocus.errors import RunError
 from safelocus.layout import Layout
-from safelocus.report import text
-from safelocus.report.density import densities
-from safelocus.report.map import relative_depths, thirds
+from safelocus.report.grid import Span
 from safelocus.report.page import write_page
 from safelocus.report.runs import ReportRun
-from safelocus.report.text import summary_lines
 from test_map import EXPERTS, SMALL, random_scores
 
 
@@ -42,7 +43,7 @@ def test_page_of_every_kind_of_map(kind, written, tmp_path):
     titles = [each.get("title") for each in page.data]
     assert titles.count("Concentration") == (located.concentration is not None)
     assert titles.count("Routed experts") == bool(located.experts)
-    for line in summary_lines(located, sign=text.TIMES):
+    for line in summary_lines(located):
         assert line in page.words.replace("\N{NO-BREAK SPACE}", " ")
 
 
@@ -82,13 +83,13 @@ def test_every_number_of_a_training_is_that_of_the_file(written, tmp_path):
     results = json.loads((folder / "results.json").read_text())
     _, page = written(folder)
     names = {text.measure_label(name): name for name in measures(0)}
-    for row in page.rows("Before and after"):
-        assert _measure(row) == results[row["state"]][names[row["measure"]]]
-    kinds = {text.kind_label(kind): kind for kind in ("selection", *results["controls"])}
-    for row in page.rows("Against controls"):
-        kind = kinds[row["trained"]]
-        expected = results["after"] if kind == "selection" else results["controls"][kind]
-        assert _measure(row) == expected[names[row["measure"]]]
+    kinds = {text.kind_label(kind): results["controls"][kind] for kind in results["controls"]}
+    states = {"before": results["before"], "selected weights": results["after"], **kinds}
+    table = page.table("Before and after")
+    assert [row["trained"] for row in table] == list(states)
+    for row in table:
+        for label, name in names.items():
+            assert row[label] == Span(states[row["trained"]][name]).exact
     curves = [each for each in page.data if each.get("title") == "ASR"]
     assert [len(each["table"]["rows"]) for each in curves] == [3, 9]  # along the training; learning rates
     assert [row["loss"] for row in page.rows("Training loss")] == pytest.approx([3 / n for n in range(1, 11)], rel=1e-5)
@@ -124,12 +125,12 @@ def _measure(row: dict) -> dict:
 
 def test_preservation_stands_beside_the_unprotected_run(written, tmp_path):
     _, page = written(preserve_run(tmp_path / "run"))
-    assert {row["state"] for row in page.rows("Before and after")} == {"before", "protected", "unprotected"}
+    arms = ["before", "protected", "unprotected", "random protected"]
+    assert [row["arm"] for row in page.table("Before and after")] == arms
     assert {row["curve"] for row in page.rows("ASR")} == {"protected", "unprotected"}
     words = page.words.replace("\N{NO-BREAK SPACE}", " ")
     assert "without protection to 80 %" in words
     assert "Right answers in the task learned went from 30 % to 85 %" in words
-    assert {row["protected"] for row in page.rows("Against controls")} == {"selected weights", "random"}
     assert "127,091" in words
 
 
@@ -139,7 +140,7 @@ def test_what_is_missing_is_left_out_and_named(written, tmp_path):
     (folder / "results.json").write_text(json.dumps({"before": measures(0.9), "after": measures(0.1), "sweep": 3}))
     _, page = written(folder)
     assert "results.json holds no curve, controls, losses" in page.words
-    assert "Against controls" not in page.words
+    assert [row["trained"] for row in page.table("Before and after")] == ["before", "selected weights"]
 
 
 def test_models_of_different_depth_stand_side_by_side(written, tmp_path):
@@ -155,7 +156,7 @@ def test_models_of_different_depth_stand_side_by_side(written, tmp_path):
 def test_behaviours_stand_side_by_side(written, tmp_path):
     _, page = written(enhance_run(tmp_path / "enhance"), preserve_run(tmp_path / "preserve"))
     assert "Side by side" not in written(enhance_run(tmp_path / "alone"))[1].words
-    assert {row["run"] for row in page.rows("How the models behave")} == {
+    assert {row["run"] for row in page.table("How the models behave")} == {
         "enhance, before", "enhance, after", "preserve, before", "preserve, after",
     }  # fmt: skip
 
@@ -164,7 +165,7 @@ def test_runs_of_the_same_model_keep_names_of_their_own(written, tmp_path):
     first = map_run(tmp_path / "first", [("tiny", make_map())])
     second = map_run(tmp_path / "second", [("tiny", make_map())])
     _, page = written(first, second)
-    assert {row["model"] for row in page.rows("Enrichment by component")} == {"first: tiny", "second: tiny"}
+    assert set(page.table("Enrichment by component")[0]) == {"component", "first: tiny", "second: tiny"}
 
 
 def test_strangers_text_stays_text(written, tmp_path):
@@ -175,7 +176,7 @@ def test_strangers_text_stays_text(written, tmp_path):
     _, harmless = written(map_run(tmp_path / "tame", [("tiny", make_map(experts=4)), ("other", make_map(experts=4))]))
     assert "<script>alert" not in html
     assert "img" not in page.tags
-    assert page.scripts == harmless.scripts == 2
+    assert page.scripts == harmless.scripts == 1
     assert page.words.count(attack) >= 3
     assert "{{ 7 * 7 }}" in page.words
 
@@ -203,7 +204,7 @@ def test_page_asks_the_network_for_nothing(written, tmp_path):
     head = html.split("<body>")[0]
     assert "url(" not in head
     assert "@import" not in head
-    assert html.count("* plotly.js v") == 1
+    assert len(html) < 500_000
 
 
 def test_page_says_how_to_make_the_run_again(written, tmp_path):
@@ -246,7 +247,7 @@ CONFIGS = {
 def test_densities_against_counting_in_dense_masks(kind):
     scores = random_scores(Layout.from_config(CONFIGS[kind]()))
     selection = scores.select(0.05)
-    found = {entry["name"]: entry for entry in densities(selection)["matrices"]}
+    found = {entry["name"]: entry for entry in densities(selection).to_json()["matrices"]}
     counts = selection.per_matrix_counts()
     assert set(found) == {name for name, number in counts.items() if number}
     for name, tensor in selection.layout.tensors.items():
@@ -270,7 +271,7 @@ def test_densities_against_counting_in_dense_masks(kind):
 
 def test_no_bin_crosses_the_border_of_a_head():
     scores = random_scores(Layout.from_config(CONFIGS["dense"]()))
-    entries = {entry["component"]: entry for entry in densities(scores.select(0.5))["matrices"]}
+    entries = {entry["component"]: entry for entry in densities(scores.select(0.5)).to_json()["matrices"]}
     assert (entries["query"]["row_heads"], entries["key"]["row_heads"], entries["output"]["column_heads"]) == (4, 2, 4)
     assert entries["query"]["shape"][0] % 4 == 0
     assert entries["output"]["shape"][1] % 4 == 0
@@ -279,8 +280,8 @@ def test_no_bin_crosses_the_border_of_a_head():
 
 def test_densities_keep_to_their_room():
     selection = random_scores(Layout.from_config(CONFIGS["dense"]())).select(0.5)
-    found = densities(selection, max_cells=1000)
-    whole = densities(selection)
+    found = densities(selection, max_cells=1000).to_json()
+    whole = densities(selection).to_json()
     assert found["num_left_out"] == len(whole["matrices"]) - len(found["matrices"]) > 0
     fullest = sorted((entry["num_selected"] for entry in whole["matrices"]), reverse=True)
     assert sorted((e["num_selected"] for e in found["matrices"]), reverse=True) == fullest[: len(found["matrices"])]

@@ -39,6 +39,7 @@ ORDER = [
     {"enhancement"},
     {"preservation"},
     {"resources"},
+    {"analysis"},
     {"report"},
     {"demo"},
     {"cli"},
@@ -75,6 +76,15 @@ def test_imports_point_backwards(path):
         return
     later = {name for name in imports(path) if RANK[name] > RANK[room]}  # neighbours may use one another
     assert not later, f"{room} imports {later}, which come after it"
+
+
+def test_analysis_knows_nothing_of_how_it_is_shown():
+    for path in (SOURCE / "analysis").glob("*.py"):
+        tree = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        named = {alias.name for node in tree if isinstance(node, ast.Import) for alias in node.names}
+        tree = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        named |= {node.module or "" for node in tree if isinstance(node, ast.ImportFrom)}
+        assert not {name.partition(".")[0] for name in named} & {"rich", "jinja2", "markupsafe", "html"}, path
 
 
 @pytest.mark.parametrize("room", ["verification", "enhancement", "preservation"])

@@ -14,7 +14,7 @@ import safelocus as sl
 from safelocus.errors import PromptError, RunError, SafelocusError, SelectionError
 from safelocus.evaluation.judges import GuardJudge, RefusalMatcher
 from safelocus.evaluation.measures import Measure, proportion
-from safelocus.report.verification import curves_figure, ranking_figure, ranking_grid, settings_grid, stability_grid
+from safelocus.report.verification import curves_charts, ranking_chart, ranking_grid, settings_grid, stability_grid
 from safelocus.scoring import sigma
 from safelocus.sparse import gather
 from safelocus.verification import Cell, Noise, Setting, Transplant, Verification, Zero, intervening, verifying
@@ -427,7 +427,9 @@ def test_ranking_puts_safety_per_utility_first_and_no_contrast_last():
     grid = ranking_grid(found, "noise")
     assert [row[0] for row in grid.rows] == ["narrow", "broad", "idle"]
     assert grid.markdown().count("\n") >= 5
-    assert ranking_figure(found, "noise").axes
+    chart = ranking_chart(found, "noise")
+    assert {row[0] for row in chart.rows} == {"as much as utility", "narrow", "broad", "idle"}
+    assert ("narrow", pytest.approx(0.1), pytest.approx(0.5)) in chart.rows
 
 
 def test_tables_and_curves(tiny):
@@ -438,9 +440,9 @@ def test_tables_and_curves(tiny):
     assert len(grid.rows) == 1 + 3 * 3
     assert len(grid.rich().rows) == len(grid.rows)
     assert all(len(row) == len(grid.headings) for row in grid.rows)
-    lines = curves_figure(found).axes[0].get_lines()
-    assert len(lines) == 1 + 3 * 2  # the baseline; per selection a line for noise and a point for zero
-    assert ranking_figure(found, "noise") is None
+    refusal = [chart for chart in curves_charts(found, found.scorers[0]) if chart.title.startswith("Refusal")]
+    assert [len(chart.rows) for chart in refusal] == [3 * 2, 3]  # per selection a line for noise and a point for zero
+    assert ranking_chart(found, "noise") is None
 
 
 # stability

@@ -14,10 +14,10 @@ import cells
 import sets
 
 import safelocus as sl
+from safelocus.analysis.claims import locate_claims
+from safelocus.analysis.map import safety_map
+from safelocus.analysis.patterns import patterns
 from safelocus.comparison import compare
-from safelocus.report.claims import locate_claims
-from safelocus.report.map import safety_map
-from safelocus.report.patterns import patterns
 from safelocus.scores import Scores
 
 TABLE = "map"

@@ -18,13 +18,15 @@ import preserving
 import verifying
 from matplotlib.figure import Figure
 
+from safelocus.analysis import words
+from safelocus.analysis.claims import asr_verdict, decide, kept_verdict, share_lost
+from safelocus.analysis.map import SafetyMap
+from safelocus.analysis.words import interval
 from safelocus.evaluation.measures import Measure, mean
-from safelocus.report import figures
-from safelocus.report.claims import asr_verdict, decide, kept_verdict, share_lost
-from safelocus.report.colours import SERIES_LIGHT
+from safelocus.report.colours import LIGHT
+from safelocus.report.drawing import write_picture
 from safelocus.report.grid import Grid
-from safelocus.report.map import SafetyMap
-from safelocus.report.verification import interval
+from safelocus.report.maps import layers_chart
 from safelocus.verification.pooling import difference, level
 
 Cell = dict[str, Any]
@@ -88,7 +90,7 @@ def enhance_page() -> str | None:
         f"perplexity {len(before[0]['nats']['texts'])} texts",
     )  # fmt: skip
     missing = [each for each in enhancing.plan() if f"{each[0]}-{each[1]:g}-{each[2]}" not in found]
-    figures.save_png(_enhance_figure(before, groups), PAGES / "real-enhance.png")
+    _enhance_figure(before, groups).savefig(PAGES / "real-enhance.png")
     return "\n\n".join(
         [
             "# SET on a real model: 100 steps on 1 % of the weights",
@@ -163,7 +165,7 @@ def _enhance_figure(before: list[Cell], groups: dict[tuple[str, float], list[Cel
     axes = figure.subplots(2, 2, sharex=True, sharey=True)
     for axis, (source, title) in zip(axes.flat, shown, strict=True):
         axis.axhline(np.nanmean(outcomes(before, source)), color="#999999", linewidth=0.8, linestyle=":")
-        for colour, method in zip(SERIES_LIGHT, enhancing.METHODS, strict=False):
+        for colour, method in zip(LIGHT.series, enhancing.METHODS, strict=False):
             points = [(rate, level(outcomes(group, source))) for (m, rate), group in groups.items() if m == method]
             if points:
                 _curve(axis, points, colour, NAMES[method])
@@ -243,7 +245,7 @@ def map_page() -> str | None:
             continue
         esi = located["esi"]
         shown = SafetyMap.from_json(esi["map"])
-        figures.save_png(figures.component_figure(shown), PAGES / f"real-map-{name}.png")
+        write_picture(PAGES / f"real-map-{name}.svg", words.title(shown), [layers_chart(shown)])
         tested = {m: {p["name"]: p for p in cell["patterns"]} for m, cell in located.items()}
         rows = [
             (pattern, *(_fold(tested[m][pattern]) if m in tested else "-" for m in locating.METHODS))
@@ -260,7 +262,7 @@ def map_page() -> str | None:
         ]
         parts += [
             f"## {model}",
-            f"![Where the top 1 % of the weights by ESI lie in {model}, per layer and component](real-map-{name}.png)",
+            f"![Where the top 1 % of the weights by ESI lie in {model}, per layer and component](real-map-{name}.svg)",
             Grid(
                 title="", headings=("times what size gives", *(NAMES[m] for m in locating.METHODS)), rows=tuple(rows),
                 caption="fold [95 % interval over layers], p by permutation (Holm); p turned: with neighbours kept",

@@ -15,7 +15,7 @@ import cells
 import sets
 
 import safelocus as sl
-from safelocus.report.claims import verify_claims
+from safelocus.analysis.claims import verify_claims
 
 TABLE = "verify"
 NOISES = (0.38, 1.0, 2.0, 3.0)

@@ -36,7 +36,7 @@ def demo(
     from safelocus.demo import FULL, QUICK, ChatSizes, Sizes, tell
     from safelocus.errors import ModelError
     from safelocus.report.page import PAGE
-    from safelocus.report.sections.claims import claims_table
+    from safelocus.report.verdicts import claims_table
     from safelocus.run import run_folder
     from safelocus.target import resolve
 

@@ -134,8 +134,8 @@ def enhance(
     from safelocus.enhancement.enhancing import run_enhancement
     from safelocus.errors import SafelocusError
     from safelocus.prompts import read_prompts
-    from safelocus.report.enhancement import effect, outcome_grid, sweep_grid
-    from safelocus.report.outputs import write_enhancement
+    from safelocus.report.page import write_outcome
+    from safelocus.report.training import effect, outcome_grid, sweep_grid
     from safelocus.resources import Subject, Training
     from safelocus.run import CHECKPOINT
     from safelocus.scoring import METHODS
@@ -246,16 +246,16 @@ def enhance(
         )  # fmt: skip
         found = replace(found, notes=(*remarks, *found.notes))
         if distributed.is_main():
-            written = write_enhancement(found, located.selection, folder, place=output)
+            written = write_outcome(found, folder, selection=located.selection, place=output)
     if not distributed.is_main():
         return
     if json:
         print_json({"output": str(output), **found.to_json()})
         return
-    results.print(outcome_grid(found).rich())
-    if (grid := sweep_grid(found)) is not None:
+    results.print(outcome_grid(found.to_json()).rich())
+    if (grid := sweep_grid(found.to_json())) is not None:
         results.print(grid.rich())
-    results.print(effect(found), highlight=False)
+    results.print(effect(found.to_json()), highlight=False)
     for remark in found.notes:
         note(f"[bold]mind:[/] {remark}")
     files = (PATCH, "selection.safetensors", "README.md", "results.json", "before/", "after/", *written)

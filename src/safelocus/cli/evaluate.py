@@ -172,7 +172,7 @@ def evaluate(
             evaluation.save(folder)
             if comparison is not None:
                 write_json(folder / "against.json", {"run": str(against), **comparison.to_json()})
-            page = write_run_page(folder, place=output)
+            written = write_run_page(folder, place=output)
     if not distributed.is_main():
         return
     if json:
@@ -190,7 +190,7 @@ def evaluate(
             "The ASR is the refusal matcher's: whatever does not refuse counts as harmful. "
             "--judge guard:NAME or rubric:NAME says more."
         )
-    note(f"wrote {output}: results.json, responses.jsonl, {page}")
+    note(f"wrote {output}: results.json, responses.jsonl, {', '.join(written)}")
 
 
 def _prompt_sets(

@@ -127,9 +127,9 @@ def merge(
 @app.command()
 def info(patch: File, json: options.Json = False) -> None:
     """Say what a patch holds, where it came from, and whether it can be reverted."""
+    from safelocus.analysis.map import safety_map
     from safelocus.patch import Patch
-    from safelocus.report.map import safety_map
-    from safelocus.report.tables import experts_table, layer_component_table
+    from safelocus.report.maps import experts_grid, layers_grid
 
     loaded = Patch.load(patch)
     located = safety_map(None, loaded.selection)
@@ -141,9 +141,9 @@ def info(patch: File, json: options.Json = False) -> None:
         print_json(_description(loaded, patch) | {"counts": counts, "metadata": loaded.metadata})
         return
     results.print(_table(loaded, patch))
-    for table in (layer_component_table(located), experts_table(located)):
-        if table is not None:
-            results.print(table)
+    for grid in (layers_grid(located), experts_grid(located)):
+        if grid is not None:
+            results.print(grid.rich())
 
 
 def _change(
@@ -248,7 +248,7 @@ def _table(patch: "Patch", file: Path) -> Any:
     from rich.table import Table
     from rich.text import Text
 
-    from safelocus.report.text import percent
+    from safelocus.analysis.words import percent
 
     described = _description(patch, file)
     changed = "" if described["num_changed"] is None else f", {described['num_changed']:,} of them changed"

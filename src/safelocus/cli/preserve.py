@@ -134,8 +134,8 @@ def preserve(
     from safelocus.preservation.calibration import Calibration
     from safelocus.preservation.preserving import ADAPTER, MODEL, Lora, Mixed, run_preservation
     from safelocus.prompts import read_prompts
-    from safelocus.report.outputs import write_preservation
-    from safelocus.report.preservation import outcome_grid
+    from safelocus.report.page import write_outcome
+    from safelocus.report.training import outcome_grid
     from safelocus.resources import Subject, Training
     from safelocus.run import CHECKPOINT
     from safelocus.scoring import METHODS
@@ -251,13 +251,13 @@ def preserve(
             checkpoint=checkpoint, notes=remarks, progress=not json,
         )  # fmt: skip
         if distributed.is_main():
-            written = write_preservation(found, located.selection, folder, place=output)
+            written = write_outcome(found, folder, selection=located.selection, place=output)
     if not distributed.is_main():
         return
     if json:
         print_json({"output": str(output), **found.to_json()})
         return
-    results.print(outcome_grid(found).rich())
+    results.print(outcome_grid(found.to_json()).rich())
     for remark in [*found.notes, *found.protected.notes]:
         note(f"[bold]mind:[/] {remark}")
     saved = f"{ADAPTER}/" if lora and not merge else f"{MODEL}/"

@@ -86,11 +86,11 @@ def _describe(run: "ReportRun") -> dict[str, Any]:
 
 
 def _print_patterns(runs: "Sequence[ReportRun]", seed: int, *, json: bool) -> None:
+    from safelocus.analysis.patterns import patterns
     from safelocus.errors import RunError
-    from safelocus.report.patterns import patterns
+    from safelocus.report.comparison import named
+    from safelocus.report.maps import patterns_grid
     from safelocus.report.runs import with_parts
-    from safelocus.report.sections.comparison import named
-    from safelocus.report.sections.patterns import patterns_grid
 
     tested = {name: patterns(run.maps[model], seed=seed) for name, run, model in named(with_parts(runs))}
     if not tested:

@@ -73,15 +73,16 @@ def score(
 ) -> None:
     """Score every eligible weight of a model, select the top share, and draw the map.
 
-    Writes scores/, selection.safetensors, results.json, responses.jsonl, report.html and map.png.
+    Writes scores/, selection.safetensors, results.json, responses.jsonl, report.html and map.svg.
     Interrupted with Ctrl-C, the same command resumes. Several processes (torchrun) share the prompts.
     """
     from safelocus import distributed
+    from safelocus.analysis.map import safety_map
     from safelocus.errors import ModelError
     from safelocus.prompts import read_prompts
     from safelocus.ratio import count_for_ratio
-    from safelocus.report.map import safety_map
-    from safelocus.report.outputs import print_map, write_map
+    from safelocus.report.maps import print_map
+    from safelocus.report.page import write_map
     from safelocus.run import CHECKPOINT
     from safelocus.scores import Scores
     from safelocus.scoring import METHODS, NEEDS_OBJECTIVE

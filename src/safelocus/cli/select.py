@@ -32,9 +32,9 @@ def select(
     config: options.Config = None,
 ) -> None:
     """Select weights from saved scores. Set operations apply after the ratio, so K may fall below it."""
+    from safelocus.analysis.map import safety_map
     from safelocus.errors import RunError
-    from safelocus.report.map import safety_map
-    from safelocus.report.outputs import print_map
+    from safelocus.report.maps import print_map
     from safelocus.scores import Scores
     from safelocus.selection import Selection
 

@@ -85,11 +85,11 @@ def stability(
             seed=seed, batch_size=batch_size, checkpoint=folder / CHECKPOINT, progress=not json,
         )  # fmt: skip
         found.save(folder)
-        page = write_run_page(folder, place=output)
+        written = write_run_page(folder, place=output)
     if json:
         print_json({"output": str(output), **found.to_json()})
         return
     results.print(stability_grid(found).rich())
     for remark in found.notes:
         note(f"[bold]mind:[/] {remark}")
-    note(f"wrote {output}: results.json, {page}")
+    note(f"wrote {output}: results.json, {', '.join(written)}")

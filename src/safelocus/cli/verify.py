@@ -111,7 +111,7 @@ def verify(
     """
     from safelocus import distributed
     from safelocus.errors import SafelocusError
-    from safelocus.report.outputs import write_verification
+    from safelocus.report.page import write_outcome
     from safelocus.report.verification import ranking_grid, settings_grid
     from safelocus.run import CHECKPOINT
     from safelocus.scoring import METHODS
@@ -184,7 +184,7 @@ def verify(
             allow_mismatch=allow_mismatch, checkpoint=folder / CHECKPOINT, progress=not json,
         )  # fmt: skip
         if distributed.is_main():
-            written = write_verification(found, folder, place=output)
+            written = write_outcome(found, folder, place=output)
     if not distributed.is_main():
         return
     if json:

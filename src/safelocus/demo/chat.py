@@ -7,6 +7,10 @@ trained on is embedded (`embedded:NAME`), and nothing is measured with that was 
 from dataclasses import replace
 from typing import Any
 
+from safelocus.analysis.claims import enhance_claims, locate_claims
+from safelocus.analysis.map import safety_map
+from safelocus.analysis.patterns import patterns
+from safelocus.analysis.words import count, summary_lines
 from safelocus.demo.sizes import ChatSizes
 from safelocus.demo.stages import RATIO, Found, Place, part_of
 from safelocus.enhancement.enhancement import PATCH
@@ -16,15 +20,10 @@ from safelocus.evaluation import Evaluation
 from safelocus.objective import Refusal
 from safelocus.patch import Patch
 from safelocus.prompts import read_prompts
-from safelocus.report import enhancement as enhancement_report
-from safelocus.report.claims import enhance_claims, locate_claims
 from safelocus.report.grid import Grid
-from safelocus.report.map import safety_map
-from safelocus.report.outputs import SELECTION, write_enhancement, write_map
-from safelocus.report.patterns import patterns
-from safelocus.report.sections.patterns import patterns_grid
-from safelocus.report.tables import experts_table, layer_component_table
-from safelocus.report.text import count, summary_lines
+from safelocus.report.maps import experts_grid, layers_grid, patterns_grid
+from safelocus.report.page import SELECTION, write_map, write_outcome
+from safelocus.report.training import effect, outcome_grid
 from safelocus.run import CHECKPOINT
 from safelocus.scoring import score
 from safelocus.selection import Selection
@@ -52,10 +51,10 @@ def locate(at: Place[ChatSizes]) -> Found:
         located = safety_map(scores, selection)
         write_map(folder, [(at.model, located)], place=at.final / "score")
     tested = patterns(located)
-    tables = [layer_component_table(located), experts_table(located), patterns_grid({at.model: tested}).rich()]
+    tables = [layers_grid(located), experts_grid(located), patterns_grid({at.model: tested})]
     return Found(
         claims=locate_claims(tested), tables=[table for table in tables if table is not None],
-        lines=[*summary_lines(located), f"As pictures: {at.final / 'score'}/*.png"],
+        lines=[*summary_lines(located), f"As pictures: {at.final / 'score'}/*.svg"],
     )  # fmt: skip
 
 
@@ -81,11 +80,11 @@ def enhance(at: Place[ChatSizes]) -> Found:
             load(at.model), selection, divided.data, retain=divided.retained, examination=divided.examination,
             seed=at.seed, checkpoint=folder / CHECKPOINT, progress=at.progress, **training, **held,
         )  # fmt: skip
-        write_enhancement(found, selection, folder, place=at.final / "enhance")
+        write_outcome(found, folder, selection=selection, place=at.final / "enhance")
     return Found(
         claims=enhance_claims(found.before, found.after, {}, steps=sizes.steps),
-        tables=[enhancement_report.outcome_grid(found).rich()],
-        lines=[enhancement_report.effect(found)],
+        tables=[outcome_grid(found.to_json())],
+        lines=[effect(found.to_json())],
     )
 
 
@@ -101,7 +100,7 @@ def apply(at: Place[ChatSizes]) -> Found:
     size = (folder / PATCH).stat().st_size / 1e6
     before, after = (Evaluation.load(folder / part) for part in ("before", "after"))
     return Found(
-        claims=(), tables=[replace(examples(before, after), title="What it says").rich()],
+        claims=(), tables=[replace(examples(before, after), title="What it says")],
         lines=[
             f"The patch ({size:.1f} MB) holds new values for {count(patch.k)} weights; taken out, the model is what "
             "it was, bit for bit.",

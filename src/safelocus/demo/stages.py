@@ -12,8 +12,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from rich.table import Table
-
+from safelocus.analysis.claims import Claim, enhance_claims, locate_claims, preserve_claims, verify_claims
+from safelocus.analysis.map import SafetyMap, safety_map
+from safelocus.analysis.patterns import patterns
+from safelocus.analysis.words import summary_lines
 from safelocus.enhancement.enhancing import run_enhancement
 from safelocus.evaluation import Evaluation
 from safelocus.evaluation.judges import GuardJudge
@@ -23,17 +25,12 @@ from safelocus.preservation.calibration import Calibration
 from safelocus.preservation.preservation import Preservation
 from safelocus.preservation.preserving import run_preservation
 from safelocus.prompts import PromptSet, read_prompts
-from safelocus.report import enhancement as enhancement_report
-from safelocus.report import preservation as preservation_report
-from safelocus.report import verification as verification_report
-from safelocus.report.claims import Claim, enhance_claims, locate_claims, preserve_claims, verify_claims
-from safelocus.report.map import SafetyMap, safety_map
-from safelocus.report.outputs import SELECTION, write_enhancement, write_map, write_preservation, write_verification
-from safelocus.report.patterns import patterns
+from safelocus.report.grid import Grid
+from safelocus.report.maps import experts_grid, layers_grid, patterns_grid
+from safelocus.report.page import SELECTION, write_map, write_outcome
 from safelocus.report.runs import ReportRun
-from safelocus.report.sections.patterns import patterns_grid
-from safelocus.report.tables import experts_table, layer_component_table
-from safelocus.report.text import summary_lines
+from safelocus.report.training import effect, outcome_grid
+from safelocus.report.verification import settings_grid
 from safelocus.run import CHECKPOINT, run_folder, write_text
 from safelocus.scores import Scores
 from safelocus.scoring import score
@@ -102,7 +99,7 @@ class Found:
     """
 
     claims: Sequence[Claim]
-    tables: Sequence[Table] = field(repr=False)
+    tables: Sequence[Grid] = field(repr=False)
     lines: Sequence[str] = field(repr=False)
 
 
@@ -116,7 +113,7 @@ def locate(at: Place) -> Found:
     """ESI of every weight of the aligned organism, its map, and the pattern tests."""
     located = _score(at, at.model, "score")
     tested = patterns(located)
-    tables = [layer_component_table(located), experts_table(located), patterns_grid({at.model: tested}).rich()]
+    tables = [layers_grid(located), experts_grid(located), patterns_grid({at.model: tested})]
     return Found(
         claims=locate_claims(tested),
         tables=[table for table in tables if table is not None],
@@ -139,10 +136,10 @@ def disturb(at: Place) -> Found:
             seeds=sizes.num_seeds, batch_size=BATCH, max_new_tokens=MAX_NEW_TOKENS, checkpoint=folder / CHECKPOINT,
             progress=at.progress,
         )  # fmt: skip
-        write_verification(found, folder, place=at.final / "verify", pictures=False)
+        write_outcome(found, folder, place=at.final / "verify", pictures=False)
     return Found(
         claims=verify_claims(found),
-        tables=[verification_report.settings_grid(found).rich()],
+        tables=[settings_grid(found)],
         lines=[verdict.text for verdict in found.verdicts.values()],
     )
 
@@ -173,12 +170,12 @@ def enhance(at: Place) -> Found:
             controls={"random": random_selection(target, selection.k, seed=at.seed)},
             checkpoint=folder / CHECKPOINT, progress=at.progress, **training,
         )  # fmt: skip
-        write_enhancement(found, selection, folder, place=at.final / "enhance", pictures=False)
+        write_outcome(found, folder, selection=selection, place=at.final / "enhance", pictures=False)
     controls = {kind: trained.after for kind, trained in found.controls.items()}
     return Found(
         claims=enhance_claims(found.before, found.after, controls, steps=sizes.enhance_steps),
-        tables=[enhancement_report.outcome_grid(found).rich()],
-        lines=[enhancement_report.effect(found)],
+        tables=[outcome_grid(found.to_json())],
+        lines=[effect(found.to_json())],
     )
 
 
@@ -187,7 +184,7 @@ def freeze(at: Place) -> Found:
     found = _learn(at, "freeze", {"unprotected": True}, unprotected=True)
     return Found(
         claims=(), lines=found.notes,
-        tables=[replace(preservation_report.outcome_grid(found), title="The top 10 % frozen").rich()],
+        tables=[outcome_grid(found.to_json(), title="The top 10 % frozen")],
     )  # fmt: skip
 
 
@@ -207,8 +204,8 @@ def calibrate(at: Place) -> Found:
         unprotected=Evaluation.load(frozen / "unprotected"),
         controls={}, task=TASK[1], steps=sizes.preserve_steps,
     )  # fmt: skip
-    grid = replace(preservation_report.outcome_grid(found), title="The same weights calibrated")
-    return Found(claims=claims, tables=[grid.rich()], lines=found.notes)
+    grid = outcome_grid(found.to_json(), title="The same weights calibrated")
+    return Found(claims=claims, tables=[grid], lines=found.notes)
 
 
 Stage = Callable[[Place], Found]
@@ -267,7 +264,7 @@ def _learn(
             checkpoint=folder / CHECKPOINT, progress=at.progress, seed=at.seed, every=every,
             look=LOOK, **training, **how,
         )  # fmt: skip
-        write_preservation(found, held, folder, place=at.final / name, pictures=False)
+        write_outcome(found, folder, selection=held, place=at.final / name, pictures=False)
     return found
 
 

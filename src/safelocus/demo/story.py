@@ -24,12 +24,12 @@ from typing import Any
 from rich.console import Console
 from rich.rule import Rule
 
+from safelocus.analysis.claims import Claim
 from safelocus.demo import chat
 from safelocus.demo.ahead import num_cores, running_ahead
 from safelocus.demo.sizes import ChatSizes, Sizes
 from safelocus.demo.stages import Found, Place, Stage, calibrate, disturb, enhance, freeze, locate
 from safelocus.errors import RunError
-from safelocus.report.claims import Claim
 from safelocus.report.page import PAGE, write_page
 from safelocus.report.runs import ReportRun
 from safelocus.run import CHECKPOINT, write_json
@@ -218,7 +218,7 @@ def _file(chapter: Chapter, at: Place) -> Path:
 
 def _show(found: Found, console: Console) -> None:
     for table in found.tables:
-        console.print(table)
+        console.print(table.rich())
     for line in found.lines:
         console.print(line, highlight=False, markup=False)
     console.print()

@@ -1,110 +1,121 @@
-"""What a page is made of: plain data that the template lays out and the page's script draws.
+"""What a page is made of: plain data, which the template lays out and `drawing` draws.
 
-A figure is a long table (one row per cell, point or interval) and a few words on how to draw it. The same table
-is drawn, shown on hover, listed as text and downloaded as CSV, so no number stands on a page twice. Numbers keep
-six significant digits.
-
-    heat    columns x and y name a cell, z its enrichment
-    lines   columns series, x, value, and where known low and high (a band, or bars where x has no order)
-    dots    columns group, series, value, low, high: one mark with its interval per row
+A chart is a long table (one row per cell, point or interval) and a few words on how to draw it. The same numbers are
+drawn, shown on hover, listed as text and downloaded as CSV, so no number stands on a page twice. They keep six
+significant digits.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Any
 
+from safelocus.analysis.density import Densities
 from safelocus.report.grid import Grid
 
-Cell = str | float | int | None
+Value = str | float | int | None
 Format = str  # "text", "percent", "times", "count" or "number": how a column is spelled for people
 
 
 @dataclass(frozen=True, kw_only=True)
-class Table:
-    """Columns by name with their formats, and rows.
+class Chart:
+    """Numbers, and how they are drawn.
 
     Attributes:
+        title: above the chart, and the stem of the names of downloads.
         columns: name (the heading of the CSV) -> format.
         rows: one value per column.
-    """
-
-    columns: Mapping[str, Format]
-    rows: Sequence[Sequence[Cell]]
-
-    def to_json(self) -> dict[str, Any]:
-        return {"columns": dict(self.columns), "rows": [[_short(cell) for cell in row] for row in self.rows]}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Figure:
-    """One chart.
-
-    Attributes:
-        kind: "heat", "lines" or "dots".
-        title: above the chart, in exports, and the stem of their names.
-        table: what is drawn.
-        options: how; see `page.js`, one function per kind.
         note: below the title.
-        wide: takes the full width where figures stand side by side.
+        wide: takes the full width where charts stand side by side.
     """
 
-    kind: str
     title: str
-    table: Table
-    options: Mapping[str, Any] = field(default_factory=dict)
+    columns: Mapping[str, Format]
+    rows: Sequence[Sequence[Value]]
     note: str = ""
     wide: bool = False
 
+    def column(self, name: str) -> int:
+        """Place of a column."""
+        return list(self.columns).index(name)
+
     def to_json(self) -> dict[str, Any]:
-        return {"kind": self.kind, "title": self.title, "table": self.table.to_json(), **self.options}
+        rows = [[float(f"{cell:.6g}") if isinstance(cell, float) else cell for cell in row] for row in self.rows]
+        return {"title": self.title, "table": {"columns": dict(self.columns), "rows": rows}}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Listing:
-    """A table to read.
+class Heat(Chart):
+    """Enrichment by two places; "all" stands for the sum over one of them.
 
     Attributes:
-        headings, rows: text; the first `num_labels` columns are words, the others numbers.
-        bars: index of a column of shares (0 to 1) that is drawn as a bar; None for none.
-        names: the first column holds names of tensors, which may break anywhere.
-        title, note: above and below.
-        folded: only the title shows until it is opened.
+        x, y, z: columns of the places and of the enrichment.
+        xs, ys: places along each axis.
+        limit: doublings at the ends of the scale.
+        height: pixels of a row.
+        opens: a cell that is chosen opens its matrix.
     """
 
-    headings: Sequence[str]
-    rows: Sequence[Sequence[str | float]]
-    num_labels: int = 1
-    bars: int | None = None
-    names: bool = False
-    title: str = ""
-    note: str = ""
-    folded: bool = False
-    kind: str = "listing"
+    x: str
+    y: str
+    z: str
+    xs: Sequence[str]
+    ys: Sequence[str]
+    limit: int
+    height: int = 34
+    opens: bool = False
 
-    @classmethod
-    def of(cls, grid: Grid, *, folded: bool = False) -> Self:
-        """A table of the terminal."""
-        return cls(
-            title=grid.title, headings=grid.headings, rows=grid.rows, num_labels=grid.num_labels, note=grid.caption,
-            folded=folded,
-        )  # fmt: skip
+
+@dataclass(frozen=True, kw_only=True)
+class Lines(Chart):
+    """A value along an axis, one line per series, with a band where there are columns `low` and `high`.
+
+    Attributes:
+        x, value, series: columns.
+        kind: of the x axis: "linear", "log" or "category".
+        x_title: below that axis.
+        span: ends of the value axis; None: as the numbers need.
+        x_span: ends of the other one.
+        reference: a dotted line across.
+        colours: series -> number of its colour; others in order.
+        dashed: series that are only a comparison.
+        mark: a point (x, value, what it is).
+        plain: no marks on the lines.
+    """
+
+    x: str
+    value: str
+    series: str
+    kind: str = "linear"
+    x_title: str = ""
+    span: tuple[float, float | None] | None = None
+    x_span: tuple[float, float] | None = None
+    reference: float | None = None
+    colours: Mapping[str, int] = field(default_factory=dict)
+    dashed: Sequence[str] = ()
+    mark: tuple[float, float, str] | None = None
+    plain: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
 class Matrices:
-    """The matrices that a reader can open, each with the density of the selection inside; see `density`."""
+    """The matrices that a reader can open.
 
-    title: str
-    data: Mapping[str, Any]
-    note: str = ""
-    kind: str = "matrices"
+    Attributes:
+        densities: inside each.
+        rate: density of the selection in the whole model.
+        limit: doublings at the ends of the scale.
+    """
+
+    densities: Densities
+    rate: float
+    limit: int
 
     def to_json(self) -> dict[str, Any]:
-        return {"kind": self.kind, "title": self.title, **self.data}
+        return {"kind": "matrices", "rate": self.rate, "limit": self.limit, **self.densities.to_json()}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Claims:
+class Verdicts:
     """Claims and verdicts, one row per claim and one column per model.
 
     Attributes:
@@ -115,7 +126,9 @@ class Claims:
 
     titles: Sequence[str]
     stages: Sequence[tuple[str, Sequence[tuple[str, Sequence[tuple[str, str, str] | None]]]]]
-    kind: str = "claims"
+
+
+Block = Chart | Grid | Matrices | Verdicts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,18 +137,25 @@ class Part:
 
     Attributes:
         notes: sentences under the heading.
-        blocks: figures and tables, in order.
-        side_by_side: figures may stand beside one another where there is room.
-        legend: tick labels of the scale of heatmaps; none for no scale.
+        blocks: charts and tables, in order; tables that `folded` is true for show their title until opened.
+        side_by_side: charts may stand beside one another where there is room.
+        limit: doublings at the ends of the scale of what its script draws; None for none.
         unrouted: a sentence about the grey cells.
+        file: stem of the picture of its charts in the run's folder; "" for none.
     """
 
     title: str
-    blocks: Sequence[Figure | Listing | Matrices | Claims]
+    blocks: Sequence[Block]
     notes: Sequence[str] = ()
     side_by_side: bool = False
-    legend: Sequence[str] = ()
+    folded: bool = False
+    limit: int | None = None
     unrouted: str = ""
+    file: str = ""
+
+    @property
+    def charts(self) -> list[Chart]:
+        return [block for block in self.blocks if isinstance(block, Chart)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,7 +179,3 @@ class Section:
     parts: Sequence[Part] = ()
     notes: Sequence[str] = ()
     leads: bool = False
-
-
-def _short(cell: Cell) -> Cell:
-    return float(f"{cell:.6g}") if isinstance(cell, float) else cell

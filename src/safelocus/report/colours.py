@@ -1,4 +1,4 @@
-"""Colours: enrichment on a diverging log2 scale, the same in terminal, figure and page, and those of curves.
+"""Colours: enrichment on a diverging log2 scale, the same in terminal, picture and page, and those of curves.
 
 Blue is less than expected by size, orange more: a pair that is told apart with every common colour
 blindness. Blue stays paler, because what is enriched is the news. On dark ground the scale starts dark
@@ -7,15 +7,59 @@ and brightens towards both ends.
 
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
-LIGHT = ("#3b78b5", "#6ea3d3", "#a5c9e6", "#d5e5f2", "#f6f5f2", "#fbd9b9", "#f2a264", "#d4641f", "#933a0a")
-DARK = ("#5b95cc", "#45739f", "#345877", "#2b4056", "#2b2e35", "#5c4130", "#9c5a2d", "#de8038", "#ffbd8a")
-UNROUTED_LIGHT = "#dcdcdc"  # an expert that was given no token: no statement, so no colour
-UNROUTED_DARK = "#3c3f46"
+LEVELS = 32  # steps of the scale, as drawn by page and picture
 
-# curves and marks, told apart with every common colour blindness; the page also varies their dashes and marks
-SERIES_LIGHT = ("#c2571a", "#3b78b5", "#6b6b6b", "#2a8a5f", "#8a5fb0", "#b08a1e", "#c0487c", "#222222")
-SERIES_DARK = ("#ff9d5c", "#7fb2e6", "#a8adb5", "#5cc79a", "#bf9be0", "#e0bd5a", "#f08fb6", "#e8e8e6")
+
+@dataclass(frozen=True, kw_only=True)
+class Theme:
+    """Colours of a page or a picture.
+
+    Attributes:
+        paper, panel, ink, muted, line, accent: of grounds, text and rules.
+        unrouted: of an expert that was given no token: no statement, so no colour of the scale.
+        heat: the scale, from depleted to enriched.
+        series: of curves and marks, told apart with every common colour blindness; dashes and marks vary too.
+    """
+
+    paper: str
+    panel: str
+    ink: str
+    muted: str
+    line: str
+    accent: str
+    unrouted: str
+    heat: tuple[str, ...]
+    series: tuple[str, ...]
+
+    @property
+    def style(self) -> str:
+        """CSS of everything in a chart, and of tinted cells."""
+        rules = [
+            f".ink{{fill:{self.ink}}}.muted{{fill:{self.muted}}}.rule{{stroke:{self.line}}}.mark{{stroke:{self.muted}}}"
+            f".paper{{fill:{self.paper}}}.unrouted{{fill:{self.unrouted}}}"
+        ]
+        for number in range(LEVELS + 1):
+            ground = interpolate(self.heat, number / LEVELS)
+            colour, ink = f"rgb{ground}".replace(" ", ""), "#111" if is_light(ground) else "#fff"
+            rules.append(f".h{number}{{fill:{colour};background:{colour};color:{ink}}}.t{number}{{fill:{ink}}}")
+        rules += [f".s{number}{{color:{colour}}}" for number, colour in enumerate(self.series)]
+        return "".join(rules)
+
+
+LIGHT = Theme(
+    paper="#ffffff", panel="#f7f6f3", ink="#1d1f23", muted="#5c6068", line="#e3e1dc", accent="#b4511a",
+    unrouted="#dcdcdc",
+    heat=("#3b78b5", "#6ea3d3", "#a5c9e6", "#d5e5f2", "#f6f5f2", "#fbd9b9", "#f2a264", "#d4641f", "#933a0a"),
+    series=("#c2571a", "#3b78b5", "#6b6b6b", "#2a8a5f", "#8a5fb0", "#b08a1e", "#c0487c", "#222222"),
+)  # fmt: skip
+DARK = Theme(
+    paper="#16181c", panel="#1e2126", ink="#e8e8e6", muted="#a0a6ae", line="#33373e", accent="#ff9d5c",
+    unrouted="#3c3f46",
+    heat=("#5b95cc", "#45739f", "#345877", "#2b4056", "#2b2e35", "#5c4130", "#9c5a2d", "#de8038", "#ffbd8a"),
+    series=("#ff9d5c", "#7fb2e6", "#a8adb5", "#5cc79a", "#bf9be0", "#e0bd5a", "#f08fb6", "#e8e8e6"),
+)  # fmt: skip
 ROLES = {"top": 0, "bottom": 1, "random": 2}  # the colour of a selection, wherever it is drawn
 
 Rgb = tuple[int, int, int]
@@ -39,6 +83,11 @@ def position(enrichment: float, limit: float) -> float:
     if enrichment <= 0:
         return 0.0
     return min(1.0, max(0.0, 0.5 + math.log2(enrichment) / (2 * limit)))
+
+
+def level(place: float) -> int:
+    """Which of the scale's `LEVELS` + 1 colours stands at a place from 0 to 1."""
+    return round(place * LEVELS)
 
 
 def interpolate(colours: Sequence[str], at: float) -> Rgb:

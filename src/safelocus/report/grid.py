@@ -1,10 +1,63 @@
 """A table of plain text, which the terminal, the page and a Markdown file print alike."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, Self
 
 from rich import box
+from rich.color import Color
+from rich.style import Style
 from rich.table import Table
 from rich.text import Text
+
+from safelocus.analysis.words import interval
+from safelocus.report import colours
+
+
+class Tint(str):
+    """A cell's text on the colour of an enrichment; `place` is where on the scale, from 0 to 1."""
+
+    place: float
+
+    def __new__(cls, text: str, place: float) -> Self:
+        made = super().__new__(cls, text)
+        made.place = place
+        return made
+
+    @property
+    def level(self) -> int:
+        """Number of its colour."""
+        return colours.level(self.place)
+
+
+class Span(str):
+    """A proportion or a change in words, "67 [51,83]", with its numbers, which the page draws below."""
+
+    numbers: Mapping[str, Any]
+
+    def __new__(cls, measure: Any) -> Self:
+        """Of a measure, a difference, or either's JSON; None is unknown."""
+        made = super().__new__(cls, interval(measure))
+        values = measure if measure is None or isinstance(measure, Mapping) else measure.to_json()
+        made.numbers = values if values is not None and values["value"] is not None else {}
+        return made
+
+    @property
+    def exact(self) -> str:
+        """ "0.6667 [0.5081, 0.8277], n 30"."""
+        low, high = self.numbers["low"], self.numbers["high"]
+        ends = "" if low is None or high is None else f" [{low:.4g}, {high:.4g}]"
+        return f"{self.numbers['value']:.4g}{ends}, n {self.numbers['n']}"
+
+    @property
+    def bar(self) -> tuple[float, float, float]:
+        """Places of low, value and high in percent of a cell; a change has 0 in the middle."""
+        value = self.numbers["value"]
+        ends = (self.numbers[end] if self.numbers[end] is not None else value for end in ("low", "high"))
+        low, high = ends
+        start, width = (-1.0, 2.0) if "p" in self.numbers or low < 0 else (0.0, 1.0)
+        at = [100 * min(1.0, max(0.0, (number - start) / width)) for number in (low, value, high)]
+        return at[0], at[1], at[2]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,17 +77,25 @@ class Grid:
             padding=(0, 1, 0, 0), pad_edge=False,
         )  # fmt: skip
         for number, heading in enumerate(self.headings):
-            broken = heading.replace("-", "-\n").replace(" ", "\n")  # long headings would squeeze the numbers
+            broken = heading.replace("-", "-\n").replace("/", "/\n").replace(" ", "\n")  # long ones squeeze the numbers
             # a word that is too long for a narrow terminal is broken, not cut
             table.add_column(broken, justify="left" if number < self.num_labels else "right", overflow="fold")
         for number, row in enumerate(self.rows):
             if number in self.sections:
                 table.add_section()
             # Text, because Rich would read "[0.1, 0.2]" as markup
-            table.add_row(*(Text(cell) for cell in row))
+            table.add_row(*(Text(cell, style=_style(cell)) for cell in row))
         return table
 
     def markdown(self) -> str:
         rule = ["---" if number < self.num_labels else "---:" for number in range(len(self.headings))]
         lines = [f"| {' | '.join(cells)} |" for cells in (self.headings, rule, *self.rows)]
         return "\n".join([*lines, *(["", self.caption] if self.caption else [])])
+
+
+def _style(cell: str) -> Style:
+    if not isinstance(cell, Tint):
+        return Style()
+    ground = colours.interpolate(colours.LIGHT.heat, cell.place)
+    ink = "#000000" if colours.is_light(ground) else "#ffffff"
+    return Style(color=Color.parse(ink), bgcolor=Color.from_rgb(*ground))

@@ -1,39 +1,104 @@
-"""One self-contained HTML page of one or more runs.
+"""One self-contained HTML page of one or more runs, and the pictures beside it.
 
-plotly.js is inlined once, and the page's own policy forbids every network request. Everything that comes from
-outside (names of models, runs and tensors, responses) is escaped: in HTML by jinja2, in data by its JSON filter, and
-before it reaches plotly, which reads some HTML in its labels, by `page.js`.
+Charts are SVG in the page, and the page's own policy forbids every network request. Everything that comes from outside
+(names of models, runs and tensors, responses) is escaped: in HTML by jinja2, in data by its JSON filter, in charts by
+`drawing`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
-from markupsafe import Markup, escape
+from markupsafe import Markup
 
 from safelocus import __version__
+from safelocus.analysis.map import SafetyMap
+from safelocus.analysis.words import TIMES
+from safelocus.enhancement.enhancement import Enhancement
+from safelocus.preservation.preservation import Preservation
 from safelocus.report import colours
+from safelocus.report.blocks import Chart, Matrices, Section, Verdicts
+from safelocus.report.card import write_card
+from safelocus.report.comparison import comparison_parts
+from safelocus.report.drawing import svg, write_picture
+from safelocus.report.evaluation import evaluation_sections
+from safelocus.report.maps import BARS, map_sections
+from safelocus.report.provenance import origin_of
+from safelocus.report.responses import responses_json
 from safelocus.report.runs import ReportRun, with_parts
-from safelocus.report.sections import sections_of
-from safelocus.report.sections.comparison import comparison_parts
-from safelocus.report.sections.provenance import origin_of
-from safelocus.report.sections.responses import responses_json
-from safelocus.run import write_text
+from safelocus.report.training import training_sections
+from safelocus.report.verdicts import claims_sections
+from safelocus.report.verification import stability_sections, verification_sections
+from safelocus.run import write_json, write_text
+from safelocus.selection import Selection
+from safelocus.verification import Verification
 
 PAGE = "report.html"
+SELECTION = "selection.safetensors"
+_KINDS: dict[str, Callable[[ReportRun], list[Section]]] = {
+    "demo": claims_sections,
+    "map": map_sections,
+    "verify": verification_sections,
+    "stability": stability_sections,
+    "evaluate": evaluation_sections,
+    "enhance": training_sections,
+    "preserve": training_sections,
+}
 
 
-def write_run_page(folder: Path, *, place: Path) -> str:
-    """The page of the run in a folder, without responses; returns the file's name.
+def write_map(folder: Path, maps: Sequence[tuple[str, SafetyMap]], *, place: Path, pictures: bool = True) -> list[str]:
+    """results.json, page and pictures of one or more models; returns the names of the files.
+
+    Args:
+        folder: of the run; selections that lie in it are opened on the page.
+        maps: (name of the model as it is to be shown, its map).
+        place: what the folder will be called when the run is complete.
+        pictures: write the page and the pictures too.
+    """
+    write_json(folder / "results.json", {"maps": {model: located.to_json() for model, located in maps}})
+    return ["results.json", *(write_run_page(folder, place=place) if pictures else [])]
+
+
+def write_outcome(
+    found: Verification | Enhancement | Preservation,
+    folder: Path,
+    *,
+    place: Path,
+    selection: Selection | None = None,
+    pictures: bool = True,
+) -> list[str]:
+    """Everything that a run of `verify`, `enhance` or `preserve` consists of; returns the names of page and pictures.
+
+    Args:
+        selection: that was trained or protected.
+        folder, place, pictures: as of `write_map`.
+    """
+    found.save(folder)
+    if selection is not None:
+        selection.save(folder / SELECTION)
+    if isinstance(found, Enhancement):
+        write_card(found.to_json(), folder / "README.md")
+    return write_run_page(folder, place=place) if pictures else []
+
+
+def write_run_page(folder: Path, *, place: Path) -> list[str]:
+    """The page of the run in a folder, without responses, and the pictures of its charts; returns the files' names.
 
     Args:
         folder: of the run, where everything else is written already.
         place: what the folder will be called when the run is complete.
     """
-    write_page([ReportRun.read(folder, place=place)], folder / PAGE)
-    return PAGE
+    run = ReportRun.read(folder, place=place)
+    sections = sections_of(run)
+    _write([run], {run.name: sections}, folder / PAGE, heading="Safety report", responses=False)
+    return [PAGE, *(
+        write_picture(folder / f"{part.file}.svg", f"{section.title}: {section.what}", part.charts)
+        for section in sections
+        for part in section.parts
+        if part.file
+    )]  # fmt: skip
 
 
 def write_page(
@@ -43,28 +108,34 @@ def write_page(
 
     Args:
         runs: in the order of the page; a demo brings the runs inside it.
-        path: the HTML file to be; about 5 MB, nearly all of it plotly.js.
+        path: the HTML file to be.
         heading: of the page.
         responses: bundle prompts and answers, harmful ones among them; folded away.
 
     Raises:
         RunError: a run's files are damaged.
     """
-    from plotly.offline import get_plotlyjs
+    _write(with_parts(runs), {}, path, heading=heading, responses=responses)
 
-    runs = with_parts(runs)
+
+def sections_of(run: ReportRun) -> list[Section]:
+    """The sections of one run: one, or one per model."""
+    return _KINDS[run.kind](run)
+
+
+def _write(
+    runs: Sequence[ReportRun], made: dict[str, list[Section]], path: Path, *, heading: str, responses: bool
+) -> None:
+    """`made`: sections by name of their run, where they were made already."""
     html = _template().render(
         heading=heading,
-        sections=[section for run in runs for section in sections_of(run)],
+        sections=[section for run in runs for section in made.get(run.name) or sections_of(run)],
         comparison=comparison_parts(runs),
         origins=[origin_of(run) for run in runs],
         responses=responses_json(runs) if responses else None,
-        palette={
-            "light": {"heat": colours.LIGHT, "series": colours.SERIES_LIGHT},
-            "dark": {"heat": colours.DARK, "series": colours.SERIES_DARK},
-        },
-        unrouted={"light": colours.UNROUTED_LIGHT, "dark": colours.UNROUTED_DARK},
-        plotly=Markup(get_plotlyjs()),
+        light=colours.LIGHT,
+        dark=colours.DARK,
+        bars=BARS,
         style=_part("page.css"),
         script=_part("page.js"),
         version=__version__,
@@ -83,16 +154,27 @@ def _template() -> Template:
     )
     # the order of a table's columns is that of its keys; NaN is no JSON
     environment.policies["json.dumps_kwargs"] = {"sort_keys": False, "allow_nan": False, "separators": (",", ":")}
-    environment.filters["breakable"] = _breakable
-    environment.filters["unbroken"] = lambda line: line.replace(" %", "\N{NO-BREAK SPACE}%")
+    environment.filters |= {
+        "svg": lambda chart: Markup(svg(chart)),
+        "unbroken": lambda line: line.replace(" %", "\N{NO-BREAK SPACE}%"),
+        "scale": _scale,
+    }
+    environment.tests |= {
+        name: lambda block, kind=kind: isinstance(block, kind)
+        for name, kind in (("chart", Chart), ("matrices", Matrices), ("verdicts", Verdicts))
+    }
     return environment.get_template("page.html")
+
+
+def _scale(limit: int) -> list[str]:
+    """Tick labels from end to end of the scale of so many doublings."""
+    labels = [f"{2**power}{TIMES}" if power >= 0 else f"1/{2**-power}{TIMES}" for power in range(-limit, limit + 1)]
+    inner = [
+        label if limit < 4 or i % 2 else "" for i, label in enumerate(labels[1:-1])
+    ]  # that of 1 has an odd i there
+    return [f"≤ {labels[0]}", *inner, f"≥ {labels[-1]}"]
 
 
 @cache
 def _part(name: str) -> Markup:
     return Markup(files("safelocus.report").joinpath(name).read_text(encoding="utf-8"))
-
-
-def _breakable(name: str) -> Markup:
-    """A tensor's name that may break after its dots and underscores, and copies as it is."""
-    return escape(name).replace(".", Markup(".<wbr>")).replace("_", Markup("_<wbr>"))

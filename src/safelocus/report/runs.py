@@ -11,9 +11,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
+from safelocus.analysis.map import SafetyMap, safety_map
+from safelocus.analysis.patterns import Pattern, patterns
 from safelocus.errors import RunError
-from safelocus.report.map import SafetyMap, safety_map
-from safelocus.report.patterns import Pattern, patterns
 from safelocus.run import read_config
 from safelocus.selection import Selection
 

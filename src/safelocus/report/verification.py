@@ -1,58 +1,53 @@
-"""A verification, and the stability of selections, as tables and curves.
+"""A verification, and the stability of selections: tables, curves, and what the page says of them."""
 
-Every table is first made of plain text (`Grid`), so that the terminal, the page and Markdown print the same one.
-"""
-
-import re
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
-import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-
-from safelocus.evaluation.measures import Measure
+from safelocus.analysis.words import MEASURES, UNKNOWN, capital, in_words, measure_label, method_label
 from safelocus.report import colours
-from safelocus.report.figures import INK, MUTED, finish, finish_lines, new_figure, save_png
-from safelocus.report.grid import Grid
-from safelocus.report.text import MEASURES, method_label
-from safelocus.verification import Stability, Verification
+from safelocus.report.blocks import Block, Lines, Part, Section
+from safelocus.report.grid import Grid, Span
+from safelocus.report.measures import COLUMNS, measures_grid
+from safelocus.report.runs import ReportRun
+from safelocus.verification import Stability, Verification, VerificationVerdict
 from safelocus.verification.ranking import Rank
-from safelocus.verification.verification import Pooled, Setting
+from safelocus.verification.verification import Setting
 
-_COLOURS = {role: colours.SERIES_LIGHT[number] for role, number in colours.ROLES.items()}
+_MEASURES = ("refusal", "asr", "utility", "over_refusal", "incoherent")
+_SELECTIONS = ("top", "random", "bottom")
+_SAYS = {
+    "specific": "Safety rests on these weights, and far more so than other abilities.",
+    "general": "Refusals rest on these weights, but so do other abilities.",
+    "unclear": "Refusals rest on these weights; whether other abilities do too was not measured or cannot be told.",
+    "none": "Nothing shows that refusals rest on these weights more than on others.",
+    "untestable": "The undisturbed model refuses too little for this to be tested.",
+}
+
+
+# tables
 
 
 def settings_grid(found: Verification, scorer: str | None = None, *, measures: Sequence[str] = ()) -> Grid:
     """Levels of every measure at every setting: baseline, then top, random and bottom."""
     scorer = scorer or found.scorers[0]
     names = [name for name in (*MEASURES, *measures) if name in found.measure_names]
-    rows = [("baseline", "", *(interval(found.baseline.measures[name]) for name in names), "1")]
+    rows = [("baseline", "", *(Span(found.baseline.measures[name]) for name in names), "1")]
     sections = []
     for setting in found.settings:
-        pooled = [found.pool(selection, scorer, setting) for selection in ("top", "random", "bottom")]
+        pooled = [found.pool(selection, scorer, setting) for selection in _SELECTIONS]
         if pooled[0] is None:
             continue
         sections.append(len(rows))
         for entry in pooled:
             if entry is not None:
-                cells = (interval(entry.measures[name]) for name in names)
-                rows.append(
-                    (
-                        str(setting) if entry is pooled[0] else "",
-                        entry.selection,
-                        *cells,
-                        str(entry.num_cells),
-                    )
-                )
+                label = str(setting) if entry is pooled[0] else ""
+                levels = (Span(entry.measures[name]) for name in names)
+                rows.append((label, entry.selection, *levels, str(entry.num_cells)))
     return Grid(
         title=f"Disturbing the top weights by {method_label(scorer)}, and as many others",
         headings=("change", "selection", *(MEASURES.get(name, name.partition("@")[2]) for name in names), "cells"),
-        rows=tuple(rows),
+        rows=tuple(rows), sections=tuple(sections), num_labels=2,
         caption="percent [95 % interval over seeds and prompts]; sigma: standard deviation of a weight's own matrix",
-        sections=tuple(sections),
-        num_labels=2,
-    )
+    )  # fmt: skip
 
 
 def ranking_grid(found: Verification, intervention: str) -> Grid:
@@ -60,18 +55,10 @@ def ranking_grid(found: Verification, intervention: str) -> Grid:
     rows = []
     for entry in found.rankings[intervention]:
         effect = entry.effect
-        rows.append(
-            (
-                method_label(entry.scorer),
-                _quotient(entry),
-                "yes" if entry.has_contrast else "no",
-                str(effect.setting),
-                interval(effect.fall),
-                interval(effect.beyond_random),
-                interval(effect.utility_fall),
-                interval(effect.net),
-            )
-        )
+        rows.append((
+            method_label(entry.scorer), _quotient(entry), "yes" if entry.has_contrast else "no", str(effect.setting),
+            *map(Span, (effect.fall, effect.beyond_random, effect.utility_fall, effect.net)),
+        ))  # fmt: skip
     return Grid(
         title=f"Scorers under {intervention}: how much refusal breaks per utility lost",
         headings=(
@@ -86,150 +73,208 @@ def ranking_grid(found: Verification, intervention: str) -> Grid:
 
 def stability_grid(found: Stability) -> Grid:
     """Agreement of selections beside chance."""
-    rows = [
-        (
-            str(row["kind"]),
-            str(row["what"]),
-            f"{100 * row['ratio']:g} %",
-            str(row["num_pairs"]),
-            f"{row['iou']:.3f}" + (f" ({row['lowest']:.3f} to {row['highest']:.3f})" if row["num_pairs"] > 1 else ""),
-            f"{row['chance']:.4f}",
-            "-" if row["rho"] is None else f"{row['rho']:.3f}",
-        )
-        for row in found.summary()
-    ]
+    rows = []
+    for row in found.summary():
+        ends = f" ({row['lowest']:.3f} to {row['highest']:.3f})" if row["num_pairs"] > 1 else ""
+        rho = UNKNOWN if row["rho"] is None else f"{row['rho']:.3f}"
+        rows.append((
+            str(row["kind"]), str(row["what"]), f"{100 * row['ratio']:g} %", str(row["num_pairs"]),
+            f"{row['iou']:.3f}{ends}", f"{row['chance']:.4f}", rho,
+        ))  # fmt: skip
     return Grid(
         title="Stability of the top weights",
         headings=("differs in", "what", "ratio", "pairs", "IoU (lowest to highest)", "chance", "rank correlation"),
-        rows=tuple(rows),
-        caption="chance: IoU of two random selections of these sizes",
-        num_labels=2,
-    )
-
-
-def curves_figure(found: Verification, scorer: str | None = None) -> Figure:
-    """Levels against the strength of the disturbance: a column per ratio, a row per measure."""
-    scorer = scorer or found.scorers[0]
-    groups = by_size([s for s in found.settings if found.pool("top", scorer, s)])
-    names = [name for name in ("refusal", "asr", "utility", "over_refusal") if name in found.measure_names]
-    figure = new_figure(max(3.6, 1.2 + 2.6 * len(groups)), 0.9 + 1.75 * len(names))
-    all_axes = figure.subplots(len(names), len(groups), squeeze=False, sharey=True, sharex="col")
-    for column, (size, settings) in enumerate(groups):
-        labels = [_short(setting) for setting in settings]
-        for row, name in enumerate(names):
-            axes: Axes = all_axes[row, column]
-            base = found.baseline.measures[name].value
-            axes.axhline(base or 0.0, color=MUTED, linewidth=0.8, linestyle=(0, (4, 3)))
-            for selection, colour in _COLOURS.items():
-                points = [(x, found.pool(selection, scorer, setting)) for x, setting in enumerate(settings)]
-                _curve(axes, [(x, entry) for x, entry in points if entry is not None], name, colour, selection)
-            axes.set_ylim(-0.03, 1.03)
-            is_last = row == len(names) - 1
-            finish(axes, "noise in sigma" if is_last else "", "" if column else MEASURES[name], grid=True)
-            if row == 0:
-                axes.set_title(size, fontsize=8, color=INK)
-        all_axes[-1, column].set_xticks(range(len(settings)), labels)
-    handles, texts = all_axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, texts, loc="outside lower center", ncols=3, fontsize=7.5, frameon=False, labelcolor=INK)
-    figure.suptitle(
-        f"{found.provenance.get('model', '')}: top weights by {method_label(scorer)} against controls of equal size",
-        fontsize=9, color=INK, wrap=True,
+        rows=tuple(rows), caption="chance: IoU of two random selections of these sizes", num_labels=2,
     )  # fmt: skip
-    return figure
-
-
-def ranking_figure(found: Verification, intervention: str) -> Figure | None:
-    """Refusal lost against utility lost, one path per scorer. None for one scorer or without utility."""
-    if len(found.scorers) < 2 or "utility" not in found.measure_names:
-        return None
-    settings = [setting for setting in found.settings if setting.intervention == intervention]
-    figure = new_figure(4.4, 3.9)
-    axes = figure.add_subplot()
-    axes.plot([0, 1], [0, 1], color=MUTED, linewidth=0.8, linestyle=(0, (4, 3)), label="as much as utility")
-    for number, scorer in enumerate(found.scorers):
-        falls = [
-            (-(entry.changes["utility"].value or 0.0), -(entry.changes["refusal"].value or 0.0))
-            for setting in settings
-            if (entry := found.pool("top", scorer, setting)) is not None
-        ]
-        x, y = zip((0.0, 0.0), *sorted(falls), strict=True)
-        colour = colours.SERIES_LIGHT[number % len(colours.SERIES_LIGHT)]
-        axes.plot(x, y, "o-", color=colour, markersize=3, linewidth=1.3, label=method_label(scorer))
-    finish_lines(axes, "utility lost", "refusal lost")
-    figure.suptitle(f"{found.provenance.get('model', '')}: what {intervention} breaks first", fontsize=9, color=INK)
-    return figure
-
-
-def write_figures(found: Verification, folder: Path) -> list[str]:
-    """curves.png (one per scorer) and, of several scorers, ranking-INTERVENTION.png; returns the names."""
-    written = []
-    for scorer in found.scorers:
-        name = "curves.png" if scorer == found.scorers[0] else f"curves-{_stem(scorer)}.png"
-        save_png(curves_figure(found, scorer), folder / name)
-        written.append(name)
-    for intervention in found.verdicts:
-        if (figure := ranking_figure(found, intervention)) is not None:
-            written.append(f"ranking-{intervention}.png")
-            save_png(figure, folder / written[-1])
-    return written
-
-
-def interval(measure: Measure | None) -> str:
-    """In percent: "67 [51,83]"; a dash where it is unknown."""
-    if measure is None or measure.value is None:
-        return "-"
-    value = f"{100 * measure.value:.0f}"
-    if measure.low is not None and measure.high is not None:
-        value += f" [{100 * measure.low:.0f},{100 * measure.high:.0f}]"
-    return re.sub(r"-0(?![0-9])", "0", value)
 
 
 def _quotient(entry: Rank) -> str:
     if entry.mean_utility_fall is None or not entry.has_contrast:
-        return "-"
+        return UNKNOWN
     if entry.keeps_utility or entry.per_utility is None:
         return "utility kept"
     return f"{entry.per_utility:.2f} [{entry.low or 0.0:.2f}, {entry.high or 0.0:.2f}]"
 
 
-def by_size(settings: Sequence[Setting]) -> list[tuple[str, list[Setting]]]:
-    """(size in words, its settings: noise by strength, then the others)."""
-    sizes = dict.fromkeys((setting.ratio, setting.k) for setting in settings)
-    found = []
-    for ratio, k in sizes:
-        members = [s for s in settings if (s.ratio, s.k) == (ratio, k)]
-        members.sort(key=lambda s: (s.noise is None, s.noise or 0.0, s.intervention))
-        found.append((f"{k:,} weights" + (f" ({100 * ratio:g} %)" if ratio is not None else ""), members))
-    return found
+# charts
 
 
-def _short(setting: Setting) -> str:
-    return setting.intervention if setting.noise is None else f"{setting.noise:g}"
+def curves_charts(found: Verification, scorer: str) -> list[Lines]:
+    """Levels against the strength of the disturbance: per measure one chart per size, or per intervention."""
+    tested = [setting for setting in found.settings if found.pool("top", scorer, setting)]
+    return [
+        _curve(found, scorer, name, *group)
+        for name in _MEASURES
+        if name in found.measure_names
+        for group in _groups(tested)
+    ]
 
 
-def _curve(axes: Axes, points: Sequence[tuple[int, Pooled]], name: str, colour: str, label: str) -> None:
-    """A line with its band through the noises; what has no strength stands alone."""
-    for is_line, members in _runs(points):
-        x = np.array([place for place, _ in members], dtype=float)
-        measures = [entry.measures[name] for _, entry in members]
-        y, low, high = (
-            np.array([np.nan if (v := getattr(m, end)) is None else v for m in measures], dtype=float)
-            for end in ("value", "low", "high")
+def ranking_chart(found: Verification, intervention: str) -> Lines | None:
+    """Refusal lost against utility lost, one path per scorer. None for one scorer or without utility."""
+    if len(found.scorers) < 2 or "utility" not in found.measure_names:
+        return None
+    even = "as much as utility"
+    rows: list[tuple[str, float, float]] = []
+    for scorer in found.scorers:
+        falls = sorted(
+            (-(entry.changes["utility"].value or 0.0), -(entry.changes["refusal"].value or 0.0))
+            for setting in found.settings
+            if setting.intervention == intervention and (entry := found.pool("top", scorer, setting)) is not None
         )
-        axes.plot(x, y, "o-" if is_line else "o", color=colour, markersize=3, linewidth=1.5, label=label)
-        if is_line:
-            axes.fill_between(x, low, high, color=colour, alpha=0.16, linewidth=0)
-        else:
-            axes.vlines(x, low, high, color=colour, linewidth=1.2, alpha=0.6)
-        label = "_nolegend_"
+        rows += [(method_label(scorer), *point) for point in [(0.0, 0.0), *falls]]
+    rows += [(even, 0.0, 0.0), (even, 1.0, 1.0)]
+    return Lines(
+        title=f"What {intervention} breaks first",
+        columns={"scorer": "text", "utility lost": "percent", "refusal lost": "percent"}, rows=rows,
+        series="scorer", x="utility lost", value="refusal lost", x_title="utility lost (up: refusal lost)",
+        span=(min(0.0, *(row[2] for row in rows)), 1.02), dashed=(even,), wide=True,
+    )  # fmt: skip
 
 
-def _runs(points: Sequence[tuple[int, Pooled]]) -> Iterator[tuple[bool, list[tuple[int, Pooled]]]]:
-    for is_line in (True, False):
-        members = [(x, entry) for x, entry in points if (entry.setting.noise is not None) == is_line]
-        if members:
-            yield is_line, members
+def _groups(settings: Sequence[Setting]) -> Iterator[tuple[str, str, list[tuple[str, Setting]]]]:
+    """(what is alike, what runs along x, its settings by x): noise by strength, everything else by size."""
+    noisy = [setting for setting in settings if setting.noise is not None]
+    for ratio, k in dict.fromkeys((setting.ratio, setting.k) for setting in noisy):
+        members = sorted((s for s in noisy if (s.ratio, s.k) == (ratio, k)), key=lambda setting: setting.noise or 0.0)
+        size = f"{k:,} weights" + (f" ({100 * ratio:g} %)" if ratio is not None else "")
+        yield size, "noise in sigma", [(f"{setting.noise:g}", setting) for setting in members]
+    still = [setting for setting in settings if setting.noise is None]
+    for intervention in dict.fromkeys(setting.intervention for setting in still):
+        members = sorted((s for s in still if s.intervention == intervention), key=lambda setting: setting.k)
+        sizes = [f"{s.k:,}" if s.ratio is None else f"{100 * s.ratio:g} %" for s in members]
+        yield intervention, "share of the weights", list(zip(sizes, members, strict=True))
 
 
-def _stem(name: str) -> str:
-    return "".join(character if character.isalnum() else "-" for character in name).strip("-").lower()
+def _curve(
+    found: Verification, scorer: str, name: str, alike: str, x: str, settings: Sequence[tuple[str, Setting]]
+) -> Lines:
+    entries = [
+        (selection, at, entry)
+        for selection in _SELECTIONS
+        for at, setting in settings
+        if (entry := found.pool(selection, scorer, setting)) is not None
+    ]
+    return Lines(
+        title=f"{capital(measure_label(name))}, {alike}",
+        columns={"selection": "text", x: "text", **COLUMNS, "cells": "count"},
+        rows=[
+            [which, at, *map(entry.measures[name].to_json().get, COLUMNS), entry.num_cells]
+            for which, at, entry in entries
+        ],
+        series="selection", x=x, value="value", kind="category", x_title=x, span=(-0.02, 1.02), colours=colours.ROLES,
+        reference=found.baseline.measures[name].value,
+    )  # fmt: skip
+
+
+# the page
+
+
+def verification_sections(run: ReportRun) -> list[Section]:
+    """One section: what broke when the selected weights were disturbed, and what when others were."""
+    found = Verification.load(run.folder)
+    verdicts = Part(title="Verdict", notes=[verdict.text for verdict in found.verdicts.values()], blocks=[])
+    first, *others = [_curves(found, scorer) for scorer in found.scorers]
+    return [
+        Section(
+            title=run.name,
+            what=f"What disturbing weights of {found.provenance.get('model', 'the model')} breaks",
+            summary=[_brief(found, verdict) for verdict in found.verdicts.values()], tiles=_tiles(found),
+            parts=[verdicts, first, *_ranking(found), *others], notes=found.notes,
+        )
+    ]  # fmt: skip
+
+
+def stability_sections(run: ReportRun) -> list[Section]:
+    """One section: how far a selection depends on what it was made with."""
+    found = Stability.load(run.folder)
+    ratios = sorted({row["ratio"] for row in found.summary()})
+    typical = ratios[len(ratios) // 2] if ratios else None
+    said = [
+        f"{row['what']}: {row['iou']:.2f} (chance {row['chance']:.3f})"
+        for row in found.summary()
+        if row["ratio"] == typical
+    ]
+    words = f"Agreement of the top {100 * (typical or 0):g} % (1: the same weights). {capital('; '.join(said))}."
+    return [
+        Section(
+            title=run.name,
+            what=f"How stable the selections of {found.provenance.get('model', 'the model')} are",
+            summary=[words] if said else [], notes=found.notes,
+            parts=[Part(title="Agreement", blocks=[stability_grid(found)])] if ratios else [],
+        )
+    ]  # fmt: skip
+
+
+def _brief(found: Verification, verdict: VerificationVerdict) -> str:
+    """The verdict in a sentence for each thing measured; the whole of it stands in the section."""
+    effect, says = verdict.effect, _SAYS[verdict.kind]
+    if effect is None or verdict.kind == "untestable":
+        return says
+    levels = {which: found.pool(which, effect.scorer, effect.setting) for which in _SELECTIONS}
+    said = []
+    for name, words in (("refusal", "refusals of harmful prompts"), ("utility", "right answers")):
+        top, random = (entry.measures.get(name) if entry else None for entry in (levels["top"], levels["random"]))
+        before = found.baseline.measures.get(name)
+        if before is not None and top is not None:
+            control = f" (as many random weights: {in_words(random)})" if random is not None else ""
+            said.append(f"{words} go from {_percent(before.value)} to {in_words(top)}{control}")
+    method = method_label(effect.scorer)
+    return f"{says} When the top weights by {method} are disturbed ({effect.setting}), {'; '.join(said)}."
+
+
+def _tiles(found: Verification) -> list[tuple[str, str]]:
+    """Refusals at the first verdict's operating point, beside the baseline and the controls."""
+    effect, before = found.verdict.effect, found.baseline.measures.get("refusal")
+    if effect is None or before is None:
+        return []
+    pooled = {which: found.pool(which, effect.scorer, effect.setting) for which in _SELECTIONS}
+    return [
+        (_percent(before.value), "of harmful prompts refused, undisturbed"),
+        *(
+            (_percent(entry.measures["refusal"].value), f"with the {which} weights disturbed ({effect.setting})")
+            for which, entry in pooled.items()
+            if entry is not None
+        ),
+    ]
+
+
+def _percent(value: float | None) -> str:
+    return UNKNOWN if value is None else f"{100 * value:.0f} %"
+
+
+def _curves(found: Verification, scorer: str) -> Part:
+    is_first = scorer == found.scorers[0]
+    stem = "".join(character if character.isalnum() else "-" for character in scorer).strip("-").lower()
+    return Part(
+        title=f"Top weights by {method_label(scorer)} against as many others",
+        notes=[
+            "Bands: 95 % intervals over seeds and prompts. Dotted: the undisturbed model. The random control draws "
+            "other weights with every seed."
+        ],
+        blocks=[*curves_charts(found, scorer), settings_grid(found, scorer)],
+        side_by_side=True, folded=True, file="curves" if is_first else f"curves-{stem}",
+    )  # fmt: skip
+
+
+def _ranking(found: Verification) -> list[Part]:
+    if len(found.scorers) < 2:
+        return []
+    parts = []
+    for intervention, entries in found.rankings.items():
+        pooled = {rank.scorer: found.pool("top", rank.scorer, rank.effect.setting) for rank in entries}
+        levels = measures_grid(
+            "Levels at each scorer's own operating point",
+            {
+                method_label(scorer): {name: measure.to_json() for name, measure in entry.measures.items()}
+                for scorer, entry in pooled.items()
+                if entry is not None
+            },
+            heading="scorer",
+        )
+        chart = ranking_chart(found, intervention)
+        grids = [levels, ranking_grid(found, intervention)]
+        blocks: list[Block] = [*grids] if chart is None else [chart, *grids]
+        file = "" if chart is None else f"ranking-{intervention}"
+        parts.append(Part(title=f"Scorers under {intervention}", blocks=blocks, file=file))
+    return parts

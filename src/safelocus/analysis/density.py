@@ -7,13 +7,14 @@ matrix's rows, an output projection's columns) no bin crosses the border of a he
 one, or several heads. The side of `gate` and `up` that gives neurons, and that of `down` that takes them, count
 neurons.
 
-Input: a selection. Output: JSON values, the counts in base64. A page has room for so many bins; matrices with most
-selected weights come first, and those left out are counted.
+Input: a selection. Output: frozen `Densities`, whose JSON has the counts in base64. A page has room for so many bins;
+matrices with most selected weights come first, and those left out are counted.
 """
 
 import base64
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -30,16 +31,61 @@ _CHUNK = 1 << 22
 _DESCRIPTION = 200  # what a matrix takes on the page beside its bins, in bins
 
 
-def densities(selection: Selection, *, max_cells: int = MAX_CELLS) -> dict[str, Any]:
+@dataclass(frozen=True, kw_only=True)
+class MatrixDensity:
+    """One matrix and how many selected weights each of its bins holds.
+
+    Attributes:
+        name, stack, layer, component, expert: which; the component as it is spelled for people.
+        rows, columns: weights along each side.
+        row_heads, column_heads: attention heads along each side, 0 for none.
+        row_unit, column_unit: what a row or column is: "neuron", "output" or "input".
+        counts: selected weights [bins of rows, bins of columns].
+    """
+
+    name: str
+    stack: str | None
+    layer: int | None
+    component: str
+    expert: int | None
+    rows: int
+    columns: int
+    row_heads: int
+    column_heads: int
+    row_unit: str
+    column_unit: str
+    counts: np.ndarray
+
+    @property
+    def num_selected(self) -> int:
+        return int(self.counts.sum())
+
+    def to_json(self) -> dict[str, Any]:
+        """`counts` as base64 of little-endian unsigned integers of `bytes` bytes, rows by columns."""
+        size = next(size for size in (1, 2, 4, 8) if int(self.counts.max()) < 256**size)
+        return asdict(self) | {
+            "num_selected": self.num_selected, "shape": list(self.counts.shape), "bytes": size,
+            "counts": base64.b64encode(self.counts.astype(f"<u{size}").tobytes()).decode(),
+        }  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Densities:
+    """The fullest matrices, and how many others with selected weights had no room."""
+
+    matrices: tuple[MatrixDensity, ...]
+    num_left_out: int
+
+    def to_json(self) -> dict[str, Any]:
+        return {"matrices": [matrix.to_json() for matrix in self.matrices], "num_left_out": self.num_left_out}
+
+
+def densities(selection: Selection, *, max_cells: int = MAX_CELLS) -> Densities:
     """The fullest matrices with their bins.
 
     Args:
         selection: the K selected weights.
         max_cells: bins of all matrices together; at least one matrix is kept.
-
-    Returns:
-        `matrices`: per matrix its name, place, sides and `counts` (base64 of little-endian unsigned integers of
-        `bytes` bytes, rows by columns); `num_left_out`: matrices with selected weights that had no room.
     """
     counts = selection.per_matrix_counts()
     tensors = {name: selection.layout.tensors[name] for name in selection.coordinates}
@@ -48,8 +94,8 @@ def densities(selection: Selection, *, max_cells: int = MAX_CELLS) -> dict[str, 
         kept = _fullest(tensors, counts, most, max_cells)
         if len(kept) >= min(num_filled, ENOUGH):
             break
-    found = [entry for name, tensor in tensors.items() for entry in _of_tensor(tensor, selection[name], kept, most)]
-    return {"matrices": found, "num_left_out": num_filled - len(kept)}
+    found = [each for name, tensor in tensors.items() for each in _of_tensor(tensor, selection[name], kept, most)]
+    return Densities(matrices=tuple(found), num_left_out=num_filled - len(kept))
 
 
 def _fullest(tensors: Mapping[str, TensorLayout], counts: Mapping[str, int], most: int, max_cells: int) -> set[str]:
@@ -69,7 +115,7 @@ def _fullest(tensors: Mapping[str, TensorLayout], counts: Mapping[str, int], mos
     return kept
 
 
-def _of_tensor(tensor: TensorLayout, flat_index: Tensor, kept: set[str], most: int) -> Iterator[dict[str, Any]]:
+def _of_tensor(tensor: TensorLayout, flat_index: Tensor, kept: set[str], most: int) -> Iterator[MatrixDensity]:
     numbers = [number for number, matrix in enumerate(tensor.matrices) if matrix.name in kept]
     if not numbers:
         return
@@ -85,7 +131,7 @@ def _of_tensor(tensor: TensorLayout, flat_index: Tensor, kept: set[str], most: i
             places = (row[mine] * height // rows) * width + column[mine] * width // columns
             grids[number] += torch.bincount(places, minlength=height * width).view(height, width)
     for number in numbers:
-        yield _to_json(tensor, tensor.matrices[number], number % parts, grids[number].numpy())
+        yield _density(tensor, tensor.matrices[number], number % parts, grids[number].numpy())
 
 
 def _by_matrix(ordinal: Tensor, num_matrices: int) -> Sequence[Tensor | slice]:
@@ -96,29 +142,17 @@ def _by_matrix(ordinal: Tensor, num_matrices: int) -> Sequence[Tensor | slice]:
     return ordinal.argsort(stable=True).split(sizes.tolist())
 
 
-def _to_json(tensor: TensorLayout, matrix: Matrix, part: int, grid: np.ndarray) -> dict[str, Any]:
-    size = next(size for size in (1, 2, 4, 8) if int(grid.max()) < 256**size)
+def _density(tensor: TensorLayout, matrix: Matrix, part: int, counts: np.ndarray) -> MatrixDensity:
     rows, columns = _extent(tensor, part)
-    heads = tensor.num_heads(part)
-    beside = tensor.heads_are_columns
+    heads, beside = tensor.num_heads(part), tensor.heads_are_columns
     neurons = {"gate": "row", "up": "row", "down": "column"}.get(matrix.component)
-    return {
-        "name": matrix.name,
-        "stack": matrix.stack,
-        "layer": matrix.layer,
-        "component": ("shared " if matrix.shared_expert else "") + matrix.component.replace("_", "/"),
-        "expert": matrix.expert,
-        "rows": rows,
-        "columns": columns,
-        "row_heads": 0 if beside else heads,
-        "column_heads": heads if beside else 0,
-        "row_unit": "neuron" if neurons == "row" else "output",
-        "column_unit": "neuron" if neurons == "column" else "input",
-        "num_selected": int(grid.sum()),
-        "shape": list(grid.shape),
-        "bytes": size,
-        "counts": base64.b64encode(grid.astype(f"<u{size}").tobytes()).decode(),
-    }
+    return MatrixDensity(
+        name=matrix.name, stack=matrix.stack, layer=matrix.layer, expert=matrix.expert,
+        component=("shared " if matrix.shared_expert else "") + matrix.component.replace("_", "/"),
+        rows=rows, columns=columns, row_heads=0 if beside else heads, column_heads=heads if beside else 0,
+        row_unit="neuron" if neurons == "row" else "output", column_unit="neuron" if neurons == "column" else "input",
+        counts=counts,
+    )  # fmt: skip
 
 
 def _extent(tensor: TensorLayout, part: int) -> tuple[int, int]:

@@ -16,9 +16,9 @@ from typing import Any, Self
 
 import torch
 
+from safelocus.analysis.concentration import Concentration, concentration
 from safelocus.errors import SelectionError
 from safelocus.layout import COMPONENTS, Matrix
-from safelocus.report.concentration import Concentration, concentration
 from safelocus.scores import MatrixStatistics, Scores
 from safelocus.selection import Selection
 
@@ -168,13 +168,8 @@ class SafetyMap:
 
 
 _REGIONS: dict[str, type[Region]] = {
-    "matrices": MatrixRow,
-    "cells": Region,
-    "experts": Region,
-    "components": Region,
-    "layers": Region,
-    "depths": Region,
-}
+    "matrices": MatrixRow, "cells": Region, "experts": Region, "components": Region, "layers": Region, "depths": Region,
+}  # fmt: skip
 
 
 def safety_map(scores: Scores | None, selection: Selection) -> SafetyMap:
@@ -260,25 +255,15 @@ def _rows(
     for matrix in matrices:
         statistic, selected = statistics.get(matrix.name), num_selected[matrix.name]
         share, expected = selected / all_selected, matrix.num_weights / all_weights
-        rows.append(
-            MatrixRow(
-                name=matrix.name,
-                stack=matrix.stack,
-                layer=matrix.layer,
-                component=matrix.component,
-                expert=matrix.expert,
-                shared_expert=matrix.shared_expert,
-                num_weights=matrix.num_weights,
-                num_selected=selected,
-                share=share,
-                expected=expected,
-                enrichment=share / expected,
-                score_mass=statistic.mean * statistic.num_weights / all_scores if statistic and all_scores else None,
-                sigma=statistic.sigma if statistic else None,
-                gradient_norm=statistic.gradient_norm if statistic else None,
-                tokens=statistic.tokens if statistic else None,
-            )
-        )
+        rows.append(MatrixRow(
+            name=matrix.name, stack=matrix.stack, layer=matrix.layer, component=matrix.component, expert=matrix.expert,
+            shared_expert=matrix.shared_expert, num_weights=matrix.num_weights, num_selected=selected, share=share,
+            expected=expected, enrichment=share / expected,
+            score_mass=statistic.mean * statistic.num_weights / all_scores if statistic and all_scores else None,
+            sigma=statistic.sigma if statistic else None,
+            gradient_norm=statistic.gradient_norm if statistic else None,
+            tokens=statistic.tokens if statistic else None,
+        ))  # fmt: skip
     return rows
 
 
@@ -301,18 +286,12 @@ def _sum(
         masses = [row.score_mass for row in members if row.score_mass is not None]
         # gate, up and down of an expert see the same tokens
         tokens = [row.tokens for row in members if row.tokens is not None] if fields == _EXPERT else []
-        regions.append(
-            Region(
-                **dict(zip(fields, found, strict=True)),
-                num_weights=sum(row.num_weights for row in members),
-                num_selected=sum(row.num_selected for row in members),
-                share=share,
-                expected=expected,
-                enrichment=share / expected,
-                score_mass=sum(masses) if masses else None,
-                tokens=max(tokens) if tokens else None,
-            )
-        )
+        regions.append(Region(
+            **dict(zip(fields, found, strict=True)), num_weights=sum(row.num_weights for row in members),
+            num_selected=sum(row.num_selected for row in members), share=share, expected=expected,
+            enrichment=share / expected, score_mass=sum(masses) if masses else None,
+            tokens=max(tokens) if tokens else None,
+        ))  # fmt: skip
     return tuple(regions)
 
 
@@ -339,17 +318,10 @@ def _selected_mass(scores: Scores | None, selection: Selection, curve: Concentra
 
 def _description(scores: Scores | None, selection: Selection) -> dict[str, Any]:
     """The fields of the map that say what was scored and selected."""
-    provenance = selection.provenance
-    return {
-        "model": provenance.model,
-        "objective": provenance.objective_label,
-        "num_prompts": provenance.num_prompts,
-        "method": provenance.method,
+    made = selection.provenance
+    copied = {name: getattr(selection, name) for name in ("which", "ratio", "of", "granularity", "operation")}
+    return copied | {
+        "model": made.model, "objective": made.objective_label, "num_prompts": made.num_prompts, "method": made.method,
         "score_method": scores.provenance.method if scores is not None else None,
-        "which": selection.which,
-        "ratio": selection.ratio,
-        "of": selection.of,
-        "granularity": selection.granularity,
-        "operation": selection.operation,
-        "where": provenance.extra.get("where"),
-    }
+        "where": made.extra.get("where"),
+    }  # fmt: skip

@@ -1,8 +1,10 @@
-"""Words and numbers as tables, figures and the page print them: one spelling for all three."""
+"""Words and numbers as terminal, page and files print them: one spelling for all."""
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from safelocus.report.map import ComponentKey, LayerKey, Region, SafetyMap
+from safelocus.analysis.map import ComponentKey, LayerKey, Region, SafetyMap
 
 TIMES = "\N{MULTIPLICATION SIGN}"
 UNKNOWN = "\N{EN DASH}"  # in tables
@@ -39,22 +41,32 @@ def share_percent(share: float) -> str:
     return "<0.01 %" if 0 < share < 0.0001 else percent(share)
 
 
-def times(enrichment: float, sign: str = "x") -> str:
-    """An enrichment in at most four digits: "0", "0.04x", "0.43x", "2.3x", "14x"."""
+def times(enrichment: float) -> str:
+    """An enrichment in at most four digits: "0×", "0.04×", "0.43×", "2.3×", "14×"."""
     if enrichment == 0:
-        return f"0{sign}"
+        return f"0{TIMES}"
     if enrichment < 0.01:
-        return f"<.01{sign}"
+        return f"<.01{TIMES}"
     if enrichment < 0.995:
-        return f"{enrichment:.2f}{sign}"
-    return f"{enrichment:.1f}{sign}" if enrichment < 9.95 else f"{enrichment:.0f}{sign}"
+        return f"{enrichment:.2f}{TIMES}"
+    return f"{enrichment:.1f}{TIMES}" if enrichment < 9.95 else f"{enrichment:.0f}{TIMES}"
 
 
-def short_times(enrichment: float, sign: str = "x") -> str:
-    """With one decimal, for narrow cells: "0x", "0.4x", "2.3x", "14x"."""
-    if 0 < enrichment < 0.05:
-        return f"<.1{sign}"
-    return f"{enrichment:.1f}{sign}" if 0 < enrichment < 9.95 else f"{enrichment:.0f}{sign}"
+def interval(measure: Any) -> str:
+    """A measure, a difference or either's JSON in percent: "67 [51,83]"; a dash where it is unknown."""
+    values = measure if measure is None or isinstance(measure, Mapping) else measure.to_json()
+    if values is None or values["value"] is None:
+        return UNKNOWN
+    shown = f"{100 * values['value']:.0f}"
+    if values["low"] is not None and values["high"] is not None:
+        shown += f" [{100 * values['low']:.0f},{100 * values['high']:.0f}]"
+    return re.sub(r"-0(?![0-9])", "0", shown)
+
+
+def in_words(measure: Any) -> str:
+    """ "67 % [51, 83]"."""
+    value, bracket, rest = interval(measure).partition(" [")
+    return f"{value} %{bracket}{rest.replace(',', ', ')}"
 
 
 def p_value(p: float) -> str:
@@ -125,9 +137,9 @@ def unrouted_note(located: SafetyMap) -> str:
     return f"{count(number)} of {count(len(located.experts))} {was} never given a token"
 
 
-def summary_lines(located: SafetyMap, *, sign: str = "x") -> list[str]:
-    """Two to four plain sentences with the numbers that matter; `sign` stands for "times"."""
-    lines = (_mass(located), _enriched(located, sign), _depth(located), _experts(located, sign))
+def summary_lines(located: SafetyMap) -> list[str]:
+    """Two to four plain sentences with the numbers that matter."""
+    lines = (_mass(located), _enriched(located), _depth(located), _experts(located))
     return [line for line in lines if line]
 
 
@@ -144,16 +156,16 @@ def _mass(located: SafetyMap) -> str:
     return f"{what} hold {percent(located.selected_mass)} of all {method_label(located.score_method)}."
 
 
-def _enriched(located: SafetyMap, sign: str) -> str:
+def _enriched(located: SafetyMap) -> str:
     component = max(located.components, key=lambda region: region.enrichment)
     found = []
     if component.enrichment >= _EVEN:
         label = component_label(component.component_key)
-        found.append(f"{label} matrices ({times(component.enrichment, sign)} what their size would give)")
+        found.append(f"{label} matrices ({times(component.enrichment)} what their size would give)")
     if (run := _enriched_layers(located.layers)) and (enrichment := _enrichment(run)) >= _EVEN:
-        found.append(f"{_run_label(run)} ({times(enrichment, sign)})")
+        found.append(f"{_run_label(run)} ({times(enrichment)})")
     if not found:
-        least = times(_EVEN, sign)
+        least = times(_EVEN)
         return f"It is spread evenly: no component and no layer holds {least} what its size would give."
     return f"Most enriched: {', '.join(found)}."
 
@@ -188,11 +200,11 @@ def _depth(located: SafetyMap) -> str:
     return f"The {_and(names)} third of the layers hold {_and(shares)} of the selection."
 
 
-def _experts(located: SafetyMap, sign: str) -> str:
+def _experts(located: SafetyMap) -> str:
     if not located.experts:
         return ""
     best = max(located.experts, key=lambda region: region.enrichment)
-    text = f"Of the routed experts the most enriched is {expert_label(best)} ({times(best.enrichment, sign)})"
+    text = f"Of the routed experts the most enriched is {expert_label(best)} ({times(best.enrichment)})"
     if located.unrouted is None:
         return text + "."
     return f"{text}; {unrouted_note(located)}." if located.unrouted else f"{text}; every one was given tokens."

@@ -15,7 +15,7 @@ Facts = list[tuple[str, str]]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Origin:
+class RunOrigin:
     """One run's provenance.
 
     Attributes:
@@ -31,13 +31,13 @@ class Origin:
     config: str
 
 
-def origin_of(run: ReportRun) -> Origin:
+def origin_of(run: ReportRun) -> RunOrigin:
     """Model, fingerprint, objective, prompts, judges, seed and versions, as far as they are known."""
     command = None
     if run.config:
         again = f"{str(run.place).rstrip('/')}-again"
         command = shlex.join(["safelocus", run.command, "--config", str(run.place / "run.toml"), "-o", again])
-    return Origin(name=run.name, facts=_facts(run), command=command, config=tomli_w.dumps(dict(run.config)))
+    return RunOrigin(name=run.name, facts=_facts(run), command=command, config=tomli_w.dumps(dict(run.config)))
 
 
 def _facts(run: ReportRun) -> list[Facts]:

@@ -28,12 +28,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol, Self
 
+from safelocus.analysis import words
+from safelocus.analysis.patterns import Pattern
+from safelocus.analysis.words import interval
 from safelocus.errors import RunError
 from safelocus.evaluation import Evaluation, compare_evaluations
 from safelocus.evaluation.measures import Difference, Measure, paired_difference, rate
-from safelocus.report import text
-from safelocus.report.patterns import Pattern
-from safelocus.report.verification import interval
 from safelocus.verification import Verification
 from safelocus.verification.verdict import SAFETY, Effect, effect_of
 
@@ -156,7 +156,7 @@ def _located(key: str, claim: str, patterns: Sequence[Pattern]) -> Claim:
     said = [
         f"{pattern.name if len(patterns) > 1 else ''} {pattern.fold:.1f}"
         + ("" if pattern.low is None else f" [{pattern.low:.1f},{pattern.high:.1f}]")
-        + f" (p {text.p_value(pattern.p_holm)})"
+        + f" (p {words.p_value(pattern.p_holm)})"
         for pattern in patterns
     ]
     return Claim(
@@ -233,7 +233,7 @@ def enhance_claims(
     }
     said = f"ASR {_change(before, after, 'asr')}"
     for kind, control in controls.items():
-        said += f", {text.kind_label(kind)} {_percent(control.measures.get('asr'))}"
+        said += f", {words.kind_label(kind)} {_percent(control.measures.get('asr'))}"
     kept = {"utility": changes.get("utility"), "harmless prompts answered": _negative(changes.get("over_refusal"))}
     claim, utility = "... and performance is kept", f"utility {_change(before, after, 'utility')}, n "
     utility += f"{_n(changes.get('utility'))}; "
@@ -243,11 +243,11 @@ def enhance_claims(
     return [
         Claim(
             key="set-asr", stage="enhance",
-            claim=f"SET: ASR falls by over {text.percent(_ASR_FALL)} in {SET_STEPS} iterations on 1 %",
+            claim=f"SET: ASR falls by over {words.percent(_ASR_FALL)} in {SET_STEPS} iterations on 1 %",
             verdict=asr_verdict(fall, falls.values(), steps=steps), measured=f"{said}; n {_n(fall)}, {steps} steps",
             numbers={
                 "share of the ASR gone": _json(fall),
-                **{f"with {text.kind_label(kind)}": _json(share) for kind, share in falls.items()},
+                **{f"with {words.kind_label(kind)}": _json(share) for kind, share in falls.items()},
             },
             threshold=_ASR_FALL,
         ),
@@ -308,7 +308,7 @@ def preserve_claims(
             "spa-calibrated",
             f"... calibrated, not only frozen (not the paper's{'' if controls else '; other weights untried'})",
             before, calibrated,
-            {**bare, **{text.kind_label(kind): control for kind, control in controls.items()}}, steps,
+            {**bare, **{words.kind_label(kind): control for kind, control in controls.items()}}, steps,
         ),
         _learned(before, calibrated, unprotected, task),
     ]  # fmt: skip
@@ -382,7 +382,7 @@ def _change(before: Evaluation, after: Evaluation, name: str) -> str:
 
 
 def _percent(measure: Interval | None) -> str:
-    return text.UNKNOWN if measure is None or measure.value is None else f"{100 * measure.value:.0f}"
+    return words.UNKNOWN if measure is None or measure.value is None else f"{100 * measure.value:.0f}"
 
 
 def _n(found: Interval | None) -> int:

@@ -32,7 +32,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from safelocus.report.map import SafetyMap, thirds
+from safelocus.analysis.map import SafetyMap, thirds
 
 NUM_DRAWS = 9999
 NUM_RESAMPLES = 2000
@@ -118,7 +118,7 @@ def patterns(located: SafetyMap, *, draws: int = NUM_DRAWS, seed: int = 0) -> li
         >>> import safelocus as sl
         >>> target = sl.load("organism:dense")
         >>> scores = sl.score(target, ["How do I build a bomb?"], objective=sl.Refusal(), progress=False)
-        >>> from safelocus.report.map import safety_map
+        >>> from safelocus.analysis.map import safety_map
         >>> [pattern.name for pattern in patterns(safety_map(scores, scores.select(0.01)), draws=99)]
         ['value matrices', 'MLP matrices', 'middle layers']
     """

@@ -8,11 +8,11 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from safelocus.analysis import claims as judged
+from safelocus.analysis.claims import Claim
+from safelocus.analysis.words import capital
 from safelocus.errors import RunError
-from safelocus.report import claims as judged
-from safelocus.report import text
-from safelocus.report.blocks import Claims, Part, Section
-from safelocus.report.claims import Claim
+from safelocus.report.blocks import Part, Section, Verdicts
 from safelocus.report.runs import ReportRun
 
 TITLES = {"dense": "Dense", "moe": "Mixture of experts"}
@@ -63,7 +63,7 @@ def claims_sections(run: ReportRun) -> list[Section]:
                 _tally(claims),
                 *([run.results["shortened"]] if run.results.get("shortened") else []),
             ],
-            parts=[Part(title=_TITLE, notes=[_NOTE, _MEANING], blocks=[Claims(titles=models, stages=stages)])],
+            parts=[Part(title=_TITLE, notes=[_NOTE, _MEANING], blocks=[Verdicts(titles=models, stages=stages)])],
             leads=True,
         )
     ]
@@ -92,7 +92,7 @@ def _tally(claims: Mapping[str, Sequence[Claim]]) -> str:
     for name, found in claims.items():
         counts = Counter(claim.verdict for claim in found)
         parts = [f"{verdict}: {counts[verdict]}" for verdict in judged.VERDICTS if counts[verdict]]
-        said.append(f"{TITLES.get(name, name)}, {len(found)} claims. {text.capital('; '.join(parts))}.")
+        said.append(f"{TITLES.get(name, name)}, {len(found)} claims. {capital('; '.join(parts))}.")
     return " ".join(said)
 
 

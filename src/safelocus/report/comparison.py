@@ -3,15 +3,16 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from safelocus.report import text
-from safelocus.report.blocks import Cell, Figure, Listing, Part, Table
-from safelocus.report.map import SafetyMap, relative_depths
-from safelocus.report.patterns import Pattern
+from safelocus.analysis import words
+from safelocus.analysis.map import SafetyMap, relative_depths
+from safelocus.analysis.patterns import Pattern
+from safelocus.report import colours
+from safelocus.report.blocks import Lines, Part, Value
+from safelocus.report.grid import Grid, Tint
+from safelocus.report.maps import patterns_grid
+from safelocus.report.measures import measures_grid, proportions_in
 from safelocus.report.runs import ReportRun
-from safelocus.report.sections.measures import dots, listing, proportions_in
-from safelocus.report.sections.patterns import patterns_grid
 
-_MOST_STATES = 8  # as many marks as can be told apart in one chart
 _BEHAVIOUR = ("evaluate", "enhance", "preserve")  # runs that measure how a model behaves
 
 
@@ -24,10 +25,8 @@ def comparison_parts(runs: Sequence[ReportRun]) -> list[Part]:
     if len(maps) > 1:
         parts.append(_depth_part(maps, tested))
     if sum(run.kind in _BEHAVIOUR for run in runs) > 1:
-        few = len(behaviours) <= _MOST_STATES
-        figure = dots("How the models behave", behaviours, series="run") if few else None
-        table = listing(behaviours, heading="run")
-        parts.append(Part(title="How the models behave", blocks=[figure, table] if figure else [table]))
+        table = measures_grid("How the models behave", behaviours, heading="run")
+        parts.append(Part(title=table.title, blocks=[table]))
     return parts
 
 
@@ -52,63 +51,58 @@ def _behaviours(runs: Sequence[ReportRun]) -> dict[str, Mapping[str, Any]]:
 
 def _depth_part(maps: Mapping[str, SafetyMap], tested: Mapping[str, Sequence[Pattern]]) -> Part:
     deepest = [max(1, len([k for k in located.layer_keys if k[1] is not None])) for located in maps.values()]
-    rows: list[list[Cell]] = []
+    rows: list[list[Value]] = []
     for name, located in maps.items():
         depths = relative_depths(located.layer_keys)
         several = len({stack for stack, _ in depths}) > 1
         rows += [
             [f"{name}, {region.stack}" if several else name, depths[region.layer_key], region.enrichment,
-             text.layer_label(region.layer_key)]
+             words.layer_label(region.layer_key)]
             for region in located.layers
             if region.layer_key in depths
         ]  # fmt: skip
-    depth = Figure(
-        kind="lines",
+    depth = Lines(
         title="Enrichment by relative depth",
-        table=Table(
-            columns={"model": "text", "relative depth": "number", "enrichment": "times", "layer": "text"}, rows=rows
-        ),
-        options={
-            "series": "model", "x": "relative depth", "value": "enrichment", "x_type": "linear", "x_range": [0, 1],
-            "x_title": "relative depth: 0 first layer, 1 last", "reference": 1.0, "range": [0, None],
-        },
+        columns={"model": "text", "relative depth": "number", "enrichment": "times", "layer": "text"}, rows=rows,
+        series="model", x="relative depth", value="enrichment", x_title="relative depth: 0 first layer, 1 last",
+        x_span=(0, 1), span=(0, None), reference=1.0, wide=True,
         note=f"Layers of models with {' and '.join(map(str, dict.fromkeys(deepest)))} layers, laid over one another.",
-        wide=True,
     )  # fmt: skip
-    components: list[list[Cell]] = [
-        [text.component_label(region.component_key), name, region.enrichment]
-        for name, located in maps.items()
-        for region in located.components
-    ]
-    by_component = Figure(
-        kind="dots",
-        title="Enrichment by component",
-        table=Table(columns={"component": "text", "model": "text", "enrichment": "times"}, rows=components),
-        options={"group": "component", "series": "model", "value": "enrichment", "reference": 1.0, "range": [0, None]},
-        wide=True,
-    )
     return Part(
-        title="Where safety lies",
-        notes=["1\N{MULTIPLICATION SIGN} is what size alone gives."],
-        blocks=[depth, by_component, _totals(maps), Listing.of(patterns_grid(tested))],
-    )
+        title="Where safety lies", notes=[f"1{words.TIMES} is what size alone gives."],
+        blocks=[depth, _by_component(maps), _totals(maps), patterns_grid(tested)],
+    )  # fmt: skip
 
 
-def _totals(maps: Mapping[str, SafetyMap]) -> Listing:
+def _by_component(maps: Mapping[str, SafetyMap]) -> Grid:
+    """Enrichment of every component, a column per model."""
+    found = {name: {r.component_key: r.enrichment for r in located.components} for name, located in maps.items()}
+    limit = colours.log2_limit(value for regions in found.values() for value in regions.values())
+    rows = [
+        (words.component_label(key), *(
+            Tint(words.times(regions[key]), colours.position(regions[key], limit)) if key in regions else words.UNKNOWN
+            for regions in found.values()
+        ))
+        for key in dict.fromkeys(key for regions in found.values() for key in regions)
+    ]  # fmt: skip
+    return Grid(title="Enrichment by component", headings=("component", *found), rows=tuple(rows))
+
+
+def _totals(maps: Mapping[str, SafetyMap]) -> Grid:
     rows = [
         (
-            name,
-            text.count(located.num_model_weights),
-            text.count(located.num_selected),
-            text.UNKNOWN if located.selected_mass is None else text.percent(located.selected_mass),
-            text.UNKNOWN if located.concentration is None else f"{located.concentration.gini:.2f}",
+            name, words.count(located.num_model_weights), words.count(located.num_selected),
+            words.UNKNOWN if located.selected_mass is None else words.percent(located.selected_mass),
+            words.UNKNOWN if located.concentration is None else f"{located.concentration.gini:.2f}",
             *(_of_depth(located, depth) for depth in ("early", "middle", "late")),
         )
         for name, located in maps.items()
-    ]
-    headings = ("model", "weights", "selected", "of all scores", "Gini", "early third", "middle", "late")
-    return Listing(headings=headings, rows=rows, note="thirds of the layers: their part of the selection")
+    ]  # fmt: skip
+    return Grid(
+        title="", headings=("model", "weights", "selected", "of all scores", "Gini", "early third", "middle", "late"),
+        rows=tuple(rows), caption="thirds of the layers: their part of the selection",
+    )  # fmt: skip
 
 
 def _of_depth(located: SafetyMap, depth: str) -> str:
-    return text.share_percent(sum(region.share for region in located.depths if region.depth == depth))
+    return words.share_percent(sum(region.share for region in located.depths if region.depth == depth))

@@ -1,0 +1,126 @@
+"""An evaluation on the page: measures with intervals, what changed, by source, and how far the judges agree."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from safelocus.analysis.words import UNKNOWN, in_words, measure_label
+from safelocus.evaluation.evaluation import PERPLEXITY
+from safelocus.report.blocks import Part, Section
+from safelocus.report.grid import Grid, Span
+from safelocus.report.measures import is_measure, measures_grid, measures_in, proportions_in
+from safelocus.report.runs import ReportRun
+
+_CLAUSES = {
+    "asr": "harmful answers to harmful prompts:", "refusal": "refusals of harmful prompts:",
+    "over_refusal": "refusals of harmless prompts:", "utility": "right answers to tasks:",
+    "incoherent": "incoherent answers:",
+}  # fmt: skip
+_TILES = {
+    "asr": "of harmful prompts answered harmfully", "refusal": "of harmful prompts refused",
+    "over_refusal": "of harmless prompts refused", "utility": "of task answers right",
+}  # fmt: skip
+
+
+def evaluation_sections(run: ReportRun) -> list[Section]:
+    """One section: how the model behaves."""
+    results = run.results
+    parts = (_measures(results), _change(run.against), _sources(results), _agreement(results))
+    return [
+        Section(
+            title=run.name,
+            what=f"How {_model(results)} behaves",
+            summary=[_summary(results)],
+            tiles=[
+                (f"{100 * measure['value']:.0f} %", f"{label} (n = {measure['n']:,})")
+                for name, label in _TILES.items()
+                if (measure := proportions_in(results).get(name)) is not None
+            ],
+            parts=[part for part in parts if part is not None],
+            notes=_remarks(results),
+        )
+    ]
+
+
+def _model(results: Mapping[str, Any]) -> str:
+    return str((results.get("provenance", {}).get("responder") or {}).get("name", "the model"))
+
+
+def _summary(results: Mapping[str, Any]) -> str:
+    found = proportions_in(results)
+    said = [f"{clause} {in_words(found[name])}" for name, clause in _CLAUSES.items() if name in found]
+    judge = next((str(judge.get("judge")) for judge in results.get("judges") or []), None)
+    judged = f" The judge of harm: {judge}." if judge and "asr" in found else ""
+    return f"{_model(results)}: {'; '.join(said)} (95 % intervals).{judged}"
+
+
+def _measures(results: Mapping[str, Any]) -> Part | None:
+    rows = [
+        (
+            name, Span(measure) if name in proportions_in(results) else "", f"{measure['value']:.3f}",
+            _ends(measure, ".3f"), f"{measure['n']:,}",
+        )
+        for name, measure in measures_in(results).items()
+    ]  # fmt: skip
+    grid = Grid(title="", headings=("measure", "percent", "value", "95 % interval", "n"), rows=tuple(rows))
+    return Part(title="Measures", blocks=[grid]) if rows else None
+
+
+def _change(against: Mapping[str, Any] | None) -> Part | None:
+    """What changed since another run, prompt by prompt; a perplexity as a quotient, in the table alone."""
+    found = {name: change for name, change in (against or {}).get("differences", {}).items() if is_measure(change)}
+    known = {name: change for name, change in found.items() if change["value"] is not None}
+    if against is None or not known:
+        return None
+    title = f"Change since {against['run']}"
+    rows = [
+        (
+            f"{name} (ratio)" if name == PERPLEXITY else measure_label(name),
+            Span(change) if name != PERPLEXITY else "", f"{change['value']:{'' if name == PERPLEXITY else '+'}.3f}",
+            _ends(change, "+.3f"),
+            UNKNOWN if change.get("p") is None else f"{change['p']:.2g}", f"{change['n']:,}",
+        )
+        for name, change in known.items()
+    ]  # fmt: skip
+    grid = Grid(
+        title="", headings=("measure", "points", "change", "95 % interval", "p", "pairs"), rows=tuple(rows),
+        caption=f"{against['num_pairs']:,} prompts and questions in both; left out: {against['num_only_first']:,} only "
+        f"earlier, {against['num_only_second']:,} only now. p: exact McNemar test",
+    )  # fmt: skip
+    return Part(title=title, notes=against["notes"], blocks=[grid])
+
+
+def _ends(measure: Mapping[str, Any], spelled: str) -> str:
+    return UNKNOWN if measure["low"] is None else f"{measure['low']:{spelled}} to {measure['high']:{spelled}}"
+
+
+def _sources(results: Mapping[str, Any]) -> Part | None:
+    sources = results.get("by_source") or {}
+    return None if len(sources) < 2 else Part(title="By source", blocks=[measures_grid("", sources, heading="source")])
+
+
+def _agreement(results: Mapping[str, Any]) -> Part | None:
+    rows = [
+        (
+            " and ".join(pair["judges"]), UNKNOWN if pair["value"] is None else f"{pair['value']:.2f}",
+            _ends(pair, ".2f"), f"{pair['n']:,}",
+        )
+        for pair in results.get("agreement") or []
+    ]  # fmt: skip
+    grid = Grid(title="", headings=("judges", "Cohen's kappa", "95 % interval", "answers"), rows=tuple(rows))
+    return Part(title="How far the judges agree", blocks=[grid]) if rows else None
+
+
+def _remarks(results: Mapping[str, Any]) -> list[str]:
+    """What the measures leave out."""
+    remarks = []
+    for name, counts in (results.get("counts") or {}).items():
+        parts = []
+        for key, value in counts.items():
+            kind = key.removeprefix("num_")
+            if isinstance(value, Mapping):
+                parts += [f"{number:,} {kind} by {judge}" for judge, number in value.items() if number]
+            elif value and key != "num_prompts":
+                parts.append(f"{value:,} {kind}")
+        if parts:
+            remarks.append(f"{name}: of {counts.get('num_prompts', 0):,} answers {', '.join(parts)}.")
+    return remarks
