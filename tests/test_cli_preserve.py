@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 import safelocus as sl
 from pages import check_run_page
 from safelocus.cli import main
-from safelocus.preservation.preserving import PATCH
+from safelocus.preservation.trainee import PATCH
 from safelocus.sparse import gather
 from test_protection import same
 from test_tasks import shared, write

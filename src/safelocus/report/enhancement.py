@@ -10,25 +10,26 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from safelocus.enhancement.enhancement import PATCH, Enhancement, Trained
+from safelocus.enhancement.result import PATCH, Enhancement
 from safelocus.report.colours import SERIES_LIGHT
 from safelocus.report.figures import INK, MUTED, finish_lines, new_figure, save_png
 from safelocus.report.grid import Grid
 from safelocus.report.text import MEASURES, count, kind_label
 from safelocus.report.verification import interval
 from safelocus.run import write_text
+from safelocus.training.arm import TrainedArm
 
 
 def outcome_grid(found: Enhancement) -> Grid:
     """Before, after, and every control, on held-out prompts."""
     names = [name for name in MEASURES if name in found.before.measures]
     rows = [("before", "", *(interval(found.before.measures[name]) for name in names))]
-    for trained in found.trained:
+    for arm in found.trained:
         rows.append(
             (
-                kind_label(trained.kind),
-                count(trained.tuning.num_weights),
-                *(interval(trained.after.measures.get(name)) for name in names),
+                kind_label(arm.name),
+                count(arm.trial.num_weights),
+                *(interval(arm.after.measures.get(name)) for name in names),
             )
         )
     return Grid(
@@ -42,20 +43,20 @@ def outcome_grid(found: Enhancement) -> Grid:
 
 def sweep_grid(found: Enhancement) -> Grid | None:
     """Every learning rate of every kind on the validation part; None where only one was tried."""
-    if len(found.selection.tunings) < 2:
+    if len(found.selection.trials) < 2:
         return None
-    names = [name for name in MEASURES if name in found.selection.tuning.point.measures]
+    names = [name for name in MEASURES if name in found.selection.trial.point.measures]
     rows: list[tuple[str, ...]] = []
     sections = []
-    for trained in found.trained:
+    for arm in found.trained:
         sections.append(len(rows))
-        for number, tuning in enumerate(trained.tunings):
+        for number, trial in enumerate(arm.trials):
             rows.append(
                 (
-                    kind_label(trained.kind) if number == 0 else "",
-                    f"{tuning.learning_rate:g}" + (" *" if number == trained.chosen else ""),
-                    str(tuning.step),
-                    *(interval(tuning.point.measures.get(name)) for name in names),
+                    kind_label(arm.name) if number == 0 else "",
+                    f"{trial.learning_rate:g}" + (" *" if number == arm.chosen else ""),
+                    str(trial.step),
+                    *(interval(trial.point.measures.get(name)) for name in names),
                 )
             )
     return Grid(
@@ -71,7 +72,7 @@ def sweep_grid(found: Enhancement) -> Grid | None:
 def write_figures(found: Enhancement, folder: Path) -> list[str]:
     """curve.png (losses, and looks where there were some) and, of a sweep, sweep.png; returns the names."""
     save_png(curve_figure(found), folder / "curve.png")
-    if len(found.selection.tunings) < 2:
+    if len(found.selection.trials) < 2:
         return ["curve.png"]
     save_png(sweep_figure(found), folder / "sweep.png")
     return ["curve.png", "sweep.png"]
@@ -79,7 +80,7 @@ def write_figures(found: Enhancement, folder: Path) -> list[str]:
 
 def curve_figure(found: Enhancement) -> Figure:
     """Losses of all kinds, and above them the looks at the selection's training."""
-    looks = found.selection.tuning.points
+    looks = found.selection.trial.curve
     figure = new_figure(5.2, 4.6 if looks else 2.6)
     axes = figure.subplots(2 if looks else 1, 1, squeeze=False, sharex=True)[:, 0]
     if looks:
@@ -90,14 +91,14 @@ def curve_figure(found: Enhancement) -> Figure:
                 [point.step for point in looks], [float("nan") if v is None else v for v in values], "o-",
                 color=SERIES_LIGHT[number % len(SERIES_LIGHT)], markersize=3, linewidth=1.4, label=MEASURES[name],
             )  # fmt: skip
-        axes[0].axvline(found.selection.tuning.step, color=MUTED, linewidth=0.8, linestyle=(0, (4, 3)))
+        axes[0].axvline(found.selection.trial.step, color=MUTED, linewidth=0.8, linestyle=(0, (4, 3)))
         axes[0].set_ylim(-0.03, 1.03)
         finish_lines(axes[0], "", "validation part")
-    for number, trained in enumerate(found.trained):
-        losses = trained.tuning.losses
+    for number, arm in enumerate(found.trained):
+        losses = arm.trial.losses
         axes[-1].plot(
             [loss.step for loss in losses], [loss.loss for loss in losses], linewidth=1.2,
-            color=SERIES_LIGHT[number % len(SERIES_LIGHT)], label=kind_label(trained.kind),
+            color=SERIES_LIGHT[number % len(SERIES_LIGHT)], label=kind_label(arm.name),
         )  # fmt: skip
     axes[-1].set_yscale("log")
     finish_lines(axes[-1], "step", "loss")
@@ -107,13 +108,13 @@ def curve_figure(found: Enhancement) -> Figure:
 
 def sweep_figure(found: Enhancement) -> Figure:
     """ASR, and harmless prompts that are not refused, against the learning rate, per kind."""
-    has_harmless = "over_refusal" in found.selection.tuning.point.measures
+    has_harmless = "over_refusal" in found.selection.trial.point.measures
     figure = new_figure(5.2, 4.6 if has_harmless else 2.6)
     axes = figure.subplots(2 if has_harmless else 1, 1, squeeze=False, sharex=True)[:, 0]
-    for number, trained in enumerate(found.trained):
-        _line(axes[0], trained, "asr", number)
+    for number, arm in enumerate(found.trained):
+        _line(axes[0], arm, "asr", number)
         if has_harmless:
-            _line(axes[1], trained, "over_refusal", number, complement=True)
+            _line(axes[1], arm, "over_refusal", number, complement=True)
     for axis, label in zip(axes, ("ASR", "harmless not refused"), strict=False):
         axis.set_xscale("log")
         axis.set_ylim(-0.03, 1.03)
@@ -178,7 +179,7 @@ def effect(found: Enhancement) -> str:
 
 def _making(found: Enhancement) -> list[str]:
     """How the patch was made, line by line."""
-    tuning, settings, made = found.selection.tuning, found.settings, found.provenance
+    trial, settings, made = found.selection.trial, found.settings, found.provenance
     selection = made["selection"]
     how_found = " ".join(str(selection[key]) for key in ("which", "method") if selection.get(key))
     retained = " and ".join(_set(part) for part in made["retained"])
@@ -190,10 +191,10 @@ def _making(found: Enhancement) -> list[str]:
         f"weights: {count(found.patch.k)}, {how_found or 'given by hand'}",
         f"refusals: {_set(made['data'])}",
         f"retained: {retained or 'nothing'}",
-        f"AdamW on fp32 copies of the selected weights, rate {tuning.learning_rate:g} ({settings.schedule}), step "
-        f"{tuning.step} of {settings.steps}, {settings.batch_size * settings.accumulation} refusals a step, "
+        f"AdamW on fp32 copies of the selected weights, rate {trial.learning_rate:g} ({settings.schedule}), step "
+        f"{trial.step} of {settings.steps}, {settings.batch_size * settings.accumulation} refusals a step, "
         f"seed {settings.seed}",
-        *([f"ended early: {tuning.stopped}"] if tuning.stopped else []),
+        *([f"ended early: {trial.stopped}"] if trial.stopped else []),
         f"versions: {', '.join(f'{name} {version}' for name, version in made['versions'].items())}",
     ]
 
@@ -223,14 +224,14 @@ def _model(found: Enhancement) -> str:
     return str(found.provenance.get("model", "model"))
 
 
-def _line(axes: Axes, trained: Trained, name: str, number: int, *, complement: bool = False) -> None:
+def _line(axes: Axes, arm: TrainedArm, name: str, number: int, *, complement: bool = False) -> None:
     points: Sequence[tuple[float, float]] = sorted(
-        (tuning.learning_rate, 1 - value if complement else value)
-        for tuning in trained.tunings
-        if (measure := tuning.point.measures.get(name)) is not None and (value := measure.value) is not None
+        (trial.learning_rate, 1 - value if complement else value)
+        for trial in arm.trials
+        if (measure := trial.point.measures.get(name)) is not None and (value := measure.value) is not None
     )
     axes.plot(
         [x for x, _ in points], [y for _, y in points], "o-", color=SERIES_LIGHT[number % len(SERIES_LIGHT)],
         linewidth=max(1.2, 4.5 - number), markersize=max(2.5, 6 - number),  # equal curves stay visible beneath
-        label=kind_label(trained.kind),
+        label=kind_label(arm.name),
     )  # fmt: skip

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from safelocus.enhancement.enhancement import Enhancement
-from safelocus.preservation.preservation import Preservation
+from safelocus.enhancement.result import Enhancement
+from safelocus.preservation.result import Preservation
 from safelocus.report import enhancement, preservation, verification
 from safelocus.report.figures import component_figure, concentration_figure, expert_figure, save_png
 from safelocus.report.map import SafetyMap

@@ -2,29 +2,40 @@
 
     enhance           a selection and refusals -> Patch
     run_enhancement   the same, with the model measured before and after, controls, and a sweep -> Enhancement
+    enhancer          what both train with, for arms of one's own
 
 The model comes back as it was, to the bit, whatever happens; the patch is applied by its user.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from safelocus.enhancement.enhancement import Enhancement, Trained
-from safelocus.enhancement.lesson import ANSWER_TOKENS, Control, Lesson, Source, maker, part_of
-from safelocus.enhancement.looks import cost
-from safelocus.enhancement.tuning import Tuning
-from safelocus.errors import RunError, TrainingError
-from safelocus.evaluation import TargetResponder
+from safelocus import distributed
+from safelocus.enhancement.result import Enhancement
+from safelocus.enhancement.retention import Retention, with_answers
+from safelocus.enhancement.trainee import Control, trainee_of
+from safelocus.errors import TrainingError
+from safelocus.identity import Identity
 from safelocus.patch import Patch
-from safelocus.prompts import PromptSet
+from safelocus.prompts import PromptSet, read_prompts
+from safelocus.resume import claim
 from safelocus.scoring import versions
 from safelocus.selection import Selection
 from safelocus.target import Target
-from safelocus.training import TrainingSettings
-from safelocus.training.examination import Examination, check_apart
+from safelocus.training import TrainingSettings, training_rows
+from safelocus.training.arm import Arm, Trial
+from safelocus.training.examination import Examination, check_apart, facts
+from safelocus.training.runner import Runner, check_made_for, part_of
 
+Source = PromptSet | str | Path | Iterable[object]
+
+ANSWER_TOKENS = 64  # of the model's own answers: whether it refuses shows in the first ones
+UNHELD = (
+    "nothing is retained, so nothing holds the model back from refusing harmless requests or losing other abilities: "
+    "retain harmless prompts, such as embedded:ordinary and embedded:alarming (--retain, retain=)"
+)
 # what held up best on the organisms (docs/enhance.md)
 SETTINGS = TrainingSettings(steps=100, learning_rate=1e-3, schedule="cosine", batch_size=8)
 
@@ -87,15 +98,16 @@ def enhance(
         >>> patch.k == selection.k
         True
     """
-    lesson = Lesson.of(
+    check_made_for(target, selection, allow_mismatch=allow_mismatch)
+    runner = enhancer(
         target, data, retain=retain, retain_kl=retain_kl, retain_weight=retain_weight, retain_rows=retain_rows,
         own_answers=own_answers, answer_tokens=answer_tokens, validation=validation, every=every,
         early_stopping=validation is not None, settings=replace(settings or SETTINGS, **changes),
         checkpoint=checkpoint, progress=progress,
-        further={"the selection": selection},
+        inputs={"the selection": selection},
     )  # fmt: skip
-    selection.check(target.fingerprint(like=selection.provenance.fingerprint), allow_mismatch=allow_mismatch)
-    return lesson.patch(selection, lesson.teach("selection", selection, lesson.settings))
+    trial = runner.train(Arm(name="selection", what=selection), runner.settings)
+    return _patch(runner, selection, trial)
 
 
 def run_enhancement(
@@ -150,61 +162,121 @@ def run_enhancement(
     rates = tuple(dict.fromkeys(learning_rates)) or (settings.learning_rate,)
     if len(rates) > 1 and validation is None:
         raise TrainingError("a sweep of learning rates needs a validation part to choose one by")
-    lesson = Lesson.of(
+    remarks = check_made_for(target, selection, allow_mismatch=allow_mismatch)
+    runner = enhancer(
         target, data, retain=retain, retain_kl=retain_kl, retain_weight=retain_weight, retain_rows=retain_rows,
         own_answers=own_answers, answer_tokens=answer_tokens, validation=validation, every=every,
         early_stopping=early_stopping, settings=settings, checkpoint=checkpoint, progress=progress,
-        further={
+        num_weights=selection.k,
+        inputs={
             "the selection": selection, "the controls": controls, "learning_rates": rates,
             "the examination": examination,
         },
     )  # fmt: skip
-    notes = lesson.notes + check_apart(examination, lesson.sets, allow_seen=allow_seen)
+    notes = [*_notes(runner), *check_apart(examination, runner.sets, allow_seen=allow_seen), *remarks]
     if validation is not None:
         check_apart(examination, [validation.harmful], allow_seen=allow_seen)
-    fingerprint = target.fingerprint()
-    own = target.fingerprint(like=selection.provenance.fingerprint)
-    notes += selection.check(own, allow_mismatch=allow_mismatch)
-    responder = TargetResponder(target=target)
-    before = examination.evaluate(responder, checkpoint=part_of(checkpoint, "before"), progress=progress)
-    trained = []
-    for kind, control in {"selection": selection, **(controls or {})}.items():
-        what = control() if callable(control) else control
-        tunings = tuple(
-            lesson.teach(kind, what, replace(settings, learning_rate=rate), num_weights=selection.k) for rate in rates
-        )
-        chosen = _choose(tunings)
-        with maker(target, what, selection.k)(settings) as trainee:
-            trainee.write(tunings[chosen].values)
-            after = examination.evaluate(responder, checkpoint=part_of(checkpoint, f"after-{kind}"), progress=progress)
-        trained.append(Trained(kind=kind, tunings=tunings, chosen=chosen, after=after))
-    if differences := fingerprint.differences(target.fingerprint()):
-        raise RunError(
-            f"the model did not come back as it was ({'; '.join(differences)}); something else changed its weights "
-            "during the training. Load it anew, and begin again with nothing else running on it"
-        )
-    return Enhancement(
-        before=before,
-        trained=tuple(trained),
-        patch=lesson.patch(selection, trained[0].tuning),
-        settings=settings,
-        notes=tuple(notes),
-        provenance={
-            "model": target.name,
-            "fingerprint": fingerprint.id,
-            "dtype": target.dtype,
-            "selection": selection.describe(),
-            **lesson.describe(),
-            "versions": versions(),
+    runner = replace(runner, examination=examination, rates=rates)
+    found = runner.run(selection, {"selection": selection, **(controls or {})})
+    found["provenance"]["dtype"] = target.dtype
+    return Enhancement(**found, notes=tuple(notes), patch=_patch(runner, selection, found["trained"][0].trial))
+
+
+def enhancer(
+    target: Target,
+    data: Source,
+    *,
+    retain: Source | Sequence[PromptSet] | None,
+    retain_kl: float,
+    retain_weight: float,
+    retain_rows: int,
+    own_answers: bool,
+    answer_tokens: int,
+    settings: TrainingSettings,
+    validation: Examination | None = None,
+    every: int = 10,
+    early_stopping: bool = False,
+    checkpoint: Path | None = None,
+    progress: bool = True,
+    num_weights: int = 0,
+    inputs: Mapping[str, Any] | None = None,
+) -> Runner:
+    """Read and check the data, let the model answer what has no answer, and make ready to train arms on it.
+
+    Args:
+        num_weights: that an adapter should have about.
+        inputs: others of the run, by name; unfinished work is taken up with the same ones only.
+
+    For the rest see `enhance`.
+    """
+    prompts, sets = _read(data).with_responses(), _sets(retain)
+    looks = {"every": every, "early_stopping": early_stopping}
+    given = {
+        "--data": prompts, "--retain": sets, "retain_kl": retain_kl, "retain_weight": retain_weight,
+        "retain_rows": retain_rows, "own_answers": own_answers, "answer_tokens": answer_tokens,
+        **settings.to_json(), **looks,
+    }  # fmt: skip
+    distributed.check_same(Identity.of(given).parts)
+    claim(checkpoint, {"the model": target, **given, "the validation": validation, **(inputs or {})})
+    if validation is not None:
+        check_apart(validation, [prompts, *sets])
+    kept = with_answers(
+        target, sets, own=own_answers, max_new_tokens=answer_tokens,
+        checkpoint=part_of(checkpoint, "retained"), progress=progress,
+    )  # fmt: skip
+    rows = [training_rows(part, target.chat, max_length=settings.max_length) for part in (prompts, *kept)]
+    retention = None
+    if kept:
+        retention = Retention(sets=tuple(rows[1:]), kl=retain_kl, weight=retain_weight, per_refusal=retain_rows)
+    return Runner(
+        target=target, rows=rows[0], settings=settings, look=validation, every=every,
+        early_stopping=early_stopping and validation is not None, sets=[prompts, *kept], checkpoint=checkpoint,
+        progress=progress,
+        make=lambda arm, settings: trainee_of(
+            target, arm.what, settings, num_weights=num_weights, retention=retention
+        ),
+        described={
+            "data": facts(prompts),
+            "retained": [facts(part) for part in kept],
+            "retain_kl": retain_kl if kept else None,
+            "retain_weight": retain_weight if kept else None,
+            "retain_rows": retain_rows if kept else None,
+            "own_answers": own_answers,
+            "answer_tokens": answer_tokens,
+            "validation": None if validation is None else {**validation.describe(), **looks},
         },
-    )
+    )  # fmt: skip
 
 
-def _choose(tunings: Sequence[Tuning]) -> int:
-    """The best by its validation; of equals the gentlest learning rate."""
-    if len(tunings) == 1:
-        return 0
-    return min(
-        range(len(tunings)),
-        key=lambda i: (cost(tunings[i].point, tunings[i].points[0]), tunings[i].learning_rate),
-    )
+def _notes(runner: Runner) -> list[str]:
+    """What a reader of the results should mind."""
+    return [] if runner.described["retained"] else [UNHELD]
+
+
+def _patch(runner: Runner, selection: Selection, trial: Trial) -> Patch:
+    """The model, which is as it was, against what was trained."""
+    assert trial.values is not None
+    made = {
+        "made_by": "enhance",
+        "learning_rate": trial.learning_rate,
+        "step": trial.step,
+        "stopped": trial.stopped,
+        "settings": runner.settings.to_json(),
+        **runner.described,
+        "notes": _notes(runner),
+        "versions": versions(),
+    }
+    return Patch.of(runner.target, selection, new=trial.values, metadata=made)
+
+
+def _read(source: Source) -> PromptSet:
+    return source if isinstance(source, PromptSet) else read_prompts(source)
+
+
+def _sets(source: Source | Sequence[PromptSet] | None) -> list[PromptSet]:
+    """One set or several; a PromptSet is a sequence too, but not of sets."""
+    if source is None:
+        return []
+    if isinstance(source, list | tuple) and all(isinstance(part, PromptSet) for part in source):
+        return list(source)
+    return [_read(source)]
