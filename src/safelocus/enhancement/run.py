@@ -102,9 +102,8 @@ def enhance(
     runner = enhancer(
         target, data, retain=retain, retain_kl=retain_kl, retain_weight=retain_weight, retain_rows=retain_rows,
         own_answers=own_answers, answer_tokens=answer_tokens, validation=validation, every=every,
-        early_stopping=validation is not None, settings=replace(settings or SETTINGS, **changes),
-        checkpoint=checkpoint, progress=progress,
-        inputs={"the selection": selection},
+        early_stopping=validation is not None, settings=settings, checkpoint=checkpoint, progress=progress,
+        inputs={"the selection": selection}, **changes,
     )  # fmt: skip
     trial = runner.train(Arm(name="selection", what=selection), runner.settings)
     return _patch(runner, selection, trial)
@@ -117,35 +116,22 @@ def run_enhancement(
     *,
     examination: Examination,
     validation: Examination | None = None,
-    every: int = 10,
-    early_stopping: bool = False,
     controls: Mapping[str, Control | Callable[[], Control]] | None = None,
     learning_rates: Sequence[float] = (),
-    retain: Source | Sequence[PromptSet] | None = None,
-    retain_kl: float = 20.0,
-    retain_weight: float = 0.0,
-    retain_rows: int = 6,
-    own_answers: bool = False,
-    answer_tokens: int = ANSWER_TOKENS,
-    settings: TrainingSettings | None = None,
     allow_seen: bool = False,
     allow_mismatch: bool = False,
-    checkpoint: Path | None = None,
-    progress: bool = True,
-    **changes: Any,
+    **how: Any,
 ) -> Enhancement:
     """Enhance, and measure the model before and after; train controls the same way, and measure those.
 
     Args:
         examination: what is measured before and after; on nothing of it is anything chosen.
         validation: for looks, early stopping and the choice of a learning rate; other prompts again.
-        early_stopping: keep the best look and stop when more would not help; else the last step is kept.
         controls: by name: other selections, "full" for all weights, "lora" for an adapter of about equal size.
             Trained with the same settings on the same data. A function is called when its turn comes.
         learning_rates: to try, for the selection and every control; each keeps its best one by the validation.
         allow_seen: measure with prompts that were trained on, all the same.
-
-    For the rest see `enhance`.
+        how: see `enhance` and `enhancer`.
 
     Raises:
         PromptError: data without responses, or that the examination or the validation contain.
@@ -158,21 +144,14 @@ def run_enhancement(
         ... )
         >>> enhancement.after.measures["asr"]                                   # doctest: +SKIP
     """
-    settings = replace(settings or SETTINGS, **changes)
-    rates = tuple(dict.fromkeys(learning_rates)) or (settings.learning_rate,)
+    rates = tuple(dict.fromkeys(learning_rates))
     if len(rates) > 1 and validation is None:
         raise TrainingError("a sweep of learning rates needs a validation part to choose one by")
     remarks = check_made_for(target, selection, allow_mismatch=allow_mismatch)
-    runner = enhancer(
-        target, data, retain=retain, retain_kl=retain_kl, retain_weight=retain_weight, retain_rows=retain_rows,
-        own_answers=own_answers, answer_tokens=answer_tokens, validation=validation, every=every,
-        early_stopping=early_stopping, settings=settings, checkpoint=checkpoint, progress=progress,
-        num_weights=selection.k,
-        inputs={
-            "the selection": selection, "the controls": controls, "learning_rates": rates,
-            "the examination": examination,
-        },
-    )  # fmt: skip
+    inputs = {
+        "the selection": selection, "the controls": controls, "learning_rates": rates, "the examination": examination,
+    }  # fmt: skip
+    runner = enhancer(target, data, validation=validation, num_weights=selection.k, inputs=inputs, **how)
     notes = [*_notes(runner), *check_apart(examination, runner.sets, allow_seen=allow_seen), *remarks]
     if validation is not None:
         check_apart(examination, [validation.harmful], allow_seen=allow_seen)
@@ -186,13 +165,13 @@ def enhancer(
     target: Target,
     data: Source,
     *,
-    retain: Source | Sequence[PromptSet] | None,
-    retain_kl: float,
-    retain_weight: float,
-    retain_rows: int,
-    own_answers: bool,
-    answer_tokens: int,
-    settings: TrainingSettings,
+    retain: Source | Sequence[PromptSet] | None = None,
+    retain_kl: float = 20.0,
+    retain_weight: float = 0.0,
+    retain_rows: int = 6,
+    own_answers: bool = False,
+    answer_tokens: int = ANSWER_TOKENS,
+    settings: TrainingSettings | None = None,
     validation: Examination | None = None,
     every: int = 10,
     early_stopping: bool = False,
@@ -200,15 +179,18 @@ def enhancer(
     progress: bool = True,
     num_weights: int = 0,
     inputs: Mapping[str, Any] | None = None,
+    **changes: Any,
 ) -> Runner:
     """Read and check the data, let the model answer what has no answer, and make ready to train arms on it.
 
     Args:
+        early_stopping: keep the best look and stop when more would not help; else the last step is kept.
         num_weights: that an adapter should have about.
         inputs: others of the run, by name; unfinished work is taken up with the same ones only.
 
     For the rest see `enhance`.
     """
+    settings = replace(settings or SETTINGS, **changes)
     prompts, sets = _read(data).with_responses(), _sets(retain)
     looks = {"every": every, "early_stopping": early_stopping}
     given = {
