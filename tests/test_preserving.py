@@ -9,7 +9,7 @@ from peft import PeftModel
 
 import safelocus as sl
 import tiny_targets
-from safelocus.errors import NumericalError, PromptError, RunError, TrainingError
+from safelocus.errors import NumericalError, PromptError, RunError, SelectionError, TrainingError
 from safelocus.evaluation.tasks import task_of
 from safelocus.preservation import calibration as calibration_module
 from safelocus.preservation import run as preserving
@@ -277,6 +277,17 @@ def test_remarks(tmp_path):
     found = run_preservation(target, some(target), prompts, long, examination=EXAMINATION, max_length=64, **QUICK)
     assert any("3 of 6 rows are left out" in remark for remark in found.notes)
     assert any("3 of 6 questions about the task could not be asked" in remark for remark in found.notes)
+
+
+def test_whether_the_selection_is_the_models_is_asked_once(monkeypatch):
+    target, asked, check = tiny_targets.dense(), [], sl.Selection.check
+    monkeypatch.setattr(sl.Selection, "check", lambda *a, **o: asked.append(1) or check(*a, **o))
+    preserved(target, unprotected=True, controls={"random": some(target, seed=1)})
+    assert len(asked) == 1
+    other = some(tiny_targets.dense(seed=1))
+    with pytest.raises(SelectionError, match="another model"):
+        preserved(target, other)
+    assert any("another model" in note for note in preserved(target, other, allow_mismatch=True).notes)
 
 
 def test_measuring_on_what_was_trained_on():

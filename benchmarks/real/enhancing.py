@@ -38,10 +38,11 @@ def trained(target: Target, method: str, rate: float, seed: int, unfinished: Pat
     settings = TrainingSettings(**{**SETTINGS.to_json(), "learning_rate": rate, "seed": seed})
     k = int(RATIO * target.layout.num_weights)
     what: Any = method if method in ("lora", "full") else cells.selection(target, method, RATIO, seed=seed)
-    runner, arm = enhancer(
+    runner = enhancer(
         target, sets.refusals().limit(800, seed=0), retain=[sets.benign()], retain_kl=0.0, retain_weight=1.0,
-        retain_rows=1, own_answers=False, answer_tokens=64, settings=settings, checkpoint=unfinished, num_weights=k,
-    ), Arm(name="arm", what=what)  # fmt: skip
+        retain_rows=1, settings=settings, checkpoint=unfinished, num_weights=k,
+    )  # fmt: skip
+    arm = Arm(name="arm", what=what)
     trial = runner.train(arm, settings)
     with runner.shown(arm, trial):
         evaluation = cells.measured(target, unfinished / "after")
