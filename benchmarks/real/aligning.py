@@ -29,12 +29,8 @@ from safelocus.training.arm import Arm
 
 SETTINGS = TrainingSettings(steps=200, learning_rate=1e-4, schedule="linear", batch_size=3, max_length=112)
 RETAIN: dict[str, Any] = {
-    "retain_kl": 2.0,
-    "retain_weight": 0.0,
-    "retain_rows": 3,
-    "own_answers": True,
-    "answer_tokens": 48,
-}
+    "retain_kl": 2.0, "retain_weight": 0.0, "retain_rows": 3, "own_answers": True, "answer_tokens": 48,
+}  # fmt: skip
 _KINDS = ("alarming", "ordinary")
 # refusals for harmful requests that come without one
 REFUSALS = (
