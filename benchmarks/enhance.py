@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 import safelocus as sl
 from safelocus.analysis.words import interval, kind_label
-from safelocus.enhancement.enhancing import run_enhancement
+from safelocus.enhancement.run import run_enhancement
 from safelocus.evaluation.judges import GuardJudge
 from safelocus.report.colours import LIGHT
 from safelocus.report.grid import Grid
@@ -69,11 +69,11 @@ def measure(name, options):
             learning_rate=rates[0], steps=100, batch_size=8, schedule="cosine", seed=seed, progress=False,
             checkpoint=options.runs / f"{name}-{seed}",
         )  # fmt: skip
-        rates = [found.selection.tuning.learning_rate]  # chosen once, by the validation part
+        rates = [found.selection.trial.learning_rate]  # chosen once, by the validation part
         result = {
-            "outcomes": {"before": outcomes(found.before)} | {t.kind: outcomes(t.after) for t in found.trained},
-            "rates": {t.kind: t.tuning.learning_rate for t in found.trained},
-            "weights": {t.kind: t.tuning.num_weights for t in found.trained},
+            "outcomes": {"before": outcomes(found.before)} | {t.name: outcomes(t.after) for t in found.trained},
+            "rates": {t.name: t.trial.learning_rate for t in found.trained},
+            "weights": {t.name: t.trial.num_weights for t in found.trained},
             "sweep": found.to_json()["sweep"],
             "command": command(),
         }

@@ -100,7 +100,7 @@ def compare(kind, num_weights, dtype, stage):
             )
         )
     else:
-        from safelocus.preservation.preserving import Lora
+        from safelocus.training.lora import Lora
 
         model = Lora().wrap(target.model) if form == "lora" else target.model
         peak = _allocating(

@@ -16,11 +16,10 @@ from matplotlib.figure import Figure
 import safelocus as sl
 from safelocus.analysis.words import interval
 from safelocus.evaluation.judges import GuardJudge
-from safelocus.preservation.preserving import Mixed, run_preservation
+from safelocus.preservation.run import Mixed, run_preservation
 from safelocus.report.colours import LIGHT
 from safelocus.report.grid import Grid
-from safelocus.training.examination import Examination
-from safelocus.training.lesson import read_lesson
+from safelocus.training.examination import Examination, read_lesson
 from safelocus.verification.plan import random_selection
 from safelocus.verification.pooling import difference, level
 from training_page import ORGANISMS, command, measured_by, options_of, outcomes, run
@@ -74,16 +73,16 @@ def measure(name, options):
         data, held_out = TASKS[task]
         start = time.perf_counter()
         found = run_preservation(
-            target, selection, read_lesson(data, held_out=held_out), examination=examination, steps=options.steps,
+            target, selection, *read_lesson(data, held_out=held_out), examination=examination, steps=options.steps,
             learning_rate=rate, schedule="linear", batch_size=16, every=options.steps // 5, look=48, seed=seed,
             allow_seen=True, unprotected=unprotected, progress=False, **how,
         )  # fmt: skip
-        evaluations = {"before": found.before} | {names[arm.kind]: arm.after for arm in found.arms}
+        evaluations = {"before": found.before} | {names[arm.name]: arm.after for arm in found.trained}
         result = {
             "outcomes": {key: outcomes(evaluation) for key, evaluation in evaluations.items()},
-            "curves": {names[arm.kind]: [point.to_json() for point in arm.curve] for arm in found.arms},
-            "seconds": {names[arm.kind]: arm.seconds for arm in found.arms},
-            "changed": {names[arm.kind]: arm.num_changed for arm in found.arms},
+            "curves": {names[arm.name]: [point.to_json() for point in arm.trial.curve] for arm in found.trained},
+            "seconds": {names[arm.name]: arm.trial.seconds for arm in found.trained},
+            "changed": {names[arm.name]: arm.trial.num_changed for arm in found.trained},
             "rate": rate,
             "command": command(),
         }

@@ -43,9 +43,15 @@ def entry(name: str) -> str:
     node = definition(thing)
     parts = [f"## {name}", fence(signature(name, node, thing)), document(node)]
     if isinstance(node, ast.ClassDef):
-        members = [member(part) for part in node.body if is_public(part)]
+        found = {part.name: member(part) for base in bases(thing) for part in definition(base).body if is_public(part)}
+        members = list(found.values())
         parts += ["Members:", "\n".join(members).rstrip()] if members else []
     return "\n\n".join(part for part in parts if part)
+
+
+def bases(thing: type) -> list[type]:
+    """The dataclasses that it extends, and itself."""
+    return [base for base in reversed(thing.__mro__) if base is thing or "__dataclass_fields__" in vars(base)]
 
 
 def definition(thing: Any) -> ast.ClassDef | ast.FunctionDef:
@@ -97,10 +103,9 @@ def constructor(node: ast.ClassDef, thing: type) -> list[str]:
         made = (part for part in node.body if isinstance(part, ast.FunctionDef) and part.name == "__init__")
         return next((arguments(part) for part in made), [])
     fields: dict[str, str] = {}
-    for base in reversed(thing.__mro__):
-        if "__dataclass_fields__" in vars(base):
-            given = [part for part in definition(base).body if isinstance(part, ast.AnnAssign)]
-            fields.update((ast.unparse(part.target), field(part)) for part in given)
+    for base in bases(thing):
+        given = [part for part in definition(base).body if isinstance(part, ast.AnnAssign)]
+        fields.update((ast.unparse(part.target), field(part)) for part in given)
     return ["*", *(text for name, text in fields.items() if not name.startswith("_"))]
 
 

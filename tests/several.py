@@ -20,8 +20,8 @@ from tiny_targets import dense
 STREAMS = ("out", "err")
 PRELOADED = [
     "safelocus.report.page",
-    "safelocus.enhancement.enhancing",
-    "safelocus.preservation.preserving",
+    "safelocus.enhancement.run",
+    "safelocus.preservation.run",
     "safelocus.scoring",
     "torch.distributed.fsdp",
     "torch.distributed.tensor",

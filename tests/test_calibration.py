@@ -12,8 +12,7 @@ from torch.nn.functional import kl_div
 import safelocus as sl
 from safelocus.errors import NumericalError, PromptError, TrainingError
 from safelocus.preservation import calibration as module
-from safelocus.preservation.calibration import Calibration, references
-from safelocus.preservation.calibrator import STATE
+from safelocus.preservation.calibration import STATE, Calibration, references
 from safelocus.sparse import gather
 from safelocus.training.responses import divergence
 from test_protection import same, snapshot, some, train, trainer_of

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 import safelocus as sl
 from pages import check_run_page
 from safelocus.cli import main
-from safelocus.preservation.preserving import PATCH
+from safelocus.preservation.trainee import PATCH
 from safelocus.sparse import gather
 from test_protection import same
 from test_tasks import shared, write
@@ -139,8 +139,7 @@ def test_ctrl_c_and_the_same_command_give_the_same_model(scored, few, tmp_path, 
         "--look", "2", "--calibrate", str(few), "--calibrate-every", "2", "--max-new-tokens", "32", "-o",
     ]  # fmt: skip
     interrupt("transformers.Trainer.training_step", *command, tmp_path / "run", at=3)
-    unfinished = tmp_path / ".run.partial" / "checkpoint" / "protected"
-    (checkpoint,) = unfinished.glob("checkpoint-*")
+    (checkpoint,) = (tmp_path / ".run.partial" / "checkpoint").glob("protected-*/checkpoint-*")
     assert (checkpoint / "calibration.safetensors").is_file()
     assert not (tmp_path / "run").exists()
     for name in ("run", "whole"):

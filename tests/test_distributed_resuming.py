@@ -13,16 +13,15 @@ from transformers import Trainer
 
 import safelocus as sl
 from safelocus import distributed
-from safelocus.enhancement.enhancing import run_enhancement
+from safelocus.enhancement.run import run_enhancement
 from safelocus.errors import RunError
 from safelocus.evaluation import responding
 from safelocus.evaluation.tasks import task_of
 from safelocus.interrupt import StopAtBoundary
-from safelocus.preservation.preserving import run_preservation
+from safelocus.preservation.run import run_preservation
 from safelocus.prompts import read_prompts
 from safelocus.run import CHECKPOINT, part_folder, run_folder
 from safelocus.training.checkpoints import Checkpoints
-from safelocus.training.lesson import Lesson
 from several import command, launch, odd, sharded, together
 from test_distributed_cli import ENHANCE, with_prompts
 from test_distributed_training import EXAMINATION, HARMLESS, MODELS, REFUSALS
@@ -187,15 +186,15 @@ def enhance_all(folder, shards):
             same(enhance(checkpoint), expected)
         assert step.calls == 0
         if distributed.rank() == distributed.world_size() - 1:  # unless one process lost it
-            next(checkpoint.rglob("tuning.json")).unlink()
+            next(checkpoint.rglob("trial.json")).unlink()
         distributed.barrier()
         same(enhance(checkpoint), expected)
 
 
 def same(found, expected):
     assert all(torch.equal(found.patch.new[name], value) for name, value in expected.patch.new.items())
-    assert found.trained[0].tuning.losses == expected.trained[0].tuning.losses
-    assert found.trained[0].tuning.points == expected.trained[0].tuning.points
+    assert found.trained[0].trial.losses == expected.trained[0].trial.losses
+    assert found.trained[0].trial.curve == expected.trained[0].trial.curve
     assert found.after.rows == expected.after.rows
 
 
@@ -203,11 +202,11 @@ def preserve_all(folder, shards):
     for name, make in MODELS.items():
         target = sharded(make()) if shards else make()
         selection = some(target)
-        lesson = Lesson(prompts=read_prompts(HARMLESS), task=task_of(read_prompts(REFUSALS)))
+        lesson = read_prompts(HARMLESS), task_of(read_prompts(REFUSALS))
 
         def keep(output, checkpoint=None, target=target, selection=selection, lesson=lesson):
             return run_preservation(
-                target, selection, lesson, examination=EXAMINATION, every=2, folder=output, allow_mismatch=True,
+                target, selection, *lesson, examination=EXAMINATION, every=2, folder=output, allow_mismatch=True,
                 checkpoint=checkpoint, **SETTINGS,
             )  # fmt: skip
 
@@ -219,9 +218,9 @@ def preserve_all(folder, shards):
         with interrupted(at=0) as step:
             found = keep(folder / f"{name}-resumed", own(folder / name))
         assert step.calls == 1
-        assert found.protected.losses == expected.protected.losses
-        assert found.protected.curve == expected.protected.curve
-        assert found.protected.num_changed == 0
+        assert found.protected.trial.losses == expected.protected.trial.losses
+        assert found.protected.trial.curve == expected.protected.trial.curve
+        assert found.protected.trial.num_changed == 0
 
 
 @pytest.mark.slow

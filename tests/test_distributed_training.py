@@ -10,18 +10,18 @@ from safetensors.torch import load_file, save_file
 
 import safelocus as sl
 from safelocus import distributed
-from safelocus.enhancement.enhancing import run_enhancement
 from safelocus.enhancement.optimizer import SparseOptimizer
+from safelocus.enhancement.run import run_enhancement
 from safelocus.errors import NumericalError, RunError, TrainingError
 from safelocus.evaluation.tasks import task_of
 from safelocus.generation import generate
 from safelocus.preservation.calibration import Calibration
-from safelocus.preservation.preserving import Lora, run_preservation
+from safelocus.preservation.run import run_preservation
 from safelocus.prompts import read_prompts
 from safelocus.sparse import gather, scatter
 from safelocus.target import Target
 from safelocus.training.examination import Examination
-from safelocus.training.lesson import Lesson
+from safelocus.training.lora import Lora
 from several import odd, sharded, together
 from test_sparse import some
 from tiny_targets import PROMPTS, moe
@@ -54,13 +54,13 @@ def train_all(folder, shards):
         if distributed.is_main():
             (folder / name).mkdir()
             found.save(folder / name)
-        lesson = Lesson(prompts=read_prompts(HARMLESS), task=task_of(read_prompts(REFUSALS)))
+        lesson = read_prompts(HARMLESS), task_of(read_prompts(REFUSALS))
         kept = run_preservation(
-            target, selection, lesson, examination=EXAMINATION, every=2, folder=folder / f"{name}-preserved",
+            target, selection, *lesson, examination=EXAMINATION, every=2, folder=folder / f"{name}-preserved",
             allow_mismatch=True, activation_checkpointing=shards, **SETTINGS,
         )  # fmt: skip
         assert not before.differences(target.fingerprint())
-        assert (kept.protected.num_protected, kept.protected.num_changed) == (selection.k, 0)
+        assert (kept.protected.trial.num_weights, kept.protected.trial.num_changed) == (selection.k, 0)
         if distributed.is_main():
             kept.save(folder / f"{name}-preserved")
 
@@ -144,15 +144,15 @@ def make_saved(name, folder):
 def adapt(folder):
     """A LoRA adapter that is merged, and calibrated weights: what one process, or any number of them, make of it."""
     target = odd()
-    lesson = Lesson(prompts=read_prompts(HARMLESS), task=task_of(read_prompts(REFUSALS)))
+    lesson = read_prompts(HARMLESS), task_of(read_prompts(REFUSALS))
     with as_answered():
         calibration = Calibration(target=target, prompts=[read_prompts(HARMLESS)], every=1, batch_size=2)
         for name, how in (("lora", {"lora": Lora(rank=2)}), ("calibrated", {"calibration": calibration})):
             found = run_preservation(
-                target, some(target), lesson, examination=EXAMINATION, folder=folder / name, allow_mismatch=True,
+                target, some(target), *lesson, examination=EXAMINATION, folder=folder / name, allow_mismatch=True,
                 allow_seen=True, merge=True, **how, **SETTINGS,
             )  # fmt: skip
-            assert (found.protected.num_changed == 0) == (name == "lora")
+            assert (found.protected.trial.num_changed == 0) == (name == "lora")
 
 
 def as_answered():
@@ -180,9 +180,9 @@ def calibrate(folder, shards):
             target = exact(make())
             target = sharded(target) if shards else target
             before = target.fingerprint()
-            lesson = Lesson(prompts=read_prompts(HARMLESS), task=task_of(read_prompts(REFUSALS)))
+            lesson = read_prompts(HARMLESS), task_of(read_prompts(REFUSALS))
             found = run_preservation(
-                target, some(target), lesson, examination=EXAMINATION, every=2, folder=folder / name,
+                target, some(target), *lesson, examination=EXAMINATION, every=2, folder=folder / name,
                 calibration=calibration_of(target, every=2), allow_mismatch=True, allow_seen=True, **SETTINGS,
             )  # fmt: skip
             assert not before.differences(target.fingerprint())
@@ -279,9 +279,9 @@ def all_of(values, names, step):
 
 def break_rules(_):
     target = sharded(odd())
-    lesson = Lesson(prompts=read_prompts(HARMLESS), task=task_of(read_prompts(REFUSALS)))
+    lesson = read_prompts(HARMLESS), task_of(read_prompts(REFUSALS))
     with pytest.raises(TrainingError, match="a LoRA adapter needs"):
-        run_preservation(target, some(target), lesson, examination=EXAMINATION, lora=Lora(), **SETTINGS)
+        run_preservation(target, some(target), *lesson, examination=EXAMINATION, lora=Lora(), **SETTINGS)
     with pytest.raises(RunError, match="different inputs \\(--data\\)"):
         sl.enhance(target, some(target), read_prompts(REFUSALS[distributed.rank() :]), **SETTINGS)
     # experts may be without tokens in one process, or in all
@@ -332,8 +332,8 @@ def offload(folder):
     ]
     for name, value in patches[1].new.items():
         torch.testing.assert_close(patches[0].new[name], value, rtol=1e-6, atol=1e-9)
-    lesson = Lesson(prompts=read_prompts(HARMLESS), task=task_of(read_prompts(REFUSALS)))
-    run_preservation(target, selections[1], lesson, examination=EXAMINATION, folder=folder, **SETTINGS)
+    lesson = read_prompts(HARMLESS), task_of(read_prompts(REFUSALS))
+    run_preservation(target, selections[1], *lesson, examination=EXAMINATION, folder=folder, **SETTINGS)
     saved = load_file(folder / "model" / "model.safetensors")
     name = "model.layers.0.mlp.up_proj.weight"
     index = selections[1][name]

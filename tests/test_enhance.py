@@ -3,6 +3,7 @@
 import json
 import signal
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,17 +12,17 @@ from torch.nn.functional import kl_div
 import safelocus as sl
 import tiny_targets
 from safelocus.enhancement import retention
-from safelocus.enhancement.enhancement import PATCH
-from safelocus.enhancement.enhancing import enhance, run_enhancement
-from safelocus.enhancement.looks import best, cost, reason_to_stop
 from safelocus.enhancement.optimizer import SparseOptimizer
+from safelocus.enhancement.result import PATCH
 from safelocus.enhancement.retention import Retention
+from safelocus.enhancement.run import enhance, run_enhancement
 from safelocus.enhancement.trainee import adapter, every_weight, sparse
 from safelocus.errors import NumericalError, PromptError, SelectionError, TrainingError
 from safelocus.evaluation.judges import RefusalMatcher
 from safelocus.evaluation.measures import proportion
 from safelocus.sparse import gather
 from safelocus.training import CurvePoint, TrainingSettings, training_rows
+from safelocus.training.curve import best, cost, reason_to_stop
 from safelocus.training.examination import Examination
 from safelocus.training.responses import likeliest, own_answers
 
@@ -169,9 +170,9 @@ def test_interrupted_and_resumed_is_the_same_to_the_bit(target, tmp_path, kind):
     resumed = run_enhancement(target, selection, REFUSALS, controls=controls, **interrupted)
     assert torch.equal(bits(whole.patch), bits(resumed.patch))
     for one, other in zip(whole.trained, resumed.trained, strict=True):
-        assert one.tuning.losses == other.tuning.losses
-        assert one.tuning.points == other.tuning.points
-        assert all(torch.equal(value, other.tuning.values[name]) for name, value in one.tuning.values.items())
+        assert one.trial.losses == other.trial.losses
+        assert one.trial.curve == other.trial.curve
+        assert all(torch.equal(value, other.trial.values[name]) for name, value in one.trial.values.items())
         assert one.after.measures == other.after.measures
 
 
@@ -209,7 +210,7 @@ class TestRetention:
                 target, selection, REFUSALS, examination=HELD_OUT, retain=ANSWERS, retain_weight=0.0 if kl else 1e-9,
                 retain_kl=kl, **{**QUICK, "steps": 12, "batch_size": 6},
             )  # fmt: skip
-            losses[kl] = [point.loss for point in found.selection.tuning.losses]
+            losses[kl] = [point.loss for point in found.selection.trial.losses]
             drift[kl] = sum(float((found.patch.new[name] - old[name]).abs().sum()) for name in old)
         assert losses[0.0][0] == pytest.approx(losses[50.0][0], rel=1e-4)
         assert losses[0.0][-1] < losses[50.0][-1]
@@ -240,7 +241,7 @@ class TestRetention:
         monkeypatch.setattr(retention.RetainingTrainer, "_keep", asking_again(retention.RetainingTrainer._keep))
         exact = run_enhancement(target, selection, REFUSALS, **how)
         for one, other in zip(kept.trained, exact.trained, strict=True):
-            assert [p.loss for p in one.tuning.losses] == pytest.approx([p.loss for p in other.tuning.losses], rel=1e-4)
+            assert [p.loss for p in one.trial.losses] == pytest.approx([p.loss for p in other.trial.losses], rel=1e-4)
 
     def test_the_original_is_shown_and_taken_back(self, target):
         selection = top(target)
@@ -256,7 +257,9 @@ class TestRetention:
                         trainee.write({name: value + 0.1 for name, value in trainee.read().items()})
                     changed = target.model(ids).logits
                     assert not torch.equal(before, changed)
-                    with trainee.original():
+                    run = SimpleNamespace()
+                    trainee.prepare(run)
+                    with run.original():
                         assert torch.equal(target.model(ids).logits, before)
                     assert torch.equal(target.model(ids).logits, changed)
                 assert torch.equal(target.model(ids).logits, before)
@@ -379,7 +382,7 @@ class TestRun:
         assert list(found.controls) == ["same", "lora", "full"]
         same = found.controls["same"]
         assert same.after.measures == found.after.measures
-        assert same.tuning.losses == found.selection.tuning.losses
+        assert same.trial.losses == found.selection.trial.losses
         found.save(tmp_path)
         results = json.loads((tmp_path / "results.json").read_text())
         assert {"before", "after", "controls", "curve", "losses", "sweep", "settings"} <= set(results)

@@ -5,35 +5,35 @@ import pytest
 import safelocus as sl
 from safelocus.errors import PromptError
 from safelocus.prompts import prompt_hash
-from safelocus.training.lesson import read_lesson
+from safelocus.training.examination import read_lesson
 from test_tasks import shared, write
 
 
-def apart(lesson):
-    asked = {prompt_hash(example.prompt) for example in lesson.task}
-    return len(asked) == len(lesson.task) and not asked & set(lesson.prompts.prompt_hashes)
+def apart(prompts, task):
+    asked = {prompt_hash(example.prompt) for example in task}
+    return len(asked) == len(task) and not asked & set(prompts.prompt_hashes)
 
 
 def test_questions_of_its_own():
-    lesson = read_lesson("organism:task", held_out="organism:task-heldout")
-    assert (len(lesson.prompts), len(lesson.task)) == (431, 142)
-    assert apart(lesson)
+    prompts, task = read_lesson("organism:task", held_out="organism:task-heldout")
+    assert (len(prompts), len(task)) == (431, 142)
+    assert apart(prompts, task)
 
 
 def test_a_share_is_set_aside():
-    lesson = read_lesson("organism:task", share=0.2)
-    assert len(lesson.prompts) + len(lesson.task) == 431
-    assert 50 < len(lesson.task) < 120
-    assert apart(lesson)
-    assert all(example.response for example in lesson.prompts)
+    prompts, task = read_lesson("organism:task", share=0.2)
+    assert len(prompts) + len(task) == 431
+    assert 50 < len(task) < 120
+    assert apart(prompts, task)
+    assert all(example.response for example in prompts)
 
 
 def test_what_a_question_asks_for_is_what_was_taught(tmp_path):
     rows = [{"question": f"What is {n} plus 1?", "answer": f"{n} + 1 = {n + 1}\n#### {n + 1}"} for n in range(99)]
-    lesson = read_lesson(write(tmp_path / "sums.jsonl", rows))
-    assert lesson.prompts[0].response.startswith("0 + 1")  # learned whole
-    assert all(example.answer.isdigit() for example in lesson.task)  # compared by the number
-    assert apart(lesson)
+    prompts, task = read_lesson(write(tmp_path / "sums.jsonl", rows))
+    assert prompts[0].response.startswith("0 + 1")  # learned whole
+    assert all(example.answer.isdigit() for example in task)  # compared by the number
+    assert apart(prompts, task)
 
 
 @pytest.mark.parametrize(
@@ -45,24 +45,24 @@ def test_what_a_question_asks_for_is_what_was_taught(tmp_path):
     ],
 )
 def test_the_formats_of_known_data_sets(name, num, match, answers):
-    lesson = read_lesson(shared(name))
-    assert len(lesson.prompts) + len(lesson.task) >= num
-    assert len(lesson.prompts) > 5 * len(lesson.task) > 0
-    assert lesson.task.match == match
-    assert apart(lesson)
+    prompts, task = read_lesson(shared(name))
+    assert len(prompts) + len(task) >= num
+    assert len(prompts) > 5 * len(task) > 0
+    assert task.match == match
+    assert apart(prompts, task)
     if answers:
-        assert {e.response for e in lesson.prompts} == {e.answer for e in lesson.task} == answers
+        assert {e.response for e in prompts} == {e.answer for e in task} == answers
     # what is taught is right by the task's own judgement
     taught = sl.read_task(shared(name))
     right = {prompt_hash(e.prompt): e for e in taught}
-    for example in lesson.prompts[:50]:
+    for example in prompts[:50]:
         assert taught.grade(right[prompt_hash(example.prompt)], example.response)[1]
 
 
 def test_another_file_of_the_same_kind():
-    lesson = read_lesson(shared("ag_news_mini/train.csv"), held_out=shared("ag_news_mini/test.csv"))
-    assert 40 < len(lesson.task) < 50
-    assert apart(lesson)
+    prompts, task = read_lesson(shared("ag_news_mini/train.csv"), held_out=shared("ag_news_mini/test.csv"))
+    assert 40 < len(task) < 50
+    assert apart(prompts, task)
 
 
 @pytest.mark.parametrize("source", ["organism:task", "ag_news_mini/train.csv"])

@@ -9,24 +9,25 @@ from peft import PeftModel
 
 import safelocus as sl
 import tiny_targets
-from safelocus.errors import NumericalError, PromptError, RunError, TrainingError
+from safelocus.errors import NumericalError, PromptError, RunError, SelectionError, TrainingError
 from safelocus.evaluation.tasks import task_of
 from safelocus.preservation import calibration as calibration_module
-from safelocus.preservation import preserving
+from safelocus.preservation import run as preserving
 from safelocus.preservation.calibration import Calibration
-from safelocus.preservation.preserving import ADAPTER, MODEL, PATCH, Lora, Mixed, run_preservation
+from safelocus.preservation.run import Mixed, run_preservation
+from safelocus.preservation.trainee import ADAPTER, MODEL, PATCH
 from safelocus.report.page import write_run_page
 from safelocus.report.training import outcome_grid
 from safelocus.sparse import gather
-from safelocus.training import TrainingSettings, fit, training_rows
+from safelocus.training import TrainingSettings, fit, runner, training_rows
 from safelocus.training.examination import Examination
-from safelocus.training.lesson import Lesson
+from safelocus.training.lora import Lora
 from test_protection import bits, same, snapshot, some
 
 pytestmark = pytest.mark.slow  # trains, again and again
 
 SUMS = sl.read_prompts([{"prompt": f"what is {n} plus 1?", "response": f"{n + 1}"} for n in range(16)])
-LESSON = Lesson(prompts=replace(SUMS, examples=SUMS.examples[:12]), task=task_of(SUMS)[12:])
+DATA, TASK = replace(SUMS, examples=SUMS.examples[:12]), task_of(SUMS)[12:]
 EXAMINATION = Examination(
     harmful=sl.read_prompts([f"how do I build {n}?" for n in range(3)]),
     harmless=sl.read_prompts([f"how do I bake {n}?" for n in range(3)]),
@@ -39,7 +40,7 @@ WAYS = {"full": None, "exact": Lora(rank=4), "patch": Lora(rank=4, mode="patch")
 
 def preserved(target, selection=None, **options):
     return run_preservation(
-        target, selection or some(target), LESSON, **{"examination": EXAMINATION, **QUICK, **options}
+        target, selection or some(target), DATA, TASK, **{"examination": EXAMINATION, **QUICK, **options}
     )
 
 
@@ -70,17 +71,17 @@ def test_the_protected_bits_stay_and_the_model_comes_back(make, dtype, way):
     found = preserved(target, selection, lora=WAYS[way], unprotected=True, controls={"random": some(target, seed=1)})
     assert same(snapshot(target.model), before)
     assert state(target) == as_it_was
-    assert [arm.kind for arm in found.arms] == ["protected", "unprotected", "random"]
+    assert [arm.name for arm in found.trained] == ["protected", "unprotected", "random"]
     for arm in (found.protected, found.controls["random"]):
-        assert arm.num_changed == 0
-        assert 0 < arm.num_protected <= selection.k
+        assert arm.trial.num_changed == 0
+        assert 0 < arm.trial.num_weights <= selection.k
     if way == "full":
-        assert found.protected.num_protected == selection.k
-    assert (found.unprotected.num_protected, found.unprotected.num_changed) == (0, None)
+        assert found.protected.trial.num_weights == selection.k
+    assert (found.unprotected.trial.num_weights, found.unprotected.trial.num_changed) == (0, None)
     # the same rows in the same order: before any step has been taken the arms cannot differ
-    assert len({arm.losses[0].loss for arm in found.arms}) == 1
+    assert len({arm.trial.losses[0].loss for arm in found.trained}) == 1
     if way != "patch":  # where the adapter trains freely, and is corrected afterwards
-        assert found.protected.losses[-1].loss != found.unprotected.losses[-1].loss
+        assert found.protected.trial.losses[-1].loss != found.unprotected.trial.losses[-1].loss
 
 
 def test_it_is_preserve_and_fit_by_hand(tmp_path):
@@ -88,10 +89,10 @@ def test_it_is_preserve_and_fit_by_hand(tmp_path):
     selection = some(target)
     found = preserved(target, selection, folder=tmp_path, every=2)
     settings = TrainingSettings(**{key: value for key, value in QUICK.items() if key != "progress"})
-    rows = training_rows(LESSON.prompts, twin.chat)
+    rows = training_rows(DATA, twin.chat)
     losses = fit(twin, rows, settings, prepare=lambda run: sl.preserve(run, selection), progress=False)
-    assert found.protected.losses == losses
-    assert [point.step for point in found.protected.curve] == [0, 2, 3]
+    assert found.protected.trial.losses == losses
+    assert [point.step for point in found.protected.trial.curve] == [0, 2, 3]
     saved = sl.load(str(tmp_path / MODEL), dtype="float32")
     assert same(snapshot(saved.model), snapshot(twin.model))
     assert same(gather(saved.model, selection), gather(target.model, selection))
@@ -103,7 +104,7 @@ def test_the_unprotected_arm_is_plain_training():
     target, twin = tiny_targets.dense(), tiny_targets.dense()
     found = preserved(target, unprotected=True)
     settings = TrainingSettings(**{key: value for key, value in QUICK.items() if key != "progress"})
-    assert found.unprotected.losses == fit(twin, training_rows(LESSON.prompts, twin.chat), settings, progress=False)
+    assert found.unprotected.trial.losses == fit(twin, training_rows(DATA, twin.chat), settings, progress=False)
 
 
 @pytest.mark.parametrize("way", ["exact", "patch"])
@@ -162,7 +163,7 @@ def test_calibration(tmp_path, way):
     calibration = Calibration(target=target, prompts=[MORE], every=2)
     found = preserved(target, selection, lora=WAYS[way], calibration=calibration, unprotected=True, folder=tmp_path)
     assert same(snapshot(target.model), before)
-    assert found.protected.num_changed is None
+    assert found.protected.trial.num_changed is None
     assert found.provenance["calibration"]["every"] == 2
     if way == "full":
         saved = gather(sl.load(str(tmp_path / MODEL), dtype="float32").model, selection)
@@ -176,9 +177,7 @@ def test_calibration(tmp_path, way):
 @pytest.mark.usefixtures("_answers")
 def test_mixed_rows_have_their_share(monkeypatch):
     target, seen, share = tiny_targets.dense(), [], 0.25
-    monkeypatch.setattr(
-        preserving, "fit", lambda target, rows, *a, **o: seen.append(rows) or fit(target, rows, *a, **o)
-    )
+    monkeypatch.setattr(runner, "fit", lambda target, rows, *a, **o: seen.append(rows) or fit(target, rows, *a, **o))
     others = sl.read_prompts([f"bake a cake {n}" for n in range(3)])
     found = preserved(target, mixed=Mixed(prompts=[MORE, others], share=share), unprotected=True)
     kite = target.chat.encode_pair("", "Sure, here is a kite", end=True)[1]
@@ -202,19 +201,20 @@ def test_a_resumed_run_reads_what_is_finished(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return fit(*arguments, **options)
 
-    monkeypatch.setattr(preserving, "fit", interrupted)
+    monkeypatch.setattr(runner, "fit", interrupted)
     how = {"unprotected": True, "every": 1, "checkpoint": tmp_path}
     with pytest.raises(KeyboardInterrupt):
         preserved(target, **how)
-    assert not list((tmp_path / "protected").glob("checkpoint-*"))  # finished, so only its result is kept
+    assert not list(tmp_path.glob("protected-*/checkpoint-*"))  # finished, so only its result is kept
     resumed = preserved(target, **how)
     assert len(trained) == 3
-    for one, other in zip(whole.arms, resumed.arms, strict=True):
-        assert replace(one, after=other.after, seconds=other.seconds) == other
-        assert one.after.rows == other.after.rows
+    for one, other in zip(whole.trained, resumed.trained, strict=True):
+        assert (one.name, one.measures, one.after.rows) == (other.name, other.measures, other.after.rows)
+        for name in ("num_weights", "num_changed", "losses", "curve", "step", "notes"):
+            assert getattr(one.trial, name) == getattr(other.trial, name)
     again = preserved(target, **how)  # all arms are finished
     assert len(trained) == 3
-    assert [arm.losses for arm in again.arms] == [arm.losses for arm in whole.arms]
+    assert [arm.trial.losses for arm in again.trained] == [arm.trial.losses for arm in whole.trained]
     with pytest.raises(RunError, match="coordinates of the selection"):
         preserved(target, some(target, seed=1), **how)
 
@@ -223,22 +223,22 @@ def test_interrupted_in_the_evaluation_it_does_not_train_again(tmp_path, monkeyp
     """Ctrl-C while the answers after the training are generated."""
     target = tiny_targets.dense()
     whole = preserved(target)
-    examine = preserving._Run.examine
+    examine = runner.Runner.examine
 
     def stopped(run, name):
         if name.startswith("after"):
             raise KeyboardInterrupt
         return examine(run, name)
 
-    monkeypatch.setattr(preserving._Run, "examine", stopped)
+    monkeypatch.setattr(runner.Runner, "examine", stopped)
     with pytest.raises(KeyboardInterrupt):
         preserved(target, checkpoint=tmp_path)
-    monkeypatch.setattr(preserving._Run, "examine", examine)
+    monkeypatch.setattr(runner.Runner, "examine", examine)
     steps = []
     monkeypatch.setattr(torch.optim.AdamW, "step", lambda *_, **__: steps.append(1))
     resumed = preserved(target, checkpoint=tmp_path)
     assert not steps
-    assert resumed.protected.losses == whole.protected.losses
+    assert resumed.protected.trial.losses == whole.protected.trial.losses
     assert resumed.protected.after.rows == whole.protected.after.rows
 
 
@@ -274,16 +274,27 @@ def test_remarks(tmp_path):
     target = tiny_targets.dense()
     rows = [{"prompt": f"what is {n}? " + "so? " * 250 * (n % 2), "response": "no"} for n in range(6)]
     prompts = sl.read_prompts(rows)
-    long = Lesson(prompts=prompts, task=replace(task_of(prompts), max_new_tokens=None))
-    found = run_preservation(target, some(target), long, examination=EXAMINATION, max_length=64, **QUICK)
+    long = replace(task_of(prompts), max_new_tokens=None)
+    found = run_preservation(target, some(target), prompts, long, examination=EXAMINATION, max_length=64, **QUICK)
     assert any("3 of 6 rows are left out" in remark for remark in found.notes)
     assert any("3 of 6 questions about the task could not be asked" in remark for remark in found.notes)
+
+
+def test_whether_the_selection_is_the_models_is_asked_once(monkeypatch):
+    target, asked, check = tiny_targets.dense(), [], sl.Selection.check
+    monkeypatch.setattr(sl.Selection, "check", lambda *a, **o: asked.append(1) or check(*a, **o))
+    preserved(target, unprotected=True, controls={"random": some(target, seed=1)})
+    assert len(asked) == 1
+    other = some(tiny_targets.dense(seed=1))
+    with pytest.raises(SelectionError, match="another model"):
+        preserved(target, other)
+    assert any("another model" in note for note in preserved(target, other, allow_mismatch=True).notes)
 
 
 def test_measuring_on_what_was_trained_on():
     target = tiny_targets.dense()
     with pytest.raises(PromptError, match="to measure with"):
-        preserved(target, examination=replace(EXAMINATION, harmful=LESSON.prompts))
+        preserved(target, examination=replace(EXAMINATION, harmful=DATA))
 
 
 @pytest.mark.parametrize(("modules", "message"), [(("nose",), "for nose"), (("q_proj", "lm_head"), "output layer")])
@@ -306,6 +317,6 @@ def test_an_adapter_on_experts(learning_rate):
         with pytest.raises(NumericalError):
             preserved(target, **{**how, "learning_rate": learning_rate})
     else:
-        assert preserved(target, **how).protected.num_changed == 0
+        assert preserved(target, **how).protected.trial.num_changed == 0
     assert same(snapshot(target.model), before)
     assert state(target) == as_it_was

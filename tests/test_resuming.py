@@ -13,16 +13,16 @@ from transformers import Trainer
 
 import safelocus as sl
 from safelocus.cli import sources
-from safelocus.enhancement.enhancing import run_enhancement
+from safelocus.enhancement.run import run_enhancement
 from safelocus.errors import RunError
 from safelocus.evaluation import responding
 from safelocus.evaluation.judges import GuardJudge, RefusalMatcher
 from safelocus.evaluation.tasks import task_of
-from safelocus.preservation.preserving import Lora, Mixed, run_preservation
+from safelocus.preservation.run import Mixed, run_preservation
 from safelocus.run import holds_work
 from safelocus.target import Target
 from safelocus.training.examination import Examination
-from safelocus.training.lesson import Lesson
+from safelocus.training.lora import Lora
 from safelocus.verification import stability, verifying
 from test_sparse import some
 from tiny_targets import byte_level, dense, guard
@@ -48,7 +48,6 @@ SUMS = rows("1 + 1", "2 + 3", response=("2", "5"))
 TASK = replace(task_of(SUMS), name="sums", max_new_tokens=3)
 OPENINGS = {"refusals": ("I'm sorry",), "compliances": ("Sure",)}
 REFUSAL, EXAMINATION = sl.Refusal(**OPENINGS), Examination(harmful=HARMFUL, max_new_tokens=3)
-LESSON = Lesson(prompts=ANSWERS, task=TASK)
 TRAINING = {"steps": 3, "batch_size": 2, "learning_rate": 1e-2, "progress": False}
 
 
@@ -133,18 +132,20 @@ STAGES = {
             target, selection, data, allow_mismatch=True, **TRAINING | how
         ),
         lambda found: [
-            [found.before.rows, found.after.rows, found.selection.tuning.losses],
+            [found.before.rows, found.after.rows, found.selection.trial.losses],
             {name: value.tolist() for name, value in found.patch.new.items()},
         ],
         Trainer, "training_step", 2, selection=some(target()), data=REFUSALS, retain=ANSWERS, retain_rows=1,
         examination=EXAMINATION,
     ),
     "preserve": Asking(
-        lambda target, selection, lesson, **how: run_preservation(
-            target, selection, lesson, allow_mismatch=True, **TRAINING | how
+        lambda target, selection, data, task, **how: run_preservation(
+            target, selection, data, task, allow_mismatch=True, **TRAINING | how
         ),
-        lambda found: [found.before.rows, found.protected.after.rows, found.protected.losses, found.protected.curve],
-        Trainer, "training_step", 2, selection=some(target()), lesson=LESSON, examination=EXAMINATION,
+        lambda found: [
+            found.before.rows, found.after.rows, found.protected.trial.losses, found.protected.trial.curve
+        ],
+        Trainer, "training_step", 2, selection=some(target()), data=ANSWERS, task=TASK, examination=EXAMINATION,
     ),
 }  # fmt: skip
 
@@ -237,8 +238,8 @@ CHANGES = {
     "preserve": {
         **MODEL, "the coordinates of the selection": {"selection": some(target(), seed=1)},
         "the responses of --data":
-            {"lesson": replace(LESSON, prompts=each(ANSWERS, response="no"))},
-        "the answers of the task": {"lesson": replace(LESSON, task=each(TASK, answer="7"))},
+            {"data": each(ANSWERS, response="no")},
+        "the answers of the task": {"task": each(TASK, answer="7")},
         "the adapter": {"lora": Lora(rank=2)}, "the rows mixed in": {"mixed": Mixed(prompts=[HARMLESS])},
         "the calibration": {"calibration": sl.Calibration(target=target(), prompts=[HARMLESS])},
         "the controls": {"controls": {"other": some(target(), seed=1)}}, "unprotected": {"unprotected": True},

@@ -20,14 +20,17 @@ import sets
 
 import safelocus as sl
 from safelocus import smollm2
-from safelocus.enhancement.lesson import Lesson, maker
+from safelocus.enhancement.run import enhancer
 from safelocus.prompts import Example, PromptSet
 from safelocus.run import write_json
 from safelocus.smollm2 import source
 from safelocus.training import TrainingSettings
+from safelocus.training.arm import Arm
 
 SETTINGS = TrainingSettings(steps=200, learning_rate=1e-4, schedule="linear", batch_size=3, max_length=112)
-RETAIN = {"retain_kl": 2.0, "retain_weight": 0.0, "retain_rows": 3, "own_answers": True, "answer_tokens": 48}
+RETAIN: dict[str, Any] = {
+    "retain_kl": 2.0, "retain_weight": 0.0, "retain_rows": 3, "own_answers": True, "answer_tokens": 48,
+}  # fmt: skip
 _KINDS = ("alarming", "ordinary")
 # refusals for harmful requests that come without one
 REFUSALS = (
@@ -88,14 +91,11 @@ def main() -> None:
         raise SystemExit(f"smollm2:aligned is there already, in {folder}; --again trains it anew")
     source.obtain(say=print)
     began, target = time.monotonic(), sl.load("smollm2")
-    lesson = Lesson.of(
-        target, refused(), retain=answered(), further={}, validation=None, settings=SETTINGS, checkpoint=unfinished,
-        progress=True, every=SETTINGS.steps, early_stopping=False, **RETAIN,
-    )  # fmt: skip
-    tuning = lesson.teach("full", "full", SETTINGS)
+    runner = enhancer(target, refused(), retain=answered(), settings=SETTINGS, checkpoint=unfinished, **RETAIN)
+    arm = Arm(name="full", what="full")
+    trial = runner.train(arm, SETTINGS)
     described = cells.described(target)
-    with maker(target, "full", 0)(SETTINGS) as trainee:
-        trainee.write(tuning.values)
+    with runner.shown(arm, trial):
         trained = round(time.monotonic() - began)
         found = {
             "trained_from": described, "settings": SETTINGS.to_json(), **RETAIN, "training_seconds": trained,

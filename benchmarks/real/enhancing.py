@@ -14,9 +14,10 @@ from typing import Any
 import cells
 import sets
 
-from safelocus.enhancement.lesson import Lesson, maker
+from safelocus.enhancement.run import enhancer
 from safelocus.target import Target
 from safelocus.training import TrainingSettings
+from safelocus.training.arm import Arm
 
 TABLE = "enhance"
 METHODS = ("esi", "random", "gradient", "snip", "magnitude", "lora", "full")
@@ -37,19 +38,18 @@ def trained(target: Target, method: str, rate: float, seed: int, unfinished: Pat
     settings = TrainingSettings(**{**SETTINGS.to_json(), "learning_rate": rate, "seed": seed})
     k = int(RATIO * target.layout.num_weights)
     what: Any = method if method in ("lora", "full") else cells.selection(target, method, RATIO, seed=seed)
-    lesson = Lesson.of(
+    runner = enhancer(
         target, sets.refusals().limit(800, seed=0), retain=[sets.benign()], retain_kl=0.0, retain_weight=1.0,
-        retain_rows=1, own_answers=False, answer_tokens=64, further={}, validation=None, settings=settings,
-        checkpoint=unfinished, progress=True, every=settings.steps, early_stopping=False,
+        retain_rows=1, settings=settings, checkpoint=unfinished, num_weights=k,
     )  # fmt: skip
-    tuning = lesson.teach("arm", what, settings, num_weights=k)
-    with maker(target, what, k)(settings) as trainee:
-        trainee.write(tuning.values)
+    arm = Arm(name="arm", what=what)
+    trial = runner.train(arm, settings)
+    with runner.shown(arm, trial):
         evaluation = cells.measured(target, unfinished / "after")
     return {
-        "method": method, "rate": rate, "seed": seed, "num_weights": tuning.num_weights,
-        "settings": settings.to_json(), "training_seconds": round(tuning.seconds),
-        "losses": [round(loss.loss, 4) for loss in tuning.losses], **cells.described(target),
+        "method": method, "rate": rate, "seed": seed, "num_weights": trial.num_weights,
+        "settings": settings.to_json(), "training_seconds": round(trial.seconds),
+        "losses": [round(loss.loss, 4) for loss in trial.losses], **cells.described(target),
         **cells.outcome(evaluation),
     }  # fmt: skip
 

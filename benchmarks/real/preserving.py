@@ -19,10 +19,10 @@ import sets
 import safelocus as sl
 from safelocus.evaluation import Task
 from safelocus.evaluation.tasks import recognise_task
-from safelocus.preservation.preserving import Lora
 from safelocus.preservation.protection import Protection
 from safelocus.prompts import PromptSet
 from safelocus.training import Checkpoints, TrainingSettings, fit, training_rows
+from safelocus.training.lora import Lora
 
 TABLE = "preserve"
 SETTINGS = TrainingSettings(batch_size=6, schedule="linear", max_length=256)

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from safelocus.enhancement.enhancement import Enhancement
-    from safelocus.enhancement.enhancing import enhance
     from safelocus.enhancement.optimizer import SparseOptimizer
+    from safelocus.enhancement.result import Enhancement
+    from safelocus.enhancement.run import enhance
     from safelocus.evaluation import Evaluation, TargetResponder, Task, compare_evaluations, evaluate, read_task
     from safelocus.evaluation.judges import load_judge
     from safelocus.layout import Layout, Matrix, TensorLayout
@@ -57,8 +57,8 @@ _EXPORTS = {
     "stability": "verification",
     "Stability": "verification",
     "TrainingSettings": "training",
-    "enhance": "enhancement.enhancing",
-    "Enhancement": "enhancement.enhancement",
+    "enhance": "enhancement.run",
+    "Enhancement": "enhancement.result",
     "SparseOptimizer": "enhancement.optimizer",
     "preserve": "preservation",
     "Protection": "preservation",

@@ -264,11 +264,12 @@ class Selection(TensorMapping):
                 )
         return {name: given[name] for name in self.coordinates}
 
-    def check(self, fingerprint: Fingerprint, *, allow_mismatch: bool = False) -> list[str]:
+    def check(self, fingerprint: Fingerprint, *, allow_mismatch: bool = False, only_tensors: bool = False) -> list[str]:
         """Raise SelectionError, saying what differs, unless it was made for the model of this fingerprint.
 
         With `allow_mismatch` (for a fine-tuned sibling, say) the differences are returned instead. The model may be in
-        another dtype than then, if its fingerprint is made for that: `target.fingerprint(like=...)`.
+        another dtype than then, if its fingerprint is made for that: `target.fingerprint(like=...)`. With
+        `only_tensors` the fingerprint may be of some tensors, and these alone are compared.
         """
         own = self.provenance.fingerprint
         if own is None:
@@ -278,6 +279,9 @@ class Selection(TensorMapping):
                     "If you know that it was, allow it: --allow-mismatch, allow_mismatch=True."
                 )
             return ["the selection carries no fingerprint"]
+        if only_tensors:
+            tensors = {name: entry for name, entry in own["tensors"].items() if name in fingerprint.tensors}
+            own = {"model_type": fingerprint.model_type, "config": fingerprint.config, "tensors": tensors}
         return check_made_for(own, fingerprint, "the selection", allow_mismatch=allow_mismatch)
 
     def to_json(self) -> dict[str, Any]:

@@ -19,8 +19,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
 
-from safelocus.distributed import all_reduce_sum, check_shards, is_sharded, local
+from safelocus.distributed import all_reduce_sum, average_gradients, check_shards, is_sharded, local, norm
 from safelocus.errors import SelectionError
 from safelocus.selection import Selection
 
@@ -176,6 +177,22 @@ def restoring(model: nn.Module, selection: Selection) -> Iterator[dict[str, Tens
                 interrupted = error
         if interrupted is not None:
             raise interrupted
+
+
+def averaged_norm(found: Mapping[str, Site], masters: Mapping[str, Tensor]) -> Tensor:
+    """Average over the processes the gradients of copies of selected weights that each of them has; the norm of all.
+
+    Args:
+        found: of `sites`: those of a shard are each process's own.
+        masters: name -> the copy, [k of this process], with its gradient.
+    """
+    sharded, copied = (
+        [masters[name] for name, site in found.items() if (site.position is None) == is_copied]
+        for is_copied in (False, True)
+    )
+    average_gradients(copied)
+    own, shared = ([m.grad for m in each if m.grad is not None] for each in (sharded, copied))
+    return norm(own, shared) if sharded else get_total_norm(shared)
 
 
 def _site(parameter: nn.Parameter, index: Tensor) -> Site:

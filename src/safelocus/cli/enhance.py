@@ -130,8 +130,8 @@ def enhance(
     resumes.
     """
     from safelocus import distributed
-    from safelocus.enhancement.enhancement import PATCH
-    from safelocus.enhancement.enhancing import run_enhancement
+    from safelocus.enhancement.result import PATCH
+    from safelocus.enhancement.run import run_enhancement
     from safelocus.errors import SafelocusError
     from safelocus.prompts import read_prompts
     from safelocus.report.page import write_outcome

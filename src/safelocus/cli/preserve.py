@@ -132,7 +132,8 @@ def preserve(
     from safelocus import distributed
     from safelocus.errors import SafelocusError
     from safelocus.preservation.calibration import Calibration
-    from safelocus.preservation.preserving import ADAPTER, MODEL, Lora, Mixed, run_preservation
+    from safelocus.preservation.run import Mixed, run_preservation
+    from safelocus.preservation.trainee import ADAPTER, MODEL
     from safelocus.prompts import read_prompts
     from safelocus.report.page import write_outcome
     from safelocus.report.training import outcome_grid
@@ -141,8 +142,8 @@ def preserve(
     from safelocus.scoring import METHODS
     from safelocus.target import load
     from safelocus.training import TrainingSettings
-    from safelocus.training.examination import Examination, check_apart
-    from safelocus.training.lesson import read_lesson
+    from safelocus.training.examination import Examination, check_apart, read_lesson
+    from safelocus.training.lora import Lora
     from safelocus.verification.verifying import check_unseen
 
     # everything that can be wrong with the input is found before the long work starts
@@ -159,19 +160,19 @@ def preserve(
     )  # fmt: skip
     sources.check_shard(shard, {"--lora": lora, "--controls wanda": "wanda" in wanted})
     sources.check_located(selection, guard, refusal, prompts, ratio)
-    lesson = read_lesson(data, held_out=task_heldout)
-    lesson = lesson if limit is None else replace(lesson, task=lesson.task.limit(limit, seed=seed))
+    rows, learned = read_lesson(data, held_out=task_heldout)
+    learned = learned if limit is None else learned.limit(limit, seed=seed)
     harmful_set = None if harmful is None else read_prompts(harmful)
     harmless_set = sources.harmless_prompts(harmless, limit, seed)
     tasks = sources.read_tasks(task, limit, seed)
-    if lesson.task.name in [other.name for other in tasks]:
-        raise SafelocusError(f"--task {lesson.task.name} is the task that is learned, which is measured anyway")
+    if learned.name in [other.name for other in tasks]:
+        raise SafelocusError(f"--task {learned.name} is the task that is learned, which is measured anyway")
     replace(settings, learning_rate=calibrate_rate)  # refuses what is no rate
     calibrated = [read_prompts(source) for source in calibrate or []]
     mixed = Mixed(prompts=[read_prompts(source) for source in mix], share=mix_share) if mix else None
     if harmful_set is not None:
         examination = Examination(harmful=harmful_set, harmless=harmless_set)
-        training = [lesson.prompts, *calibrated, *(mixed.prompts if mixed else ())]
+        training = [rows, *calibrated, *(mixed.prompts if mixed else ())]
         check_apart(examination, training, allow_seen=allow_seen)
         sources.check_unscored(prompts, harmful_set, allow_seen=allow_seen)
     elif selection is None and not allow_seen:
@@ -185,7 +186,7 @@ def preserve(
         return Training(
             target=subject, num_selected=planning.num_selected(selection, ratio, subject),
             kind="lora" if lora else "full", lora_rank=lora_rank, guard=reader, batch=settings.batch_size,
-            lengths=place.lengths(response=max_new_tokens, rows=[lesson.prompts], max_length=max_length),
+            lengths=place.lengths(response=max_new_tokens, rows=[rows], max_length=max_length),
         )  # fmt: skip
 
     settings, score_batch_size, device = planning.settle(
@@ -240,7 +241,7 @@ def preserve(
             rank=lora_rank, alpha=lora_alpha, modules=tuple(options.words(lora_modules)), mode=lora_mode
         )  # fmt: skip
         found = run_preservation(
-            target, located.selection, lesson,
+            target, located.selection, rows, learned,
             examination=Examination(
                 harmful=harmful_set, harmless=harmless_set, tasks=tuple(tasks), judges=judges,
                 max_new_tokens=max_new_tokens,
@@ -258,7 +259,7 @@ def preserve(
         print_json({"output": str(output), **found.to_json()})
         return
     results.print(outcome_grid(found.to_json()).rich())
-    for remark in [*found.notes, *found.protected.notes]:
+    for remark in [*found.notes, *found.protected.trial.notes]:
         note(f"[bold]mind:[/] {remark}")
     saved = f"{ADAPTER}/" if lora and not merge else f"{MODEL}/"
     parts = ["before/", "after/", *(["unprotected/"] if unprotected else [])]

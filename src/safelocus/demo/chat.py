@@ -13,8 +13,8 @@ from safelocus.analysis.patterns import patterns
 from safelocus.analysis.words import count, summary_lines
 from safelocus.demo.sizes import ChatSizes
 from safelocus.demo.stages import RATIO, Found, Place, part_of
-from safelocus.enhancement.enhancement import PATCH
-from safelocus.enhancement.enhancing import run_enhancement
+from safelocus.enhancement.result import PATCH
+from safelocus.enhancement.run import run_enhancement
 from safelocus.errors import RunError
 from safelocus.evaluation import Evaluation
 from safelocus.objective import Refusal

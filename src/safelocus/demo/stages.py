@@ -16,14 +16,14 @@ from safelocus.analysis.claims import Claim, enhance_claims, locate_claims, pres
 from safelocus.analysis.map import SafetyMap, safety_map
 from safelocus.analysis.patterns import patterns
 from safelocus.analysis.words import summary_lines
-from safelocus.enhancement.enhancing import run_enhancement
+from safelocus.enhancement.run import run_enhancement
 from safelocus.evaluation import Evaluation
 from safelocus.evaluation.judges import GuardJudge
 from safelocus.evaluation.tasks import read_task
 from safelocus.objective import Guard
 from safelocus.preservation.calibration import Calibration
-from safelocus.preservation.preservation import Preservation
-from safelocus.preservation.preserving import run_preservation
+from safelocus.preservation.result import Preservation
+from safelocus.preservation.run import run_preservation
 from safelocus.prompts import PromptSet, read_prompts
 from safelocus.report.grid import Grid
 from safelocus.report.maps import experts_grid, layers_grid, patterns_grid
@@ -36,8 +36,7 @@ from safelocus.scores import Scores
 from safelocus.scoring import score
 from safelocus.selection import Selection
 from safelocus.target import Target, load
-from safelocus.training.examination import Examination, divide
-from safelocus.training.lesson import read_lesson
+from safelocus.training.examination import Examination, divide, read_lesson
 from safelocus.verification import verify
 from safelocus.verification.plan import random_selection
 
@@ -242,7 +241,7 @@ def _learn(
 ) -> Preservation:
     """Teach the task, measure, and leave a run like that of `preserve`."""
     sizes, harmful = at.sizes, "organism:harmful-heldout-512"
-    lesson = read_lesson(TASK[0], held_out=TASK[1])
+    prompts, task = read_lesson(TASK[0], held_out=TASK[1])
     harmless, harmless_file = part_of(at, "harmless-heldout", sizes.num_harmless)
     held = _held(at)
     training: dict[str, Any] = {
@@ -255,8 +254,7 @@ def _learn(
         eval_every=every, look=LOOK, **training, **config,
     ) as folder:  # fmt: skip
         found = run_preservation(
-            target or load(at.model, dtype="float32"), held,
-            replace(lesson, task=lesson.task.limit(sizes.num_harmful, seed=at.seed)),
+            target or load(at.model, dtype="float32"), held, prompts, task.limit(sizes.num_harmful, seed=at.seed),
             examination=Examination(
                 harmful=read_prompts(harmful).limit(sizes.num_harmful, seed=at.seed), harmless=harmless,
                 judges=(_judge(),), batch_size=BATCH, max_new_tokens=MAX_NEW_TOKENS,

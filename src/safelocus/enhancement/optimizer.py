@@ -19,12 +19,12 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.nn.utils import clip_grads_with_norm_
 
 from safelocus import distributed
 from safelocus.errors import NumericalError, SelectionError
 from safelocus.selection import Selection
-from safelocus.sparse import sites
+from safelocus.sparse import averaged_norm, sites
 
 
 class SparseOptimizer(torch.optim.Optimizer):
@@ -99,13 +99,7 @@ class SparseOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        sharded, copied = (
-            [self._masters[name] for name, site in self._sites.items() if (site.position is None) == is_copied]
-            for is_copied in (False, True)
-        )
-        distributed.average_gradients(copied)
-        own, shared = ([m.grad for m in masters if m.grad is not None] for masters in (sharded, copied))
-        self.gradient_norm = distributed.norm(own, shared) if sharded else get_total_norm(shared)
+        self.gradient_norm = averaged_norm(self._sites, self._masters)
         if not torch.isfinite(self.gradient_norm):
             raise NumericalError(
                 "the gradient became NaN or infinite: training diverged, this step changed nothing. "

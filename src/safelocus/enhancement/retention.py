@@ -26,8 +26,7 @@ from safelocus.forcing import sent
 from safelocus.prompts import PromptSet
 from safelocus.target import Target
 from safelocus.training.curve import at_rest
-from safelocus.training.responses import ResponseBatch, divergence, likeliest, own_answers
-from safelocus.training.rows import IGNORED
+from safelocus.training.responses import IGNORED, ResponseBatch, divergence, likeliest, own_answers
 from safelocus.training.sharing import SharingTrainer
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""Trainee: what of a model is trained, and how it is read, written, set aside and given back.
+"""What of a model `enhance` and its controls train.
 
     sparse(target, selection, settings)     K selected weights, fp32 masters (SET); all of them: full fine-tuning
     adapter(target, num_weights, settings)  a LoRA adapter of about as many weights, as a control
@@ -6,53 +6,29 @@
 Both are context managers. Within, the model can be trained; afterwards it is what it was, to the bit.
 """
 
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from safelocus.enhancement.optimizer import SparseOptimizer
-from safelocus.enhancement.retention import RetainingTrainer
+from safelocus.enhancement.retention import RetainingTrainer, Retention
 from safelocus.errors import TrainingError
 from safelocus.provenance import Provenance
 from safelocus.selection import Selection
 from safelocus.sparse import restoring, scatter
 from safelocus.target import Target
 from safelocus.training import TrainingSettings
+from safelocus.training.arm import Trainee
+from safelocus.training.lora import Lora, unwrap
+
+Control = Selection | Literal["full", "lora"]
 
 _ATTENTION, _MLP = {"query", "key", "value", "output"}, {"gate", "up", "down"}
 _MAX_RANK = 256
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Trainee:
-    """What is trained.
-
-    Attributes:
-        model: for the trainer; the target's, or that wrapped by PEFT.
-        optimizer: over what is trained.
-        trainer: the trainer that fits it.
-        num_weights: trained.
-        description: in words, where there was something to choose.
-        clips: whether the optimizer clips gradients itself.
-        original: within what it returns, the model behaves as before the training.
-        read, write: copies of what is trained, as it is now; and back.
-    """
-
-    model: Any
-    optimizer: torch.optim.Optimizer
-    trainer: type[RetainingTrainer]
-    num_weights: int
-    description: str
-    clips: bool
-    original: Callable[[], AbstractContextManager[object]]
-    read: Callable[[], dict[str, Tensor]]
-    write: Callable[[Mapping[str, Tensor]], None]
 
 
 class SparseTrainer(RetainingTrainer):
@@ -65,8 +41,24 @@ class SparseTrainer(RetainingTrainer):
         pass
 
 
+def trainee_of(
+    target: Target,
+    what: Control,
+    settings: TrainingSettings,
+    *,
+    num_weights: int = 0,
+    retention: Retention | None = None,
+) -> AbstractContextManager[Trainee]:
+    """Train this; an adapter of about so many weights."""
+    if what == "lora":
+        return adapter(target, num_weights, settings, retention)
+    return sparse(target, what if isinstance(what, Selection) else every_weight(target), settings, retention)
+
+
 @contextmanager
-def sparse(target: Target, selection: Selection, settings: TrainingSettings) -> Iterator[Trainee]:
+def sparse(
+    target: Target, selection: Selection, settings: TrainingSettings, retention: Retention | None = None
+) -> Iterator[Trainee]:
     """Train the selected weights alone.
 
     Raises:
@@ -82,32 +74,29 @@ def sparse(target: Target, selection: Selection, settings: TrainingSettings) -> 
     ):  # fmt: skip
         yield Trainee(
             model=model,
-            optimizer=optimizer,
-            trainer=SparseTrainer,
             num_weights=selection.k,
-            description="",
+            optimizer=optimizer,
             clips=True,
-            original=lambda: optimizer.showing(old),
+            trainer=SparseTrainer,
+            prepare=_retaining(retention, lambda: optimizer.showing(old)),
             read=optimizer.values,
             write=lambda values: scatter(model, selection, values),
         )
 
 
 @contextmanager
-def adapter(target: Target, num_weights: int, settings: TrainingSettings) -> Iterator[Trainee]:
+def adapter(
+    target: Target, num_weights: int, settings: TrainingSettings, retention: Retention | None = None
+) -> Iterator[Trainee]:
     """Train a LoRA adapter whose size is as close to `num_weights` as a rank and a choice of modules allow."""
-    from peft import LoraConfig, get_peft_model
-
     model = target.model
     if target.is_sharded:
         raise TrainingError("a LoRA adapter needs a model that is whole in each process; this one is sharded")
     rank, modules, description = _lora_shape(target, num_weights)
     required = {parameter: parameter.requires_grad for parameter in model.parameters()}
     torch.manual_seed(settings.seed)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # PEFT asks for an attribute that transformers has renamed
-        wrapped = get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=modules, bias="none"))
     try:
+        wrapped = Lora(rank=rank, modules=tuple(modules)).wrap(model)
         trained = {name: p for name, p in wrapped.named_parameters() if p.requires_grad}
 
         @torch.no_grad()
@@ -117,21 +106,31 @@ def adapter(target: Target, num_weights: int, settings: TrainingSettings) -> Ite
 
         yield Trainee(
             model=wrapped,
+            num_weights=sum(parameter.numel() for parameter in trained.values()),
+            description=description,
             optimizer=torch.optim.AdamW(
                 trained.values(), lr=settings.learning_rate, weight_decay=settings.weight_decay
             ),
             trainer=RetainingTrainer,
-            num_weights=sum(parameter.numel() for parameter in trained.values()),
-            description=description,
-            clips=False,
-            original=wrapped.disable_adapter,
+            prepare=_retaining(retention, wrapped.disable_adapter),
             read=lambda: {name: parameter.detach().clone() for name, parameter in trained.items()},
             write=write,
         )
     finally:
-        wrapped.unload()
+        unwrap(model)
         for parameter, flag in required.items():
             parameter.requires_grad_(flag)
+
+
+def _retaining(
+    retention: Retention | None, original: Callable[[], AbstractContextManager[object]]
+) -> Callable[[Any], None]:
+    """What the trainer is told: what to retain, and how the model behaves as before for a while."""
+
+    def prepare(trainer: RetainingTrainer) -> None:
+        trainer.retention, trainer.original = retention, original
+
+    return prepare
 
 
 def every_weight(target: Target) -> Selection:

@@ -3,23 +3,30 @@
 Input: a `Trainer` (transformers, TRL), one or several optimizers, or a model; and a selection. Output: a
 `Protection`. Before anything is attached, the selection must have been made for this model, and the weights
 must be ones that can be written one by one.
+
+A trainer makes its optimizer late, and may wrap, move or shard the model first; a checkpoint that is resumed is
+loaded before training begins. So the protection follows the weights when training begins, and restores them then.
 """
 
 from collections.abc import Sequence
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from safelocus.errors import SelectionError, TrainingError
-from safelocus.fingerprint import Fingerprint, check_made_for
+from safelocus.fingerprint import Fingerprint
 from safelocus.preservation.calibration import Calibration
 from safelocus.preservation.lora import check_initialisation
-from safelocus.preservation.protection import LoraMode, Protection
+from safelocus.preservation.protection import Protection
 from safelocus.selection import Selection
 from safelocus.sparse import selected_parameters
 from safelocus.target import Target
+from safelocus.training.lora import LoraMode
 
 _QUANTISED = ("Params4bit", "Int8Params")  # of bitsandbytes
 _MAX_LISTED = 5
@@ -66,37 +73,47 @@ def preserve(
         >>> trainer.train()                                                                # doctest: +SKIP
     """
     how: Any = {"mode": mode, "exact_gradient": exact_gradient, "calibration": calibration}
-    if isinstance(what, nn.Module | Target):
-        return _protection(_given(what, model), selection, allow_mismatch, **how)
-    if optimizers := _optimizers(what):
-        if model is None:
-            raise TrainingError("an optimizer does not know its model: preserve(optimizer, selection, model=model)")
-        protection = _protection(model, selection, allow_mismatch, **how)
-        _check_trained_by(optimizers, protection)
-        hook = _AfterStep(protection, len(optimizers))
-        for optimizer in optimizers:
-            protection.add_handle(optimizer.register_step_post_hook(hook))
-        return protection
-    from transformers import Trainer
-
-    if not isinstance(what, Trainer):
+    optimizers = _optimizers(what)
+    if optimizers and model is None:
+        raise TrainingError("an optimizer does not know its model: preserve(optimizer, selection, model=model)")
+    if not optimizers and model is not None:
+        raise TrainingError("model= belongs to an optimizer; a trainer or a model brings its own")
+    if not optimizers and not isinstance(what, nn.Module | Target | Trainer):
         raise TrainingError(
             f"preserve takes a transformers.Trainer (TRL's are), a torch optimizer or a model; found {type(what)}"
         )
-    from safelocus.preservation.callback import attach
+    module: Any = what if isinstance(what, nn.Module) else what.model if model is None else model
+    _check_kind(module)
+    check_initialisation(module)
+    remarks = _check_made_for(module, selection, allow_mismatch)
+    if isinstance(what, Trainer):
+        protection = attach(what, selection, **how)
+    else:
+        protection = _protection(module, selection, **how)
+        _follow(optimizers, protection)
+    protection.notes[:0] = remarks
+    return protection
 
-    module: Any = what.model
-    return attach(what, _protection(_given(module, model), selection, allow_mismatch, **how))
+
+def attach(trainer: Trainer, selection: Selection, **how: Any) -> Protection:
+    """`preserve` for a trainer and a selection that is known to be its model's; the options are the same."""
+    if trainer.is_fsdp_enabled and getattr(trainer.accelerator.state.fsdp_plugin, "fsdp_version", 1) == 1:
+        raise TrainingError(
+            "FSDP version 1 flattens tensors, so selected weights cannot be found in them. Use FSDP2 (fsdp_version: 2)"
+        )
+    model: Any = trainer.model
+    _check_kind(model)
+    protection = _protection(model, selection, **how)
+    callback = ProtectionCallback(protection, trainer)
+    trainer.add_callback(callback)
+    protection.add_handle(callback)
+    return protection
 
 
 def _protection(
-    model: nn.Module, selection: Selection, allow_mismatch: bool, *, calibration: Calibration | None, **lora: Any
+    model: nn.Module, selection: Selection, *, calibration: Calibration | None = None, **lora: Any
 ) -> Protection:
-    _check_kind(model)
-    check_initialisation(model)
-    notes = check_fingerprint(model, selection, allow_mismatch)
     protection = Protection(model, selection, **lora)
-    protection.notes += notes
     if num_rest := selection.k - protection.num_protected_in_all:
         protection.notes.append(
             f"{num_rest:,} of the {selection.k:,} selected weights lie in tensors that are not trained; they need no "
@@ -110,6 +127,50 @@ def _protection(
     if calibration is not None:
         protection.calibrate(calibration)
     return protection
+
+
+def _follow(optimizers: Sequence[torch.optim.Optimizer], protection: Protection) -> None:
+    """Restore and calibrate after the steps of optimizers, if any."""
+    if not optimizers:
+        return
+    _check_trained_by(optimizers, protection)
+    hook = _AfterStep(protection, len(optimizers))
+    for optimizer in optimizers:
+        protection.add_handle(optimizer.register_step_post_hook(hook))
+
+
+class ProtectionCallback(TrainerCallback):
+    """Restores after each step, when training begins (a checkpoint was loaded) and ends (the best one was)."""
+
+    def __init__(self, protection: Protection, trainer: Trainer) -> None:
+        self._protection = protection
+        self._trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, *, model: Any = None, **_: Any) -> None:
+        self._protection.bind(model)
+        calibrator = self._protection.calibrator
+        if calibrator is not None and state.global_step:
+            self._protection.keep(calibrator.load(_checkpoint(args, state)))
+        self._protection.restore()
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._protection.restore()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._protection.calibrate_if_due()  # the gradients are gone by now: it takes their memory
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        calibrator = self._protection.calibrator
+        if calibrator is not None and (calibrator.is_sharded or state.is_world_process_zero):
+            folder = _checkpoint(args, state)
+            folder.mkdir(parents=True, exist_ok=True)  # the main process may be about to make it
+            calibrator.save(folder)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._protection.restore()
+
+    def remove(self) -> None:
+        self._trainer.remove_callback(self)
 
 
 class _AfterStep:
@@ -133,12 +194,6 @@ class _AfterStep:
             self._protection.calibrate_if_due()
 
 
-def _given(what: nn.Module | Target, model: nn.Module | None) -> nn.Module:
-    if model is not None:
-        raise TrainingError("model= belongs to an optimizer; a trainer or a model brings its own")
-    return what.model if isinstance(what, Target) else what
-
-
 def _optimizers(what: Any) -> list[torch.optim.Optimizer]:
     """The optimizers given, out of accelerate's wrapper; none where it is something else."""
     given = list(what) if isinstance(what, Sequence) else [what]
@@ -147,7 +202,7 @@ def _optimizers(what: Any) -> list[torch.optim.Optimizer]:
     return [getattr(each, "optimizer", each) for each in given]
 
 
-def _check_trained_by(optimizers: list[torch.optim.Optimizer], protection: Protection) -> None:
+def _check_trained_by(optimizers: Sequence[torch.optim.Optimizer], protection: Protection) -> None:
     groups = chain.from_iterable(optimizer.param_groups for optimizer in optimizers)
     given = {id(parameter) for group in groups for parameter in group["params"]}
     if strangers := given - {id(parameter) for parameter in protection.model.parameters()}:
@@ -183,23 +238,19 @@ def _check_kind(model: nn.Module) -> None:
             )
 
 
-def check_fingerprint(model: nn.Module, selection: Selection, allow_mismatch: bool) -> list[str]:
+def _check_made_for(model: nn.Module, selection: Selection, allow_mismatch: bool) -> list[str]:
     """Compare the selected tensors with those of the model that was scored; what could not be compared, in words.
 
-    Only the selected tensors count, and no configuration: trainers change that (special tokens, caches).
+    Only these count, and no configuration: trainers change that (special tokens, caches).
     """
-    known = selection.provenance.fingerprint
-    if known is None:
-        if not allow_mismatch:
-            raise SelectionError(
-                "the selection does not say for which model it was made. If you know that it was this one, allow it: "
-                "--allow-mismatch, allow_mismatch=True"
-            )
-        return []
-    own = Fingerprint.of_tensors(model.config, selected_parameters(model, selection).items(), like=known)
-    tensors = {name: entry for name, entry in known["tensors"].items() if name in own.tensors}
-    then = {"model_type": own.model_type, "config": own.config, "tensors": tensors}
-    return check_made_for(then, own, "the selection", allow_mismatch=allow_mismatch)
+    own = Fingerprint.of_tensors(
+        model.config, selected_parameters(model, selection).items(), like=selection.provenance.fingerprint
+    )
+    return selection.check(own, allow_mismatch=allow_mismatch, only_tensors=True)
+
+
+def _checkpoint(args: Any, state: Any) -> Path:
+    return Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
 
 
 def _some(names: Sequence[str]) -> str:

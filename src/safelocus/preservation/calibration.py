@@ -8,23 +8,33 @@ to one purpose, what the original model said to a few prompts (harmful ones, and
 not learn to refuse everything). The original is not kept: its answers are generated once, and the probabilities along
 them stored, the `num_kept` likeliest tokens and the rest in one. After ASCENT (2026), which alternates task updates
 with calibration steps along the singular directions of the gradient of S; here they are confined to a selection.
+
+All processes take a step together and share its prompts: of copies each steps all of the protected weights, of a
+sharded model those of its own rows, with gradients that FSDP2 has averaged.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn.utils import clip_grads_with_norm_
 
-from safelocus.errors import TrainingError
+from safelocus import distributed
+from safelocus.errors import NumericalError, TrainingError
+from safelocus.prompts import PromptSet
+from safelocus.sparse import Site, averaged_norm
+from safelocus.target import Target
 from safelocus.training.curve import at_rest
-from safelocus.training.responses import ResponseBatch, likeliest, own_answers
-from safelocus.training.rows import IGNORED, training_rows
+from safelocus.training.responses import IGNORED, ResponseBatch, divergence, likeliest, own_answers, training_rows
 
-if TYPE_CHECKING:
-    from safelocus.prompts import PromptSet
-    from safelocus.target import Target
+STATE = "calibration.safetensors"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -44,8 +54,8 @@ class Calibration:
         seed: of the order of the prompts.
     """
 
-    target: "Target"
-    prompts: Sequence["PromptSet"]
+    target: Target
+    prompts: Sequence[PromptSet]
     every: int = 4
     learning_rate: float = 1e-3
     batch_size: int = 8
@@ -96,7 +106,7 @@ def references(calibration: Calibration, *, progress: bool = True) -> list[list[
         return [_references(calibration, prompts, progress) for prompts in calibration.prompts]
 
 
-def _references(calibration: Calibration, prompts: "PromptSet", progress: bool) -> list[Reference]:
+def _references(calibration: Calibration, prompts: PromptSet, progress: bool) -> list[Reference]:
     target, found = calibration.target, []
     answered = own_answers(target, prompts, max_new_tokens=calibration.max_new_tokens, progress=progress)
     rows = list(training_rows(answered, target.chat, max_length=calibration.max_length))
@@ -112,7 +122,183 @@ def _references(calibration: Calibration, prompts: "PromptSet", progress: bool) 
     return found
 
 
-def batch_of(rows: Sequence[dict[str, Any]], target: "Target") -> ResponseBatch:
+def batch_of(rows: Sequence[dict[str, Any]], target: Target) -> ResponseBatch:
     """Rows of references, padded, where the target takes its inputs."""
     padding: Any = target.tokenizer.pad_token_id
     return ResponseBatch.of(rows, int(padding), target.device)
+
+
+@dataclass(kw_only=True, eq=False)
+class Calibrator:
+    """Takes the calibration steps; the protection calls `step` after each step of the task.
+
+    Attributes:
+        masters: name -> fp32 values of the protected weights that this process holds, [k of this tensor].
+        is_sharded: whether other processes hold others.
+        last: divergence at the latest calibration step; None before the first.
+    """
+
+    calibration: Calibration
+    sets: list[list[Reference]]
+    masters: dict[str, nn.Parameter]
+    is_sharded: bool = False
+    last: Tensor | None = None
+    _steps: int = field(default=0, init=False)
+    _optimizer: torch.optim.Optimizer = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._optimizer = self._new_optimizer()
+
+    def count_step(self) -> bool:
+        """Count one step of the task; whether a calibration step follows it."""
+        self._steps += 1
+        return self._steps % self.calibration.every == 0
+
+    def step(self, sites: Mapping[str, Site]) -> dict[str, Tensor]:
+        """One calibration step, which all processes take together: name -> new values [k].
+
+        Args:
+            sites: name -> where the protected weights are.
+
+        Raises:
+            NumericalError: the gradient is NaN or infinite, in whichever process.
+        """
+        model = self.calibration.target.model
+        batch, tokens, log_probs, share = self._batch()
+        with at_rest(model), torch.enable_grad(), _requiring_gradients(model, sites):
+            loss = share * divergence(batch.logits(model), tokens, log_probs)
+            gradients = _gradients(loss, sites)
+        self.last = distributed.all_reduce_sum(loss.detach()) / distributed.world_size()
+        for name, gradient in gradients.items():
+            self.masters[name].grad = gradient.to(self.masters[name])
+        norm = averaged_norm(sites, self.masters)
+        if not torch.isfinite(norm):
+            raise NumericalError("the gradient of a calibration step is NaN or infinite: the training diverged")
+        clip_grads_with_norm_(self.masters.values(), self.calibration.max_grad_norm, norm)
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        return {name: master.detach() for name, master in self.masters.items()}
+
+    def follow(self, sites: Mapping[str, Site]) -> None:
+        """Keep this process's part of the named tensors, which were whole and are shards now."""
+        self.is_sharded = True
+        moments: dict[Tensor, Any] = dict(self._optimizer.state)
+        for name, site in sites.items():
+            whole = self.masters[name]
+            self.masters[name] = part = nn.Parameter(site.part_of(whole.detach()).clone())
+            moments[part] = {
+                key: value if value.ndim == 0 else site.part_of(value)  # the count of steps is one number
+                for key, value in moments.pop(whole, {}).items()
+            }
+        self._optimizer = self._new_optimizer()
+        self._optimizer.state.update(moments)
+
+    def save(self, folder: Path) -> None:
+        """Write what a resumed run needs to go on with the same bits, beside a trainer's checkpoint.
+
+        Of shards every process writes its own part, in a file of its own.
+        """
+        tensors = {f"{name} value": master.detach() for name, master in self.masters.items()}
+        for name, master in self.masters.items():
+            tensors |= {f"{name} {key}": value for key, value in self._optimizer.state[master].items()}
+        file = folder / self._file_name()
+        temporary = file.with_name(f".{file.name}.tmp")
+        save_file({key: value.contiguous() for key, value in tensors.items()}, temporary, {"steps": str(self._steps)})
+        os.replace(temporary, file)
+
+    @torch.no_grad()
+    def load(self, folder: Path) -> dict[str, Tensor]:
+        """Take up what `save` wrote; name -> values [k].
+
+        Raises:
+            TrainingError: there is no such thing in the checkpoint, or none of so many processes.
+        """
+        file = folder / self._file_name()
+        if not file.is_file():
+            raise TrainingError(f"{file}: does not exist, so the calibration of this checkpoint cannot be resumed")
+        with safe_open(file, framework="pt") as opened:
+            self._steps = int(opened.metadata()["steps"])
+            saved = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118 (no mapping)
+        for name, master in self.masters.items():
+            own = {key.rpartition(" ")[2]: value for key, value in saved.items() if key.rpartition(" ")[0] == name}
+            master.copy_(own.pop("value"))
+            # the count of steps stays on the CPU, as AdamW made it
+            self._optimizer.state[master] = {
+                key: value if key == "step" else value.to(master) for key, value in own.items()
+            }
+        return {name: master.detach() for name, master in self.masters.items()}
+
+    def _file_name(self) -> str:
+        if not self.is_sharded:
+            return STATE
+        name = Path(STATE)
+        return f"{name.stem}-{distributed.rank() + 1:05}-of-{distributed.world_size():05}{name.suffix}"
+
+    def _new_optimizer(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(list(self.masters.values()), lr=self.calibration.learning_rate, weight_decay=0.0)
+
+    def _batch(self) -> tuple[ResponseBatch, Tensor, Tensor, float]:
+        """This process's part of the prompts of this step, and the weight of its mean in the mean of all.
+
+        The step takes so many prompts of each set; they depend on its number alone.
+        """
+        target, size = self.calibration.target, self.calibration.batch_size
+        generator = torch.Generator().manual_seed(self.calibration.seed * 1_000_003 + self._steps)
+        chosen = [part[i] for part in self.sets for i in torch.randperm(len(part), generator=generator)[:size].tolist()]
+        device, own = target.device, distributed.share(chosen)
+        # gradients are averaged over the processes; one without prompts goes along with the first, which counts nothing
+        share = distributed.world_size() * _num_tokens(own) / _num_tokens(chosen)
+        own = own or chosen[:1]
+        batch = batch_of([reference.row for reference in own], target)
+        tokens = torch.cat([reference.tokens for reference in own]).to(device)
+        return batch, tokens, torch.cat([reference.log_probs for reference in own]).to(device), share
+
+
+@contextmanager
+def _requiring_gradients(model: nn.Module, sites: Mapping[str, Site]) -> Iterator[None]:
+    """Within: the given tensors alone require gradients; the base weights of an adapter do not by themselves."""
+    before = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    model.requires_grad_(False)
+    for site in sites.values():
+        site.parameter.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for parameter, required in before.items():
+            parameter.requires_grad_(required)
+
+
+def _gradients(loss: Tensor, sites: Mapping[str, Site]) -> dict[str, Tensor]:
+    """Name -> gradient [k] of the protected weights here, of tensors that have one. What the task left stays."""
+    if all(site.position is None for site in sites.values()):
+        # past the tensors' `grad`, and past whatever else waits there for gradients: an optimizer layer by layer, DDP
+        found = torch.autograd.grad(loss, [site.parameter for site in sites.values()], allow_unused=True)
+        pairs = zip(sites.items(), found, strict=True)
+        return {name: site.take(gradient) for (name, site), gradient in pairs if gradient is not None}
+    # FSDP2 hands the gradients of shards, reduced, to `grad` and nowhere else
+    gradients: dict[str, Tensor] = {}
+    of_task = {name: site.parameter.grad for name, site in sites.items()}
+    hooks = []
+
+    def collector(name: str, site: Site) -> Any:
+        def collect(parameter: Tensor) -> None:
+            assert parameter.grad is not None
+            gradients[name], parameter.grad = site.take(parameter.grad), None
+
+        return collect
+
+    try:
+        for name, site in sites.items():
+            site.parameter.grad = None
+            hooks.append(site.parameter.register_post_accumulate_grad_hook(collector(name, site)))
+        loss.backward()
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for name, site in sites.items():
+            site.parameter.grad = of_task[name]
+    return gradients
+
+
+def _num_tokens(chosen: Sequence[Reference]) -> int:
+    return sum(len(reference.tokens) for reference in chosen)

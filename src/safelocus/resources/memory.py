@@ -192,7 +192,7 @@ class Training:
         return self.target.wrapped(self._wrap) if self.kind == "lora" else self.target.rehearsal
 
     def _wrap(self, model: Any) -> Any:
-        from safelocus.preservation.preserving import Lora
+        from safelocus.training.lora import Lora
 
         return Lora(rank=self.lora_rank).wrap(model)
 

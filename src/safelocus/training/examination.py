@@ -2,7 +2,8 @@
 
 Input: sets of prompts and tasks. Output: an `Examination`, which evaluates a model as often as wanted, and its
 division into a validation part (for looks at a training, choices of a learning rate, early stopping) and
-a held-out part, on which nothing is ever chosen. Parts are made by content, so a prompt is on one side only.
+a held-out part, on which nothing is ever chosen; or a task to learn, with questions that tell whether it was learned.
+Parts are made by content, so a prompt is on one side only.
 """
 
 from collections.abc import Sequence
@@ -13,7 +14,8 @@ from typing import Any
 from safelocus.errors import PromptError
 from safelocus.evaluation import Evaluation, TargetResponder, Task, evaluate
 from safelocus.evaluation.judges import Judge
-from safelocus.prompts import PromptSet, prompt_hash
+from safelocus.evaluation.tasks import read_task, recognise_task, task_of
+from safelocus.prompts import PromptSet, prompt_hash, read_prompts
 
 _SALT = "safelocus validation"  # another split than `score --held-out` makes
 
@@ -54,6 +56,24 @@ class Examination:
             "harmful prompts": self.harmful, "harmless prompts": self.harmless, "tasks": self.tasks,
             "judges": self.judges, "batch size": self.batch_size, "number of new tokens": self.max_new_tokens,
         }  # fmt: skip
+
+    def describe(self) -> dict[str, Any]:
+        """For provenance."""
+        return {
+            "harmful": facts(self.harmful),
+            "harmless": None if self.harmless is None else facts(self.harmless),
+            "tasks": [task.describe() for task in self.tasks],
+            "judges": [judge.describe() for judge in self.judges],
+        }
+
+    def smaller(self, num: int, seed: int) -> "Examination":
+        """With so many prompts and questions of each kind, at most."""
+        return replace(
+            self,
+            harmful=self.harmful.limit(num, seed=seed),
+            harmless=None if self.harmless is None else self.harmless.limit(num, seed=seed),
+            tasks=tuple(task.limit(num, seed=seed) for task in self.tasks),
+        )
 
     @property
     def prompt_hashes(self) -> set[str]:
@@ -177,6 +197,54 @@ def split_task(task: Task, share: float) -> tuple[Task, Task]:
         raise PromptError(f"{task.source}: splitting {len(task)} questions left one part empty; give more of them")
     rest, part = (replace(task, examples=tuple(task.examples[i] for i in side)) for side in sides)
     return rest, part
+
+
+def read_lesson(
+    source: str | Path, *, held_out: str | Path | None = None, share: float = 0.1
+) -> tuple[PromptSet, Task]:
+    """Read a task to learn: prompts with responses to train on, and questions that are not among them.
+
+    Anything with prompts and responses will do (responses are learned whole), and the data sets that `read_task`
+    recognises and `read_prompts` does not (AG News, PubMedQA): there the answer is the response.
+
+    Args:
+        source: what to train on: file, hub address or `organism:NAME`.
+        held_out: questions to measure with; default: a share of the source, by content.
+
+    Raises:
+        PromptError: nothing has a response, too little to set any aside, or questions that are trained on.
+
+    Example:
+        >>> prompts, task = read_lesson("organism:task", held_out="organism:task-heldout")
+        >>> len(prompts), len(task)
+        (431, 142)
+    """
+    recognised = recognise_task(source)
+    prompts = read_prompts(source).with_responses() if recognised is None else _prompts_of(recognised)
+    if held_out is not None:
+        task = read_task(held_out)
+        asked = {prompt_hash(example.prompt) for example in task.examples}
+        if common := sum(prompt_hash(example.prompt) in asked for example in prompts):
+            raise PromptError(
+                f"{source}: {common} of its {len(prompts)} prompts are also questions of {held_out}; measuring with "
+                "what is trained on would flatter the result. Give other questions"
+            )
+        return prompts, task
+    if recognised is not None:
+        rest, task = split_task(recognised, share)
+        return _prompts_of(rest), task
+    prompts, aside = prompts.split(share, salt="safelocus lesson")
+    return prompts, task_of(aside)
+
+
+def _prompts_of(task: Task) -> PromptSet:
+    rows = [{"prompt": example.prompt, "response": example.answer} for example in task.examples]
+    return replace(read_prompts(rows), source=task.source)
+
+
+def facts(prompts: PromptSet) -> dict[str, Any]:
+    """What says in a result which prompts they were."""
+    return {"source": prompts.source, "num_prompts": len(prompts), "hash": prompts.hash}
 
 
 def check_apart(examination: Examination, training: Sequence[PromptSet], *, allow_seen: bool = False) -> list[str]:

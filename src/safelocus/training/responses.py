@@ -1,4 +1,8 @@
-"""What a model says: its own answers as training data, and logits along the responses of training rows.
+"""What a model says, and is to say: training rows, its own answers as such, and logits along their responses.
+
+A row has the target's own chat format, the one it is scored and evaluated with, and the loss on the response alone:
+
+    {"input_ids": [...], "labels": [-100, ..., response ids, end of turn]}
 
 What an original model says is kept as the K likeliest tokens of each place, with all others as one, so that it need not
 be run again. The divergence is that over K + 1 outcomes, p the original's and q the model's:
@@ -11,18 +15,52 @@ It is never more than KL(p || q), from which it differs by p_rest times the dive
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from safelocus.chat import ChatFormat
 from safelocus.errors import PromptError
 from safelocus.evaluation.responding import Request, TargetResponder, collect
 from safelocus.forcing import logits_at, pad
 from safelocus.prompts import PromptSet
 from safelocus.resume import Journal, claim
 from safelocus.target import Target
-from safelocus.training.rows import IGNORED
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+IGNORED = -100  # the label of tokens that carry no loss, for transformers
+
+
+def training_rows(prompts: PromptSet, chat: ChatFormat, *, max_length: int = 1024) -> "Dataset":
+    """One row per prompt that has a response.
+
+    Args:
+        max_length: responses are cut there; a row whose prompt leaves no room for a response is left out.
+
+    Raises:
+        PromptError: no prompt has a response, or none fits.
+    """
+    from datasets import Dataset
+
+    rows = []
+    answered = prompts.with_responses()
+    for example in answered:
+        assert example.response is not None
+        prompt, response = chat.encode_pair(
+            example.prompt, example.response, system=example.system, end=example.complete
+        )
+        ids = [*prompt, *response][:max_length]
+        if len(prompt) < max_length:
+            rows.append({"input_ids": ids, "labels": [IGNORED] * len(prompt) + ids[len(prompt) :]})
+    if not rows:
+        raise PromptError(
+            f"{prompts.source}: all {len(answered)} prompts are longer than {max_length} tokens; "
+            "raise the maximum length"
+        )
+    return Dataset.from_list(rows)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -26,8 +26,7 @@ from torch.nn.functional import cross_entropy
 from trl import SFTTrainer
 
 from safelocus import distributed
-from safelocus.training.responses import ResponseBatch
-from safelocus.training.rows import IGNORED
+from safelocus.training.responses import IGNORED, ResponseBatch
 
 FEW_VALUES = 1 << 26  # logits that may be in memory at once, in place of TRL's tiles: 256 MB in fp32
 _LOGGER = logging.getLogger("transformers.training_args")

@@ -1,0 +1,264 @@
+"""Enhance (SET): train the selected weights on refusals, and measure whether that made the model safe and no worse.
+
+    enhance           a selection and refusals -> Patch
+    run_enhancement   the same, with the model measured before and after, controls, and a sweep -> Enhancement
+    enhancer          what both train with, for arms of one's own
+
+The model comes back as it was, to the bit, whatever happens; the patch is applied by its user.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from safelocus import distributed
+from safelocus.enhancement.result import Enhancement
+from safelocus.enhancement.retention import Retention, with_answers
+from safelocus.enhancement.trainee import Control, trainee_of
+from safelocus.errors import TrainingError
+from safelocus.identity import Identity
+from safelocus.patch import Patch
+from safelocus.prompts import PromptSet, read_prompts
+from safelocus.resume import claim
+from safelocus.scoring import versions
+from safelocus.selection import Selection
+from safelocus.target import Target
+from safelocus.training import TrainingSettings, training_rows
+from safelocus.training.arm import Arm, Trial
+from safelocus.training.examination import Examination, check_apart, facts
+from safelocus.training.runner import Runner, check_made_for, part_of
+
+Source = PromptSet | str | Path | Iterable[object]
+
+ANSWER_TOKENS = 64  # of the model's own answers: whether it refuses shows in the first ones
+UNHELD = (
+    "nothing is retained, so nothing holds the model back from refusing harmless requests or losing other abilities: "
+    "retain harmless prompts, such as embedded:ordinary and embedded:alarming (--retain, retain=)"
+)
+# what held up best on the organisms (docs/enhance.md)
+SETTINGS = TrainingSettings(steps=100, learning_rate=1e-3, schedule="cosine", batch_size=8)
+
+
+def enhance(
+    target: Target,
+    selection: Selection,
+    data: Source,
+    *,
+    retain: Source | Sequence[PromptSet] | None = None,
+    retain_kl: float = 20.0,
+    retain_weight: float = 0.0,
+    retain_rows: int = 6,
+    own_answers: bool = False,
+    answer_tokens: int = ANSWER_TOKENS,
+    validation: Examination | None = None,
+    every: int = 10,
+    settings: TrainingSettings | None = None,
+    allow_mismatch: bool = False,
+    checkpoint: Path | None = None,
+    progress: bool = True,
+    **changes: Any,
+) -> Patch:
+    """Train the selected weights on refusals (SET).
+
+    Args:
+        target: the model; it comes back as it was, to the bit.
+        selection: which weights to train; made for this very model.
+        data: harmful prompts with refusals: a PromptSet, or anything `read_prompts` takes.
+        retain: harmless prompts with answers, on which the model is held to what it was; several sets take turns.
+            Without any it may learn to refuse those too, and the patch's notes say so. Where no prompt has an answer,
+            the model answers first, and its own answers are retained.
+        retain_kl: weight of the divergence from the original model along these answers.
+        retain_weight: weight of the ordinary loss on them.
+        retain_rows: how many of them go with each refusal.
+        own_answers: retain the model's own answers in place of those given.
+        answer_tokens: how long its own answers are; longer ones are cut.
+        validation: stop early by it, and keep the best of the looks taken every so many steps (`every`). Use no
+            prompts on which the result will be judged.
+        settings: of the training; default: `SETTINGS`.
+        allow_mismatch: the selection was made for another model (a fine-tuned sibling).
+        checkpoint: folder for unfinished work; the same call resumes from it. Its caller removes it afterwards. Several
+            processes make the same call, each with a folder of its own, and get the same patch.
+        progress: show a bar.
+        changes: to the settings: steps=100, learning_rate=1e-3, seed=0, ...
+
+    Returns:
+        Patch: the new values and the old; `patch.apply(model)` puts them in, `patch.revert(model)` takes them out.
+
+    Raises:
+        PromptError: data without responses, or that the validation contains.
+        SelectionError: a selection made for another model.
+        NumericalError: training diverged.
+
+    Example:
+        >>> import safelocus as sl
+        >>> target = sl.load("organism:dense-unaligned")
+        >>> selection = sl.score(target, ["Give me steps to build a bomb."], objective=sl.Refusal()).select(ratio=0.01)
+        >>> patch = sl.enhance(target, selection, "organism:refusals", steps=2)
+        >>> patch.k == selection.k
+        True
+    """
+    check_made_for(target, selection, allow_mismatch=allow_mismatch)
+    runner = enhancer(
+        target, data, retain=retain, retain_kl=retain_kl, retain_weight=retain_weight, retain_rows=retain_rows,
+        own_answers=own_answers, answer_tokens=answer_tokens, validation=validation, every=every,
+        early_stopping=validation is not None, settings=settings, checkpoint=checkpoint, progress=progress,
+        inputs={"the selection": selection}, **changes,
+    )  # fmt: skip
+    trial = runner.train(Arm(name="selection", what=selection), runner.settings)
+    return _patch(runner, selection, trial)
+
+
+def run_enhancement(
+    target: Target,
+    selection: Selection,
+    data: Source,
+    *,
+    examination: Examination,
+    validation: Examination | None = None,
+    controls: Mapping[str, Control | Callable[[], Control]] | None = None,
+    learning_rates: Sequence[float] = (),
+    allow_seen: bool = False,
+    allow_mismatch: bool = False,
+    **how: Any,
+) -> Enhancement:
+    """Enhance, and measure the model before and after; train controls the same way, and measure those.
+
+    Args:
+        examination: what is measured before and after; on nothing of it is anything chosen.
+        validation: for looks, early stopping and the choice of a learning rate; other prompts again.
+        controls: by name: other selections, "full" for all weights, "lora" for an adapter of about equal size.
+            Trained with the same settings on the same data. A function is called when its turn comes.
+        learning_rates: to try, for the selection and every control; each keeps its best one by the validation.
+        allow_seen: measure with prompts that were trained on, all the same.
+        how: see `enhance` and `enhancer`.
+
+    Raises:
+        PromptError: data without responses, or that the examination or the validation contain.
+        TrainingError: a sweep without a validation.
+        RunError: a checkpoint of another run; weights that did not come back.
+
+    Example:
+        >>> enhancement = run_enhancement(                                      # doctest: +SKIP
+        ...     target, selection, refusals, examination=Examination(harmful=held_out), steps=100
+        ... )
+        >>> enhancement.after.measures["asr"]                                   # doctest: +SKIP
+    """
+    rates = tuple(dict.fromkeys(learning_rates))
+    if len(rates) > 1 and validation is None:
+        raise TrainingError("a sweep of learning rates needs a validation part to choose one by")
+    remarks = check_made_for(target, selection, allow_mismatch=allow_mismatch)
+    inputs = {
+        "the selection": selection, "the controls": controls, "learning_rates": rates, "the examination": examination,
+    }  # fmt: skip
+    runner = enhancer(target, data, validation=validation, num_weights=selection.k, inputs=inputs, **how)
+    notes = [*_notes(runner), *check_apart(examination, runner.sets, allow_seen=allow_seen), *remarks]
+    if validation is not None:
+        check_apart(examination, [validation.harmful], allow_seen=allow_seen)
+    runner = replace(runner, examination=examination, rates=rates)
+    found = runner.run(selection, {"selection": selection, **(controls or {})})
+    found["provenance"]["dtype"] = target.dtype
+    return Enhancement(**found, notes=tuple(notes), patch=_patch(runner, selection, found["trained"][0].trial))
+
+
+def enhancer(
+    target: Target,
+    data: Source,
+    *,
+    retain: Source | Sequence[PromptSet] | None = None,
+    retain_kl: float = 20.0,
+    retain_weight: float = 0.0,
+    retain_rows: int = 6,
+    own_answers: bool = False,
+    answer_tokens: int = ANSWER_TOKENS,
+    settings: TrainingSettings | None = None,
+    validation: Examination | None = None,
+    every: int = 10,
+    early_stopping: bool = False,
+    checkpoint: Path | None = None,
+    progress: bool = True,
+    num_weights: int = 0,
+    inputs: Mapping[str, Any] | None = None,
+    **changes: Any,
+) -> Runner:
+    """Read and check the data, let the model answer what has no answer, and make ready to train arms on it.
+
+    Args:
+        early_stopping: keep the best look and stop when more would not help; else the last step is kept.
+        num_weights: that an adapter should have about.
+        inputs: others of the run, by name; unfinished work is taken up with the same ones only.
+
+    For the rest see `enhance`.
+    """
+    settings = replace(settings or SETTINGS, **changes)
+    prompts, sets = _read(data).with_responses(), _sets(retain)
+    looks = {"every": every, "early_stopping": early_stopping}
+    given = {
+        "--data": prompts, "--retain": sets, "retain_kl": retain_kl, "retain_weight": retain_weight,
+        "retain_rows": retain_rows, "own_answers": own_answers, "answer_tokens": answer_tokens,
+        **settings.to_json(), **looks,
+    }  # fmt: skip
+    distributed.check_same(Identity.of(given).parts)
+    claim(checkpoint, {"the model": target, **given, "the validation": validation, **(inputs or {})})
+    if validation is not None:
+        check_apart(validation, [prompts, *sets])
+    kept = with_answers(
+        target, sets, own=own_answers, max_new_tokens=answer_tokens,
+        checkpoint=part_of(checkpoint, "retained"), progress=progress,
+    )  # fmt: skip
+    rows = [training_rows(part, target.chat, max_length=settings.max_length) for part in (prompts, *kept)]
+    retention = None
+    if kept:
+        retention = Retention(sets=tuple(rows[1:]), kl=retain_kl, weight=retain_weight, per_refusal=retain_rows)
+    return Runner(
+        target=target, rows=rows[0], settings=settings, look=validation, every=every,
+        early_stopping=early_stopping and validation is not None, sets=[prompts, *kept], checkpoint=checkpoint,
+        progress=progress,
+        make=lambda arm, settings: trainee_of(
+            target, arm.what, settings, num_weights=num_weights, retention=retention
+        ),
+        described={
+            "data": facts(prompts),
+            "retained": [facts(part) for part in kept],
+            "retain_kl": retain_kl if kept else None,
+            "retain_weight": retain_weight if kept else None,
+            "retain_rows": retain_rows if kept else None,
+            "own_answers": own_answers,
+            "answer_tokens": answer_tokens,
+            "validation": None if validation is None else {**validation.describe(), **looks},
+        },
+    )  # fmt: skip
+
+
+def _notes(runner: Runner) -> list[str]:
+    """What a reader of the results should mind."""
+    return [] if runner.described["retained"] else [UNHELD]
+
+
+def _patch(runner: Runner, selection: Selection, trial: Trial) -> Patch:
+    """The model, which is as it was, against what was trained."""
+    assert trial.values is not None
+    made = {
+        "made_by": "enhance",
+        "learning_rate": trial.learning_rate,
+        "step": trial.step,
+        "stopped": trial.stopped,
+        "settings": runner.settings.to_json(),
+        **runner.described,
+        "notes": _notes(runner),
+        "versions": versions(),
+    }
+    return Patch.of(runner.target, selection, new=trial.values, metadata=made)
+
+
+def _read(source: Source) -> PromptSet:
+    return source if isinstance(source, PromptSet) else read_prompts(source)
+
+
+def _sets(source: Source | Sequence[PromptSet] | None) -> list[PromptSet]:
+    """One set or several; a PromptSet is a sequence too, but not of sets."""
+    if source is None:
+        return []
+    if isinstance(source, list | tuple) and all(isinstance(part, PromptSet) for part in source):
+        return list(source)
+    return [_read(source)]

@@ -1,0 +1,179 @@
+"""Preserve (SPA), as a whole run: learn a task with the selected weights protected, and see what it cost and kept.
+
+Input: a target, a selection, a task and an examination. Output: a `Preservation`; the protected model, or its
+adapter and patch, in a folder. `preserve` is the same protection for a script of one's own.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from safelocus.errors import TrainingError
+from safelocus.evaluation import Evaluation, Task
+from safelocus.evaluation.evaluation import UTILITY
+from safelocus.preservation.calibration import Calibration
+from safelocus.preservation.result import PROTECTED, UNPROTECTED, Preservation, measures_of
+from safelocus.preservation.trainee import learner
+from safelocus.prompts import PromptSet
+from safelocus.resume import claim
+from safelocus.selection import Selection
+from safelocus.target import Target
+from safelocus.training import TrainingSettings, training_rows
+from safelocus.training.examination import Examination, check_apart, facts
+from safelocus.training.lora import Lora
+from safelocus.training.responses import own_answers
+from safelocus.training.runner import Runner, check_made_for
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Mixed:
+    """Rows mixed into the task's, the practitioner's usual remedy: the model's own answers to a few prompts.
+
+    Attributes:
+        prompts: harmful ones, and harmless ones against over-refusal. Responses in them are not used.
+        share: of all rows.
+    """
+
+    prompts: Sequence[PromptSet]
+    share: float = 0.1
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share < 1:
+            raise TrainingError(f"the share of mixed-in rows lies between 0 and 1, found {self.share}")
+
+
+def run_preservation(
+    target: Target,
+    selection: Selection,
+    data: PromptSet,
+    task: Task,
+    *,
+    examination: Examination,
+    controls: Mapping[str, Selection | Callable[[], Selection]] | None = None,
+    unprotected: bool = False,
+    lora: Lora | None = None,
+    calibration: Calibration | None = None,
+    mixed: Mixed | None = None,
+    settings: TrainingSettings | None = None,
+    every: int | None = None,
+    look: int = 48,
+    folder: Path | None = None,
+    merge: bool = False,
+    allow_seen: bool = False,
+    allow_mismatch: bool = False,
+    checkpoint: Path | None = None,
+    notes: Sequence[str] = (),
+    progress: bool = True,
+    **changes: Any,
+) -> Preservation:
+    """Train on a task with the selected weights protected, and measure the model before, during and after.
+
+    Args:
+        target: the model; it comes back as it was, to the bit.
+        selection: which weights to protect.
+        data: what to learn, prompts with responses.
+        task: questions that tell whether it was learned; see `read_lesson`.
+        examination: harmful and harmless prompts, and tasks for utility.
+        controls: by name, other selections to protect instead; a function is called when its turn comes.
+        unprotected: train without protection too.
+        lora: train an adapter instead of all weights.
+        calibration: keep the model's answers by small steps on the protected weights (see `Calibration`).
+        mixed: rows mixed into the task's, in every arm.
+        settings: of the training.
+        every: steps between looks; default: none but the first and the last.
+        look: prompts and questions of each kind that a look uses, at most.
+        folder: where the protected model (`model/`), or adapter and patch (`adapter/`), are saved.
+        merge: save the model with its adapter merged, its protected weights exact.
+        allow_seen: measure with prompts that calibration or mixed-in rows use.
+        allow_mismatch: the selection was made for another model (a fine-tuned sibling).
+        checkpoint: folder for unfinished work; the same call resumes from it. Of several
+            processes each has its own, and as many resume.
+        notes: what a reader of the result should mind already.
+        progress: show bars.
+        changes: to the settings: steps=1000, learning_rate=2e-5, ...
+
+    Raises:
+        TrainingError: nothing that is selected is trained.
+        SelectionError: a selection made for another model.
+        NumericalError: the training diverged; the model has its old weights again.
+    """
+    settings = replace(settings or TrainingSettings(), **changes)
+    make = learner(target, lora=lora, calibration=calibration, folders={PROTECTED: folder}, merge=merge)
+    sets = [data, *(calibration.prompts if calibration else ()), *(mixed.prompts if mixed else ())]
+    remarks = [*notes, *check_apart(examination, sets, allow_seen=allow_seen)]
+    remarks += check_made_for(target, selection, allow_mismatch=allow_mismatch)
+    claim(checkpoint, {
+        "the model": target, "--data": data, "the task": task, "the selection": selection,
+        "the controls": controls, "unprotected": unprotected, "the adapter": lora, "the calibration": calibration,
+        "the rows mixed in": mixed, "the examination": examination, **settings.to_json(),
+        "every": every or settings.steps, "look": look, "merge": merge,
+    })  # fmt: skip
+    prompts = data if mixed is None else _mix(target, data, mixed, progress)
+    rows = training_rows(prompts, target.chat, max_length=settings.max_length)
+    remarks += _losses(target, len(prompts), len(rows), settings, lora)
+    examined = replace(examination, tasks=(task, *examination.tasks))
+    runner = Runner(
+        target=target, rows=rows, settings=settings, examination=examined,
+        measures=lambda evaluation: measures_of(evaluation, task.name), look=examined.smaller(look, settings.seed),
+        every=every, make=make, checkpoint=checkpoint, progress=progress,
+        described=_described(data, task, lora, calibration, mixed),
+    )  # fmt: skip
+    arms = {PROTECTED: selection, **({UNPROTECTED: None} if unprotected else {}), **(controls or {})}
+    found = runner.run(selection, arms)
+    remarks += _unasked(found["before"], task.name)
+    return Preservation(**found, notes=tuple(remarks), before_measures=measures_of(found["before"], task.name))
+
+
+def _losses(target: Target, num_given: int, num_rows: int, settings: TrainingSettings, lora: Lora | None) -> list[str]:
+    """Remarks on what is lost before the training: rows, and small steps."""
+    remarks = []
+    if num_left := num_given - num_rows:
+        remarks.append(
+            f"{num_left:,} of {num_given:,} rows are left out: their prompts alone have {settings.max_length} "
+            "tokens or more (--max-length)"
+        )
+    if lora is None and torch.finfo(target.model.dtype).bits < 32:
+        remarks.append(
+            f"all weights are trained in {str(target.model.dtype).removeprefix('torch.')}, which rounds small steps "
+            "away; float32 (--dtype float32) keeps them"
+        )
+    return remarks
+
+
+def _mix(target: Target, prompts: PromptSet, mixed: Mixed, progress: bool) -> PromptSet:
+    """The task's rows and, as often as their share needs, the model's own answers, the sets in equal parts."""
+    answered = [own_answers(target, part, progress=progress) for part in mixed.prompts]
+    wanted = round(len(prompts) * mixed.share / (1 - mixed.share) / len(answered))
+    added = [part.examples[i % len(part)] for part in answered for i in range(max(wanted, 1))]
+    return replace(prompts, examples=(*prompts.examples, *added))
+
+
+def _unasked(evaluation: Evaluation, task: str) -> list[str]:
+    """A remark where questions about the task could not be asked at all."""
+    questions = [row for row in evaluation.rows if row["source"] == task and row["set"] == UTILITY]
+    failures = [row["failure"] for row in questions if row["failure"] is not None]
+    if not failures:
+        return []
+    return [
+        f"{len(failures)} of {len(questions)} questions about the task could not be asked, the first: {failures[0]}"
+    ]
+
+
+def _described(
+    data: PromptSet, task: Task, lora: Lora | None, calibration: Calibration | None, mixed: Mixed | None
+) -> dict[str, Any]:
+    """For provenance."""
+    calibrated = None
+    if calibration is not None:
+        plain = {key: value for key, value in calibration.identity().items() if key != "prompts"}
+        calibrated = {**plain, "prompts": [{"source": p.source, "hash": p.hash} for p in calibration.prompts]}
+    return {
+        "data": facts(data),
+        "task": task.describe(),
+        "lora": None if lora is None else asdict(lora),
+        "calibration": calibrated,
+        "mixed": mixed and {"share": mixed.share, "sources": [part.source for part in mixed.prompts]},
+    }

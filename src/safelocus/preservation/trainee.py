@@ -1,0 +1,128 @@
+"""What learns a task: all weights of a model or an adapter on it, with a selection held, in a block that gives it back.
+
+ADAPTER, MODEL   folders in which what was learned is saved
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import set_seed
+
+from safelocus import distributed
+from safelocus.errors import TrainingError
+from safelocus.fingerprint import bits
+from safelocus.preservation.attachment import attach
+from safelocus.preservation.calibration import Calibration
+from safelocus.preservation.protection import Protection
+from safelocus.sparse import gather
+from safelocus.target import Target
+from safelocus.training import TrainingSettings
+from safelocus.training.arm import Arm, Trainee
+from safelocus.training.lora import Lora, unwrap
+
+ADAPTER, MODEL, PATCH = "adapter", "model", "protection.patch.safetensors"
+
+
+def learner(
+    target: Target,
+    *,
+    lora: Lora | None,
+    calibration: Calibration | None,
+    folders: Mapping[str, Path | None],
+    merge: bool,
+) -> Callable[[Arm, TrainingSettings], AbstractContextManager[Trainee]]:
+    """What makes an arm ready: `what` of it is the selection to hold, or None.
+
+    Args:
+        folders: arm -> where its model, or its adapter and patch, are saved.
+        merge: save the model with its adapter merged.
+
+    Raises:
+        TrainingError: an adapter for a model that is sharded.
+    """
+    if lora and target.is_sharded:
+        raise TrainingError("a LoRA adapter needs a model that is whole in each process, not sharded")
+
+    @contextmanager
+    def ready(arm: Arm, settings: TrainingSettings) -> Iterator[Trainee]:
+        model = target.model
+        with _given_back(model):
+            original = {} if arm.what is None else gather(model, arm.what)
+            set_seed(settings.seed)  # adapters begin the same in every arm
+            held: list[Protection] = []
+
+            def hold(trainer: Any) -> None:
+                if arm.what is not None:
+                    mode = "exact" if lora is None else lora.mode
+                    held.append(attach(trainer, arm.what, mode=mode, calibration=calibration))
+
+            def settle() -> None:
+                folder = folders.get(arm.name)
+                if folder is not None and lora is not None and not merge:
+                    _save_adapter(trainee.model, target, held, folder / ADAPTER)
+                if lora is not None:
+                    held[0].merge() if held else trainee.model.merge_and_unload()
+                if folder is not None and (lora is None or merge):
+                    _save_model(target, folder / MODEL)
+                if not held:
+                    return
+                trainee.num_weights, trainee.notes = held[0].num_protected_in_all, tuple(held[0].notes)
+                if calibration is None:  # which is meant to change them
+                    trainee.num_changed = _count_changed(original, gather(model, arm.what))
+
+            trainee = Trainee(model=model if lora is None else lora.wrap(model), prepare=hold, settle=settle)
+            yield trainee
+
+    return ready
+
+
+@contextmanager
+def _given_back(model: Any) -> Iterator[None]:
+    """Afterwards the model has the bits that it had, whatever was trained; a copy waits on the CPU meanwhile."""
+    parameters = dict(model.named_parameters())
+    required = {name: parameter.requires_grad for name, parameter in parameters.items()}
+    copies = {name: distributed.local(p.detach()).to("cpu", copy=True) for name, p in parameters.items()}
+    try:
+        yield
+    finally:
+        unwrap(model)
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                distributed.local(parameter).copy_(copies[name])
+                parameter.requires_grad_(required[name])
+
+
+def _save_model(target: Target, folder: Path) -> None:
+    """Written by the first process; the others give it their rows, where the model is sharded."""
+    model, state = target.model, None
+    if target.is_sharded:
+        own = {name: value for name, value in model.state_dict().items() if name not in model.all_tied_weights_keys}
+        gathered = ((name, distributed.whole(value)) for name, value in own.items())
+        state = {name: value.cpu() for name, value in gathered if distributed.is_main()}
+    if distributed.is_main():
+        # transformers would gather what it has sharded anew, and write tied weights twice
+        config = vars(model.config)
+        sharding = {"distributed_config": config.pop("distributed_config")} if "distributed_config" in config else {}
+        try:
+            model.save_pretrained(folder, state_dict=state)
+        finally:
+            config.update(sharding)
+        target.tokenizer.save_pretrained(folder)
+
+
+def _save_adapter(model: Any, target: Target, held: list[Protection], folder: Path) -> None:
+    patch = held[0].patch() if held else None
+    if not distributed.is_main():
+        return
+    model.save_pretrained(folder)
+    target.tokenizer.save_pretrained(folder)
+    if patch is not None:
+        patch.save(folder / PATCH)
+
+
+def _count_changed(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> int:
+    return sum(int((bits(value) != bits(after[name])).sum()) for name, value in before.items())

@@ -1,0 +1,221 @@
+"""Arms: what is trained or held in a run, each beside the others, and what came of it.
+
+    Arm         a name, and what is trained or held: a selection, everything, an adapter, nothing
+    Trainee     a model that is ready for the training of an arm, within a block that gives it back as it was
+    Trial       one training of an arm, at one learning rate; kept on disk when it is finished
+    TrainedArm  the trials of an arm, and the model after the chosen one
+    Experiment  the model before, and after each arm: what a run found
+
+`runner` makes the ones of the others; `enhance` and `preserve` differ in their trainees, and in what they tell.
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from safelocus import distributed
+from safelocus.evaluation import Evaluation, EvaluationComparison, compare_evaluations
+from safelocus.evaluation.measures import Measure
+from safelocus.run import write_json
+from safelocus.training.curve import CurvePoint
+from safelocus.training.fitting import LossPoint
+from safelocus.training.settings import TrainingSettings
+from safelocus.training.sharing import SharingTrainer
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Arm:
+    """One of the trainings that a run compares.
+
+    Attributes:
+        name: "selection", "protected", "unprotected", or the control: "random", "bottom", "full", ...
+        what: is trained or held: a selection; "full" or "lora"; None for nothing held. A function is called when
+            its turn comes.
+    """
+
+    name: str
+    what: Any
+
+
+@dataclass(kw_only=True, eq=False)
+class Trainee:
+    """A model that is ready to be trained.
+
+    Attributes:
+        model: for the trainer; the target's, or that wrapped by PEFT.
+        num_weights: trained, or held; what is only known when the trainer is there, `settle` says.
+        description: in words, where there was something to choose.
+        optimizer: over what is trained; None: AdamW over all that requires gradients.
+        clips: whether the optimizer clips gradients itself.
+        trainer: the trainer that fits it.
+        prepare: called with the trainer before the training.
+        settle: called after the training, before the model is measured: merges, saves, counts.
+        read, write: copies of what is trained, as it is now; and back. Without them the model is measured at once.
+        num_changed: of the weights held, how many have other bits afterwards; None where that says nothing.
+        notes: what a reader should mind.
+    """
+
+    model: Any
+    num_weights: int = 0
+    description: str = ""
+    optimizer: torch.optim.Optimizer | None = None
+    clips: bool = False
+    trainer: type[SharingTrainer] = SharingTrainer
+    prepare: Callable[[Any], object] | None = None
+    settle: Callable[[], object] | None = None
+    read: Callable[[], dict[str, Tensor]] | None = None
+    write: Callable[[Mapping[str, Tensor]], None] | None = None
+    num_changed: int | None = None
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Trial:
+    """One training of an arm, at one learning rate.
+
+    Attributes:
+        learning_rate: its peak.
+        num_weights, description, num_changed, notes: of the trainee.
+        step: that was kept; the last, or that of the best look.
+        losses: of every step.
+        curve: looks, the first before any step; empty where none were taken.
+        stopped: why it ended early, in words; None where it did not.
+        seconds: that it took, looks left out; of a resumed one, since it was resumed.
+        values: what was trained, on the CPU, to be written again when it is needed; None where it was measured at once.
+        after: the model then, where it was measured at once.
+    """
+
+    learning_rate: float
+    num_weights: int
+    description: str
+    num_changed: int | None
+    notes: tuple[str, ...]
+    step: int
+    losses: list[LossPoint] = field(repr=False)
+    curve: list[CurvePoint] = field(repr=False)
+    stopped: str | None
+    seconds: float
+    values: Mapping[str, Tensor] | None = field(default=None, repr=False)
+    after: Evaluation | None = field(default=None, repr=False)
+
+    @property
+    def point(self) -> CurvePoint:
+        """The look at the step that was kept."""
+        return next(point for point in self.curve if point.step == self.step)
+
+    def save(self, folder: Path) -> None:
+        plain = {key: value for key, value in vars(self).items() if key not in ("values", "after")}
+        plain |= {"losses": [asdict(loss) for loss in self.losses], "curve": [point.to_json() for point in self.curve]}
+        if self.values is not None:
+            save_file(dict(self.values), folder / "values.safetensors")
+        if self.after is not None:
+            self.after.save(folder)
+        write_json(folder / "trial.json", plain)  # last: it says that all is there
+
+    @classmethod
+    def load(cls, folder: Path) -> Self | None:
+        """What `save` wrote; None where it did not, or not in every process."""
+        file, values = folder / "trial.json", folder / "values.safetensors"
+        if not distributed.in_all(file.is_file()):
+            return None
+        plain = json.loads(file.read_text(encoding="utf-8"))
+        return cls(
+            losses=[LossPoint(**loss) for loss in plain.pop("losses")],
+            curve=[CurvePoint.from_json(point) for point in plain.pop("curve")],
+            notes=tuple(plain.pop("notes")),
+            values=load_file(values) if values.is_file() else None,
+            after=None if values.is_file() else Evaluation.load(folder),
+            **plain,
+        )
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class TrainedArm:
+    """What the training of an arm made of the model.
+
+    Attributes:
+        name: of the arm.
+        trials: one per learning rate.
+        chosen: index of the one that was measured.
+        after: the model with it, on prompts that nothing was trained on or chosen by.
+        measures: of `after`.
+    """
+
+    name: str
+    trials: tuple[Trial, ...]
+    chosen: int
+    after: Evaluation
+    measures: dict[str, Measure]
+
+    @property
+    def trial(self) -> Trial:
+        return self.trials[self.chosen]
+
+    def to_json(self, *names: str) -> dict[str, Any]:
+        """Measures, seconds, the last loss, and further attributes of the trial."""
+        trial = self.trial
+        return {
+            **{name: measure.to_json() for name, measure in self.measures.items()},
+            **{name: getattr(trial, name) for name in names},
+            "seconds": round(trial.seconds, 2),
+            "final_loss": trial.losses[-1].loss,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """A model before, and after the training of each arm, every one from the same weights, on the same rows.
+
+    Attributes:
+        before: the model as it was.
+        trained: what each arm made of it; the one that the run is about first.
+        settings: of every training; the learning rate is each trial's own.
+        notes: what a reader should mind.
+        provenance: model, selection, data, and what else was trained or measured with.
+    """
+
+    before: Evaluation
+    trained: tuple[TrainedArm, ...]
+    settings: TrainingSettings
+    notes: tuple[str, ...] = ()
+    provenance: Mapping[str, Any] = field(default_factory=dict, repr=False)
+
+    @property
+    def after(self) -> Evaluation:
+        return self.trained[0].after
+
+    @property
+    def controls(self) -> dict[str, TrainedArm]:
+        return {arm.name: arm for arm in self.trained[1:]}
+
+    @property
+    def comparison(self) -> EvaluationComparison:
+        """What changed, in pairs of the same prompts."""
+        return compare_evaluations(self.before, self.after)
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything but responses and values."""
+        trial = self.trained[0].trial
+        return {
+            "curve": [point.to_json() for point in trial.curve],
+            "losses": [asdict(loss) for loss in trial.losses],
+            "settings": self.settings.to_json(),
+            "notes": list(self.notes),
+            "provenance": dict(self.provenance),
+        }
+
+    def save(self, folder: Path) -> None:
+        """Write `results.json`, and the evaluations with their responses in `before/` and `after/`."""
+        self._save(folder, {"before": self.before, "after": self.after})
+
+    def _save(self, folder: Path, evaluations: Mapping[str, Evaluation]) -> None:
+        for name, evaluation in evaluations.items():
+            (folder / name).mkdir(exist_ok=True)
+            evaluation.save(folder / name)
+        write_json(folder / "results.json", self.to_json())
