@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from safelocus.analysis.words import count
-from safelocus.enhancement.enhancement import PATCH
+from safelocus.enhancement.result import PATCH
 from safelocus.report.training import effect, outcome_grid
 from safelocus.run import write_text
 

@@ -16,8 +16,8 @@ from markupsafe import Markup
 from safelocus import __version__
 from safelocus.analysis.map import SafetyMap
 from safelocus.analysis.words import TIMES
-from safelocus.enhancement.enhancement import Enhancement
-from safelocus.preservation.preservation import Preservation
+from safelocus.enhancement.result import Enhancement
+from safelocus.preservation.result import Preservation
 from safelocus.report import colours
 from safelocus.report.blocks import Chart, Matrices, Section, Verdicts
 from safelocus.report.card import write_card
