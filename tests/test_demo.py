@@ -34,7 +34,7 @@ def made_up(monkeypatch):
         played.append((at.organism, "locate"))
         score_run(at.folder / "score", at.organism)
         claims = [claim for claim in all_claims()[at.organism] if claim.stage == "locate"]
-        table = Grid(title="A table", headings=("a heading",), rows=(("1",),)).rich()
+        table = Grid(title="A table", headings=("a heading",), rows=(("1",),))
         return Found(claims=claims, tables=[table], lines=["A finding [in brackets]."])
 
     def enhance(at):
