@@ -34,7 +34,7 @@ def made_up(monkeypatch):
         played.append((at.organism, "locate"))
         score_run(at.folder / "score", at.organism)
         claims = [claim for claim in all_claims()[at.organism] if claim.stage == "locate"]
-        table = Grid(title="A table", headings=("a heading",), rows=(("1",),)).rich()
+        table = Grid(title="A table", headings=("a heading",), rows=(("1",),))
         return Found(claims=claims, tables=[table], lines=["A finding [in brackets]."])
 
     def enhance(at):
@@ -127,7 +127,7 @@ def test_an_interrupted_demo_resumes_after_its_finished_stages(made_up, tmp_path
 
 def an_easy_stage(at):
     return Found(
-        claims=[], tables=[Grid(title="A table", headings=("a",), rows=(("1",),)).rich()], lines=[str(at.folder)]
+        claims=[], tables=[Grid(title="A table", headings=("a",), rows=(("1",),))], lines=[str(at.folder)]
     )
 
 
