@@ -126,9 +126,7 @@ def test_an_interrupted_demo_resumes_after_its_finished_stages(made_up, tmp_path
 
 
 def an_easy_stage(at):
-    return Found(
-        claims=[], tables=[Grid(title="A table", headings=("a",), rows=(("1",),))], lines=[str(at.folder)]
-    )
+    return Found(claims=[], tables=[Grid(title="A table", headings=("a",), rows=(("1",),))], lines=[str(at.folder)])
 
 
 def a_stage_that_fails(at):

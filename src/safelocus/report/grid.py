@@ -60,6 +60,10 @@ class Span(str):
         return at[0], at[1], at[2]
 
 
+_SHORT = 5  # characters of "0.99×"
+_MANY = 12  # columns that would not fit into 80 characters with a space more each
+
+
 @dataclass(frozen=True, kw_only=True)
 class Grid:
     """A table of text: title, headings, rows, a remark below, and the numbers of rows that begin a section."""
@@ -74,12 +78,16 @@ class Grid:
     def rich(self) -> Table:
         table = Table(
             title=Text(self.title, style="table.title"), caption=self.caption or None, box=box.SIMPLE,
-            padding=(0, 1, 0, 0), pad_edge=False,
+            padding=(0, int(len(self.headings) < _MANY), 0, 0), pad_edge=False,
         )  # fmt: skip
         for number, heading in enumerate(self.headings):
             broken = heading.replace("-", "-\n").replace("/", "/\n").replace(" ", "\n")  # long ones squeeze the numbers
-            # a word that is too long for a narrow terminal is broken, not cut
-            table.add_column(broken, justify="left" if number < self.num_labels else "right", overflow="fold")
+            # what is too long for a narrow terminal is broken, not cut; a short number never
+            longest = max((len(row[number]) for row in self.rows), default=0)
+            table.add_column(
+                broken, justify="left" if number < self.num_labels else "right", overflow="fold",
+                min_width=min(longest, _SHORT),
+            )  # fmt: skip
         for number, row in enumerate(self.rows):
             if number in self.sections:
                 table.add_section()
