@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from multiprocessing import set_forkserver_preload
 from pathlib import Path
 
@@ -78,8 +79,14 @@ def command(num_processes, folder, *arguments, first=None):
     processes = [context.Process(target=_launched, args=(rank, *given)) for rank in range(num_processes)]
     for process in processes:
         process.start()
+    deadline = time.monotonic() + 240
+    while any(process.is_alive() for process in processes) and time.monotonic() < deadline:
+        if any(process.exitcode for process in processes):  # one has failed: torchrun ends the others
+            for process in processes:
+                process.terminate()
+        time.sleep(0.02)
     for process in processes:
-        process.join(240)
+        process.join(30)
     out, err = ([Path(folder, f"{stream}.{rank}").read_text() for rank in range(num_processes)] for stream in STREAMS)
     return [process.exitcode for process in processes], out, err
 
