@@ -222,10 +222,10 @@ def aligned_page() -> str | None:
     return "\n\n".join(
         [
             "# The aligned twin of a real model", _told(aligning),
-            f"{settings['steps']} steps at a rate of {settings['learning_rate']:g}, {settings['batch_size']} refusals a "
-            f"step, each with {found['retain_rows']} of the original's own answers (divergence x {found['retain_kl']:g}, "
-            f"their loss x {found['retain_weight']:g}); {found['training_seconds']:,} seconds of one core, answers "
-            "included.",
+            f"{settings['steps']} steps at a rate of {settings['learning_rate']:g}, {settings['batch_size']} refusals "
+            f"a step, each with {found['retain_rows']} of the original's own answers (divergence x "
+            f"{found['retain_kl']:g}, their loss x {found['retain_weight']:g}); {found['training_seconds']:,} seconds "
+            "of one core, answers included.",
             Grid(
                 title="", headings=("set", "refused, or right", "n", "aim", ""), rows=tuple(rows),
                 caption="percent [95 % interval]; HarmBench with its contexts",
