@@ -98,7 +98,7 @@ def test_this_machines_memory_is_asked():
 
 @pytest.mark.parametrize("name", ["organism:dense", "organism:moe"])
 def test_a_subject_has_the_models_own_numbers(name):
-    subject, target = Subject.load(name), sl.load(name)
+    subject, target = Subject.load(name), sl.load(name, dtype="bfloat16")  # as in their files
     parameters = list(target.model.parameters())
     assert subject.num_weights == sum(p.numel() for p in parameters)
     assert subject.num_bytes == sum(p.nbytes for p in parameters)
@@ -169,7 +169,7 @@ def test_no_more_is_rehearsed_than_is_asked_for(monkeypatch):
     assert len(rehearsed) == 1 + 2  # a step; prompts to answer, one and many
     choose_answering(Answering(target=target, lengths=SHORT), find_device("80GB"))
     assert len(rehearsed) == 3
-    assert training.need(4).total < training.need(8).total
+    assert training.need(8).total < training.need(16).total
     assert len(rehearsed) == 4
 
 
@@ -356,7 +356,7 @@ def test_nothing_fits_and_the_error_says_what_would(subject):
     with pytest.raises(DoesNotFit, match="weights"):  # also where the batch is given: the weights alone do not fit
         choose_scoring(scoring, find_device("1MB"), batch_size=4)
     training = Training(target=subject, num_selected=100, kind="full", lengths=SHORT)
-    need = training.need(1, checkpointing=True, accumulation=8)
+    need = training.need(8, checkpointing=True)  # passes that add up would keep gradients beside it
     with pytest.raises(DoesNotFit, match=r"\d+ devices like it .*--shard"):
         choose_training(training, room(need.total - need.standing["weights"] // 2), batch_size=8)
 
@@ -549,6 +549,7 @@ def test_an_evaluation_takes_fewer_prompts_where_memory_is_short(tmp_path, run, 
 def test_a_resumed_run_goes_on_with_what_was_chosen(tmp_path, run, command, said):
     partial = tmp_path / ".r.partial"
     (partial / "checkpoint").mkdir(parents=True)
+    (partial / "checkpoint" / "work").touch()
     (partial / "run.toml").write_text(f'command = "{command[0]}"\nbatch_size = 4\n')
     code, _, err = run(*command, "-o", tmp_path / "r")
     assert code == 0
