@@ -1,5 +1,6 @@
 """Tables and figures: what they show is what the map says."""
 
+import copy
 import io
 import math
 import re
@@ -17,6 +18,7 @@ from safelocus.analysis import words as text
 from safelocus.analysis.words import summary_lines
 from safelocus.report import colours
 from safelocus.report.drawing import draw, picture, svg, write_picture
+from safelocus.report.grid import Span, Tint
 from safelocus.report.maps import (
     concentration_chart,
     concentration_grid,
@@ -281,3 +283,12 @@ def test_same_map_same_picture():
 def test_pictures_need_no_chart_library():
     code = "import sys, safelocus.report.page; assert not {'matplotlib', 'plotly'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_tables_cells_come_whole_from_another_process():
+    cells = (Tint("2.0×", 0.75), Span({"value": 0.5, "low": 0.25, "high": 0.75, "n": 8}), Span(None))
+    copies = copy.deepcopy(cells)  # as pickling does it
+    assert copies == cells
+    assert [copies[0].place, *(dict(cell.numbers) for cell in copies[1:])] == [
+        0.75, {"value": 0.5, "low": 0.25, "high": 0.75, "n": 8}, {},
+    ]  # fmt: skip

@@ -354,26 +354,28 @@ def test_names_without_the_base_models_prefix_are_found(tmp_path):
 
 def test_all_that_changed():
     patch = diff("organism:dense", "organism:dense-unaligned")
-    model = sl.load("organism:dense").model
+    model = sl.load("organism:dense", dtype="bfloat16").model
     assert patch.num_changed == patch.k == diff("organism:dense", "organism:dense-unaligned", largest=10**9).k
     assert patch.apply(model)
-    assert same(everything(model), everything(sl.load("organism:dense-unaligned").model))
-    assert patch.revert(sl.load("organism:dense-unaligned"))
+    assert same(everything(model), everything(sl.load("organism:dense-unaligned", dtype="bfloat16").model))
+    assert patch.revert(sl.load("organism:dense-unaligned", dtype="bfloat16"))
 
 
 @pytest.mark.parametrize("kind", ["dense", "moe"])
 def test_what_changed_most(kind):
     names = f"organism:{kind}", f"organism:{kind}-unaligned"
-    first, second = (dict(sl.load(name).model.named_parameters()) for name in names)
+    first, second = (dict(sl.load(name, dtype="bfloat16").model.named_parameters()) for name in names)
     sizes = torch.cat([(second[name].float() - first[name].float()).abs().flatten() for name in first])
     patch = diff(*names, ratio=0.001)
     assert patch.k == int(0.001 * sizes.numel())
     taken = torch.cat([(patch.new[name].float() - patch.old[name].float()).abs() for name in patch.new])
     assert torch.equal(taken.sort().values, sizes.sort().values[-patch.k :])
     assert patch.before.tensors == {
-        name: entry for name, entry in sl.load(names[0]).fingerprint().tensors.items() if name in patch.new
+        name: entry
+        for name, entry in sl.load(names[0], dtype="bfloat16").fingerprint().tensors.items()
+        if name in patch.new
     }
-    assert patch.apply(sl.load(names[0]))
+    assert patch.apply(sl.load(names[0], dtype="bfloat16"))
     assert diff(*names, largest=17).k == 17
     eligible = diff(*names, largest=500, only_eligible=True)
     assert set(eligible.new) <= set(eligible.selection.layout.eligible_tensors)

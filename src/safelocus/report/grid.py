@@ -24,6 +24,9 @@ class Tint(str):
         made.place = place
         return made
 
+    def __reduce__(self) -> tuple[Any, ...]:  # tables come from other processes
+        return type(self), (str(self), self.place)
+
     @property
     def level(self) -> int:
         """Number of its colour."""
@@ -41,6 +44,9 @@ class Span(str):
         values = measure if measure is None or isinstance(measure, Mapping) else measure.to_json()
         made.numbers = values if values is not None and values["value"] is not None else {}
         return made
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.numbers or None,)
 
     @property
     def exact(self) -> str:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
+from safelocus.layout.sizes import text_config
 from safelocus.resources import passes
 from safelocus.resources.need import Lengths, Need
 from safelocus.resources.rehearsal import Peak, Rehearsal
@@ -202,7 +203,8 @@ class Training:
             trained = {"sparse": _eligible(self.target), "lora": lambda name: "lora_" in name}.get(
                 self.kind, lambda _: True
             )
-            work = passes.training(self._rehearsal, self.lengths, self.retained_rows)
+            routers = self.kind != "sparse" and hasattr(text_config(self.target.config), "output_router_logits")
+            work = passes.training(self._rehearsal, self.lengths, self.retained_rows, routers=routers)
             known[checkpointing] = passes.Chord(
                 lambda batch: self._rehearsal.peak(
                     work(batch), trained=trained, checkpointing=checkpointing, keep_gradients=self.kind == "full"

@@ -117,9 +117,13 @@ def reading(batch: int, length: int) -> Callable[[Any], Tensor]:
 
 
 def training(
-    rehearsal: Rehearsal, lengths: Lengths, retained_rows: int
+    rehearsal: Rehearsal, lengths: Lengths, retained_rows: int, *, routers: bool
 ) -> Callable[[int], Callable[[Any], Iterator[Tensor]]]:
-    """What is retained, by itself (`retention`), and then the loss of `SharingTrainer`."""
+    """What is retained, by itself (`retention`), and then the loss of `SharingTrainer`.
+
+    Args:
+        routers: are trained too, so that their balance is part of the loss, which is then TRL's own.
+    """
     from trl.trainer.utils import add_fused_lm_head
 
     from safelocus.training.responses import divergence, likeliest
@@ -141,7 +145,9 @@ def training(
             if retained_rows:
                 yield retained(model, batch * retained_rows)
             number = batch * lengths.response
-            if number * rehearsal.vocabulary <= FEW_VALUES:  # on a CPU; elsewhere TRL's tiles, of about that size
+            if (
+                number * rehearsal.vocabulary <= FEW_VALUES and not routers
+            ):  # on a CPU; elsewhere TRL's tiles, of about that size
                 logits = _logits(model, batch, lengths.row, number).float()
                 yield cross_entropy(logits, torch.zeros(number, dtype=torch.long, device="meta"), reduction="sum")
             else:
