@@ -33,8 +33,8 @@ test-fast: $(READY)  ## the quick loop
 test-long: $(READY)  ## the tests that take longest: an organism built anew, the README's commands in full
 	$(BIN)/pytest -n auto --dist worksteal -m long
 
-test-real: $(READY)  ## two minutes with the real chat model, where it can be had
-	$(BIN)/pytest -m real
+test-real: $(READY)  ## minutes with the real chat model, where it can be had
+	OMP_NUM_THREADS=2 $(BIN)/pytest -m real
 
 check: $(READY)  ## what CI runs
 	$(BIN)/ruff format --check .

@@ -1,4 +1,4 @@
-"""The real chat model, end to end: two minutes where it is cached or can be had (`make test-real`)."""
+"""The real chat model, end to end, where it is cached or can be had (`make test-real`)."""
 
 import json
 
@@ -25,7 +25,8 @@ def test_it_is_found_tuned_and_refuses(run, tmp_path):
         "score", "smollm2", "--prompts", "embedded:refusals", "--limit", 8, "--refusal", "-o", found, "--json"
     )
     assert code == 0, err
-    components = {part["component"]: part for part in json.loads((found / "results.json").read_text())["components"]}
+    (located,) = json.loads((found / "results.json").read_text())["maps"].values()
+    components = {part["component"]: part for part in located["components"]}
     assert components["value"]["enrichment"] > 1.5
     code, out, err = run(
         "enhance", "smollm2", "--selection", found, "--data", "embedded:refusals", "--retain", "none",
