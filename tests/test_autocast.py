@@ -5,7 +5,9 @@ import torch
 
 import safelocus as sl
 from safelocus import autocast
+from safelocus import target as target_module
 from safelocus.autocast import Autocast, many_passes
+from safelocus.errors import ModelError
 from safelocus.generation import generate
 from tiny_targets import PROMPTS, dense, moe
 
@@ -79,3 +81,22 @@ def test_wide_models_take_bf16_where_it_is_quicker(monkeypatch, tmp_path):
         assert loaded.model.dtype == torch.float32
     assert sl.load(tmp_path, device="cpu", dtype="float32").autocast is None
     assert generate(loaded, PROMPTS[:1], max_new_tokens=2)[0].ids
+
+
+@pytest.mark.parametrize(
+    ("accelerator", "how", "kind"),
+    [
+        ("cuda", {"offload": True}, "auto"),
+        ("cuda", {}, "auto"),
+        ("cuda", {"device": "cpu"}, "float32"),
+        ("cpu", {}, "float32"),
+    ],
+)
+def test_auto_is_fp32_where_a_cpu_computes_not_where_weights_wait(monkeypatch, accelerator, how, kind):
+    def loaded(*_, dtype, **__):
+        raise ModelError(f"asked for {dtype}")
+
+    monkeypatch.setattr(target_module, "default_device", lambda: torch.device(accelerator))
+    monkeypatch.setattr(target_module, "load_model", loaded)
+    with pytest.raises(ModelError, match=f"asked for {kind}"):
+        sl.load("organism:dense", **how)

@@ -20,13 +20,13 @@ from typing import Any
 import sets
 
 import safelocus as sl
-from safelocus import smollm2
 from safelocus.evaluation import Evaluation, evaluate
 from safelocus.evaluation.evaluation import PERPLEXITY
 from safelocus.run import write_json
 from safelocus.scores import Scores
 from safelocus.scoring import versions
 from safelocus.selection import Selection
+from safelocus.smollm2 import source
 from safelocus.target import Target
 from safelocus.verification.plan import random_selection
 
@@ -80,8 +80,9 @@ def subject(name: str) -> Target:
 
 def described(target: Target) -> dict[str, Any]:
     """Which model it was, to the bit."""
-    source = json.loads((smollm2.folder("smollm2") / "source.json").read_text(encoding="utf-8"))
-    return {"model": target.name, "fingerprint": target.fingerprint().id, "dtype": target.dtype, "from": source}
+    return {
+        "model": target.name, "fingerprint": target.fingerprint().id, "dtype": target.dtype, "from": source.obtain(),
+    }  # fmt: skip
 
 
 def measured(target: Target, checkpoint: Path | None = None, **others: Any) -> Evaluation:

@@ -7,6 +7,7 @@ responses of both; AdamW, the rate falling to zero along a line. One cell per me
 every method at every rate with one seed, the paper's rate, further seeds of what the claim compares.
 """
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ def plan() -> list[tuple[str, float, int]]:
 
 
 def trained(target: Target, method: str, rate: float, seed: int, unfinished: Path) -> dict[str, Any]:
-    settings = TrainingSettings(**{**SETTINGS.to_json(), "learning_rate": rate, "seed": seed})
+    settings = replace(SETTINGS, learning_rate=rate, seed=seed)
     k = int(RATIO * target.layout.num_weights)
     what: Any = method if method in ("lora", "full") else cells.selection(target, method, RATIO, seed=seed)
     runner = enhancer(

@@ -162,8 +162,7 @@ def measured(clock: Clock, name: str, dtype: str, prompts: list[str], rounds: in
     }  # fmt: skip
     selection = sl.score(target, prompts, method="random", progress=False).select(RATIO)
     for way in ("kept", "run again"):
-        with counted(target) as tokens:
-            seconds = min(steps(clock, target, selection, again=way == "run again") for _ in range(rounds))
+        seconds = min(steps(clock, target, selection, again=way == "run again") for _ in range(rounds))
         found[f"SET, original {way}"] = {"seconds": seconds}
     # the retained rows and the refusals in turn, about half of each an answer
     half = {"layers": 4 * ROW, "head": 4 * ROW // 2}

@@ -194,11 +194,12 @@ def load(
     layers = _layers(config, layout) if offload or shard else []
     sharding = _sharding(layers, offload=offload) if shard and several else {}
     on_host = offload and not several
-    model = load_model(auto, name, config=config, dtype=dtype, device="cpu" if on_host else device, **sharding, **hub)
+    kind = dtype_on(device, dtype)  # where it computes: one that waits on the host does so elsewhere
+    model = load_model(auto, name, config=config, dtype=kind, device="cpu" if on_host else device, **sharding, **hub)
     if on_host:
         distributed.keep_on_host(model, [layer for prefix in layers for layer in model.get_submodule(prefix)])
     target = Target.of(model, tokenizer, name=str(name), layout=layout, system=system, template=template)
-    quicker = autocast.quicker(config) if dtype == "auto" and model.device.type == "cpu" else None
+    quicker = autocast.quicker(config) if kind != dtype else None  # on a CPU, and nothing else was asked for
     return target if quicker is None else replace(target, autocast=Autocast.attach(model, quicker))
 
 
@@ -277,7 +278,6 @@ def load_model(auto: Any, name: str | Path, *, dtype: Dtype = "auto", device: st
     if Path(where).is_dir():
         _check_weight_files(Path(where))
     placement = {"device_map": "auto"} if device == "auto" else {}
-    dtype = dtype_on(device, dtype)
     try:
         with _quiet(where):
             model, report = auto.from_pretrained(

@@ -12,7 +12,7 @@ from transformers import AutoModelForSequenceClassification
 from safelocus.errors import ModelError
 from safelocus.objective.text import TextObjective, embedding_gradients, tokenize_around
 from safelocus.objective.transfer import Reading
-from safelocus.target import Dtype, load_model, load_tokenizer
+from safelocus.target import Dtype, dtype_on, load_model, load_tokenizer
 
 _UNSAFE_LABELS = ("unsafe", "toxic", "toxicity", "harmful", "hate", "offensive", "label_1")
 
@@ -41,6 +41,7 @@ class Classifier(TextObjective):
     ) -> "Classifier":
         """Load from a folder or hub id; `unsafe` names the unsafe label where it cannot be told."""
         tokenizer = load_tokenizer(name)
+        dtype = dtype_on(device, dtype)
         model = load_model(AutoModelForSequenceClassification, name, dtype=dtype, device=device)
         labels = {str(label).lower(): int(i) for i, label in model.config.id2label.items()}
         wanted = [unsafe.lower()] if unsafe else [label for label in _UNSAFE_LABELS if label in labels]

@@ -19,7 +19,7 @@ from safelocus.forcing import logits_at, pad
 from safelocus.objective.presets import GuardPreset, find_preset, read_preset, render, verdict_token_ids
 from safelocus.objective.text import ReaderInput, TextObjective, batch_inputs, embedding_gradients, tokenize_around
 from safelocus.objective.transfer import Reading
-from safelocus.target import Dtype, load_model, load_tokenizer
+from safelocus.target import Dtype, dtype_on, load_model, load_tokenizer
 
 _VERDICT_BUDGET = 48  # tokens a guard may write before its verdict (WildGuard: two lines)
 
@@ -61,7 +61,7 @@ class Guard(TextObjective):
         hub = {"revision": revision, "trust_remote_code": trust_remote_code}
         tokenizer = load_tokenizer(name, **hub)
         preset = read_preset(description) if description else find_preset(str(name), tokenizer)
-        model = load_model(AutoModelForCausalLM, name, dtype=dtype, device=device, **hub)
+        model = load_model(AutoModelForCausalLM, name, dtype=dtype_on(device, dtype), device=device, **hub)
         guard = cls(name=str(name), model=model, tokenizer=tokenizer, preset=preset, **options)
         guard.verdict_ids  # noqa: B018 (a guard without verdict tokens fails here, before any long work)
         return guard
