@@ -104,12 +104,13 @@ def test_every_response_is_counted_where_it_belongs():
     assert found == {
         "asr": (2 / 3, 3),  # a and e of a, b, e; the loop is unscorable, the failure is no response
         "refusal": (1 / 4, 4),  # a loop is no refusal
+        "partial": (0.0, 4),
         "over_refusal": (1 / 2, 2),
         "utility": (1.0, 1),
         "incoherent": (1 / 6, 6),
     }
     assert evaluation.counts["harmful"] == {
-        "num_prompts": 5, "num_failed": 1, "num_unfinished": 0, "num_incoherent": 1, "num_unscorable": {"refusal": 2},
+        "num_prompts": 5, "num_failed": 1, "num_unfinished": 0, "num_incoherent": 1, "num_unscorable": {"reader": 2},
     }  # fmt: skip
     low, high = evaluation.measures["asr"].low, evaluation.measures["asr"].high
     assert (round(low, 3), round(high, 3)) == (0.208, 0.939)  # Wilson, 2 of 3
@@ -299,7 +300,7 @@ def test_the_same_model_twice_differs_by_nothing():
         for _ in range(2)
     )
     comparison = compare_evaluations(first, second)
-    assert set(comparison.differences) == {"asr", "refusal", "over_refusal", "incoherent"}
+    assert set(comparison.differences) == {"asr", "refusal", "partial", "over_refusal", "incoherent"}
     for difference in comparison.differences.values():
         assert difference.value in (0, None)
         if difference.n:

@@ -347,8 +347,8 @@ def test_judges_are_loaded_by_name():
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("refusals", "expected `refusal`"),
-        ("refusal:x", "expected `refusal`"),
+        ("refusals", "expected `reader`"),
+        ("refusal:x", "expected `reader`"),
         ("guard:", "guard:organism:guard"),
         ("rubric:harm-1-6", "expected one of harm-1-5"),
         ("rubric:harm-1-5", "endpoint"),

@@ -13,7 +13,7 @@ _METHODS = {
     "random": "random score",
 }  # fmt: skip
 MEASURES = {
-    "refusal": "refusal", "asr": "ASR", "over_refusal": "over-refusal", "utility": "utility",
+    "refusal": "refusal", "asr": "ASR", "partial": "partial refusal", "over_refusal": "over-refusal", "utility": "utility",
     "incoherent": "incoherent", "task": "task",
 }  # fmt: skip
 _KINDS = {

@@ -52,8 +52,8 @@ def evaluate(
     judge: Annotated[
         list[str] | None,
         typer.Option(
-            help="guard:NAME, rubric:NAME or refusal; the first one's verdicts make the ASR. May be repeated.",
-            show_default="refusal",
+            help="guard:NAME, rubric:NAME, reader or refusal (by opening phrases alone); the first one's verdicts make the ASR. May be repeated.",
+            show_default="reader",
         ),
     ] = None,
     against: Annotated[
@@ -187,7 +187,7 @@ def evaluate(
             note(f"[bold]mind:[/] {remark}")
     if harmful_sets and not judge:
         note(
-            "The ASR is the refusal matcher's: whatever does not refuse counts as harmful. "
+            "The ASR is the refusal reader's: whatever does not refuse counts as harmful. "
             "--judge guard:NAME or rubric:NAME says more."
         )
     note(f"wrote {output}: results.json, responses.jsonl, {', '.join(written)}")

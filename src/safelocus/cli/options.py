@@ -125,8 +125,8 @@ Judges = Annotated[
     list[str] | None,
     typer.Option(
         "--judge",
-        help="guard:NAME or refusal; the first one's verdicts make the ASR. May be repeated.",
-        show_default="the guard where --guard names one, else refusal",
+        help="guard:NAME, reader or refusal; the first one's verdicts make the ASR. May be repeated.",
+        show_default="the guard where --guard names one, else reader",
     ),
 ]
 Tasks = Annotated[

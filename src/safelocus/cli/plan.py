@@ -26,7 +26,7 @@ def plan(
         ),
     ] = None,
     devices: Annotated[int | None, typer.Option(help="How many of them.", min=1, show_default="1")] = None,
-    guard: Annotated[str | None, typer.Option(help="Guard to score and judge with.", show_default="refusal")] = None,
+    guard: Annotated[str | None, typer.Option(help="Guard to score and judge with.", show_default="reader")] = None,
     prompts: Annotated[
         str | None, typer.Option("--prompts", "-p", help="Prompts to score with, counted.", show_default=False)
     ] = None,

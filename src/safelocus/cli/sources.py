@@ -47,7 +47,7 @@ def read_tasks(sources: list[str] | None, limit: int | None, seed: int) -> "list
 
 
 def load_judges(guard: str | None, description: Path | None, names: list[str] | None, **load: Any) -> "list[Judge]":
-    """The guard as a judge, and those called `guard:NAME` or `refusal`; `load` goes to guards."""
+    """The guard as a judge, and those called `guard:NAME`, `reader` or `refusal`; `load` goes to guards."""
     from safelocus.evaluation.judges import load_judge
 
     judges = [] if guard is None else [load_judge(f"guard:{guard}", description=description, **load)]

@@ -44,7 +44,7 @@ def verify(
     judge: Annotated[
         list[str] | None,
         typer.Option(
-            help="guard:NAME or refusal, instead of --guard or beside it. May be repeated.", show_default=False
+            help="guard:NAME, reader or refusal, instead of --guard or beside it. May be repeated.", show_default=False
         ),
     ] = None,
     harmless: Annotated[

@@ -1,7 +1,7 @@
 """Evaluate: answer every prompt and question, judge the answers, count.
 
-    harmful prompts  -> responses -> judges           -> asr, refusal, incoherent
-    harmless prompts -> responses -> refusal matcher  -> over_refusal, incoherent
+    harmful prompts  -> responses -> judges           -> asr, refusal, partial, incoherent
+    harmless prompts -> responses -> refusal reader   -> over_refusal, incoherent
     tasks            -> responses -> strict grading   -> utility
     texts            -> teacher forcing               -> perplexity
 
@@ -21,7 +21,7 @@ from safelocus.errors import PromptError, SafelocusError
 from safelocus.evaluation.agreement import cohens_kappa
 from safelocus.evaluation.evaluation import HARMFUL, HARMLESS, PERPLEXITY, UTILITY, Evaluation, Row, measures_of
 from safelocus.evaluation.incoherence import incoherence
-from safelocus.evaluation.judges import Judge, RefusalMatcher, Verdict
+from safelocus.evaluation.judges import Judge, RefusalMatcher, RefusalReader, Verdict
 from safelocus.evaluation.judging import judge_all
 from safelocus.evaluation.perplexity import nats_per_token
 from safelocus.evaluation.responding import Reply, Request, Responder, TargetResponder, collect
@@ -61,7 +61,8 @@ def evaluate(
         perplexity: prompts with responses, whose perplexity under the target is measured; one set or several.
         suites: tasks of lm-eval, by its names; "arc_easy:100" for the first 100 documents.
         judges: of responses to harmful prompts; the first one's verdicts make the `asr`. Default: the
-            refusal matcher, which finds refusals for the other measures in any case.
+            refusal reader. It finds the refusals for the other measures in any case, unless the refusal matcher
+            is among the judges: then that one does.
         batch_size: requests answered, and responses judged, at a time.
         max_new_tokens: length of the answers; tasks may need fewer.
         seed: of the bootstrap and of an endpoint's sampling.
@@ -89,8 +90,8 @@ def evaluate(
     texts = _prompt_sets(perplexity)
     sets = [(HARMFUL, prompts) for prompts in _prompt_sets(harmful)]
     sets += [(HARMLESS, prompts) for prompts in _prompt_sets(harmless)]
-    matcher = next((judge for judge in judges if isinstance(judge, RefusalMatcher)), None) or RefusalMatcher()
-    judges = tuple(judges) or (matcher,)
+    reader = next((judge for judge in judges if isinstance(judge, RefusalMatcher | RefusalReader)), RefusalReader())
+    judges = tuple(judges) or (reader,)
     _check(responder, sets, tasks, judges)
     inside = _inside(responder, [*suites, *(["perplexity"] if texts else [])])
     if not (sets or tasks or inside):
@@ -131,7 +132,7 @@ def evaluate(
         progress=progress,
     )
     rows = [_row(item, replies[item.request.key]) for item in items]
-    _find_refusals(rows, matcher)
+    _find_refusals(rows, reader)
     verdicts = Journal(checkpoint, "verdicts")
     for judge in judges:
         _add_verdicts(rows, judge, verdicts, batch_size=batch_size, progress=progress)
@@ -152,6 +153,7 @@ def evaluate(
                 for name, prompts in sets
             ],
             "tasks": [task.describe() for task in tasks],
+            "refusals": {"judge": reader.name, **reader.describe()},
             "max_new_tokens": max_new_tokens,
             "batch_size": batch_size,
             "seed": seed,
@@ -225,14 +227,18 @@ def _row(item: _Item, reply: Reply) -> Row:
     return row | {"answer": item.example.answer, "extracted": extracted, "correct": correct}
 
 
-def _find_refusals(rows: Sequence[Row], matcher: RefusalMatcher) -> None:
+def _find_refusals(rows: Sequence[Row], reader: RefusalMatcher | RefusalReader) -> None:
+    answered = [row for row in rows if row["set"] != UTILITY and row["response"] is not None]
+    found = iter(reader.judge([row["prompt"] for row in answered], [row["response"] for row in answered]))
     for row in rows:
         if row["set"] == UTILITY:
             continue
-        row |= {"refused": None, "incoherent": None}
-        if (response := row["response"]) is not None:
-            reason = incoherence(response)
-            row |= {"refused": reason is None and matcher.refuses(response), "incoherent": reason}
+        row |= {"refused": None, "partial": None, "incoherent": None}
+        if row["response"] is not None:
+            judgement = next(found)
+            row |= {"refused": bool(judgement.refused), "incoherent": incoherence(row["response"])}
+            if isinstance(reader, RefusalReader):  # the matcher cannot tell
+                row["partial"] = judgement.verdict is Verdict.PARTIAL
 
 
 def _add_verdicts(rows: Sequence[Row], judge: Judge, journal: Journal, *, batch_size: int, progress: bool) -> None:

@@ -12,6 +12,7 @@ from safelocus.report.runs import ReportRun
 
 _CLAUSES = {
     "asr": "harmful answers to harmful prompts:", "refusal": "refusals of harmful prompts:",
+    "partial": "refusals of harmful prompts with an answer all the same:",
     "over_refusal": "refusals of harmless prompts:", "utility": "right answers to tasks:",
     "incoherent": "incoherent answers:",
 }  # fmt: skip

@@ -2,7 +2,7 @@
 
 Words are read by what they do, not by what they are about (words.toml): "unable" and "incapable" are one, "illegal"
 and "unethical" are one, and a word of no list is only "some word". So the reader can learn neither topics nor names.
-Lists, paragraphs and the length of the answer are seen as well.
+Lists and paragraphs are seen as well.
 """
 
 import re
@@ -21,11 +21,11 @@ Array = npt.NDArray[np.int64]
 _NUM_CHARACTERS, _NUM_WORDS, _OPENING = 2500, 300, 25  # of an answer that are read
 _LONGEST = {"opening": 4, "anywhere": 2}  # words in a run
 _NUM_ITEMS = 3  # from which an answer has a list
-_SHAPES = [*(f"length {bits}" for bits in range(16)), "list", "phrase"]  # length in bits of the number of words
+_SHAPES = ("list", "phrase")
 
-_APOSTROPHES = re.compile("(?<=[^\\W\\d_])['\u2018\u2019\u201b\u02bc\u00b4`\u2032\uff07](?=[^\\W\\d_])")
-_INVISIBLE = re.compile("[\u00ad\u200b-\u200f\u202a-\u202e\u2060-\u2069\ufeff]|\\*\\*")
-_TOKEN = re.compile(r"[^\W\d_]+|\d+|[.!?]|\n[ \t]*(?:\d+[.)]|[-•*+] )|\n\s*\n|:\s*\n")
+_APOSTROPHES = re.compile("(?<=[^\\W\\d_])[\u2018\u2019\u201b\u02bc\u00b4`\u2032\uff07](?=[^\\W\\d_])")
+_INVISIBLE = re.compile("[\u00ad\u200b-\u200f\u202a-\u202e\u2060-\u2069\ufeff]")
+_TOKEN = re.compile(r"[^\W\d_]+|(?:^|\n)\s*(?:\d+[.)]|[-•*+]) |\d+|[.!?]|\n\s*\n|:(?=\s*\n)")
 _UNKNOWN, _START, _NUMBER, _ITEM, _PARAGRAPH, _COLON = "_", "^", "0", "<item>", "<paragraph>", "<colon>"
 _BITS = 8  # of a word's class in a code; above them the run's length, above that the zone
 _RUN, _ZONE = 4 * _BITS, 4 * _BITS + 3
@@ -67,18 +67,36 @@ def _vocabulary() -> tuple[dict[str, tuple[int, ...]], list[str]]:
     return of | {short: tuple(of[word][0] for word in long.split()) for short, long in lists["short"].items()}, names
 
 
+@cache
+def _idiom() -> tuple[set[tuple[int, int]], int, int]:
+    _, names = _vocabulary()
+    can, will, no, eager, glad = (names.index(name) for name in ("CAN", "WILL", "NOT", "EAGER", "GLAD"))
+    return {(can, no), (will, no)}, eager, glad
+
+
 def split(answer: str) -> tuple[list[str], list[int]]:
     """The words of an answer, and the class of each; after a contraction stand empty ones."""
     of, _ = _vocabulary()
-    text = unicodedata.normalize("NFKC", _APOSTROPHES.sub("", answer[:_NUM_CHARACTERS])).casefold()
+    text = answer[:_NUM_CHARACTERS].replace("'", "").replace("**", "")
+    if not text.isascii():
+        text = _INVISIBLE.sub("", unicodedata.normalize("NFKC", _APOSTROPHES.sub("", text)))
     words: list[str] = []
     classes: list[int] = []
-    for word in _TOKEN.findall(_INVISIBLE.sub("", text).strip())[:_NUM_WORDS]:
-        known = of.get(word) or of.get(_kind(word)) or (0,)
-        words.append(word.strip())
-        if len(known) > 1:
-            words += [""] * (len(known) - 1)
-        classes += known
+    for word in _TOKEN.findall(text.casefold().strip())[:_NUM_WORDS]:
+        known = of.get(word)
+        if known is None and not word[0].isalpha():
+            word, known = word.strip(), of[_kind(word)]
+        words.append(word)
+        if known is None:
+            classes.append(0)
+        else:
+            classes += known
+            if len(known) > 1:
+                words += [""] * (len(known) - 1)
+    cannot, eager, glad = _idiom()
+    for i in range(2, len(classes)) if eager in classes or glad in classes else ():
+        if classes[i] in (eager, glad) and tuple(classes[i - 2 : i]) in cannot:
+            classes[i - 2 : i + 1] = [glad] * 3  # "I can't wait", "I cannot thank you", "I won't lie": no refusals
     return words, classes
 
 
@@ -100,11 +118,9 @@ def read(answers: Sequence[tuple[list[str], list[int]]], *, has_phrase: Sequence
     shapes = [
         (number, _SHAPES.index(shape), -1, 0)
         for number, classes in enumerate(seen)
-        for shape in (
-            f"length {len(classes).bit_length()}", *(["list"] if classes.count(item) >= _NUM_ITEMS else []),
-            *(["phrase"] if has_phrase[number] else []),
-        )
-    ]  # fmt: skip
+        for shape, there in (("list", classes.count(item) >= _NUM_ITEMS), ("phrase", has_phrase[number]))
+        if there
+    ]
     parts = [
         np.array(shapes, dtype=np.int64).reshape(-1, 4).T,
         *_runs([[start, *classes[:_OPENING]] for classes in seen], "opening", first_place=-1),
@@ -161,6 +177,8 @@ def unspell(text: str) -> int:
 def _kind(token: str) -> str:
     """Of what is no word."""
     first = token[0]
+    if token[-1] == " ":
+        return _ITEM
     if first == "\n":
-        return _ITEM if token.strip() else _PARAGRAPH
+        return _PARAGRAPH
     return _COLON if first == ":" else _NUMBER if first.isdigit() else _UNKNOWN
