@@ -68,9 +68,14 @@ def _vocabulary() -> tuple[dict[str, tuple[int, ...]], list[str]]:
 
 
 @cache
+def _number(name: str) -> int:
+    """Of a class."""
+    return _vocabulary()[1].index(name)
+
+
+@cache
 def _idiom() -> tuple[set[tuple[int, int]], int, int]:
-    _, names = _vocabulary()
-    can, will, no, eager, glad = (names.index(name) for name in ("CAN", "WILL", "NOT", "EAGER", "GLAD"))
+    can, will, no, eager, glad = map(_number, ("CAN", "WILL", "NOT", "EAGER", "GLAD"))
     return {(can, no), (will, no)}, eager, glad
 
 
@@ -105,6 +110,19 @@ def is_foreign(classes: Sequence[int]) -> bool:
     return classes.count(0) > 0.72 * len(classes)
 
 
+def has_list(classes: Sequence[int]) -> bool:
+    """Whether an answer has a list."""
+    return classes.count(_number(_ITEM)) >= _NUM_ITEMS
+
+
+def first_part(classes: Sequence[int]) -> int:
+    """Words of the first paragraph; of the first sentence where there is but one paragraph."""
+    if (mark := _number(_PARAGRAPH)) in classes:
+        return classes.index(mark)
+    ends = [classes.index(mark) for mark in map(_number, ".!?") if mark in classes]
+    return min(ends, default=len(classes) - 1) + 1
+
+
 def read(answers: Sequence[tuple[list[str], list[int]]], *, has_phrase: Sequence[bool]) -> Reading:
     """What the reader sees.
 
@@ -112,18 +130,16 @@ def read(answers: Sequence[tuple[list[str], list[int]]], *, has_phrase: Sequence
         answers: as `split` gives them.
         has_phrase: whether each opens with one of the known phrases.
     """
-    _, names = _vocabulary()
-    item, start = names.index(_ITEM), names.index(_START)
     seen = [classes for _, classes in answers]
     shapes = [
         (number, _SHAPES.index(shape), -1, 0)
         for number, classes in enumerate(seen)
-        for shape, there in (("list", classes.count(item) >= _NUM_ITEMS), ("phrase", has_phrase[number]))
+        for shape, there in (("list", has_list(classes)), ("phrase", has_phrase[number]))
         if there
     ]
     parts = [
         np.array(shapes, dtype=np.int64).reshape(-1, 4).T,
-        *_runs([[start, *classes[:_OPENING]] for classes in seen], "opening", first_place=-1),
+        *_runs([[_number(_START), *classes[:_OPENING]] for classes in seen], "opening", first_place=-1),
         *_runs(seen, "anywhere", first_place=0),
     ]
     answer, code, place, length = np.concatenate(parts, axis=1)
