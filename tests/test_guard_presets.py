@@ -124,6 +124,8 @@ FAMILIES = {
         ("user<|end_of_role|>", "assistant<|end_of_role|>"), "judge{no_think}<|end_of_role|>",
         ["Ġno"], ["Ġyes"],
     ),
+    "harmbench": (None, ("Behavior:\n", "Generation:\n"), "Answer: [/INST]", ["Ġno"], ["Ġyes"]),
+    "sorry-bench": (None, ('User Request: "', 'Model Response: "'), "[/INST] ", ["0"], ["1"]),
     "qwen3guard-gen": (
         QWEN_3_GUARD, ("USER: ", "ASSISTANT: "), "</think>\n\nSafety:", ["ĠSafe"], ["ĠUn", "ĠContro"],
     ),
