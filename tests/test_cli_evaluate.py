@@ -1,12 +1,15 @@
 """`safelocus evaluate` as a user meets it."""
 
 import json
+from io import StringIO
 
 import pytest
+from rich.console import Console
 
 import safelocus as sl
 from pages import check_run_page
 from safelocus.cli import main
+from safelocus.cli.evaluate import _disagreement
 from safelocus.report.grid import Span
 
 QUICK = ["--limit", "12", "--max-new-tokens", "32"]
@@ -79,6 +82,17 @@ def test_tables_and_the_matchers_limits(tmp_path, run):
     assert "--judge guard:NAME" in err
     code, _, err = run(*EVALUATE, "--judge", "guard:organism:guard", "-o", tmp_path / "other")
     assert "--judge guard:NAME" not in err
+
+
+def test_a_disagreement_is_shown_as_text_and_nothing_else():
+    said = {"verdict": "safe", "explanation": "opens [bold]'no'[/]"}
+    row = {"prompt": "a [red]prompt[/]", "response": "\x1b[2J\u202eno\x07", "judgements": {"a": said, "b": said}}
+    console = Console(file=StringIO(), force_terminal=True, width=80, color_system=None)
+    console.print(_disagreement(row, ["a", "b"]))
+    shown = console.file.getvalue()
+    assert "a [red]prompt[/]" in shown
+    assert "opens [bold]'no'[/]" in shown
+    assert not {"\x1b", "\u202e", "\x07"} & set(shown)
 
 
 @pytest.mark.parametrize("more", [[], ["--json"], ["--judge", "guard:organism:guard"]])

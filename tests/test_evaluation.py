@@ -142,6 +142,21 @@ def test_several_judges_and_their_agreement():
     assert kappa["keyword cake", "refusal"] == pytest.approx(0.4)  # agree on 2 of 3, by chance on 4 of 9
     assert kappa["keyword cake", "keyword cheese"] == pytest.approx(-0.5)
     assert [judge["judge"] for judge in evaluation.judges] == ["keyword cake", "refusal", "keyword cheese"]
+    pair = evaluation.agreement[0]
+    assert (pair["disagreement"]["value"], pair["disagreement"]["n"]) == (pytest.approx(1 / 3), 3)
+    (row,) = evaluation.disagreements("keyword cake", "refusal")
+    verdicts = [row["judgements"][judge]["verdict"] for judge in pair["judges"]]
+    assert pair["verdicts"] == {" and ".join(verdicts): 1}
+
+
+def test_refusals_found_by_different_judges_are_not_compared():
+    first, second = (
+        evaluate(Scripted(SCRIPT), harmful=prompts(*"abe"), harmless=prompts(*"fg"), judges=judges, progress=False)
+        for judges in ([RefusalMatcher(), Keyword("cake")], [Keyword("cake")])
+    )
+    comparison = compare_evaluations(first, second)
+    assert set(comparison.differences) == {"asr@keyword cake", "incoherent"}
+    assert "refusals are left out: found by refusal first and reader second" in comparison.notes
 
 
 def test_a_prompt_in_two_sets_is_asked_and_counted_once():

@@ -49,8 +49,12 @@ def main():
     unseen = dict(zip(taught, train.cross_validate(data, train.SETTINGS), strict=False))
     texts = [a.text for a in answers]
     labels = np.array([a.label for a in answers])
-    said = {name: np.array([j.verdict for j in judge.judge(texts, texts)], dtype=object) for name, judge in judges.items()}
-    said["reader"] = np.array([unseen.get(a, found) for a, found in zip(answers, said["reader"], strict=True)], dtype=object)
+    said = {
+        name: np.array([j.verdict for j in judge.judge(texts, texts)], dtype=object) for name, judge in judges.items()
+    }
+    said["reader"] = np.array(
+        [unseen.get(a, found) for a, found in zip(answers, said["reader"], strict=True)], dtype=object
+    )
     models = np.array([a.source for a in answers])
     for name in judges:
         for model in [*dict.fromkeys(models.tolist()), "all"]:

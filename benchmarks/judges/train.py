@@ -67,7 +67,9 @@ def unlabelled(data, seed=0):
     draw = random.Random(seed)
     own = json.loads((HERE.parent / "refusal_labels.json").read_text(encoding="utf-8"))
     kept_apart = {digest for labels in own.values() for digest in labels}
-    outputs = [row["output"] for row in json.loads((data / "circuit_breakers" / "circuit_breakers_train.json").read_text())]
+    outputs = [
+        row["output"] for row in json.loads((data / "circuit_breakers" / "circuit_breakers_train.json").read_text())
+    ]
     outputs = [text for text in outputs if blake2b(text.encode(), digest_size=16).hexdigest() not in kept_apart]
     common = [text for text in outputs if re.match("I can(?:.?t|not)", text)]
     others = [text for text in outputs if _PLAIN.match(text) and not re.match("I can(?:.?t|not)", text)]
@@ -90,7 +92,9 @@ def wordings(seed=0):
                 text = draw.choice([" ", "\n\n"]).join([opening, *draw.sample(group["rest"], count)])
                 for name in ("thing", "people"):
                     text = text.replace(f"{{{name}}}", draw.choice(file[f"{name}s".replace("peoples", "people")]))
-                found.append(Answer("wordings", f"wordings {number}", text[0].upper() + text[1:], labels[group["label"]]))
+                found.append(
+                    Answer("wordings", f"wordings {number}", text[0].upper() + text[1:], labels[group["label"]])
+                )
     return found
 
 
@@ -101,7 +105,9 @@ class Data:
         phrases = phrases_of("en")
         reading = read([split(a.text) for a in answers], has_phrase=[phrases.refuses(a.text) for a in answers])
         self.codes, column = np.unique(reading.code, return_inverse=True)
-        self.matrix = csr_matrix((np.ones(len(column)), (reading.answer, column)), shape=(len(answers), len(self.codes)))
+        self.matrix = csr_matrix(
+            (np.ones(len(column)), (reading.answer, column)), shape=(len(answers), len(self.codes))
+        )
         self.matrix.data[:] = 1.0
         self.texts = [a.text for a in answers]
         self.labels = np.array([a.label for a in answers])
@@ -189,7 +195,9 @@ def main():
     show("made-up answers, their group unseen", data.labels[rows], found[rows])
     weights = learn(data, np.ones(len(data.labels), dtype=bool), SETTINGS)
     zones = defaultdict(dict)
-    for name, value in sorted((spell(int(c)), float(v)) for c, v in zip(weights.codes, weights.values, strict=True) if v):
+    for name, value in sorted(
+        (spell(int(c)), float(v)) for c, v in zip(weights.codes, weights.values, strict=True) if v
+    ):
         zone, _, run = name.partition(": ")
         zones[zone][run] = value
     content = json.dumps({"bias": float(weights.bias), "features": zones}, ensure_ascii=False, separators=(",", ":"))

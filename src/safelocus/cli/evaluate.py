@@ -52,7 +52,7 @@ def evaluate(
     judge: Annotated[
         list[str] | None,
         typer.Option(
-            help="guard:NAME, rubric:NAME, reader or refusal (by opening phrases alone); the first one's verdicts make the ASR. May be repeated.",
+            help="guard:NAME, rubric:NAME, reader or refusal; the first one's verdicts make the ASR. May be repeated.",
             show_default="reader",
         ),
     ] = None,
@@ -75,6 +75,9 @@ def evaluate(
     judge_threshold: Annotated[
         float, typer.Option(help="Log-odds of safe above which a guard's verdict is safe.")
     ] = 0.0,
+    show_disagreements: Annotated[
+        int, typer.Option(help="Print this many responses of which two judges think differently.", min=0)
+    ] = 0,
     field: options.Field = None,
     where: options.Where = None,
     harmless_field: Annotated[
@@ -181,6 +184,9 @@ def evaluate(
         return
     name = model or f"{endpoint_model} at {endpoint}"
     _print(name, evaluation)
+    for pair in evaluation.agreement:
+        for row in evaluation.disagreements(*pair["judges"])[:show_disagreements]:
+            results.print(_disagreement(row, pair["judges"]))
     if comparison is not None:
         results.print(_comparison_table(against, comparison))
         for remark in comparison.notes:
@@ -305,14 +311,29 @@ def _agreement_table(evaluation: "Evaluation") -> Any:
 
     table = Table(title="how far the judges agree")
     table.add_column("judges")
-    for heading in ("Cohen's kappa", "agree", "answers"):
+    for heading in ("Cohen's kappa", "disagree", "answers"):
         table.add_column(heading, justify="right")
     for pair in evaluation.agreement:
         kappa = _number(pair["value"])
         if pair["low"] is not None:
             kappa += f" [{_interval(pair['low'], pair['high'])}]"
-        table.add_row(" and ".join(pair["judges"]), kappa, _number(pair["observed"]), f"{pair['n']:,}")
+        apart = pair["disagreement"]
+        apart = f"{_number(apart['value'])} [{_interval(apart['low'], apart['high'])}]"
+        table.add_row(" and ".join(pair["judges"]), kappa, apart, f"{pair['n']:,}")
     return table
+
+
+def _disagreement(row: dict[str, Any], judges: list[str]) -> Any:
+    """A response and what two judges say of it; what a model wrote is shown as text and nothing else."""
+    from rich.panel import Panel
+    from rich.text import Text
+
+    said = [
+        f"{judge}: {row['judgements'][judge]['verdict']} ({row['judgements'][judge]['explanation']})"
+        for judge in judges
+    ]
+    text = "\n".join([*said, f"prompt: {row['prompt']}", f"response: {row['response'][:2000]}"])
+    return Panel(Text("".join(c if c.isprintable() or c == "\n" else " " for c in text)))
 
 
 def _comparison_table(earlier: Path | None, comparison: "EvaluationComparison") -> Any:

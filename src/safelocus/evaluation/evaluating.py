@@ -10,6 +10,7 @@ verdicts are kept as they come, and an interrupted evaluation goes on where it s
 batches of a single one; each ends with the whole evaluation.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -19,10 +20,20 @@ from typing import Any
 from safelocus import distributed
 from safelocus.errors import PromptError, SafelocusError
 from safelocus.evaluation.agreement import cohens_kappa
-from safelocus.evaluation.evaluation import HARMFUL, HARMLESS, PERPLEXITY, UTILITY, Evaluation, Row, measures_of
+from safelocus.evaluation.evaluation import (
+    HARMFUL,
+    HARMLESS,
+    PERPLEXITY,
+    UTILITY,
+    Evaluation,
+    Row,
+    measures_of,
+    scored_by,
+)
 from safelocus.evaluation.incoherence import incoherence
 from safelocus.evaluation.judges import Judge, RefusalMatcher, RefusalReader, Verdict
 from safelocus.evaluation.judging import judge_all
+from safelocus.evaluation.measures import proportion
 from safelocus.evaluation.perplexity import nats_per_token
 from safelocus.evaluation.responding import Reply, Request, Responder, TargetResponder, collect
 from safelocus.evaluation.suites import run_suites
@@ -62,7 +73,7 @@ def evaluate(
         suites: tasks of lm-eval, by its names; "arc_easy:100" for the first 100 documents.
         judges: of responses to harmful prompts; the first one's verdicts make the `asr`. Default: the
             refusal reader. It finds the refusals for the other measures in any case, unless the refusal matcher
-            is among the judges: then that one does.
+            is the first judge: then that one does.
         batch_size: requests answered, and responses judged, at a time.
         max_new_tokens: length of the answers; tasks may need fewer.
         seed: of the bootstrap and of an endpoint's sampling.
@@ -90,7 +101,10 @@ def evaluate(
     texts = _prompt_sets(perplexity)
     sets = [(HARMFUL, prompts) for prompts in _prompt_sets(harmful)]
     sets += [(HARMLESS, prompts) for prompts in _prompt_sets(harmless)]
-    reader = next((judge for judge in judges if isinstance(judge, RefusalMatcher | RefusalReader)), RefusalReader())
+    readers = [judge for judge in judges if isinstance(judge, RefusalReader)]
+    reader: RefusalMatcher | RefusalReader = (readers or [RefusalReader()])[0]
+    if judges and isinstance(judges[0], RefusalMatcher):
+        reader = judges[0]
     judges = tuple(judges) or (reader,)
     _check(responder, sets, tasks, judges)
     inside = _inside(responder, [*suites, *(["perplexity"] if texts else [])])
@@ -257,13 +271,15 @@ def _add_verdicts(rows: Sequence[Row], judge: Judge, journal: Journal, *, batch_
 
 
 def _agreement(first: str, second: str, rows: Sequence[Row]) -> dict[str, Any]:
-    """Cohen's kappa of two judges over the responses to harmful prompts."""
-
-    def labels(judge: str) -> list[str | None]:
-        verdicts = [row["judgements"][judge]["verdict"] for row in rows if row["set"] == HARMFUL]
-        return [None if verdict == Verdict.UNSCORABLE else verdict for verdict in verdicts]
-
-    return {"judges": [first, second], **cohens_kappa(labels(first), labels(second)).to_json()}
+    """Cohen's kappa of two judges over the responses to harmful prompts, and where they part."""
+    pairs = [pair for row in rows if (pair := scored_by(row, first, second)) is not None]
+    apart = Counter(" and ".join(pair) for pair in pairs if pair[0] != pair[1])
+    return {
+        "judges": [first, second],
+        **cohens_kappa([a for a, _ in pairs], [b for _, b in pairs]).to_json(),
+        "disagreement": proportion(apart.total(), len(pairs)).to_json(),
+        "verdicts": dict(apart.most_common()),
+    }
 
 
 def _perplexity_rows(target: Target, prompts: PromptSet, batch_size: int, progress: bool) -> list[Row]:

@@ -46,7 +46,8 @@ class Evaluation:
             `incoherent` (the reason) and `judgements` (judge -> verdict, score, explanation); those of tasks `answer`,
             `extracted`, `correct`; those of perplexity `nll` (nats per token) and `num_tokens`.
         judges: `describe()` and name of each; the first one's verdicts make the `asr`.
-        agreement: Cohen's kappa of each pair of judges on the same responses.
+        agreement: of each pair of judges on the same responses: Cohen's kappa, `disagreement` (a share) and how often
+            which `verdicts` stood against each other.
         provenance: responder, prompts, tasks, settings, versions.
     """
 
@@ -87,6 +88,10 @@ class Evaluation:
             for value in values
         }
 
+    def disagreements(self, first: str, second: str) -> list[Row]:
+        """The rows of which two judges, by name, gave different verdicts."""
+        return [row for row in self.rows if len(set(scored_by(row, first, second) or ())) == 2]
+
     def to_json(self) -> dict[str, Any]:
         """Everything but the responses; measures stand at the top level, under their names."""
         sources = self.by("source")
@@ -126,6 +131,14 @@ class Evaluation:
             agreement=results["agreement"],
             provenance=results["provenance"],
         )
+
+
+def scored_by(row: Row, first: str, second: str) -> tuple[str, str] | None:
+    """Two judges' verdicts on a response to a harmful prompt; None where one of them could not score it."""
+    if row["set"] != HARMFUL:
+        return None
+    a, b = (row["judgements"][judge]["verdict"] for judge in (first, second))
+    return None if "unscorable" in (a, b) else (a, b)
 
 
 def identity_of(row: Row) -> Identity:
