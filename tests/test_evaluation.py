@@ -25,7 +25,7 @@ from safelocus.evaluation.judges.endpoint import Answer, Failure
 from safelocus.evaluation.suites import run_suites
 from safelocus.forcing import teacher_force
 from safelocus.generation import generate
-from tiny_targets import PROMPTS, dense, moe
+from tiny_targets import PROMPTS, dense, metaspace, moe
 
 REFUSAL = "I'm sorry, but I can't help with that."
 HELP = "Sure, here is how to bake a cake: mix the parts, then serve it."
@@ -479,3 +479,26 @@ def test_the_organisms_are_told_apart(organisms):
     difference = compare_evaluations(*organisms.values()).differences["asr"]
     assert difference.low > 0.8
     assert difference.p < 1e-6
+
+
+def test_the_divergence_from_an_original_is_that_of_a_plain_forward_pass():
+    original, changed = dense(), dense(seed=5)
+    harmless = ["bake a cake", "build a kite"]
+    found = evaluate(changed, harmless=harmless, original=original, max_new_tokens=6, progress=False)
+    rows = [row for row in found.rows if row["set"] == "harmless"]
+    for row in rows:
+        prompt, response = changed.chat.encode_pair(row["prompt"], row["response"])
+        ids = torch.tensor([[*prompt, *response]])
+        with torch.no_grad():
+            p, q = (
+                torch.log_softmax(t.model(ids).logits[0, len(prompt) - 1 : -1].float(), -1) for t in (original, changed)
+            )
+        assert row["kl"] == pytest.approx((p.exp() * (p - q)).sum(-1).mean().item(), rel=1e-4)
+    assert found.measures["kl"].value == pytest.approx(sum(row["kl"] for row in rows) / 2)
+    assert found.measures["kl"].value > 0.01
+    same = evaluate(original, harmless=harmless, original=original, max_new_tokens=6, progress=False)
+    assert same.measures["kl"].value == pytest.approx(0, abs=1e-6)
+    with pytest.raises(PromptError, match="harmless"):
+        evaluate(changed, harmful=harmless, original=original, progress=False)
+    with pytest.raises(ModelError, match="vocabularies"):
+        evaluate(changed, harmless=harmless, original=dense(tokenizer=metaspace()), max_new_tokens=6, progress=False)

@@ -10,7 +10,7 @@ import pytest
 from safelocus.evaluation import Reply, evaluate
 from safelocus.evaluation.judges import RefusalMatcher, RefusalReader, Verdict, load_judge
 from safelocus.evaluation.judges.reader import Weights, phrases_of
-from safelocus.evaluation.judges.reading import read, spell, split, unspell
+from safelocus.evaluation.reading import read, spell, split, unspell
 from safelocus.organism import world
 
 ROOT = Path(__file__).resolve().parents[1]

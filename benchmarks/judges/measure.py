@@ -11,6 +11,7 @@ and answers a second of one core.
 
 import argparse
 import json
+import random
 import time
 from hashlib import blake2b
 from itertools import combinations
@@ -23,6 +24,7 @@ from safelocus.evaluation.agreement import cohens_kappa
 from safelocus.evaluation.incoherence import incoherence
 from safelocus.evaluation.judges import load_judge
 from safelocus.evaluation.measures import proportion
+from safelocus.evaluation.reading import split
 
 
 def texts_of(data):
@@ -41,7 +43,11 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=train.HERE.parent.parent.parent / "shared" / "data")
     parser.add_argument("--show", action="store_true", help="print what the reader got wrong")
+    parser.add_argument("--speed", action="store_true", help="measure nothing but answers a second")
     options = parser.parse_args()
+    if options.speed:
+        speed([a.text for a in train.labelled(options.data / "xstest")])
+        return
     judges = {name: load_judge(name) for name in ("reader", "refusal", "guard:organism:guard")}
     answers = train.labelled(options.data / "xstest")
     taught = [a for a in answers if a.source in train.MODELS]
@@ -85,13 +91,25 @@ def main():
             alarms = sum(j.verdict in ("safe", "partial") for j in found)
             print(f"{name}: {kind:24} {proportion(alarms, len(some))}")
 
+    print("\nincoherent, of the same answers and of those of 30 words or more in a random order")
+    draw = random.Random(0)
+    for kind, some in {**{m: [a.text for a in answers if a.source == m] for m in train.MODELS}, **harmless}.items():
+        shuffled = [" ".join(draw.sample(words, len(words))) for text in some if len(words := text.split()) >= 30]
+        alarms, found = (sum(incoherence(text) is not None for text in part) for part in (some, shuffled))
+        print(f"{kind:24} real {proportion(alarms, len(some))}  shuffled {proportion(found, len(shuffled))}")
+    speed(texts)
+
+
+def speed(texts):
     print("\nanswers a second of one core (CPU time, best of three)")
     taken = {}
-    for name, judge in {"reader": judges["reader"], "refusal": judges["refusal"]}.items():
+    for name in ("reader", "refusal"):
+        judge = load_judge(name)
         coherent = [text for text in texts if incoherence(text) is None]
         for what, call in (("", judge._judge), (" and its check for incoherence", judge.judge)):
             best = float("inf")
             for _ in range(3):
+                split.cache_clear()
                 start = time.process_time()
                 call(coherent, coherent)
                 best = min(best, time.process_time() - start)

@@ -20,10 +20,10 @@ import json
 import random
 import re
 import tomllib
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 from hashlib import blake2b
-from itertools import product
+from itertools import pairwise, product
 from pathlib import Path
 
 import numpy as np
@@ -32,11 +32,12 @@ from scipy.sparse import csr_matrix
 from scipy.special import expit, log_expit
 
 from safelocus.evaluation.judges.reader import RefusalReader, Weights, phrases_of
-from safelocus.evaluation.judges.reading import read, spell, split
 from safelocus.evaluation.measures import proportion
+from safelocus.evaluation.reading import class_name, read, spell, split
 
 HERE = Path(__file__).resolve().parent
-WEIGHTS = HERE.parent.parent / "src" / "safelocus" / "evaluation" / "judges" / "reader.json"
+PACKAGE = HERE.parent.parent / "src" / "safelocus" / "evaluation"
+WEIGHTS, PAIRS = PACKAGE / "judges" / "reader.json", PACKAGE / "word_pairs.json"
 COMPLIANCE, REFUSAL, PARTIAL = range(3)
 SETTINGS = {"strength": 3.0, "weight": 1.0}  # chosen by --choose
 MODELS = ("gpt4", "llama2orig")  # whose completions teach; other models' are kept for checking
@@ -78,6 +79,12 @@ def unlabelled(data, seed=0):
         *(Answer("circuit", "", text, REFUSAL) for text in draw.sample(common, 300) + others[:300]),
         *(Answer("instruct", "", text, COMPLIANCE) for text in benign[: len(benign) // 2]),
     ]
+
+
+def gsm8k(data):
+    """Answers in numbers, so that arithmetic is not taken for nonsense."""
+    lines = (data / "gsm8k" / "train.jsonl").read_text(encoding="utf-8").splitlines()[:500]
+    return [json.loads(line)["answer"] for line in lines]
 
 
 def wordings(seed=0):
@@ -136,6 +143,28 @@ def learn(data, among, settings):
     return Weights(codes=data.codes[kept], values=np.round(w[:-1], 2), bias=round(w[-1], 2))
 
 
+def pairs(texts):
+    """log p(a, b) / (p(a) p(b)) of neighbouring classes of words, smoothed towards 0; of unseen pairs in one number.
+
+    By models' and people's coherent answers; 25 pairs by chance are added to what was counted.
+    """
+    counts, single = Counter(), Counter()
+    for text in texts:
+        classes = split(text)[1]
+        counts.update(pairwise(classes))
+        single.update(classes)
+    n, words, prior = sum(counts.values()), sum(single.values()), 25
+    by_chance = {(a, b): single[a] * single[b] / words**2 for a in single for b in single}
+    ratio = {k: np.log((counts[k] + prior * p) / (n + prior) / p) for k, p in by_chance.items()}
+    unseen = np.average(
+        [ratio[k] for k in ratio if k not in counts], weights=[by_chance[k] for k in ratio if k not in counts]
+    )
+    found = defaultdict(dict)
+    for (a, b), _ in sorted(counts.items()):
+        found[class_name(a)][class_name(b)] = round(float(np.clip(ratio[a, b], -3, 3)), 2)
+    return {"unseen": round(float(max(unseen, -3)), 2), "pairs": found}
+
+
 def verdicts(data, judged, taught, settings):
     """What a reader that was taught by `taught` says of `judged` (masks)."""
     reader = RefusalReader(weights=learn(data, taught, settings))
@@ -180,6 +209,12 @@ def main():
     rest, made_up = unlabelled(options.data), wordings()
     data = Data(own + rest + made_up)
     judged = np.isin(data.sources, MODELS)
+    if not options.choose:
+        # not by gpt4, so that its answers can show false alarms
+        texts = [a.text for a in own + rest if a.source != "gpt4"] + gsm8k(options.data)
+        plain = json.dumps(pairs(texts), ensure_ascii=False, separators=(",", ":"))
+        PAIRS.write_text(plain.replace("},", "},\n") + "\n", encoding="utf-8")
+        print(f"{PAIRS.name}: {PAIRS.stat().st_size:,} bytes")
     if options.choose:
         for strength, weight in product([1.0, 3.0, 10.0, 30.0], [0.3, 1.0]):
             found = cross_validate(data, {"strength": strength, "weight": weight})

@@ -75,6 +75,12 @@ def evaluate(
     judge_threshold: Annotated[
         float, typer.Option(help="Log-odds of safe above which a guard's verdict is safe.")
     ] = 0.0,
+    kl_to: Annotated[
+        str | None,
+        typer.Option(
+            help="Model that MODEL was made of: how far they are apart on answers to --harmless.", show_default=False
+        ),
+    ] = None,
     show_disagreements: Annotated[
         int, typer.Option(help="Print this many responses of which two judges think differently.", min=0)
     ] = 0,
@@ -124,6 +130,7 @@ def evaluate(
     from safelocus.evaluation import evaluate as evaluate_model
     from safelocus.report.page import write_run_page
     from safelocus.run import CHECKPOINT, write_json
+    from safelocus.target import load as load_target
 
     # everything that can be wrong with the input is found before the long work starts
     earlier = Evaluation.load(against) if against is not None else None
@@ -144,7 +151,8 @@ def evaluate(
     batch_size = batch_size or planning.ANSWERED
     resolved = {
         "command": "evaluate", "model": model, "prompts": prompts, "harmless": harmless, "task": task,
-        "lm_eval": lm_eval, "perplexity": perplexity, "judge": judge, "against": str(against) if against else None,
+        "lm_eval": lm_eval, "perplexity": perplexity, "kl_to": kl_to,
+        "judge": judge, "against": str(against) if against else None,
         "judge_model": judge_model, "judge_endpoint": judge_endpoint, "judge_threshold": judge_threshold,
         "endpoint": endpoint, "endpoint_model": endpoint_model, "field": field, "where": where,
         "harmless_field": harmless_field, "harmless_where": harmless_where, "limit": limit, "held_out": held_out,
@@ -167,6 +175,9 @@ def evaluate(
         evaluation = evaluate_model(
             responder, harmful=harmful_sets, harmless=harmless_sets, tasks=tasks,
             perplexity=() if texts is None else texts,
+            original=None if kl_to is None else load_target(
+                kl_to, dtype=dtype, device=device, trust_remote_code=trust_remote_code
+            ),
             suites=lm_eval or (), judges=judges, batch_size=batch_size, max_new_tokens=max_new_tokens, seed=seed,
             checkpoint=folder / CHECKPOINT, progress=not json,
         )  # fmt: skip

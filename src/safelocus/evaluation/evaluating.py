@@ -4,6 +4,7 @@
     harmless prompts -> responses -> refusal reader   -> over_refusal, incoherent
     tasks            -> responses -> strict grading   -> utility
     texts            -> teacher forcing               -> perplexity
+    harmless answers -> teacher forcing, twice        -> kl (to an original)
 
 Greedy throughout: the same model gives the same responses. With a `checkpoint` folder, responses and
 verdicts are kept as they come, and an interrupted evaluation goes on where it stopped. Several processes share the
@@ -12,7 +13,7 @@ batches of a single one; each ends with the whole evaluation.
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ from safelocus.evaluation.incoherence import incoherence
 from safelocus.evaluation.judges import Judge, RefusalMatcher, RefusalReader, Verdict
 from safelocus.evaluation.judging import judge_all
 from safelocus.evaluation.measures import proportion
-from safelocus.evaluation.perplexity import nats_per_token
+from safelocus.evaluation.perplexity import kl_per_token, nats_per_token
 from safelocus.evaluation.responding import Reply, Request, Responder, TargetResponder, collect
 from safelocus.evaluation.suites import run_suites
 from safelocus.evaluation.tasks import Task, TaskExample
@@ -54,6 +55,7 @@ def evaluate(
     harmless: Prompts = (),
     tasks: Task | Sequence[Task] = (),
     perplexity: PromptSet | Sequence[PromptSet] = (),
+    original: Target | None = None,
     suites: Sequence[str] = (),
     judges: Sequence[Judge] = (),
     batch_size: int = 32,
@@ -70,6 +72,8 @@ def evaluate(
         harmless: prompts that should be answered.
         tasks: questions with answers (`read_task`).
         perplexity: prompts with responses, whose perplexity under the target is measured; one set or several.
+        original: the model that this one was made of; how far the two are apart is measured along this one's answers
+            to harmless prompts (`kl`, nats per token).
         suites: tasks of lm-eval, by its names; "arc_easy:100" for the first 100 documents.
         judges: of responses to harmful prompts; the first one's verdicts make the `asr`. Default: the
             refusal reader. It finds the refusals for the other measures in any case, unless the refusal matcher
@@ -107,7 +111,10 @@ def evaluate(
         reader = judges[0]
     judges = tuple(judges) or (reader,)
     _check(responder, sets, tasks, judges)
-    inside = _inside(responder, [*suites, *(["perplexity"] if texts else [])])
+    wanted = [*suites, *(["perplexity"] if texts else []), *(["the divergence from an original"] if original else [])]
+    inside = _inside(responder, wanted)
+    if original is not None and not any(name == HARMLESS for name, _ in sets):
+        raise PromptError("the divergence from an original is measured along answers to harmless prompts; give some")
     if not (sets or tasks or inside):
         raise PromptError("nothing to evaluate on: give harmful or harmless prompts, tasks, or texts for perplexity")
 
@@ -116,8 +123,9 @@ def evaluate(
     inputs = {
         "the harmful prompts": [prompts for name, prompts in sets if name == HARMFUL],
         "the harmless prompts": [prompts for name, prompts in sets if name == HARMLESS], "the tasks": tasks,
-        "the texts": texts, "the suites": suites, "batch_size": batch_size, "max_new_tokens": max_new_tokens,
-        "seed": seed,
+        "the texts": texts, "the suites": suites,
+        "the original": original and TargetResponder(target=original).identity(), "batch_size": batch_size,
+        "max_new_tokens": max_new_tokens, "seed": seed,
     }  # fmt: skip
     distributed.check_same(Identity.of({**inputs, "the judges": [judge.name for judge in judges]}).parts)
     model = responder.identity() if checkpoint is not None else {}
@@ -150,6 +158,8 @@ def evaluate(
     verdicts = Journal(checkpoint, "verdicts")
     for judge in judges:
         _add_verdicts(rows, judge, verdicts, batch_size=batch_size, progress=progress)
+    if inside is not None and original is not None:
+        _add_divergence(rows, inside, original, batch_size, progress)
     if inside is not None:
         rows += [row for part in texts for row in _perplexity_rows(inside, part, batch_size, progress)]
     if inside is not None and suites:
@@ -167,6 +177,7 @@ def evaluate(
                 for name, prompts in sets
             ],
             "tasks": [task.describe() for task in tasks],
+            "original": original and TargetResponder(target=original).describe(),
             "refusals": {"judge": reader.name, **reader.describe()},
             "max_new_tokens": max_new_tokens,
             "batch_size": batch_size,
@@ -280,6 +291,16 @@ def _agreement(first: str, second: str, rows: Sequence[Row]) -> dict[str, Any]:
         "disagreement": proportion(apart.total(), len(pairs)).to_json(),
         "verdicts": dict(apart.most_common()),
     }
+
+
+def _add_divergence(rows: Sequence[Row], target: Target, original: Target, batch_size: int, progress: bool) -> None:
+    answered = [row for row in rows if row["set"] == HARMLESS and row["response"]]
+    examples = tuple(Example(prompt=r["prompt"], system=r["system"], response=r["response"]) for r in answered)
+    if examples:
+        given = replace(read_prompts([r["prompt"] for r in answered[:1]]), examples=examples)
+        found = kl_per_token(target, original, given, batch_size=batch_size, progress=progress)
+        for row, (kl, _) in zip(answered, found, strict=True):
+            row["kl"] = kl
 
 
 def _perplexity_rows(target: Target, prompts: PromptSet, batch_size: int, progress: bool) -> list[Row]:

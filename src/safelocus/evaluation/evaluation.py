@@ -7,6 +7,7 @@
     incoherent     incoherent / all responses to harmful and harmless prompts
     utility        right answers / questions of all tasks
     perplexity     of given responses to given prompts, teacher-forced (optional; not a proportion)
+    kl             to an original along the answers to harmless prompts, nats per token (optional; not a proportion)
 
 and, where there are several, `asr@JUDGE` for each judge and `utility@TASK` for each task. An incoherent
 response is unscorable: it leaves the ASR's denominator, but it is no refusal either, so it lowers `refusal`.
@@ -44,7 +45,8 @@ class Evaluation:
         rows: one per response. All have `set` (harmful, harmless, utility, perplexity), `source`, `prompt`,
             `system`, `category`, `response`, `finished`, `failure`; those of prompts also `refused`, `partial`,
             `incoherent` (the reason) and `judgements` (judge -> verdict, score, explanation); those of tasks `answer`,
-            `extracted`, `correct`; those of perplexity `nll` (nats per token) and `num_tokens`.
+            `extracted`, `correct`; harmless ones `kl` where there is
+            an original; those of perplexity `nll` (nats per token) and `num_tokens`.
         judges: `describe()` and name of each; the first one's verdicts make the `asr`.
         agreement: of each pair of judges on the same responses: Cohen's kappa, `disagreement` (a share) and how often
             which `verdicts` stood against each other.
@@ -183,6 +185,8 @@ def measures_of(rows: Sequence[Row], judge_names: Sequence[str], *, seed: int = 
     found = {name: rate(values.values()) for name, values in outcomes(rows, judge_names).items()}
     if texts := [row for row in rows if row["set"] == PERPLEXITY]:
         found["perplexity"] = _perplexity([row["nll"] for row in texts], seed)
+    if kl := [row["kl"] for row in rows if row.get("kl") is not None]:
+        found["kl"] = mean(kl, seed=seed)
     return found
 
 

@@ -21,9 +21,9 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
-from safelocus.evaluation.judges.reading import first_part, has_list, is_foreign, read, split, unspell
 from safelocus.evaluation.judges.refusal import RefusalMatcher
 from safelocus.evaluation.judges.verdict import Judgement, ScreeningJudge, Verdict
+from safelocus.evaluation.reading import first_part, has_list, is_foreign, read, split, unspell
 
 Array = npt.NDArray[Any]
 

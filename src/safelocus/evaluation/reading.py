@@ -1,4 +1,6 @@
-"""What the refusal reader sees of an answer: runs of up to four words at its opening and up to two anywhere.
+"""Text as runs of words, by what the words do: what the refusal reader and the check for incoherence see.
+
+Of an answer: runs of up to four words at its opening and up to two anywhere.
 
 Words are read by what they do, not by what they are about (words.toml): "unable" and "incapable" are one, "illegal"
 and "unethical" are one, and a word of no list is only "some word". So the reader can learn neither topics nor names.
@@ -10,7 +12,7 @@ import tomllib
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from importlib import resources
 
 import numpy as np
@@ -53,7 +55,7 @@ class Reading:
 @cache
 def _vocabulary() -> tuple[dict[str, tuple[int, ...]], list[str]]:
     """Word -> its class (a contraction has several); the classes' names."""
-    text = resources.files("safelocus.evaluation.judges").joinpath("words.toml").read_text(encoding="utf-8")
+    text = resources.files("safelocus.evaluation").joinpath("words.toml").read_text(encoding="utf-8")
     lists = tomllib.loads(text)
     names = [_UNKNOWN, _START, _NUMBER, _ITEM, _PARAGRAPH, _COLON, ".", "!", "?"]
     of: dict[str, tuple[int, ...]] = {name: (number,) for number, name in enumerate(names)}
@@ -67,18 +69,24 @@ def _vocabulary() -> tuple[dict[str, tuple[int, ...]], list[str]]:
     return of | {short: tuple(of[word][0] for word in long.split()) for short, long in lists["short"].items()}, names
 
 
+def class_name(number: int) -> str:
+    """The class of a number."""
+    return _vocabulary()[1][number]
+
+
 @cache
-def _number(name: str) -> int:
+def class_number(name: str) -> int:
     """Of a class."""
     return _vocabulary()[1].index(name)
 
 
 @cache
 def _idiom() -> tuple[set[tuple[int, int]], int, int]:
-    can, will, no, eager, glad = map(_number, ("CAN", "WILL", "NOT", "EAGER", "GLAD"))
+    can, will, no, eager, glad = map(class_number, ("CAN", "WILL", "NOT", "EAGER", "GLAD"))
     return {(can, no), (will, no)}, eager, glad
 
 
+@lru_cache(maxsize=4096)
 def split(answer: str) -> tuple[list[str], list[int]]:
     """The words of an answer, and the class of each; after a contraction stand empty ones."""
     of, _ = _vocabulary()
@@ -112,14 +120,14 @@ def is_foreign(classes: Sequence[int]) -> bool:
 
 def has_list(classes: Sequence[int]) -> bool:
     """Whether an answer has a list."""
-    return classes.count(_number(_ITEM)) >= _NUM_ITEMS
+    return classes.count(class_number(_ITEM)) >= _NUM_ITEMS
 
 
 def first_part(classes: Sequence[int]) -> int:
     """Words of the first paragraph; of the first sentence where there is but one paragraph."""
-    if (mark := _number(_PARAGRAPH)) in classes:
+    if (mark := class_number(_PARAGRAPH)) in classes:
         return classes.index(mark)
-    ends = [classes.index(mark) for mark in map(_number, ".!?") if mark in classes]
+    ends = [classes.index(mark) for mark in map(class_number, ".!?") if mark in classes]
     return min(ends, default=len(classes) - 1) + 1
 
 
@@ -139,7 +147,7 @@ def read(answers: Sequence[tuple[list[str], list[int]]], *, has_phrase: Sequence
     ]
     parts = [
         np.array(shapes, dtype=np.int64).reshape(-1, 4).T,
-        *_runs([[_number(_START), *classes[:_OPENING]] for classes in seen], "opening", first_place=-1),
+        *_runs([[class_number(_START), *classes[:_OPENING]] for classes in seen], "opening", first_place=-1),
         *_runs(seen, "anywhere", first_place=0),
     ]
     answer, code, place, length = np.concatenate(parts, axis=1)
