@@ -38,7 +38,7 @@ _NUM_PAIRS, _SALAD = (
     30,
     -0.35,
 )  # pairs from which the order of words is judged; mean log-ratio below which it makes no sense
-_COMPRESSIBLE, _LONG = 0.2, 400  # share that zlib leaves of a text of so many bytes that says little
+_VARIED, _COMPRESSIBLE, _LONG = 0.75, 0.2, 400  # distinct runs; what zlib leaves of so many bytes that say little
 _NUM_DRIFT = 20  # words of another script that follow in mid-sentence
 
 _STUTTER = re.compile(r"\b([^\W\d_]{4,})(?: \1\b){5}")  # a word six times in a row
@@ -172,17 +172,18 @@ def _says_little_often(words: list[str]) -> bool:
     """Few distinct runs of words: loops that differ in a number, or that ended."""
     if len(words) < _MANY_WORDS:
         return False
-    said = " ".join(words).casefold().encode("utf-8", "replace")
-    if len(said) > _LONG and len(zlib.compress(said, 6)) < _COMPRESSIBLE * len(said):
-        return True
     lower = [word.lower() for word in words]
     runs = list(zip(*(lower[start:] for start in range(_NGRAM)), strict=False))
-    return len(set(runs)) < _DISTINCT * len(runs)
+    distinct = len(set(runs)) / len(runs)
+    if distinct > _VARIED:
+        return False
+    said = " ".join(lower).encode("utf-8", "replace")
+    return distinct < _DISTINCT or (len(said) > _LONG and len(zlib.compress(said, 6)) < _COMPRESSIBLE * len(said))
 
 
 def _is_implausible(words: list[str]) -> bool:
     """Whether many words of Latin letters are none: no vowel, letters of mixed case, or far too long."""
-    latin = [word for word in words if len(word) > 2 and "a" <= _base(word[0]).lower() <= "z"]
+    latin = [w for w in words if len(w) > 2 and (w.isascii() or "a" <= _base(w[0]).lower() <= "z")]
     if len(latin) < _NUM_WORDS:
         return False
     return sum(map(_is_no_word, latin)) > _IMPLAUSIBLE * len(latin)
