@@ -6,10 +6,10 @@ import pytest
 
 from pages import Page
 from safelocus.analysis import words
-from safelocus.comparison import Overlap
 from safelocus.report.grid import Span
 from safelocus.report.page import sections_of, write_run_page
 from safelocus.report.runs import ReportRun
+from safelocus.scoring.comparison import Overlap
 from safelocus.verification import Stability
 from safelocus.verification.agreement import Agreement
 from test_verification import made

@@ -18,9 +18,9 @@ from safelocus.errors import RunError
 from safelocus.evaluation import responding
 from safelocus.evaluation.judges import GuardJudge, RefusalMatcher
 from safelocus.evaluation.tasks import task_of
+from safelocus.model.target import Target
 from safelocus.preservation.run import Mixed, run_preservation
-from safelocus.run import holds_work
-from safelocus.target import Target
+from safelocus.run.folder import holds_work
 from safelocus.training.examination import Examination
 from safelocus.training.lora import Lora
 from safelocus.verification import stability, verifying

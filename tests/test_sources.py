@@ -9,8 +9,8 @@ import torch
 import safelocus as sl
 from safelocus.cli import sources
 from safelocus.errors import ModelError, PromptError, SafelocusError
+from safelocus.model.target import Target
 from safelocus.objective import Guard, remake
-from safelocus.target import Target
 from tiny_targets import PROMPTS, dense, guard
 
 OPENINGS = {"refusals": ("no",), "compliances": ("Sure", "is how")}
@@ -45,7 +45,7 @@ def test_the_scores_beside_a_selection_are_taken(made, monkeypatch):
     scores, file = made
     scores.save(file.parent / "scores")
     with monkeypatch.context() as patched:
-        patched.setattr("safelocus.scoring.score", mock.Mock(side_effect=AssertionError("scored again")))
+        patched.setattr("safelocus.scoring.run.score", mock.Mock(side_effect=AssertionError("scored again")))
         assert same(like(file), scores)
     assert like(file, "magnitude").provenance.method == "magnitude"
 

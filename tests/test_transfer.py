@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from safelocus.generation import Response
+from safelocus.model.generation import Response
 from safelocus.objective.spelling import spell_vocabulary
 from safelocus.objective.transfer import Reading
 from tiny_targets import PROMPTS, byte_level, dense, guard, metaspace

@@ -22,7 +22,7 @@ import safelocus as sl
 from safelocus import smollm2
 from safelocus.enhancement.run import enhancer
 from safelocus.prompts import Example, PromptSet
-from safelocus.run import write_json
+from safelocus.run.folder import write_json
 from safelocus.smollm2 import source
 from safelocus.training import TrainingSettings
 from safelocus.training.arm import Arm

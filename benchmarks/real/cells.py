@@ -21,13 +21,13 @@ import sets
 
 import safelocus as sl
 from safelocus.evaluation import Evaluation, evaluate
-from safelocus.evaluation.evaluation import PERPLEXITY
-from safelocus.run import write_json
-from safelocus.scores import Scores
-from safelocus.scoring import versions
-from safelocus.selection import Selection
+from safelocus.evaluation.result import PERPLEXITY
+from safelocus.model.target import Target
+from safelocus.run.folder import write_json
+from safelocus.scoring.run import versions
+from safelocus.scoring.scores import Scores
+from safelocus.selection.selection import Selection
 from safelocus.smollm2 import source
-from safelocus.target import Target
 from safelocus.verification.plan import random_selection
 
 ROOT = Path(__file__).parents[2]

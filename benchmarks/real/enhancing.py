@@ -16,7 +16,7 @@ import cells
 import sets
 
 from safelocus.enhancement.run import enhancer
-from safelocus.target import Target
+from safelocus.model.target import Target
 from safelocus.training import TrainingSettings
 from safelocus.training.arm import Arm
 

@@ -9,9 +9,9 @@ from safelocus.cli import options
 from safelocus.cli.output import print_json, results
 
 if TYPE_CHECKING:
-    from safelocus.comparison import Overlap, ScoreComparison, SelectionComparison
-    from safelocus.scores import Scores
-    from safelocus.selection import Selection
+    from safelocus.scoring.comparison import Overlap, ScoreComparison, SelectionComparison
+    from safelocus.scoring.scores import Scores
+    from safelocus.selection.selection import Selection
 
 
 def compare(
@@ -24,9 +24,9 @@ def compare(
     config: options.Config = None,
 ) -> None:
     """Compare selections (overlap beside chance) or scores (rank correlation), each with the first."""
-    from safelocus.comparison import ScoreComparison
-    from safelocus.comparison import compare as compare_two
     from safelocus.errors import RunError
+    from safelocus.scoring.comparison import ScoreComparison
+    from safelocus.scoring.comparison import compare as compare_two
 
     if len(artefacts) < 2:
         raise RunError(f"nothing to compare {artefacts[0]} with; give two or more selections or scores")
@@ -48,8 +48,8 @@ def _load(path: Path) -> "Selection | Scores":
     """A selection file, a scores folder, or the scores (else the selection) of a run folder."""
     from safelocus.cli.select import scores_folder
     from safelocus.errors import RunError
-    from safelocus.scores import Scores
-    from safelocus.selection import Selection
+    from safelocus.scoring.scores import Scores
+    from safelocus.selection.selection import Selection
 
     if not path.exists():
         raise RunError(f"{path}: does not exist; expected a selection, a scores folder or a run folder")

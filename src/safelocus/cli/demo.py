@@ -35,10 +35,10 @@ def demo(
     """
     from safelocus.demo import FULL, QUICK, ChatSizes, Sizes, tell
     from safelocus.errors import ModelError
+    from safelocus.model.target import resolve
     from safelocus.report.page import PAGE
     from safelocus.report.verdicts import claims_table
-    from safelocus.run import run_folder
-    from safelocus.target import resolve
+    from safelocus.run.folder import run_folder
 
     if not (organisms := organisms or quick):
         try:

@@ -133,16 +133,16 @@ def enhance(
     from safelocus.enhancement.result import PATCH
     from safelocus.enhancement.run import run_enhancement
     from safelocus.errors import SafelocusError
+    from safelocus.model.target import load
     from safelocus.prompts import read_prompts
     from safelocus.report.page import write_outcome
     from safelocus.report.training import effect, outcome_grid, sweep_grid
     from safelocus.resources import Subject, Training
-    from safelocus.run import CHECKPOINT
-    from safelocus.scoring import METHODS
-    from safelocus.target import load
+    from safelocus.run.folder import CHECKPOINT
+    from safelocus.scoring.run import METHODS
     from safelocus.training import TrainingSettings
     from safelocus.training.examination import check_apart, divide
-    from safelocus.verification.verifying import check_unseen
+    from safelocus.verification.run import check_unseen
 
     # everything that can be wrong with the input is found before the long work starts
     known = ("random", "bottom", "full", "lora", *(method for method in METHODS if method != "random"))

@@ -120,7 +120,7 @@ def evaluate(
     from safelocus.evaluation import Evaluation, compare_evaluations
     from safelocus.evaluation import evaluate as evaluate_model
     from safelocus.report.page import write_run_page
-    from safelocus.run import CHECKPOINT, write_json
+    from safelocus.run.folder import CHECKPOINT, write_json
 
     # everything that can be wrong with the input is found before the long work starts
     earlier = Evaluation.load(against) if against is not None else None
@@ -238,7 +238,7 @@ def _responder(
     from safelocus.errors import ModelError
     from safelocus.evaluation import EndpointResponder, TargetResponder
     from safelocus.evaluation.judges.endpoint import Endpoint
-    from safelocus.target import load as load_target
+    from safelocus.model.target import load as load_target
 
     if (model is None) == (endpoint is None) or (endpoint is None) != (endpoint_model is None):
         raise ModelError("give either MODEL, or --endpoint URL with --endpoint-model NAME")

@@ -9,7 +9,7 @@ from safelocus.cli import options
 from safelocus.cli.output import print_json, results
 
 if TYPE_CHECKING:
-    from safelocus.layout import Layout
+    from safelocus.model.layout import Layout
 
 
 def inspect(
@@ -25,8 +25,8 @@ def inspect(
     json: options.Json = False,
 ) -> None:
     """Print how every tensor of a model was understood: components, layers, experts, what is eligible."""
-    from safelocus.layout import Layout
-    from safelocus.target import load, load_config
+    from safelocus.model.layout import Layout
+    from safelocus.model.target import load, load_config
 
     if no_weights:
         config = load_config(model, revision=revision, trust_remote_code=trust_remote_code)
@@ -63,7 +63,7 @@ def _table(name: str, layout: "Layout") -> Any:
     from rich import box
     from rich.table import Table
 
-    from safelocus.layout import COMPONENTS, ELIGIBLE
+    from safelocus.model.layout import COMPONENTS, ELIGIBLE
 
     summary = _summary(layout)
     table = Table(

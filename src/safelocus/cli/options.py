@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 import typer
 
 from safelocus.errors import RunError
-from safelocus.run import read_config
+from safelocus.run.folder import read_config
 
 
 def _load_config(context: typer.Context, value: Path | None) -> Path | None:

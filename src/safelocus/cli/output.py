@@ -50,7 +50,7 @@ def shared_run(output: Path, *, config: Mapping[str, Any], overwrite: bool = Fal
     The first one writes. The others get a folder too, for what they resume from; it vanishes with the run's end.
     """
     from safelocus import distributed
-    from safelocus.run import part_folder, run_folder
+    from safelocus.run.folder import part_folder, run_folder
 
     number, count = distributed.rank(), distributed.world_size()
     if distributed.is_main():

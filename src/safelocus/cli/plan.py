@@ -52,9 +52,9 @@ def plan(
 ) -> None:
     """Say what memory and time each stage needs, from the configuration alone, and which settings fit."""
     from safelocus import resources
+    from safelocus.model.target import dtype_on
     from safelocus.prompts import read_prompts
     from safelocus.resources import Answering, Lengths, Scoring, Subject, Training, find_device
-    from safelocus.target import dtype_on
 
     where = find_device(device, count=devices)
     dtype = dtype_on("cpu" if where.is_cpu else device, dtype)

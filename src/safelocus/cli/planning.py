@@ -12,9 +12,9 @@ from safelocus.cli.output import note
 
 if TYPE_CHECKING:
     from safelocus.evaluation.tasks import TaskExample
+    from safelocus.model.target import Dtype
     from safelocus.prompts import Example, PromptSet
     from safelocus.resources import Choice, Device, Lengths, Subject, Training
-    from safelocus.target import Dtype
     from safelocus.training import TrainingSettings
 
 T = TypeVar("T")
@@ -53,7 +53,7 @@ class Model:
         return Subject.load(name, dtype=self._dtype(), trust_remote_code=self.trust_remote_code) if name else None
 
     def _dtype(self) -> "Dtype":
-        from safelocus.target import dtype_on
+        from safelocus.model.target import dtype_on
 
         return dtype_on(self.device, self.dtype)
 
@@ -74,10 +74,10 @@ class Model:
         max_length: int = 1024,
     ) -> "Lengths":  # fmt: skip
         """Tokens of the longest prompt that has room, and of the longest row of the first set and of the others."""
-        from safelocus.chat import chat_format
-        from safelocus.generation import room_for_prompt
+        from safelocus.model.chat import chat_format
+        from safelocus.model.generation import room_for_prompt
+        from safelocus.model.target import load_config, load_tokenizer
         from safelocus.resources import Lengths
-        from safelocus.target import load_config, load_tokenizer
 
         hub: dict[str, Any] = {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
         room = room_for_prompt(load_config(self.name, **hub), response)
@@ -168,7 +168,7 @@ def answering_settings(
         ResourceError: as for `scoring_settings`.
     """
     from safelocus import distributed
-    from safelocus.generation import room_for_prompt
+    from safelocus.model.generation import room_for_prompt
     from safelocus.resources import Answering, choose_answering
 
     asked = [example for part in sets for example in part]
@@ -305,7 +305,7 @@ def _device(model: Model, choice: "Choice") -> str | None:
 
 def unfinished(output: Path, overwrite: bool, given: dict[str, Any]) -> dict[str, Any]:
     """Options not given, of the run that will be resumed; else as they are."""
-    from safelocus.run import read_unfinished
+    from safelocus.run.folder import read_unfinished
 
     earlier = {} if overwrite else agreed(lambda: read_unfinished(output))
     return {name: earlier.get(name) if value is None else value for name, value in given.items()}
@@ -313,7 +313,7 @@ def unfinished(output: Path, overwrite: bool, given: dict[str, Any]) -> dict[str
 
 def num_selected(selection: Path | None, ratio: float | None, subject: "Subject") -> int:
     """K of a selection file, or of a selection to be made."""
-    from safelocus.selection import Selection
+    from safelocus.selection.selection import Selection
 
     if selection is None:
         return int((0.01 if ratio is None else ratio) * subject.num_weights)

@@ -10,7 +10,7 @@ from safelocus.cli.output import note, print_json, results, shared_run, together
 
 if TYPE_CHECKING:
     from safelocus.prompts import PromptSet
-    from safelocus.selection import Selection
+    from safelocus.selection.selection import Selection
 
 ROWS = 16  # of an optimizer step
 
@@ -131,6 +131,7 @@ def preserve(
     """
     from safelocus import distributed
     from safelocus.errors import SafelocusError
+    from safelocus.model.target import load
     from safelocus.preservation.calibration import Calibration
     from safelocus.preservation.run import Mixed, run_preservation
     from safelocus.preservation.trainee import ADAPTER, MODEL
@@ -138,13 +139,12 @@ def preserve(
     from safelocus.report.page import write_outcome
     from safelocus.report.training import outcome_grid
     from safelocus.resources import Subject, Training
-    from safelocus.run import CHECKPOINT
-    from safelocus.scoring import METHODS
-    from safelocus.target import load
+    from safelocus.run.folder import CHECKPOINT
+    from safelocus.scoring.run import METHODS
     from safelocus.training import TrainingSettings
     from safelocus.training.examination import Examination, check_apart, read_lesson
     from safelocus.training.lora import Lora
-    from safelocus.verification.verifying import check_unseen
+    from safelocus.verification.run import check_unseen
 
     # everything that can be wrong with the input is found before the long work starts
     known = ("random", "bottom", *(method for method in METHODS if method != "random"))

@@ -11,9 +11,9 @@ from safelocus.cli import options, planning
 from safelocus.cli.output import note, print_json, results, shared_run, together
 
 if TYPE_CHECKING:
+    from safelocus.model.target import Target
     from safelocus.objective import Objective
     from safelocus.prompts import PromptSet
-    from safelocus.target import Target
 
 
 @together
@@ -79,15 +79,15 @@ def score(
     from safelocus import distributed
     from safelocus.analysis.map import safety_map
     from safelocus.errors import ModelError
+    from safelocus.model.target import load, load_config
     from safelocus.prompts import read_prompts
-    from safelocus.ratio import count_for_ratio
     from safelocus.report.maps import print_map
     from safelocus.report.page import write_map
-    from safelocus.run import CHECKPOINT
-    from safelocus.scores import Scores
-    from safelocus.scoring import METHODS, NEEDS_OBJECTIVE
-    from safelocus.scoring import score as score_weights
-    from safelocus.target import load, load_config
+    from safelocus.run.folder import CHECKPOINT
+    from safelocus.scoring.run import METHODS, NEEDS_OBJECTIVE
+    from safelocus.scoring.run import score as score_weights
+    from safelocus.scoring.scores import Scores
+    from safelocus.selection.ratio import count_for_ratio
 
     if method not in METHODS:
         raise typer.BadParameter(f"{method!r} is not one of {', '.join(METHODS)}", param_hint="--method")
@@ -175,7 +175,7 @@ def _fitting(prompt_set: "PromptSet", target: "Target", max_new_tokens: int) -> 
     from dataclasses import replace
 
     from safelocus.errors import PromptError
-    from safelocus.generation import longest_prompt
+    from safelocus.model.generation import longest_prompt
 
     room = longest_prompt(target, max_new_tokens)
     kept = tuple(e for e in prompt_set.examples if len(target.chat.encode_prompt(e.prompt, system=e.system)) <= room)
@@ -220,7 +220,7 @@ class AnswerLog:
         import json
 
         from safelocus import distributed
-        from safelocus.run import write_text
+        from safelocus.run.folder import write_text
 
         batches: dict[Any, list[dict[str, Any]]] = {}
         for line in self._batches.read_text(encoding="utf-8").split("\n") if self._batches.is_file() else ():

@@ -35,8 +35,8 @@ def select(
     from safelocus.analysis.map import safety_map
     from safelocus.errors import RunError
     from safelocus.report.maps import print_map
-    from safelocus.scores import Scores
-    from safelocus.selection import Selection
+    from safelocus.scoring.scores import Scores
+    from safelocus.selection.selection import Selection
 
     if output.exists() and not overwrite:
         raise RunError(f"{output}: exists already; choose another name, or --overwrite it")

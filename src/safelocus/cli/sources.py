@@ -15,11 +15,11 @@ from safelocus.cli import options
 if TYPE_CHECKING:
     from safelocus.evaluation.judges import Judge
     from safelocus.evaluation.tasks import Task
+    from safelocus.model.target import Target
     from safelocus.prompts import PromptSet
-    from safelocus.provenance import Provenance
-    from safelocus.scores import Scores
-    from safelocus.selection import Selection
-    from safelocus.target import Target
+    from safelocus.run.provenance import Provenance
+    from safelocus.scoring.scores import Scores
+    from safelocus.selection.selection import Selection
 
 
 def harmless_prompts(source: str | None, limit: int | None, seed: int) -> "PromptSet | None":
@@ -118,9 +118,9 @@ def score_like(
     from safelocus.errors import PromptError, SafelocusError
     from safelocus.objective import remake
     from safelocus.prompts import prompt_hash, read_prompts
-    from safelocus.run import read_config
-    from safelocus.scores import Scores
-    from safelocus.scoring import METHODS, NEEDS_OBJECTIVE, score
+    from safelocus.run.folder import read_config
+    from safelocus.scoring.run import METHODS, NEEDS_OBJECTIVE, score
+    from safelocus.scoring.scores import Scores
 
     if method not in METHODS:
         raise SafelocusError(f"{method!r} is no way to score weights; expected {', '.join(METHODS)}")
@@ -250,9 +250,9 @@ def locate(
     from safelocus import distributed
     from safelocus.objective import Guard, Objective, Refusal
     from safelocus.prompts import read_prompts
-    from safelocus.resume import claim
-    from safelocus.scoring import NEEDS_OBJECTIVE, score
-    from safelocus.selection import Selection
+    from safelocus.run.resume import claim
+    from safelocus.scoring.run import NEEDS_OBJECTIVE, score
+    from safelocus.selection.selection import Selection
 
     if selection is not None:
         file = _selection_file(selection)

@@ -45,13 +45,13 @@ def stability(
     Writes results.json and report.html. Interrupted with Ctrl-C, the same command resumes.
     """
     from safelocus.errors import SafelocusError
+    from safelocus.model.target import load
     from safelocus.objective import Guard, Objective, Refusal
     from safelocus.prompts import read_prompts
     from safelocus.report.page import write_run_page
     from safelocus.report.verification import stability_grid
-    from safelocus.run import CHECKPOINT, run_folder
-    from safelocus.scoring import NEEDS_OBJECTIVE
-    from safelocus.target import load
+    from safelocus.run.folder import CHECKPOINT, run_folder
+    from safelocus.scoring.run import NEEDS_OBJECTIVE
     from safelocus.verification import stability as measure_stability
 
     if method not in NEEDS_OBJECTIVE:

@@ -10,8 +10,8 @@ from safelocus.cli import options, planning, sources
 from safelocus.cli.output import note, print_json, results, shared_run, together
 
 if TYPE_CHECKING:
-    from safelocus.scores import Scores
-    from safelocus.selection import Selection
+    from safelocus.scoring.scores import Scores
+    from safelocus.selection.selection import Selection
 
 
 @together
@@ -111,13 +111,13 @@ def verify(
     """
     from safelocus import distributed
     from safelocus.errors import SafelocusError
+    from safelocus.model.target import load
     from safelocus.report.page import write_outcome
     from safelocus.report.verification import ranking_grid, settings_grid
-    from safelocus.run import CHECKPOINT
-    from safelocus.scoring import METHODS
-    from safelocus.target import load
+    from safelocus.run.folder import CHECKPOINT
+    from safelocus.scoring.run import METHODS
     from safelocus.verification import verify as verify_selections
-    from safelocus.verification.verifying import check_unseen
+    from safelocus.verification.run import check_unseen
 
     # everything that can be wrong with the input is found before the long work starts
     named = {name: artefact for name, artefact, _ in _load(scores)}
@@ -203,8 +203,8 @@ def verify(
 
 def _num_disturbed(artefact: "Scores | Selection", ratios: Sequence[float]) -> int:
     """K of the largest selection."""
-    from safelocus.ratio import count_for_ratio
-    from safelocus.selection import Selection
+    from safelocus.selection.ratio import count_for_ratio
+    from safelocus.selection.selection import Selection
 
     if isinstance(artefact, Selection):
         return artefact.k
@@ -215,8 +215,8 @@ def _load(paths: Sequence[Path]) -> "list[tuple[str, Scores | Selection, Path]]"
     """(name, artefact, path): named by method, or by path where methods repeat."""
     from safelocus.cli.select import scores_folder
     from safelocus.errors import RunError
-    from safelocus.scores import Scores
-    from safelocus.selection import Selection
+    from safelocus.scoring.scores import Scores
+    from safelocus.selection.selection import Selection
 
     loaded: list[tuple[Path, Scores | Selection]] = []
     for path in paths:

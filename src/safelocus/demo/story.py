@@ -32,7 +32,7 @@ from safelocus.demo.stages import Found, Place, Stage, calibrate, disturb, enhan
 from safelocus.errors import RunError
 from safelocus.report.page import PAGE, write_page
 from safelocus.report.runs import ReportRun
-from safelocus.run import CHECKPOINT, write_json
+from safelocus.run.folder import CHECKPOINT, write_json
 
 ORGANISMS = {"dense": "dense organism", "moe": "mixture-of-experts organism"}
 RUNS: Sequence[str] = ("score", "verify", "score-unaligned", "enhance", "freeze", "preserve")

@@ -7,11 +7,11 @@ count, not the prompt's and not the one that ends the turn.
 import torch
 
 from safelocus import distributed
-from safelocus.forcing import teacher_force
-from safelocus.generation import longest_prompt
+from safelocus.model.forcing import teacher_force
+from safelocus.model.generation import longest_prompt
+from safelocus.model.target import Target
 from safelocus.progress import track
 from safelocus.prompts import PromptSet
-from safelocus.target import Target
 
 
 @torch.no_grad()

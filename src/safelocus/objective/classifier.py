@@ -10,9 +10,9 @@ from torch import Tensor
 from transformers import AutoModelForSequenceClassification
 
 from safelocus.errors import ModelError
+from safelocus.model.target import Dtype, dtype_on, load_model, load_tokenizer
 from safelocus.objective.text import TextObjective, embedding_gradients, tokenize_around
 from safelocus.objective.transfer import Reading
-from safelocus.target import Dtype, dtype_on, load_model, load_tokenizer
 
 _UNSAFE_LABELS = ("unsafe", "toxic", "toxicity", "harmful", "hate", "offensive", "label_1")
 

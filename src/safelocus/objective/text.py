@@ -15,13 +15,13 @@ import torch
 import xxhash
 from torch import Tensor
 
-from safelocus.fingerprint import Fingerprint
-from safelocus.forcing import pad, sent, teacher_force
-from safelocus.generation import Response, generate
+from safelocus.model.fingerprint import Fingerprint
+from safelocus.model.forcing import pad, sent, teacher_force
+from safelocus.model.generation import Response, generate
 from safelocus.objective.transfer import Reading, Transfer, Variant
 
 if TYPE_CHECKING:
-    from safelocus.target import Target
+    from safelocus.model.target import Target
 
 ResponseListener = Callable[[Sequence[str], Sequence[Response], Tensor], None]
 

@@ -29,7 +29,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from safelocus.forcing import sent
+from safelocus.model.forcing import sent
 from safelocus.objective.spelling import join, spell_vocabulary
 
 Variant = Literal["identity", "character", "index"]

@@ -19,12 +19,12 @@ from torch import Tensor, nn
 
 from safelocus.distributed import whole
 from safelocus.errors import PatchError, SafelocusError
-from safelocus.fingerprint import Fingerprint, bits
+from safelocus.model.fingerprint import Fingerprint, bits
+from safelocus.model.target import Target
 from safelocus.patch import file
 from safelocus.patch.state import Goal, Outcome, examine, with_values
-from safelocus.selection import Selection
-from safelocus.sparse import restoring, scatter, selected_parameters
-from safelocus.target import Target
+from safelocus.selection.selection import Selection
+from safelocus.selection.sparse import restoring, scatter, selected_parameters
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -89,7 +89,7 @@ class Patch:
         Args:
             model: holds the new values where `old` is given, the old ones where `new` is. It is not changed.
             selection: the coordinates.
-            old: values before (from `safelocus.sparse.gather`), of a model that was changed.
+            old: values before (from `safelocus.selection.sparse.gather`), of a model that was changed.
             new: values after, for a model that was not.
             metadata: what made it: plain JSON values.
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from safelocus.errors import PatchError
-from safelocus.fingerprint import Fingerprint, bits, digest_as
+from safelocus.model.fingerprint import Fingerprint, bits, digest_as
 
 if TYPE_CHECKING:
     from safelocus.patch.patch import Patch

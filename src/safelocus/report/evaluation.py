@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from safelocus.analysis.words import UNKNOWN, in_words, measure_label
-from safelocus.evaluation.evaluation import PERPLEXITY
+from safelocus.evaluation.result import PERPLEXITY
 from safelocus.report.blocks import Part, Section
 from safelocus.report.grid import Grid, Span
 from safelocus.report.measures import is_measure, measures_grid, measures_in, proportions_in

@@ -14,7 +14,7 @@ from safelocus.report import colours
 from safelocus.report.blocks import Heat, Lines, Matrices, Part, Section, Value
 from safelocus.report.grid import Grid, Tint
 from safelocus.report.runs import ReportRun
-from safelocus.selection import Selection
+from safelocus.selection.selection import Selection
 
 MAX_ROWS = 48  # of a terminal; in deeper models adjacent layers are taken together
 MAX_EXPERT_COLUMNS = 16

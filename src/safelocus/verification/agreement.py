@@ -19,16 +19,16 @@ from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
-from safelocus.comparison import Overlap, compare
 from safelocus.errors import PromptError, RunError
+from safelocus.model.target import Target
 from safelocus.objective import Objective, describe
 from safelocus.progress import track
 from safelocus.prompts import PromptSet
-from safelocus.resume import claim
-from safelocus.run import write_json
-from safelocus.scores import Scores
-from safelocus.scoring import Method, score
-from safelocus.target import Target
+from safelocus.run.folder import write_json
+from safelocus.run.resume import claim
+from safelocus.scoring.comparison import Overlap, compare
+from safelocus.scoring.run import Method, score
+from safelocus.scoring.scores import Scores
 
 KINDS = ("prompts", "seeds", "objectives")
 

@@ -19,7 +19,7 @@ from safelocus.verification.pooling import Outcomes
 from safelocus.verification.verdict import SAFETY, UTILITY, Effect, has_contrast, lost_share, operating_point
 
 if TYPE_CHECKING:
-    from safelocus.verification.verification import Verification
+    from safelocus.verification.result import Verification
 
 _NUM_RESAMPLES = 2000
 _TINY = 1e-3  # a mean fall of utility below this is no denominator

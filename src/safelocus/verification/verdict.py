@@ -28,7 +28,7 @@ from safelocus.evaluation.measures import Measure
 from safelocus.verification.pooling import Outcomes, difference
 
 if TYPE_CHECKING:
-    from safelocus.verification.verification import Setting, Verification
+    from safelocus.verification.result import Setting, Verification
 
 SAFETY, UTILITY = "refusal", "utility"
 _TOO_LITTLE = 0.1  # refusals at baseline below which nothing can be shown to break
