@@ -23,7 +23,8 @@ from safelocus.preservation.run import Mixed, run_preservation
 from safelocus.run.folder import holds_work
 from safelocus.training.examination import Examination
 from safelocus.training.lora import Lora
-from safelocus.verification import stability, verifying
+from safelocus.verification import run as verifying
+from safelocus.verification import stability
 from test_sparse import some
 from tiny_targets import byte_level, dense, guard
 

@@ -5,8 +5,9 @@
 """
 
 from safelocus.verification.agreement import Stability, stability
+from safelocus.verification.cells import Cell, Setting
 from safelocus.verification.interventions import Intervention, Noise, Transplant, Zero, intervening
-from safelocus.verification.result import Cell, Setting, Verification
+from safelocus.verification.result import Verification
 from safelocus.verification.run import verify
 from safelocus.verification.verdict import VerificationVerdict
 

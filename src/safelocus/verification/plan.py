@@ -14,8 +14,8 @@ from safelocus.run.provenance import Provenance
 from safelocus.scoring.scores import Scores
 from safelocus.selection.selection import Selection
 from safelocus.selection.topk import random_k
+from safelocus.verification.cells import SELECTIONS
 from safelocus.verification.interventions import Intervention
-from safelocus.verification.result import SELECTIONS
 
 Scorer = Scores | Selection
 

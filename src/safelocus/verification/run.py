@@ -32,9 +32,10 @@ from safelocus.prompts import PromptSet
 from safelocus.run.resume import Journal, claim
 from safelocus.scoring.scores import Scores
 from safelocus.selection.selection import Selection
+from safelocus.verification.cells import SELECTIONS, Cell, Observation, Setting
 from safelocus.verification.interventions import Intervention, Interventions, make_interventions
 from safelocus.verification.plan import Plan, Scorer
-from safelocus.verification.result import SELECTIONS, Cell, Observation, Setting, Verification
+from safelocus.verification.result import Verification
 
 
 def verify(
