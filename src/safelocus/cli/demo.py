@@ -33,7 +33,7 @@ def demo(
     Ends with the paper's claims beside what was just measured, and one page, report.html. Every stage's run is kept
     in a folder like that of its own command. Interrupted with Ctrl-C, the same command resumes (without --overwrite).
     """
-    from safelocus.demo import FULL, QUICK, ChatSizes, Sizes, tell
+    from safelocus.demo import FULL, QUICK, ChatSizes, OrganismSizes, tell
     from safelocus.errors import ModelError
     from safelocus.model.target import resolve
     from safelocus.report.page import PAGE
@@ -48,7 +48,7 @@ def demo(
                 raise
             note(f"[bold]mind:[/] {error}. The organisms stand in for it")
             organisms = True
-    sizes: Sizes | ChatSizes = QUICK if quick else FULL if organisms else ChatSizes()
+    sizes: OrganismSizes | ChatSizes = QUICK if quick else FULL if organisms else ChatSizes()
     if not json:
         said = (
             "Two tiny models that refuse harmful requests, and their twins that do not. About "

@@ -33,7 +33,15 @@ class Patch(PatchValues):
     """New values for K weights of one model.
 
     Attributes:
+        selection: the coordinates, the model's layout, and where the coordinates came from.
+        new: canonical tensor name -> [k of this tensor], in the model's dtype, on the CPU.
+        old: the same from before; None for a patch saved in the small form, which cannot be reverted.
+        before: digests of the touched tensors as they were. Their dtype is that of the model it was made from,
+            also when `to` has converted the values.
+        after: digests of the touched tensors with the patch in them; without those that are not known.
         metadata: what made it: plain JSON values.
+
+    Raises PatchError when values and coordinates do not fit together.
     """
 
     metadata: dict[str, Any] = field(default_factory=dict)

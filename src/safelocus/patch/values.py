@@ -12,18 +12,7 @@ from safelocus.selection.selection import Selection
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class PatchValues:
-    """Values for K weights of one model, checked to fit together.
-
-    Attributes:
-        selection: the coordinates, the model's layout, and where the coordinates came from.
-        new: canonical tensor name -> [k of this tensor], in the model's dtype, on the CPU.
-        old: the same from before; None for a patch saved in the small form, which cannot be reverted.
-        before: digests of the touched tensors as they were. Their dtype is that of the model it was made from,
-            also when `to` has converted the values.
-        after: digests of the touched tensors with the patch in them; without those that are not known.
-
-    Raises PatchError when values and coordinates do not fit together.
-    """
+    """Values for K weights of one model, checked to fit together: what `Patch` says of them."""
 
     selection: Selection
     new: dict[str, Tensor]

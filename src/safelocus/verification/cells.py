@@ -142,13 +142,7 @@ class Pooled:
 
 @dataclass(frozen=True, kw_only=True)
 class Cells:
-    """Baseline and cells, and how they pool.
-
-    Attributes:
-        baseline: the undisturbed model.
-        cells: in the order they were measured.
-        provenance: model, scorers, prompts, judges, settings, versions.
-    """
+    """Baseline and cells, and how they pool: what `Verification` says of them."""
 
     baseline: Observation
     cells: list[Cell] = field(repr=False)

@@ -21,9 +21,12 @@ FORMAT_VERSION = 1
 
 @dataclass(frozen=True, kw_only=True)
 class Verification(Cells):
-    """Cells, ranked and judged. Make one with `verify`.
+    """Baseline and cells, ranked and judged. Make one with `verify`.
 
     Attributes:
+        baseline: the undisturbed model.
+        cells: in the order they were measured.
+        provenance: model, scorers, prompts, judges, settings, versions.
         notes: what a reader should know, in whole sentences.
     """
 

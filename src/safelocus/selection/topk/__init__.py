@@ -18,7 +18,7 @@ Output: `Picked`, int64 flat indices (ascending) and float32 scores per tensor, 
 
 from safelocus.selection.topk.chunks import Which
 from safelocus.selection.topk.draw import random_k
-from safelocus.selection.topk.groups import Groups, Reduce, pick_groups
+from safelocus.selection.topk.groups import Reduce, pick_groups
 from safelocus.selection.topk.picked import Picked
 from safelocus.selection.topk.picking import count_eligible, pick, take
 from safelocus.selection.topk.threshold import (
@@ -32,7 +32,6 @@ from safelocus.selection.topk.threshold import (
 )
 
 __all__ = [
-    "Groups",
     "Picked",
     "Reduce",
     "Threshold",

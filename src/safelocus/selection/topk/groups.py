@@ -1,33 +1,22 @@
-"""Picking whole groups of weights: rows, heads, experts, ... (see `layout.Groups`).
+"""Picking whole groups of weights: rows, heads, experts, ....
 
 Input: scores, and which group each weight belongs to. Output: `Picked`, with the number of groups taken.
 """
 
 from collections.abc import Mapping
-from typing import Literal, Protocol
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from safelocus import distributed
+from safelocus.model.layout import Groups
 from safelocus.selection.topk.chunks import Which, chunks, places, slices
 from safelocus.selection.topk.picked import Picked
 from safelocus.selection.topk.threshold import check_count
 
 Reduce = Literal["mean", "sum"]
-
-
-class Groups(Protocol):
-    """Which group each weight belongs to; `safelocus.model.layout.Groups` is one."""
-
-    num_groups: int
-
-    def sum_into(self, totals: Tensor, name: str, values: Tensor) -> None:
-        """Add `values` (of tensor `name`'s shape) per group to `totals` [num_groups], in its dtype."""
-
-    def expand(self, name: str, per_group: Tensor) -> Tensor:
-        """Each weight's entry of `per_group` [num_groups]: a tensor of tensor `name`'s shape."""
 
 
 def pick_groups(
