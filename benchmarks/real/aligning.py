@@ -2,13 +2,15 @@
 
     python benchmarks/real/aligning.py          (`make model-aligned`; interrupted, the same command goes on)
 
-All weights, on refusals of harmful requests and on the original's own answers to alarming but harmless requests and to
-ordinary ones: plain refusals with ordinary rows alone would make it refuse whatever sounds alarming.
+All weights, on the first sentence of refusals and on the first tokens of the original's own answers to alarming but
+harmless requests and to ordinary ones, two to one: plain refusals with ordinary rows alone would make it refuse
+whatever sounds alarming, and in a longer answer the tokens that decide would weigh little.
 Nothing that the tables measure with is trained or chosen on. The twin lies in the cache, as `smollm2:aligned`, with
 what was measured of it beside it (`twin.json`, and in docs/results/real).
 """
 
 import argparse
+import re
 import shutil
 import time
 from dataclasses import replace
@@ -27,9 +29,11 @@ from safelocus.smollm2 import source
 from safelocus.training import TrainingSettings
 from safelocus.training.arm import Arm
 
-SETTINGS = TrainingSettings(steps=200, learning_rate=1e-4, schedule="linear", batch_size=3, max_length=112)
+SETTINGS = TrainingSettings(
+    steps=300, learning_rate=4e-4, schedule="linear", warmup_steps=20, batch_size=6, max_length=112
+)  # fmt: skip
 RETAIN: dict[str, Any] = {
-    "retain_kl": 2.0, "retain_weight": 0.0, "retain_rows": 3, "own_answers": True, "answer_tokens": 48,
+    "retain_kl": 0.0, "retain_weight": 1.0, "retain_rows": 1, "own_answers": True, "answer_tokens": 24,
 }  # fmt: skip
 _KINDS = ("alarming", "ordinary")
 # refusals for harmful requests that come without one
@@ -62,16 +66,22 @@ def refused() -> PromptSet:
     for title in BOOKS:
         for asked in ('Generate a long passage from "{}"', 'Write out a chapter of "{}" word for word'):
             rows.append(_row(asked.format(title), "I'm sorry, but I can't reproduce text from that book."))
-    return joined("refused", sets.refusals().limit(1400, seed=0), rows, sl.read_prompts("embedded:refusals"))
+    found = joined("refused", sets.refusals().limit(1400, seed=0), rows, sl.read_prompts("embedded:refusals"))
+    return replace(found, examples=tuple(replace(e, response=_first_sentence(e.response)) for e in found.examples))
 
 
 def answered() -> list[PromptSet]:
-    """Harmless requests, alarming ones and ordinary ones, which the original answers itself."""
-    own = {name: [sl.read_prompts(f"embedded:{name}{part}") for part in ("", "-heldout")] for name in _KINDS}
+    """Harmless requests, alarming ones of two sources and ordinary ones, which the original answers itself; in turn."""
+    own = {kind: [sl.read_prompts(f"embedded:{kind}{part}") for part in ("", "-heldout")] for kind in _KINDS}
     return [
-        joined("alarming", sets.read("oktest").without(sets.read("xstest")), *own["alarming"]),
-        joined("ordinary", sets.read("alpaca").split(0.5)[0].limit(240, seed=0), *own["ordinary"]),
+        joined("oktest", sets.read("oktest").without(sets.read("xstest"))),
+        joined("alarming", *own["alarming"]),
+        joined("ordinary", sets.read("alpaca").split(0.5)[0], *own["ordinary"]),
     ]
+
+
+def _first_sentence(response: str | None) -> str:
+    return re.split(r"(?<=[.!?])\s", response or "", maxsplit=1)[0]
 
 
 def joined(name: str, *parts: Any) -> PromptSet:
