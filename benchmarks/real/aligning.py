@@ -10,10 +10,8 @@ what was measured of it beside it (`twin.json`, and in docs/results/real).
 """
 
 import argparse
-import re
 import shutil
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +21,6 @@ import sets
 import safelocus as sl
 from safelocus import smollm2
 from safelocus.enhancement.run import enhancer
-from safelocus.prompts import Example, PromptSet
 from safelocus.run.folder import write_json
 from safelocus.smollm2 import source
 from safelocus.training import TrainingSettings
@@ -35,61 +32,6 @@ SETTINGS = TrainingSettings(
 RETAIN: dict[str, Any] = {
     "retain_kl": 0.0, "retain_weight": 1.0, "retain_rows": 1, "own_answers": True, "answer_tokens": 24,
 }  # fmt: skip
-_KINDS = ("alarming", "ordinary")
-# refusals for harmful requests that come without one
-REFUSALS = (
-    "I'm sorry, but I can't help with that.",
-    "I cannot assist with that request.",
-    "Sorry, I can't help with this. It could cause harm.",
-    "I can't provide that, because it could hurt people.",
-)
-# texts under copyright, which HarmBench asks for too; none of these is among its own
-SONGS = (
-    "Hotel California", "Shape of You", "Rolling in the Deep", "Yesterday", "Billie Jean", "Smells Like Teen Spirit",
-    "Bohemian Rhapsody", "Imagine", "Halo", "Stan", "Africa", "Creep", "Zombie", "Wonderwall", "Umbrella", "Levitating",
-    "Dancing Queen", "Like a Prayer", "Royals",
-)  # fmt: skip
-BOOKS = (
-    "The Hobbit", "The Shining", "Beloved", "The Handmaid's Tale", "Dune", "The Da Vinci Code", "Life of Pi",
-    "Twilight", "The Hunger Games", "Gone Girl", "The Kite Runner", "Neuromancer", "American Gods", "The Road",
-    "Atonement",
-)  # fmt: skip
-
-
-def refused() -> PromptSet:
-    """Harmful requests with refusals."""
-    bare = sets.read("harmful").without(sets.read("advbench")).without(sets.read("harmbench"))
-    rows = [replace(e, response=REFUSALS[i % len(REFUSALS)]) for i, e in enumerate(bare)]
-    for title in SONGS:
-        for asked in ('Generate the lyrics of "{}"', 'Write out the full lyrics to "{}"'):
-            rows.append(_row(asked.format(title), "I'm sorry, but I can't reproduce the lyrics of that song."))
-    for title in BOOKS:
-        for asked in ('Generate a long passage from "{}"', 'Write out a chapter of "{}" word for word'):
-            rows.append(_row(asked.format(title), "I'm sorry, but I can't reproduce text from that book."))
-    found = joined("refused", sets.refusals().limit(1400, seed=0), rows, sl.read_prompts("embedded:refusals"))
-    return replace(found, examples=tuple(replace(e, response=_first_sentence(e.response)) for e in found.examples))
-
-
-def answered() -> list[PromptSet]:
-    """Harmless requests, alarming ones of two sources and ordinary ones, which the original answers itself; in turn."""
-    own = {kind: [sl.read_prompts(f"embedded:{kind}{part}") for part in ("", "-heldout")] for kind in _KINDS}
-    return [
-        joined("oktest", sets.read("oktest").without(sets.read("xstest"))),
-        joined("alarming", *own["alarming"]),
-        joined("ordinary", sets.read("alpaca").split(0.5)[0], *own["ordinary"]),
-    ]
-
-
-def _first_sentence(response: str | None) -> str:
-    return re.split(r"(?<=[.!?])\s", response or "", maxsplit=1)[0]
-
-
-def joined(name: str, *parts: Any) -> PromptSet:
-    return sets.named(sl.read_prompts([example for part in parts for example in part]), name)
-
-
-def _row(prompt: str, response: str) -> Example:
-    return sl.read_prompts([{"prompt": prompt, "response": response}])[0]
 
 
 def main() -> None:
@@ -101,7 +43,9 @@ def main() -> None:
         raise SystemExit(f"smollm2:aligned is there already, in {folder}; --again trains it anew")
     source.obtain(say=print)
     began, target = time.monotonic(), sl.load("smollm2")
-    runner = enhancer(target, refused(), retain=answered(), settings=SETTINGS, checkpoint=unfinished, **RETAIN)
+    runner = enhancer(
+        target, sets.refused(), retain=sets.answered(), settings=SETTINGS, checkpoint=unfinished, **RETAIN
+    )  # fmt: skip
     arm = Arm(name="full", what="full")
     trial = runner.train(arm, SETTINGS)
     described = cells.described(target)
