@@ -139,7 +139,8 @@ def _aims(before: list[Cell], groups: dict[tuple[str, float], list[Cell]]) -> Gr
         cells_ = [f"{100 * value:+.0f}" for value in (*(-fall for fall in falls), *rises)] + [f"{100 * worse:+.1f}"]
         rows.append((NAMES[method], f"{rate:g}", *(f"**{c}**" if ok else c for c, ok in zip(cells_, met, strict=True))))
     return Grid(
-        title="", headings=("trained", "rate", "HarmBench ASR", "AdvBench ASR", *HEADINGS[3:]), rows=tuple(rows), num_labels=2,
+        title="", headings=("trained", "rate", "HarmBench ASR", "AdvBench ASR", *HEADINGS[3:]), rows=tuple(rows),
+        num_labels=2,
         caption="change: of ASR and perplexity in percent of what it was, else in points; bold: the aim is met (ASR "
         "-90, XSTest safe at most +5, Alpaca at most +2, AG News and PubMedQA at least -1, perplexity at most +2)",
     )  # fmt: skip
