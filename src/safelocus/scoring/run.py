@@ -19,7 +19,7 @@ Input: a target, prompts and an objective. Output: frozen `Scores`.
 
 import importlib.metadata
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -94,16 +94,8 @@ def score(
         >>> scores.select(ratio=0.01).k
         12672
     """
-    if method not in METHODS:
-        raise SafelocusError(f"method {method!r} is unknown; expected one of {', '.join(METHODS)}")
-    if method in NEEDS_OBJECTIVE and objective is None:
-        raise SafelocusError(f"method {method!r} needs an objective: a Guard, Classifier, Refusal or your own callable")
-    if batch_size < 1:
-        raise SafelocusError(f"batch size must be at least 1, found {batch_size}")
     prompt_set = prompts if isinstance(prompts, PromptSet) else read_prompts(list(prompts))
-    if len(prompt_set) == 0:
-        raise PromptError("there are no prompts to score with")
-
+    _check(method, objective, batch_size, prompt_set)
     layout = target.layout
     weights = named_weights(target.model, layout.eligible_tensors)
     distributed.check_shards(weights)
@@ -133,29 +125,11 @@ def score(
     elif method == "wanda":
         tensors = _input_norms(target, prompt_set, weights, batch_size, max_new_tokens, progress)
 
-    tokens = _total_tokens(routing)
-    statistics: dict[str, list[MatrixStatistics]] = {}
-    measured_here = set(distributed.share(list(weights)))
-    for name, parameter in weights.items():
-        # as a matrix, one tensor at a time, whether sharded or not
-        weight = distributed.whole(parameter.detach())
-        raw = distributed.whole(tensors[name]) if name in tensors else torch.empty(weight.shape, device=weight.device)
-        norms = _gradient_norms(layout.tensors[name], raw) if method in NEEDS_OBJECTIVE else None
-        scores = _to_score(method, layout.tensors[name], raw, weight, sigmas[name], seed)
-        if name in measured_here:
-            statistics[name] = matrix_statistics(
-                layout.tensors[name],
-                scores,
-                sigma=sigmas[name].tolist(),
-                gradient_norm=norms,
-                tokens=tokens.get(name),
-            )
-        tensors[name] = distributed.sharded_like(scores, parameter)
-    statistics = distributed.merged(statistics)
+    statistics = _finish(target, method, weights, tensors, sigmas, tokens=_total_tokens(routing), seed=seed)
     return Scores(
         tensors=tensors,
         layout=layout,
-        statistics=[statistic for name in weights for statistic in statistics[name]],
+        statistics=statistics,
         per_prompt=per_prompt,
         provenance=Provenance(
             method=method,
@@ -177,6 +151,46 @@ def score(
             },
         ),
     )
+
+
+def _check(method: str, objective: Objective | None, batch_size: int, prompts: PromptSet) -> None:
+    if method not in METHODS:
+        raise SafelocusError(f"method {method!r} is unknown; expected one of {', '.join(METHODS)}")
+    if method in NEEDS_OBJECTIVE and objective is None:
+        raise SafelocusError(f"method {method!r} needs an objective: a Guard, Classifier, Refusal or your own callable")
+    if batch_size < 1:
+        raise SafelocusError(f"batch size must be at least 1, found {batch_size}")
+    if len(prompts) == 0:
+        raise PromptError("there are no prompts to score with")
+
+
+def _finish(
+    target: Target,
+    method: str,
+    weights: Mapping[str, Tensor],
+    tensors: dict[str, Tensor],
+    sigmas: Mapping[str, Tensor],
+    *,
+    tokens: Mapping[str, list[int]],
+    seed: int,
+) -> list[MatrixStatistics]:
+    """Turn what was summed into scores, in place and one tensor at a time; returns the statistics of all matrices."""
+    statistics: dict[str, list[MatrixStatistics]] = {}
+    measured_here = set(distributed.share(list(weights)))
+    for name, parameter in weights.items():
+        layout = target.layout.tensors[name]
+        # as a matrix, whether sharded or not
+        weight = distributed.whole(parameter.detach())
+        raw = distributed.whole(tensors[name]) if name in tensors else torch.empty(weight.shape, device=weight.device)
+        norms = _gradient_norms(layout, raw) if method in NEEDS_OBJECTIVE else None
+        scores = _to_score(method, layout, raw, weight, sigmas[name], seed)
+        if name in measured_here:
+            statistics[name] = matrix_statistics(
+                layout, scores, sigma=sigmas[name].tolist(), gradient_norm=norms, tokens=tokens.get(name)
+            )
+        tensors[name] = distributed.sharded_like(scores, parameter)
+    statistics = distributed.merged(statistics)
+    return [statistic for name in weights for statistic in statistics[name]]
 
 
 def sigma(layout: TensorLayout, tensor: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ Random draws are uniform over the eligible weights, without replacement, and sha
 belongs to the weight and the seed, so a weight in several selections gets the same noise.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -105,13 +105,11 @@ def verify(
         num_seeds=seeds,
         random_draws=random_draws,
     )
-    notes = list(check_unseen(scorers, prompts, allow_seen=allow_seen))
+    notes = [
+        *check_unseen(scorers, prompts, allow_seen=allow_seen),
+        *_check_made_for(scorers, target, allow_mismatch=allow_mismatch),
+    ]
     before = target.fingerprint()
-    for name, scorer in scorers.items():
-        # made by hand or in memory it says nothing: `selection.require` still checks names and shapes
-        if (known := scorer.provenance.fingerprint) is not None:
-            notes += check_made_for(known, target.fingerprint(like=known), name, allow_mismatch=allow_mismatch)
-
     responder = TargetResponder(target=target)  # keeps the encoded prompts
 
     def observe() -> Evaluation:
@@ -134,28 +132,7 @@ def verify(
     found = outcomes(evaluation.rows, evaluation.judge_names)
     order = {name: list(values) for name, values in found.items()}
     baseline = _observed(evaluation, order)
-    maker = Interventions(target)
-    steps = list(plan.steps())
-    cells: list[Cell] = []
-    selection, made_for = None, None
-    for step in track(steps, "verifying", enabled=progress and distributed.is_main()):
-        if (step.key,) in journal:
-            cells.append(Cell.from_line(journal[(step.key,)]))
-            continue
-        if step.made_by != made_for:  # a selection serves all its interventions and seeds
-            selection, made_for = plan.select(target, step), step.made_by
-        assert selection is not None
-        with maker.intervening(selection, step.intervention, seed=step.seed):
-            observed = _observed(observe(), order)
-        setting = Setting(
-            ratio=step.ratio, k=selection.k, intervention=step.intervention.name, noise=step.intervention.noise
-        )
-        cell = Cell(
-            selection=step.selection, scorer=step.scorer, setting=setting, seed=step.seed, draw=step.draw,
-            observed=observed,
-        )  # fmt: skip
-        cells.append(cell)
-        journal.add([((step.key,), cell.to_line())])
+    cells = _disturbed(target, plan, lambda: _observed(observe(), order), journal, progress=progress)
     if differences := before.differences(target.fingerprint()):
         raise RunError(
             f"the model did not come back as it was ({'; '.join(differences)}); something else changed its weights "
@@ -177,6 +154,43 @@ def verify(
             **evaluation.provenance,
         },
     )
+
+
+def _disturbed(
+    target: Target, plan: Plan, observe: Callable[[], Observation], journal: Journal, *, progress: bool
+) -> list[Cell]:
+    """Every cell of the plan: found in the journal, or measured with the weights disturbed."""
+    maker = Interventions(target)
+    cells: list[Cell] = []
+    selection, made_for = None, None
+    for step in track(list(plan.steps()), "verifying", enabled=progress and distributed.is_main()):
+        if (step.key,) in journal:
+            cells.append(Cell.from_line(journal[(step.key,)]))
+            continue
+        if step.made_by != made_for:  # a selection serves all its interventions and seeds
+            selection, made_for = plan.select(target, step), step.made_by
+        assert selection is not None
+        with maker.intervening(selection, step.intervention, seed=step.seed):
+            observed = observe()
+        setting = Setting(
+            ratio=step.ratio, k=selection.k, intervention=step.intervention.name, noise=step.intervention.noise
+        )
+        cells.append(
+            Cell(
+                selection=step.selection, scorer=step.scorer, setting=setting, seed=step.seed, draw=step.draw,
+                observed=observed,
+            )
+        )  # fmt: skip
+        journal.add([((step.key,), cells[-1].to_line())])
+    return cells
+
+
+def _check_made_for(scorers: Mapping[str, Scorer], target: Target, *, allow_mismatch: bool) -> Iterator[str]:
+    """Refuse what was made for another model; yields remarks where that is allowed."""
+    for name, scorer in scorers.items():
+        # made by hand or in memory it says nothing: `selection.require` still checks names and shapes
+        if (known := scorer.provenance.fingerprint) is not None:
+            yield from check_made_for(known, target.fingerprint(like=known), name, allow_mismatch=allow_mismatch)
 
 
 def check_unseen(scorers: Mapping[str, Scorer], prompts: PromptSet, *, allow_seen: bool = False) -> Iterator[str]:
