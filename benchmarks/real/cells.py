@@ -13,6 +13,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -133,7 +134,9 @@ def scores(target: Target, method: str, checkpoint: Path | None = None) -> Score
 def selection(target: Target, method: str, ratio: float, *, seed: int = 0) -> Selection:
     """The top of these scores, one of RATIOS; or as many random weights."""
     if method == "random":
-        return random_selection(target, int(ratio * target.layout.num_weights), seed=seed)
+        found = random_selection(target, int(ratio * target.layout.num_weights), seed=seed)
+        made_for = target.fingerprint().to_json()
+        return replace(found, provenance=replace(found.provenance, fingerprint=made_for))
     file = _kept_selection(target, method, ratio)
     if not file.is_file():
         scores(target, method)

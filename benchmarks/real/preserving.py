@@ -4,8 +4,8 @@
 
 GSM8K for 1,000 steps (all weights, and LoRA of rank 8), PubMedQA and plain instructions for 300; 2 rows a step (what
 two cores can do), cut to 256 tokens (PubMedQA: 448), AdamW, the rate falling to zero along a line. One cell per task,
-arm and rate. Frozen: the top of ESI, found on the twin itself, or random weights. Calibrated: the same weights, trained every
-4th step on the twin's own answers to the prompts that found them and to embedded harmless ones.
+arm and rate. Frozen: the top of ESI, found on the twin itself, or random weights. Calibrated: the same weights,
+trained every 4th step on the twin's own answers to the prompts that found them and to embedded harmless ones.
 """
 
 from dataclasses import dataclass, replace
