@@ -139,7 +139,7 @@ class LimitOption(Options):
 
 @dataclass(frozen=True, kw_only=True)
 class LocateOptions(GuardOptions):
-    """Which weights to act on: see `sources.locate`."""
+    """Which weights to act on: see `locating.locate`."""
 
     selection: Path | None = option("Selection file, or the run folder of `score` it is in.")
     guard: str | None = option("Guard to find the weights with, and to judge: folder, hub id or organism:guard.")

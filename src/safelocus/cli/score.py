@@ -29,6 +29,7 @@ class ScoreOptions(options.AnswerOption, SeedOption):
     """What `score` of the library takes as it is given."""
 
     method: str = option("esi, gradient, snip, wanda, magnitude or random.", default="esi")
+    checkpoint_seconds: float = option("Seconds between two savings of the sums to resume from.", default=600.0, min=0)
     batch_size: int | None = option("Prompts per forward and backward pass.", shown="what fits (safelocus plan)", min=1)
     accumulate_on: str | None = option("Device of the fp32 sums, e.g. cpu.", shown="the weights', or what fits")
 
