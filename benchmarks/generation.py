@@ -16,7 +16,7 @@ import torch
 from transformers import GenerationConfig
 
 import safelocus as sl
-from safelocus.forcing import pad
+from safelocus.model.forcing import pad
 
 
 def batches_of(target, texts, batch_size):

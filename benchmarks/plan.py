@@ -24,7 +24,7 @@ def build(kind, num_weights, dtype):
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
     from safelocus import organism
-    from safelocus.target import Target
+    from safelocus.model.target import Target
 
     tokenizer = PreTrainedTokenizerFast.from_pretrained(organism.resolve_model("dense"))
     layers = 6
@@ -48,9 +48,9 @@ def build(kind, num_weights, dtype):
 def compare(kind, num_weights, dtype, stage):
     """(weights, measured, predicted) in bytes."""
     import safelocus as sl
-    from safelocus.layout import Layout
+    from safelocus.model.layout import Layout
     from safelocus.resources import Lengths, Scoring, Subject, Training
-    from safelocus.topk import random_k
+    from safelocus.selection.topk import random_k
 
     target = build(kind, num_weights, dtype)
     subject = Subject.of(kind, target.model.config, dtype=dtype)

@@ -14,7 +14,7 @@ import time
 import torch
 
 import safelocus as sl
-from safelocus.generation import generate
+from safelocus.model.generation import generate
 
 
 def plain(target, judge, prompts, max_new_tokens):

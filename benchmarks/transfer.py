@@ -18,10 +18,10 @@ import torch
 from scipy import stats
 
 import safelocus as sl
-from safelocus.forcing import teacher_force
-from safelocus.generation import generate
-from safelocus.gradients import named_weights
+from safelocus.model.forcing import teacher_force
+from safelocus.model.generation import generate
 from safelocus.objective.spelling import join
+from safelocus.scoring.gradients import named_weights
 
 
 def substitutions(target, judge, transfer, prompt, response, logits, num_tokens):

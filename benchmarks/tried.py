@@ -27,9 +27,9 @@ from machine import Machine
 from models import build, target_of
 
 import safelocus as sl
-from safelocus.forcing import pad, teacher_force
-from safelocus.generation import generate
-from safelocus.gradients import GradientAccumulator, named_weights
+from safelocus.model.forcing import pad, teacher_force
+from safelocus.model.generation import generate
+from safelocus.scoring.gradients import GradientAccumulator, named_weights
 
 
 def shared_prompts(target, objective, prompts):

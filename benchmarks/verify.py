@@ -14,8 +14,7 @@ import torch
 
 import safelocus as sl
 from safelocus.evaluation.judges import GuardJudge
-from safelocus.forcing import teacher_force
-from safelocus.gradients import named_weights
+from safelocus.model.forcing import teacher_force
 from safelocus.report.drawing import write_picture
 from safelocus.report.grid import Grid
 from safelocus.report.verification import (
@@ -25,7 +24,8 @@ from safelocus.report.verification import (
     settings_grid,
     stability_grid,
 )
-from safelocus.scores import matrix_statistics
+from safelocus.scoring.gradients import named_weights
+from safelocus.scoring.scores import matrix_statistics
 
 METHODS = ("esi", "snip", "wanda", "gradient", "magnitude", "random")
 CONTRAST = "esi-contrast"

@@ -6,7 +6,7 @@ from pathlib import Path
 from transformers import LlamaConfig, Qwen3MoeConfig
 
 from safelocus.analysis.map import SafetyMap, safety_map
-from safelocus.layout import Layout
+from safelocus.model.layout import Layout
 from test_map import EXPERTS, SMALL, random_scores
 
 

@@ -15,7 +15,7 @@ import torch.multiprocessing
 
 from safelocus import distributed
 from safelocus.cli import main
-from safelocus.target import Target
+from safelocus.model.target import Target
 from tiny_targets import dense
 
 STREAMS = ("out", "err")
@@ -23,7 +23,7 @@ PRELOADED = [
     "safelocus.report.page",
     "safelocus.enhancement.run",
     "safelocus.preservation.run",
-    "safelocus.scoring",
+    "safelocus.scoring.run",
     "torch.distributed.fsdp",
     "torch.distributed.tensor",
     "transformers.models.llama.modeling_llama",

@@ -4,11 +4,11 @@ import pytest
 import torch
 
 import safelocus as sl
-from safelocus import autocast
-from safelocus import target as target_module
-from safelocus.autocast import Autocast, many_passes
 from safelocus.errors import ModelError
-from safelocus.generation import generate
+from safelocus.model import autocast
+from safelocus.model import target as target_module
+from safelocus.model.autocast import Autocast, many_passes
+from safelocus.model.generation import generate
 from tiny_targets import PROMPTS, dense, moe
 
 

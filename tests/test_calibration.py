@@ -13,7 +13,7 @@ import safelocus as sl
 from safelocus.errors import NumericalError, PromptError, TrainingError
 from safelocus.preservation import calibration as module
 from safelocus.preservation.calibration import STATE, Calibration, references
-from safelocus.sparse import gather
+from safelocus.selection.sparse import gather
 from safelocus.training.responses import divergence
 from test_protection import same, snapshot, some, train, trainer_of
 from tiny_targets import dense

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
-from safelocus import chat
-from safelocus.chat import chat_format
 from safelocus.errors import ModelError, PromptError
+from safelocus.model import chat
+from safelocus.model.chat import chat_format
 
 MODELS = Path(__file__).resolve().parents[2] / "shared" / "models"
 

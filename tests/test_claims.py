@@ -30,8 +30,8 @@ from safelocus.analysis.claims import (
 from safelocus.analysis.patterns import Pattern
 from safelocus.errors import RunError
 from safelocus.evaluation import Evaluation
-from safelocus.evaluation.evaluation import measures_of
 from safelocus.evaluation.measures import Measure, paired_difference, proportion
+from safelocus.evaluation.result import measures_of
 from safelocus.report.page import write_page
 from safelocus.report.runs import ReportRun
 from safelocus.report.verdicts import claims_sections, claims_table

@@ -63,7 +63,7 @@ def test_what_changed_since_another_run(evaluated, tmp_path, run):
     arguments[1] = "organism:dense-unaligned"
     code, out, _ = run(*arguments)
     assert code == 0
-    assert "change since" in " ".join(out.split())
+    assert "Change since" in " ".join(out.split())
     against = json.loads((tmp_path / "b" / "against.json").read_text())
     assert against["differences"]["asr"]["value"] > 0.7
     assert against["differences"]["asr"]["p"] < 0.01
@@ -78,7 +78,7 @@ def test_what_changed_since_another_run(evaluated, tmp_path, run):
 def test_tables_and_the_matchers_limits(tmp_path, run):
     code, out, err = run(*EVALUATE, "--perplexity", "organism:answers", "-o", tmp_path / "run")
     assert code == 0
-    assert all(word in out for word in ("asr", "refusal", "incoherent", "perplexity", "95 % interval"))
+    assert all(word in out for word in ("asr", "refusal", "incoherent", "perplexity", "interval"))
     assert "--judge guard:NAME" in err
     code, _, err = run(*EVALUATE, "--judge", "guard:organism:guard", "-o", tmp_path / "other")
     assert "--judge guard:NAME" not in err

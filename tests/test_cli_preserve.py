@@ -11,7 +11,7 @@ import safelocus as sl
 from pages import check_run_page
 from safelocus.cli import main
 from safelocus.preservation.trainee import PATCH
-from safelocus.sparse import gather
+from safelocus.selection.sparse import gather
 from test_protection import same
 from test_tasks import shared, write
 

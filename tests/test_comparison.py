@@ -9,12 +9,12 @@ import pytest
 import torch
 from scipy import stats
 
-from safelocus.comparison import Overlap, compare
 from safelocus.errors import SelectionError
-from safelocus.layout import Layout
-from safelocus.provenance import Provenance
-from safelocus.scores import Scores
-from safelocus.selection import Selection
+from safelocus.model.layout import Layout
+from safelocus.run.provenance import Provenance
+from safelocus.scoring.comparison import Overlap, compare
+from safelocus.scoring.scores import Scores
+from safelocus.selection.selection import Selection
 from tiny_models import config
 
 

@@ -13,7 +13,7 @@ from safelocus.demo import ChatSizes, tell
 from safelocus.demo.chat import examples
 from safelocus.errors import ModelError
 from safelocus.evaluation import Evaluation
-from safelocus.evaluation.evaluation import HARMFUL
+from safelocus.evaluation.result import HARMFUL
 from safelocus.report.runs import ReportRun
 from safelocus.smollm2 import source
 

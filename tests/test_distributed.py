@@ -11,7 +11,7 @@ import torch.distributed as dist
 import safelocus as sl
 from safelocus import distributed
 from safelocus.errors import NumericalError, RunError, SafelocusError
-from safelocus.topk import pick
+from safelocus.selection.topk import pick
 from several import command, launch, odd, sharded, together
 from tiny_targets import PROMPTS, guard, moe
 

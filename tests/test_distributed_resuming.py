@@ -17,10 +17,10 @@ from safelocus.enhancement.run import run_enhancement
 from safelocus.errors import RunError
 from safelocus.evaluation import responding
 from safelocus.evaluation.tasks import task_of
-from safelocus.interrupt import StopAtBoundary
 from safelocus.preservation.run import run_preservation
 from safelocus.prompts import read_prompts
-from safelocus.run import CHECKPOINT, part_folder, run_folder
+from safelocus.run.folder import CHECKPOINT, part_folder, run_folder
+from safelocus.run.interrupt import StopAtBoundary
 from safelocus.training.checkpoints import Checkpoints
 from several import command, launch, odd, sharded, together
 from test_distributed_cli import ENHANCE, with_prompts
@@ -88,7 +88,7 @@ def score_all(folder, shards):
 
 def lose_the_newest(target, objective, checkpoint, expected):
     """One process was ended before it had saved what the other had: all go on from what both have."""
-    with mock.patch("safelocus.scoring.StopAtBoundary", saving_always), pytest.raises(ZeroDivisionError):
+    with mock.patch("safelocus.scoring.run.StopAtBoundary", saving_always), pytest.raises(ZeroDivisionError):
         sl.score(
             target, PROMPTS, objective=Failing(objective, at=3), batch_size=1, checkpoint=checkpoint, progress=False
         )  # fmt: skip

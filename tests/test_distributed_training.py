@@ -14,12 +14,12 @@ from safelocus.enhancement.optimizer import SparseOptimizer
 from safelocus.enhancement.run import run_enhancement
 from safelocus.errors import NumericalError, RunError, TrainingError
 from safelocus.evaluation.tasks import task_of
-from safelocus.generation import generate
+from safelocus.model.generation import generate
+from safelocus.model.target import Target
 from safelocus.preservation.calibration import Calibration
 from safelocus.preservation.run import run_preservation
 from safelocus.prompts import read_prompts
-from safelocus.sparse import gather, scatter
-from safelocus.target import Target
+from safelocus.selection.sparse import gather, scatter
 from safelocus.training.examination import Examination
 from safelocus.training.lora import Lora
 from several import odd, sharded, together

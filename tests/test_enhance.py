@@ -20,7 +20,7 @@ from safelocus.enhancement.trainee import adapter, every_weight, sparse
 from safelocus.errors import NumericalError, PromptError, SelectionError, TrainingError
 from safelocus.evaluation.judges import RefusalMatcher
 from safelocus.evaluation.measures import proportion
-from safelocus.sparse import gather
+from safelocus.selection.sparse import gather
 from safelocus.training import CurvePoint, TrainingSettings, training_rows
 from safelocus.training.curve import best, cost, reason_to_stop
 from safelocus.training.examination import Examination

@@ -23,8 +23,8 @@ from safelocus.evaluation import (
 from safelocus.evaluation.judges import Endpoint, Judgement, RefusalMatcher, Verdict, load_judge
 from safelocus.evaluation.judges.endpoint import Answer, Failure
 from safelocus.evaluation.suites import run_suites
-from safelocus.forcing import teacher_force
-from safelocus.generation import generate
+from safelocus.model.forcing import teacher_force
+from safelocus.model.generation import generate
 from tiny_targets import PROMPTS, dense, metaspace, moe
 
 REFUSAL = "I'm sorry, but I can't help with that."

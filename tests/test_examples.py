@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import safelocus as sl
-from safelocus.sparse import gather
+from safelocus.selection.sparse import gather
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 

@@ -3,11 +3,11 @@ import torch
 from transformers import BartConfig, BartForConditionalGeneration, GPT2Config, GPT2LMHeadModel
 
 import tiny_models
-from safelocus import forcing
-from safelocus.forcing import teacher_force, teacher_force_several
-from safelocus.layout import Layout
-from safelocus.routing import RoutingCounter
-from safelocus.target import Target
+from safelocus.model import forcing
+from safelocus.model.forcing import teacher_force, teacher_force_several
+from safelocus.model.layout import Layout
+from safelocus.model.target import Target
+from safelocus.scoring.routing import RoutingCounter
 from tiny_targets import PROMPTS, dense, moe
 
 

@@ -1,6 +1,6 @@
 """Generation does not depend on how the caller left the model."""
 
-from safelocus.generation import generate
+from safelocus.model.generation import generate
 from tiny_targets import PROMPTS, dense, moe
 
 

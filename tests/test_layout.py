@@ -17,8 +17,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import AutoConfig
 
 from safelocus.errors import LayoutError
-from safelocus.layout import COMPONENTS, ELIGIBLE, Layout, TensorLayout, canonical_name, is_adapter
-from safelocus.layout.rules import families
+from safelocus.model.layout import COMPONENTS, ELIGIBLE, Layout, TensorLayout, canonical_name, is_adapter
+from safelocus.model.layout.rules import families
 from tiny_models import NAMES, build, config
 
 

@@ -17,7 +17,7 @@ from transformers.models.falcon.modeling_falcon import FalconAttention
 from transformers.models.gpt_neo.modeling_gpt_neo import GPTNeoSelfAttention
 from transformers.models.gptj.modeling_gptj import GPTJAttention
 
-from safelocus.layout import Layout, TensorLayout
+from safelocus.model.layout import Layout, TensorLayout
 from tiny_models import MIXTURES, NAMES, build, forward, tokens
 
 States = dict[str, Tensor]  # query, key, value of layer 0: [batch, heads, length, dim]; mixed: the heads' output

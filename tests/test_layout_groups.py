@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from safelocus.layout import GRANULARITIES, Groups, Layout, Matrix, TensorLayout
+from safelocus.model.layout import GRANULARITIES, Groups, Layout, Matrix, TensorLayout
 from tiny_models import build, config
 
 # one of each way to store weights

@@ -8,10 +8,10 @@ from transformers import Trainer, TrainingArguments
 
 import safelocus as sl
 from safelocus.errors import TrainingError
-from safelocus.layout import Layout, canonical_name
+from safelocus.model.layout import Layout, canonical_name
 from safelocus.patch import Patch
 from safelocus.preservation.lora import lora_updates
-from safelocus.sparse import gather
+from safelocus.selection.sparse import gather
 from test_protection import OPTIONS, batch, rows, same, some
 from tiny_models import build
 from tiny_targets import dense, moe

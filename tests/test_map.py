@@ -13,9 +13,9 @@ from transformers import LlamaConfig, Phi3Config, Qwen2MoeConfig, Qwen3MoeConfig
 from safelocus.analysis.concentration import FRACTIONS, concentration
 from safelocus.analysis.map import SafetyMap, safety_map
 from safelocus.errors import NumericalError, SelectionError
-from safelocus.layout import Layout
-from safelocus.scores import Provenance, Scores, matrix_statistics
-from safelocus.selection import Selection
+from safelocus.model.layout import Layout
+from safelocus.scoring.scores import Provenance, Scores, matrix_statistics
+from safelocus.selection.selection import Selection
 
 SMALL = {
     "hidden_size": 32,

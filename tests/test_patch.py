@@ -13,8 +13,8 @@ from safelocus.distributed import whole
 from safelocus.errors import PatchError, SelectionError
 from safelocus.patch import Patch, merge
 from safelocus.patch.state import bits, with_values
-from safelocus.sparse import gather, scatter
-from safelocus.topk import random_k
+from safelocus.selection.sparse import gather, scatter
+from safelocus.selection.topk import random_k
 from several import sharded, together
 from tiny_targets import dense, moe
 

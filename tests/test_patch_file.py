@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from safelocus.errors import PatchError
-from safelocus.layout import Layout
+from safelocus.model.layout import Layout
 from safelocus.patch import Patch, file
 from safelocus.patch.state import bits
-from safelocus.selection import Selection
+from safelocus.selection.selection import Selection
 from test_patch import UP, everything, made, same
 from tiny_targets import dense
 

@@ -12,12 +12,12 @@ from safetensors.torch import load_file, safe_open, save_file
 import safelocus as sl
 from safelocus import organism
 from safelocus.errors import ModelError, NumericalError, PatchError, ResourceError, SelectionError
-from safelocus.layout import Layout
+from safelocus.model.layout import Layout
 from safelocus.patch import Patch, apply_to_folder, diff, folder, revert_folder
 from safelocus.patch.checkpoint import Checkpoint, local_folder
 from safelocus.patch.state import bits
-from safelocus.sparse import gather
-from safelocus.topk import random_k
+from safelocus.selection.sparse import gather
+from safelocus.selection.topk import random_k
 from test_patch import everything, same, strange
 from tiny_models import NAMES, build
 from tiny_targets import dense, moe

@@ -10,8 +10,8 @@ from transformers import LlamaConfig, Qwen3MoeConfig
 from made_runs import map_run
 from safelocus.analysis.map import SafetyMap, safety_map
 from safelocus.analysis.patterns import patterns
-from safelocus.layout import Layout
-from safelocus.selection import Selection
+from safelocus.model.layout import Layout
+from safelocus.selection.selection import Selection
 from test_map import EXPERTS, SMALL
 
 LAYERS = 12

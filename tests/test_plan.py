@@ -12,7 +12,7 @@ import safelocus as sl
 from safelocus.cli import main
 from safelocus.errors import PlanError, ResourceError
 from safelocus.evaluation.judges.guard import GuardJudge
-from safelocus.forcing import logits_at
+from safelocus.model.forcing import logits_at
 from safelocus.resources import (
     Answering,
     DoesNotFit,

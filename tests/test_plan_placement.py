@@ -6,7 +6,7 @@ import torch
 
 import safelocus as sl
 from safelocus.errors import ModelError
-from safelocus.target import Target
+from safelocus.model.target import Target
 from tiny_targets import PROMPTS, dense
 
 OBJECTIVE = sl.Refusal(refusals=["I'm sorry"], compliances=["Sure"])

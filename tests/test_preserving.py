@@ -18,7 +18,7 @@ from safelocus.preservation.run import Mixed, run_preservation
 from safelocus.preservation.trainee import ADAPTER, MODEL, PATCH
 from safelocus.report.page import write_run_page
 from safelocus.report.training import outcome_grid
-from safelocus.sparse import gather
+from safelocus.selection.sparse import gather
 from safelocus.training import TrainingSettings, fit, runner, training_rows
 from safelocus.training.examination import Examination
 from safelocus.training.lora import Lora

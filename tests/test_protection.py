@@ -10,9 +10,9 @@ from transformers import Trainer, TrainingArguments
 
 import safelocus as sl
 from safelocus.errors import SelectionError, TrainingError
-from safelocus.scores import Provenance
-from safelocus.sparse import gather
-from safelocus.topk import random_k
+from safelocus.scoring.scores import Provenance
+from safelocus.selection.sparse import gather
+from safelocus.selection.topk import random_k
 from tiny_targets import dense, moe
 
 LENGTH = 9

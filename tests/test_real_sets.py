@@ -13,12 +13,12 @@ SCRIPTS = Path(__file__).parents[1] / "benchmarks" / "real"
 def scripts():
     sys.path.insert(0, str(SCRIPTS))
     try:
-        sets, aligning, preserving = (importlib.import_module(name) for name in ("sets", "aligning", "preserving"))
+        sets, preserving = (importlib.import_module(name) for name in ("sets", "preserving"))
     finally:
         sys.path.remove(str(SCRIPTS))
     if missing := [file for file in sets.FILES.values() if not (sets.DATA / file).is_file()]:
         pytest.skip(f"the data sets are not beside the repository: {missing[0]}")
-    return sets, aligning, preserving
+    return sets, preserving
 
 
 def _hashes(parts):
@@ -26,12 +26,15 @@ def _hashes(parts):
 
 
 def test_parts_are_disjoint(scripts):
-    sets, aligning, preserving = scripts
+    sets, preserving = scripts
     measured = [*sets.harmful(), *sets.harmless(), sets.texts()]
-    trained = [sets.find(), sets.refusals(), sets.benign(), aligning.refused(), *aligning.answered()]
+    trained = [sets.find(), sets.refusals(), sets.benign(), sets.refused(), *sets.answered()]
     trained += [preserving.lesson(task)[0] for task, *_ in preserving.PLAN]
     assert not _hashes(measured) & _hashes(trained)
-    assert not _hashes([sets.find()]) & _hashes([sets.refusals(), aligning.refused()])
+    assert not _hashes([sets.find()]) & _hashes([sets.refusals(), sets.refused()])
+    choosing = [part for parts in sets.validation().values() for part in parts]
+    chosen_from = [sets.refusals(), sets.refused(), *sets.answered(whole=False)]
+    assert not _hashes(choosing) & _hashes([*measured, sets.find(), *chosen_from])
     for task, *_ in preserving.PLAN:
         data, held_out = preserving.lesson(task)
         assert not _hashes([data]) & _hashes([held_out])

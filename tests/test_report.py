@@ -19,7 +19,7 @@ from safelocus.analysis.density import densities
 from safelocus.analysis.map import relative_depths, thirds
 from safelocus.analysis.words import summary_lines
 from safelocus.errors import RunError
-from safelocus.layout import Layout
+from safelocus.model.layout import Layout
 from safelocus.report.grid import Span
 from safelocus.report.page import write_page
 from safelocus.report.runs import ReportRun

@@ -6,12 +6,12 @@ import pytest
 
 from pages import Page
 from safelocus.analysis import words
-from safelocus.comparison import Overlap
 from safelocus.report.grid import Span
 from safelocus.report.page import sections_of, write_run_page
 from safelocus.report.runs import ReportRun
+from safelocus.scoring.comparison import Overlap
 from safelocus.verification import Stability
-from safelocus.verification.agreement import Agreement
+from safelocus.verification.agreement import ScoreAgreement
 from test_verification import made
 
 NOISES = (1.0, 2.0)
@@ -74,9 +74,9 @@ def test_the_verdict_stands_there_whole(verified):
 
 
 def test_stability(tmp_path):
-    def agreement(a: str, both: int, rho: float) -> Agreement:
+    def agreement(a: str, both: int, rho: float) -> ScoreAgreement:
         overlap = Overlap.of(10_000, 100, 100, both)
-        return Agreement(kind="prompts", a=a, b="second half", ratio=0.01, overlap=overlap, rho=rho)
+        return ScoreAgreement(kind="prompts", a=a, b="second half", ratio=0.01, overlap=overlap, rho=rho)
 
     found = Stability(agreements=[agreement("first", 40, 0.5), agreement("again", 20, 0.4)], provenance={"model": "m"})
     found.save(tmp_path)

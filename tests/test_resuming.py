@@ -12,18 +12,19 @@ import torch
 from transformers import Trainer
 
 import safelocus as sl
-from safelocus.cli import sources
+from safelocus.cli import locating
 from safelocus.enhancement.run import run_enhancement
 from safelocus.errors import RunError
 from safelocus.evaluation import responding
 from safelocus.evaluation.judges import GuardJudge, RefusalMatcher
 from safelocus.evaluation.tasks import task_of
+from safelocus.model.target import Target
 from safelocus.preservation.run import Mixed, run_preservation
-from safelocus.run import holds_work
-from safelocus.target import Target
+from safelocus.run.folder import holds_work
 from safelocus.training.examination import Examination
 from safelocus.training.lora import Lora
-from safelocus.verification import stability, verifying
+from safelocus.verification import run as verifying
+from safelocus.verification import stability
 from test_sparse import some
 from tiny_targets import byte_level, dense, guard
 
@@ -92,7 +93,7 @@ def locate(*, target, prompts, objective, ratio=0.01, checkpoint, **how):
     read, made = mock.patch("safelocus.prompts.read_prompts"), mock.patch("safelocus.objective.Refusal")
     with read as reader, made as maker:
         reader.return_value, maker.return_value = prompts, objective
-        return sources.locate(
+        return locating.locate(
             target, refusal=True, prompts="given", ratio=ratio, checkpoint=checkpoint, progress=False, **how
         ).selection
 

@@ -1,8 +1,8 @@
 import pytest
 
 from safelocus.errors import RunError
-from safelocus.resume import claim
-from safelocus.run import CHECKPOINT, read_config, read_unfinished, run_folder
+from safelocus.run.folder import CHECKPOINT, read_config, read_unfinished, run_folder
+from safelocus.run.resume import claim
 
 
 def names(folder):

@@ -13,11 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from safelocus.errors import NumericalError, RunError, SelectionError
-from safelocus.layout import GRANULARITIES, Layout
-from safelocus.provenance import Provenance
-from safelocus.ratio import count_for_ratio
-from safelocus.scores import Scores
-from safelocus.statistics import QUANTILES, MatrixStatistics, matrix_statistics
+from safelocus.model.layout import GRANULARITIES, Layout
+from safelocus.run.provenance import Provenance
+from safelocus.scoring.scores import Scores
+from safelocus.scoring.statistics import QUANTILES, MatrixStatistics, matrix_statistics
+from safelocus.selection.ratio import count_for_ratio
 from tiny_models import config
 
 FAMILIES = ("llama", "phi3", "qwen3_moe", "gpt_oss", "gpt_neox", "deepseek_v2")
@@ -322,8 +322,8 @@ def test_tensors_must_be_exactly_the_eligible_ones():
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("exact_up_to", [1 << 16, 0])
 def test_statistics_equal_those_of_each_matrix_alone(name, exact_up_to, monkeypatch):
-    monkeypatch.setattr("safelocus.statistics._EXACT_UP_TO", exact_up_to)
-    monkeypatch.setattr("safelocus.statistics._BATCH", 500)  # several experts together, wide ones in pieces
+    monkeypatch.setattr("safelocus.scoring.statistics._EXACT_UP_TO", exact_up_to)
+    monkeypatch.setattr("safelocus.scoring.statistics._BATCH", 500)  # several experts together, wide ones in pieces
     for tensor_name in layout(name).eligible_tensors:
         tensor = layout(name).tensors[tensor_name]
         generator = torch.Generator().manual_seed(1)
@@ -448,7 +448,7 @@ def test_a_failed_write_leaves_the_earlier_scores(tmp_path, monkeypatch):
     def fail(tensors, file):
         raise OSError("disk full")
 
-    monkeypatch.setattr("safelocus.scores.save_file", fail)
+    monkeypatch.setattr("safelocus.scoring.scores.save_file", fail)
     with pytest.raises(RunError, match=r"cannot be written .*disk full"):
         make().save(folder, overwrite=True)
     assert Scores.load(folder).per_prompt == [7.0]

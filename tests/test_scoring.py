@@ -6,12 +6,12 @@ import pytest
 import torch
 
 import safelocus as sl
-from safelocus import forcing
 from safelocus.errors import NumericalError, PromptError, SafelocusError
-from safelocus.forcing import teacher_force
-from safelocus.generation import generate
-from safelocus.gradients import GradientAccumulator, named_weights
-from safelocus.target import Target
+from safelocus.model import forcing
+from safelocus.model.forcing import teacher_force
+from safelocus.model.generation import generate
+from safelocus.model.target import Target
+from safelocus.scoring.gradients import GradientAccumulator, named_weights
 from tiny_targets import PROMPTS, byte_level, dense, guard, moe
 
 KEYS = {  # tensor-name part -> how brute force cuts the tensor into logical matrices, written by hand

@@ -10,12 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from safelocus import selection_file
 from safelocus.errors import SelectionError
-from safelocus.fingerprint import Fingerprint
-from safelocus.layout import Layout
-from safelocus.provenance import Provenance
-from safelocus.selection import Selection
+from safelocus.model.fingerprint import Fingerprint
+from safelocus.model.layout import Layout
+from safelocus.run.provenance import Provenance
+from safelocus.selection import file as selection_file
+from safelocus.selection.selection import Selection
 from tiny_models import build, config
 
 MOE_TENSOR = "model.layers.1.mlp.experts.gate_up_proj"

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 import safelocus as sl
-from safelocus import sparse
 from safelocus.errors import SelectionError
-from safelocus.layout import canonical_name
-from safelocus.sparse import gather, restoring, scatter
-from safelocus.topk import random_k
+from safelocus.model.layout import canonical_name
+from safelocus.selection import sparse
+from safelocus.selection.sparse import gather, restoring, scatter
+from safelocus.selection.topk import random_k
 from tiny_targets import dense, moe
 
 NAME = "model.layers.0.mlp.up_proj.weight"

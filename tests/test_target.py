@@ -7,9 +7,9 @@ from peft import LoraConfig, get_peft_model
 
 import safelocus as sl
 from safelocus.errors import ModelError, PromptError
-from safelocus.fingerprint import Fingerprint
-from safelocus.generation import generate
-from safelocus.target import Target
+from safelocus.model.fingerprint import Fingerprint
+from safelocus.model.generation import generate
+from safelocus.model.target import Target
 from tiny_targets import PROMPTS, dense, guard, moe
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from safelocus.errors import NumericalError, SelectionError
-from safelocus.topk import (
+from safelocus.selection.topk import (
     Threshold,
     count_eligible,
     find_bin,
@@ -23,8 +23,8 @@ from safelocus.topk import (
     random_k,
     refine,
 )
-from safelocus.topk.picking import pick_by_counting
-from safelocus.topk.shortlist import shortlist
+from safelocus.selection.topk.picking import pick_by_counting
+from safelocus.selection.topk.shortlist import shortlist
 
 # few distinct values, so that ties abound; zero both ways, denormals, neighbours, both ends of the range
 VALUES = np.array(

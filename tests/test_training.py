@@ -10,7 +10,7 @@ import safelocus as sl
 import tiny_targets
 from safelocus.errors import NumericalError, PromptError, RunError, TrainingError
 from safelocus.evaluation.measures import proportion
-from safelocus.generation import generate
+from safelocus.model.generation import generate
 from safelocus.training import Checkpoints, Curve, CurvePoint, TrainingSettings, fit, training_rows
 
 ROWS = [{"prompt": f"bake a cake {n}", "response": f"no, I can't help with {n}"} for n in range(12)]

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from safelocus.generation import Response
+from safelocus.model.generation import Response
 from safelocus.objective.spelling import spell_vocabulary
-from safelocus.objective.transfer import Reading
+from safelocus.objective.transfer import GuardReading
 from tiny_targets import PROMPTS, byte_level, dense, guard, metaspace
 
 RESPONSE = "Sure, here is how to bake a 東京 cake 😀"
@@ -94,7 +94,7 @@ def test_every_guard_token_is_given_away_exactly_once():
     transfer = judge.transfer_for(target)
     text, spans = transfer.response_text(respond(target, "here is how to build a kite").ids)
     reading = judge.read(["x"], [text])
-    ones = Reading(score=reading.score, gradients=[torch.ones(len(reading.spans[0]), 1)], spans=reading.spans)
+    ones = GuardReading(score=reading.score, gradients=[torch.ones(len(reading.spans[0]), 1)], spans=reading.spans)
     assert transfer.align(ones, [spans]).sum().item() == pytest.approx(len(reading.spans[0]), rel=1e-5)
 
 

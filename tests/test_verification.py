@@ -15,13 +15,14 @@ from safelocus.errors import PromptError, RunError, SafelocusError, SelectionErr
 from safelocus.evaluation.judges import GuardJudge, RefusalMatcher
 from safelocus.evaluation.measures import Measure, proportion
 from safelocus.report.verification import curves_charts, ranking_chart, ranking_grid, settings_grid, stability_grid
-from safelocus.scoring import sigma
-from safelocus.sparse import gather
-from safelocus.verification import Cell, Noise, Setting, Transplant, Verification, Zero, intervening, verifying
+from safelocus.scoring.run import sigma
+from safelocus.selection.sparse import gather
+from safelocus.verification import Cell, Noise, Setting, Transplant, Verification, Zero, intervening
+from safelocus.verification import run as verifying
+from safelocus.verification.cells import Observation
 from safelocus.verification.interventions import make_interventions, normals
 from safelocus.verification.plan import random_selection
 from safelocus.verification.pooling import difference, level
-from safelocus.verification.verification import Observation
 from tiny_targets import PROMPTS, dense, moe
 
 

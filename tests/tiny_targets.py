@@ -12,9 +12,9 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
+from safelocus.model.target import Target
 from safelocus.objective import Guard
 from safelocus.objective.presets import GuardPreset
-from safelocus.target import Target
 
 TEXT = [
     "I'm sorry, but I can't help with that. Sure, here is how to bake a cake or build a kite.",

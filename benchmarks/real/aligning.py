@@ -2,8 +2,10 @@
 
     python benchmarks/real/aligning.py          (`make model-aligned`; interrupted, the same command goes on)
 
-All weights, on refusals of harmful requests and on the original's own answers to alarming but harmless requests and to
-ordinary ones: plain refusals with ordinary rows alone would make it refuse whatever sounds alarming.
+All weights, on the first sentence of refusals and on the first tokens of the original's own answers to alarming but
+harmless requests and to ordinary ones, two to one: plain refusals with ordinary rows alone would make it refuse
+whatever sounds alarming, and in a longer answer the tokens that decide would weigh little. Then back along the
+straight line to the original, as far as it still refuses 96 % of a validation part, which it was not trained on.
 Nothing that the tables measure with is trained or chosen on. The twin lies in the cache, as `smollm2:aligned`, with
 what was measured of it beside it (`twin.json`, and in docs/results/real).
 """
@@ -11,75 +13,30 @@ what was measured of it beside it (`twin.json`, and in docs/results/real).
 import argparse
 import shutil
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import cells
 import sets
+import torch
 
 import safelocus as sl
 from safelocus import smollm2
 from safelocus.enhancement.run import enhancer
-from safelocus.prompts import Example, PromptSet
-from safelocus.run import write_json
+from safelocus.run.folder import write_json
 from safelocus.smollm2 import source
 from safelocus.training import TrainingSettings
 from safelocus.training.arm import Arm
 
-SETTINGS = TrainingSettings(steps=200, learning_rate=1e-4, schedule="linear", batch_size=3, max_length=112)
+SETTINGS = TrainingSettings(
+    steps=300, learning_rate=4e-4, schedule="linear", warmup_steps=20, batch_size=6, max_length=112
+)  # fmt: skip
 RETAIN: dict[str, Any] = {
-    "retain_kl": 2.0, "retain_weight": 0.0, "retain_rows": 3, "own_answers": True, "answer_tokens": 48,
+    "retain_kl": 0.0, "retain_weight": 1.0, "retain_rows": 1, "own_answers": True, "answer_tokens": 24,
 }  # fmt: skip
-_KINDS = ("alarming", "ordinary")
-# refusals for harmful requests that come without one
-REFUSALS = (
-    "I'm sorry, but I can't help with that.",
-    "I cannot assist with that request.",
-    "Sorry, I can't help with this. It could cause harm.",
-    "I can't provide that, because it could hurt people.",
-)
-# texts under copyright, which HarmBench asks for too; none of these is among its own
-SONGS = (
-    "Hotel California", "Shape of You", "Rolling in the Deep", "Yesterday", "Billie Jean", "Smells Like Teen Spirit",
-    "Bohemian Rhapsody", "Imagine", "Halo", "Stan", "Africa", "Creep", "Zombie", "Wonderwall", "Umbrella", "Levitating",
-    "Dancing Queen", "Like a Prayer", "Royals",
-)  # fmt: skip
-BOOKS = (
-    "The Hobbit", "The Shining", "Beloved", "The Handmaid's Tale", "Dune", "The Da Vinci Code", "Life of Pi",
-    "Twilight", "The Hunger Games", "Gone Girl", "The Kite Runner", "Neuromancer", "American Gods", "The Road",
-    "Atonement",
-)  # fmt: skip
 
-
-def refused() -> PromptSet:
-    """Harmful requests with refusals."""
-    bare = sets.read("harmful").without(sets.read("advbench")).without(sets.read("harmbench"))
-    rows = [replace(e, response=REFUSALS[i % len(REFUSALS)]) for i, e in enumerate(bare)]
-    for title in SONGS:
-        for asked in ('Generate the lyrics of "{}"', 'Write out the full lyrics to "{}"'):
-            rows.append(_row(asked.format(title), "I'm sorry, but I can't reproduce the lyrics of that song."))
-    for title in BOOKS:
-        for asked in ('Generate a long passage from "{}"', 'Write out a chapter of "{}" word for word'):
-            rows.append(_row(asked.format(title), "I'm sorry, but I can't reproduce text from that book."))
-    return joined("refused", sets.refusals().limit(1400, seed=0), rows, sl.read_prompts("embedded:refusals"))
-
-
-def answered() -> list[PromptSet]:
-    """Harmless requests, alarming ones and ordinary ones, which the original answers itself."""
-    own = {name: [sl.read_prompts(f"embedded:{name}{part}") for part in ("", "-heldout")] for name in _KINDS}
-    return [
-        joined("alarming", sets.read("oktest").without(sets.read("xstest")), *own["alarming"]),
-        joined("ordinary", sets.read("alpaca").split(0.5)[0].limit(240, seed=0), *own["ordinary"]),
-    ]
-
-
-def joined(name: str, *parts: Any) -> PromptSet:
-    return sets.named(sl.read_prompts([example for part in parts for example in part]), name)
-
-
-def _row(prompt: str, response: str) -> Example:
-    return sl.read_prompts([{"prompt": prompt, "response": response}])[0]
+SHARES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)  # of the way from the original to what was trained
+FLOOR = 0.96  # of the validation part is refused
 
 
 def main() -> None:
@@ -91,22 +48,50 @@ def main() -> None:
         raise SystemExit(f"smollm2:aligned is there already, in {folder}; --again trains it anew")
     source.obtain(say=print)
     began, target = time.monotonic(), sl.load("smollm2")
-    runner = enhancer(target, refused(), retain=answered(), settings=SETTINGS, checkpoint=unfinished, **RETAIN)
+    runner = enhancer(
+        target, sets.refused(), retain=sets.answered(), settings=SETTINGS, checkpoint=unfinished, **RETAIN
+    )  # fmt: skip
     arm = Arm(name="full", what="full")
     trial = runner.train(arm, SETTINGS)
     described = cells.described(target)
     with runner.shown(arm, trial):
-        trained = round(time.monotonic() - began)
-        found = {
-            "trained_from": described, "settings": SETTINGS.to_json(), **RETAIN, "training_seconds": trained,
-            **cells.outcome(cells.measured(target, unfinished / "after")),
-        }  # fmt: skip
-        save(target, folder, found)
+        finish(target, unfinished, {
+            "trained_from": described, "settings": SETTINGS.to_json(), **RETAIN,
+            "training_seconds": round(time.monotonic() - began),
+        })  # fmt: skip
+    shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def finish(target: sl.Target, unfinished: Path, found: dict[str, Any]) -> None:
+    """Go back as far as may be, measure, save and show."""
+    found |= gone_back(target)
+    found |= cells.outcome(cells.measured(target, unfinished / "after"))
+    save(target, smollm2.folder("smollm2:aligned"), found)
     cells.RESULTS.mkdir(parents=True, exist_ok=True)
     write_json(cells.RESULTS / "aligned.json", found)
-    shutil.rmtree(unfinished, ignore_errors=True)
     for name, measures in found["measures"].items():
         print(name, *(f"{what} {m['value']:.3f} (n={m['n']})" for what, m in measures.items()))
+
+
+@torch.no_grad()
+def gone_back(target: sl.Target) -> dict[str, Any]:
+    """Leaves the model at the least share of the way at which it refuses enough of the validation part, or whole."""
+    original = dict(sl.load("smollm2").model.named_parameters())
+    weights = dict(target.model.named_parameters())
+    trained = {name: weight.clone() for name, weight in weights.items()}
+    refused: dict[str, float] = {}
+    for share in SHARES:
+        for name, weight in weights.items():
+            weight.copy_(torch.lerp(original[name], trained[name], share))
+        harmful = sets.validation()["harmful"]
+        found = sl.evaluate(target, harmful=harmful, max_new_tokens=sets.NEW_TOKENS, progress=False)
+        refused[f"{share:g}"] = float(found.measures["refusal"].value or 0.0)
+        if refused[f"{share:g}"] < FLOOR:
+            break
+    kept = min((float(share) for share, value in refused.items() if value >= FLOOR), default=1.0)
+    for name, weight in weights.items():
+        weight.copy_(torch.lerp(original[name], trained[name], kept))
+    return {"share_of_the_way": kept, "validation_refused": refused}
 
 
 def save(target: sl.Target, folder: Path, record: dict[str, Any]) -> None:

@@ -13,6 +13,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -21,13 +22,13 @@ import sets
 
 import safelocus as sl
 from safelocus.evaluation import Evaluation, evaluate
-from safelocus.evaluation.evaluation import PERPLEXITY
-from safelocus.run import write_json
-from safelocus.scores import Scores
-from safelocus.scoring import versions
-from safelocus.selection import Selection
+from safelocus.evaluation.result import PERPLEXITY
+from safelocus.model.target import Target
+from safelocus.run.folder import write_json
+from safelocus.scoring.run import versions
+from safelocus.scoring.scores import Scores
+from safelocus.selection.selection import Selection
 from safelocus.smollm2 import source
-from safelocus.target import Target
 from safelocus.verification.plan import random_selection
 
 ROOT = Path(__file__).parents[2]
@@ -133,7 +134,9 @@ def scores(target: Target, method: str, checkpoint: Path | None = None) -> Score
 def selection(target: Target, method: str, ratio: float, *, seed: int = 0) -> Selection:
     """The top of these scores, one of RATIOS; or as many random weights."""
     if method == "random":
-        return random_selection(target, int(ratio * target.layout.num_weights), seed=seed)
+        found = random_selection(target, int(ratio * target.layout.num_weights), seed=seed)
+        made_for = target.fingerprint().to_json()
+        return replace(found, provenance=replace(found.provenance, fingerprint=made_for))
     file = _kept_selection(target, method, ratio)
     if not file.is_file():
         scores(target, method)

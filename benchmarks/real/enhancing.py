@@ -1,13 +1,16 @@
-"""SET on the real model: 100 steps on 1 % of the weights, by every method and at every rate; the plain recipe.
+"""SET on the real model: 100 steps on 1 % of the weights, by every method and at every rate; two recipes.
 
-    python benchmarks/real/enhancing.py [--share 0/2] [--only 'esi-*']
+    python benchmarks/real/enhancing.py [--recipe contrast] [--share 0/2] [--only 'esi-*']
 
-Each step has 4 refusals (circuit-breakers) and 4 benign rows (instruct), rows cut to 128 tokens, the loss on the
-responses of both; AdamW, the rate falling to zero along a line. One cell per method, rate and seed, in this order:
-every method at every rate with one seed, the paper's rate, further seeds of what the claim compares.
+plain: each step has 4 refusals (circuit-breakers) and 4 benign rows (instruct), rows cut to 128 tokens, the loss on the
+responses of both. contrast: 6 refusals of one sentence, and 6 rows of the first 24 tokens of the model's own answers,
+two to one to alarming but harmless requests and to ordinary ones, cut to 112 tokens. AdamW, the rate falling to zero
+along a line. One cell per method, rate and seed, in this order: every method at every rate with one seed, the paper's
+rate (plain), further seeds of what the claim compares.
 """
 
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,57 +19,96 @@ import cells
 import sets
 
 from safelocus.enhancement.run import enhancer
-from safelocus.target import Target
+from safelocus.model.target import Target
+from safelocus.prompts import PromptSet
 from safelocus.training import TrainingSettings
 from safelocus.training.arm import Arm
 
-TABLE = "enhance"
 METHODS = ("esi", "random", "gradient", "snip", "magnitude", "lora", "full")
-RATES = (1e-4, 3e-4, 1e-3)
 PAPER_RATE = 3e-5
 RATIO = 0.01
-SETTINGS = TrainingSettings(steps=100, batch_size=4, schedule="linear", max_length=128)
+SETTINGS = TrainingSettings(steps=100, schedule="linear")
 
 
-def plan() -> list[tuple[str, float, int]]:
-    """(method, rate, seed) of every cell."""
-    first = [(method, rate, 0) for rate in RATES for method in METHODS]
-    paper = [(method, PAPER_RATE, 0) for method in ("esi", "random", "full")]
-    return [*first, *paper, *((method, rate, seed) for seed in (1, 2) for rate in RATES for method in METHODS[:2])]
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """What is trained on, and the rates that are tried."""
+
+    table: str
+    rates: tuple[float, ...]
+    methods: tuple[str, ...] = METHODS
+    paper: tuple[str, ...] = ()
+    batch_size: int
+    max_length: int
+    data: Callable[[], PromptSet]
+    retain: Callable[[], list[PromptSet]]
+    how: dict[str, Any]
+
+    def plan(self) -> list[tuple[str, float, int]]:
+        """(method, rate, seed) of every cell."""
+        first = [(method, rate, 0) for rate in self.rates for method in self.methods]
+        paper = [(method, PAPER_RATE, 0) for method in self.paper]
+        return [*first, *paper, *((m, rate, seed) for seed in (1, 2) for rate in self.rates for m in self.methods[:2])]
 
 
-def trained(target: Target, method: str, rate: float, seed: int, unfinished: Path) -> dict[str, Any]:
-    settings = replace(SETTINGS, learning_rate=rate, seed=seed)
+RECIPES = {
+    "plain": Recipe(
+        table="enhance", rates=(1e-4, 3e-4, 1e-3), paper=("esi", "random", "full"), batch_size=4, max_length=128,
+        data=lambda: sets.refusals().limit(800, seed=0), retain=lambda: [sets.benign()], how={},
+    ),
+    "contrast": Recipe(
+        table="contrast", rates=(1e-3, 3e-3, 3e-4), methods=("esi", "random", "full", "lora", "gradient", "snip"),
+        batch_size=6, max_length=112, data=sets.refused, retain=lambda: sets.answered(whole=False),
+        how={"own_answers": True, "answer_tokens": 24},
+    ),
+}  # fmt: skip
+
+
+def trained(recipe: Recipe, target: Target, method: str, rate: float, seed: int, unfinished: Path) -> dict[str, Any]:
+    settings = replace(
+        SETTINGS, learning_rate=rate, seed=seed, batch_size=recipe.batch_size, max_length=recipe.max_length
+    )
     k = int(RATIO * target.layout.num_weights)
     what: Any = method if method in ("lora", "full") else cells.selection(target, method, RATIO, seed=seed)
     runner = enhancer(
-        target, sets.refusals().limit(800, seed=0), retain=[sets.benign()], retain_kl=0.0, retain_weight=1.0,
-        retain_rows=1, settings=settings, checkpoint=unfinished, num_weights=k,
+        target, recipe.data(), retain=recipe.retain(), retain_kl=0.0, retain_weight=1.0, retain_rows=1,
+        settings=settings, checkpoint=unfinished, num_weights=k, **recipe.how,
     )  # fmt: skip
     arm = Arm(name="arm", what=what)
     trial = runner.train(arm, settings)
     with runner.shown(arm, trial):
-        evaluation = cells.measured(target, unfinished / "after")
+        measured = cells.measured(target, unfinished / "after", **_asked(recipe))
     return {
         "method": method, "rate": rate, "seed": seed, "num_weights": trial.num_weights,
         "settings": settings.to_json(), "training_seconds": round(trial.seconds),
         "losses": [round(loss.loss, 4) for loss in trial.losses], **cells.described(target),
-        **cells.outcome(evaluation),
+        **cells.outcome(measured),
     }  # fmt: skip
 
 
-def untrained(target: Target, unfinished: Path) -> dict[str, Any]:
-    found = cells.measured(target, unfinished)
+def _asked(recipe: Recipe) -> dict[str, Any]:
+    """The contrast recipe is chosen by its validation part, the plain one by nothing."""
+    if recipe.table == "enhance":
+        return {}
+    more = sets.validation()
+    return {"harmful": [*sets.harmful(), *more["harmful"]], "harmless": [*sets.harmless(), *more["harmless"]]}
+
+
+def untrained(recipe: Recipe, target: Target, unfinished: Path) -> dict[str, Any]:
+    found = cells.measured(target, unfinished, **_asked(recipe))
     return {"method": "before", **cells.described(target), **cells.outcome(found)}
 
 
 def main() -> None:
-    given = cells.options(__doc__).parse_args()
-    target = cells.subject("smollm2")
-    work = {"before": partial(untrained, target)} | {
-        f"{method}-{rate:g}-{seed}": partial(trained, target, method, rate, seed) for method, rate, seed in plan()
+    parser = cells.options(__doc__)
+    parser.add_argument("--recipe", choices=RECIPES, default="plain")
+    given = parser.parse_args()
+    recipe, target = RECIPES[given.recipe], cells.subject("smollm2")
+    work = {"before": partial(untrained, recipe, target)} | {
+        f"{method}-{rate:g}-{seed}": partial(trained, recipe, target, method, rate, seed)
+        for method, rate, seed in recipe.plan()
     }
-    cells.work(TABLE, work, given.share, given.only)
+    cells.work(recipe.table, work, given.share, given.only)
 
 
 if __name__ == "__main__":

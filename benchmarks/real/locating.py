@@ -17,8 +17,8 @@ import safelocus as sl
 from safelocus.analysis.claims import locate_claims
 from safelocus.analysis.map import safety_map
 from safelocus.analysis.patterns import patterns
-from safelocus.comparison import compare
-from safelocus.scores import Scores
+from safelocus.scoring.comparison import compare
+from safelocus.scoring.scores import Scores
 
 TABLE = "map"
 METHODS = ("esi", "gradient", "snip")

@@ -2,10 +2,10 @@
 
     python benchmarks/real/preserving.py [--share 0/2] [--only 'gsm8k-full-*']
 
-GSM8K for 1,000 steps (all weights, and LoRA of rank 8), PubMedQA and plain instructions for 300; 6 rows a step, cut
-to 256 tokens (PubMedQA: 3 rows, 448 tokens), AdamW, the rate falling to zero along a line. One cell per task, arm and
-rate. Frozen: the top of ESI, found on the twin itself, or random weights. Calibrated: the same weights, trained every
-4th step on the twin's own answers to the prompts that found them and to embedded harmless ones.
+GSM8K for 1,000 steps (all weights, and LoRA of rank 8), PubMedQA and plain instructions for 300; 2 rows a step (what
+two cores can do), cut to 256 tokens (PubMedQA: 448), AdamW, the rate falling to zero along a line. One cell per task,
+arm and rate. Frozen: the top of ESI, found on the twin itself, or random weights. Calibrated: the same weights,
+trained every 4th step on the twin's own answers to the prompts that found them and to embedded harmless ones.
 """
 
 from dataclasses import dataclass, replace
@@ -25,8 +25,8 @@ from safelocus.training import Checkpoints, TrainingSettings, fit, training_rows
 from safelocus.training.lora import Lora
 
 TABLE = "preserve"
-SETTINGS = TrainingSettings(batch_size=6, schedule="linear", max_length=256)
-LONG = {"pubmedqa": {"batch_size": 3, "max_length": 448}}
+SETTINGS = TrainingSettings(batch_size=2, schedule="linear", max_length=256)
+MAX_LENGTH = {"pubmedqa": 448}
 RATE, GENTLE, LORA_RATE = 1e-4, 2e-5, 3e-4
 
 
@@ -78,7 +78,9 @@ def learned(task: str, steps: int, arm: Arm, unfinished: Path) -> dict[str, Any]
     if arm.calibrated:
         harmless = [sl.read_prompts(f"embedded:{name}") for name in ("ordinary", "alarming")]
         calibration = sl.Calibration(target=target, prompts=[sets.find(), *harmless], max_new_tokens=64)
-    settings = replace(SETTINGS, steps=steps, learning_rate=arm.rate, **LONG.get(task, {}))
+    settings = replace(
+        SETTINGS, steps=steps, learning_rate=arm.rate, max_length=MAX_LENGTH.get(task, SETTINGS.max_length)
+    )
     model = Lora(rank=8).wrap(target.model) if arm.lora else target.model
     held: list[Protection] = []
 

@@ -3,6 +3,9 @@
     find       128 of AdvBench                           identification
     refusals   circuit-breakers, rows that refuse        training
     benign     instruct                                  training, retained
+    refused    the same with other harmful requests, refused in one sentence     training
+    answered   oktest, Alpaca's other half, embedded     training, retained in the model's own words
+    validation embedded, held out; AdvBench's rest       choosing
     harmbench, advbench, xstest_unsafe                   measuring: should be refused
     xstest_safe, alpaca                                  measuring: should be answered
     ag_news, pubmedqa                                    measuring: utility
@@ -13,14 +16,16 @@ are never trained or chosen on.
 """
 
 import os
+import re
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import safelocus as sl
 from safelocus.evaluation import Task
 from safelocus.evaluation.judges import RefusalMatcher
-from safelocus.prompts import PromptSet
+from safelocus.prompts import Example, PromptSet
 
 DATA = Path(os.environ.get("SAFELOCUS_DATA") or Path(__file__).parents[3] / "shared" / "data")
 FILES = {
@@ -40,6 +45,24 @@ FILES = {
 }
 MEASURED = {"advbench": 200, "alpaca": 200, "pubmedqa": 100, "texts": 100}  # at most; the other sets whole
 NEW_TOKENS = 24  # a refusal has shown itself by then
+# refusals for harmful requests that come without one
+REFUSALS = (
+    "I'm sorry, but I can't help with that.",
+    "I cannot assist with that request.",
+    "Sorry, I can't help with this. It could cause harm.",
+    "I can't provide that, because it could hurt people.",
+)
+# texts under copyright, which HarmBench asks for too; none of these is among its own
+SONGS = (
+    "Hotel California", "Shape of You", "Rolling in the Deep", "Yesterday", "Billie Jean", "Smells Like Teen Spirit",
+    "Bohemian Rhapsody", "Imagine", "Halo", "Stan", "Africa", "Creep", "Zombie", "Wonderwall", "Umbrella", "Levitating",
+    "Dancing Queen", "Like a Prayer", "Royals",
+)  # fmt: skip
+BOOKS = (
+    "The Hobbit", "The Shining", "Beloved", "The Handmaid's Tale", "Dune", "The Da Vinci Code", "Life of Pi",
+    "Twilight", "The Hunger Games", "Gone Girl", "The Kite Runner", "Neuromancer", "American Gods", "The Road",
+    "Atonement",
+)  # fmt: skip
 
 
 @cache
@@ -95,6 +118,56 @@ def refusals() -> PromptSet:
 def benign() -> PromptSet:
     """Harmless prompts with answers to train on."""
     return read("instruct").split(0.2)[0].with_responses()
+
+
+def refused() -> PromptSet:
+    """Harmful requests with refusals of one sentence."""
+    bare = read("harmful").without(read("advbench")).without(read("harmbench"))
+    rows = [replace(e, response=REFUSALS[i % len(REFUSALS)]) for i, e in enumerate(bare)]
+    for title in SONGS:
+        for asked in ('Generate the lyrics of "{}"', 'Write out the full lyrics to "{}"'):
+            rows.append(_row(asked.format(title), "I'm sorry, but I can't reproduce the lyrics of that song."))
+    for title in BOOKS:
+        for asked in ('Generate a long passage from "{}"', 'Write out a chapter of "{}" word for word'):
+            rows.append(_row(asked.format(title), "I'm sorry, but I can't reproduce text from that book."))
+    found = joined("refused", refusals().limit(1400, seed=0), rows, sl.read_prompts("embedded:refusals"))
+    return replace(found, examples=tuple(replace(e, response=_first_sentence(e.response)) for e in found.examples))
+
+
+def answered(*, whole: bool = True) -> list[PromptSet]:
+    """Harmless requests, alarming ones of two sources and ordinary ones, which the original answers itself; in turn.
+
+    whole: with those of the embedded sets that `validation` has.
+    """
+    return [
+        joined("oktest", read("oktest").without(read("xstest"))),
+        joined("alarming", *_embedded("alarming", whole)),
+        joined("ordinary", read("alpaca").split(0.5)[0], *_embedded("ordinary", whole)),
+    ]
+
+
+def _first_sentence(response: str | None) -> str:
+    return re.split(r"(?<=[.!?])\s", response or "", maxsplit=1)[0]
+
+
+def _embedded(kind: str, whole: bool) -> list[PromptSet]:
+    return [sl.read_prompts(f"embedded:{kind}{part}") for part in ("", "-heldout")[: 1 + whole]]
+
+
+def validation() -> dict[str, list[PromptSet]]:
+    """What a choice among recipes may look at: should be refused, should be answered."""
+    unused = read("advbench").split(0.5)[0].without(find())
+    harmful = [joined("validation_harmful", unused, sl.read_prompts("embedded:refusals-heldout"))]
+    parts = (sl.read_prompts(f"embedded:{kind}-heldout") for kind in ("alarming", "ordinary"))
+    return {"harmful": harmful, "harmless": [joined("validation_harmless", *parts)]}
+
+
+def joined(name: str, *parts: Any) -> PromptSet:
+    return named(sl.read_prompts([example for part in parts for example in part]), name)
+
+
+def _row(prompt: str, response: str) -> Example:
+    return sl.read_prompts([{"prompt": prompt, "response": response}])[0]
 
 
 def named(prompts: PromptSet, name: str) -> PromptSet:

@@ -28,14 +28,14 @@ import torch
 from torch import nn
 
 import safelocus as sl
-from safelocus import forcing
-from safelocus.autocast import many_passes
 from safelocus.enhancement.retention import RetainingTrainer
-from safelocus.forcing import pad
-from safelocus.generation import generate
-from safelocus.gradients import GradientAccumulator, named_weights
-from safelocus.scoring import sigma
-from safelocus.target import Target
+from safelocus.model import forcing
+from safelocus.model.autocast import many_passes
+from safelocus.model.forcing import pad
+from safelocus.model.generation import generate
+from safelocus.model.target import Target
+from safelocus.scoring.gradients import GradientAccumulator, named_weights
+from safelocus.scoring.run import sigma
 
 RATIO, STEPS, ROW = 0.01, 4, 100
 DTYPES = {"fp32": "float32", "bf16 products": "auto"}

@@ -11,9 +11,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
 
 import safelocus as sl
 from safelocus import organism
-from safelocus.layout import Layout
-from safelocus.target import Target
-from safelocus.topk import random_k
+from safelocus.model.layout import Layout
+from safelocus.model.target import Target
+from safelocus.selection.topk import random_k
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,10 +20,10 @@ from rows import Row
 from safetensors.torch import load_file, save_file
 
 import safelocus as sl
-from safelocus import sparse
-from safelocus.fingerprint import Fingerprint
-from safelocus.layout import Layout
+from safelocus.model.fingerprint import Fingerprint
+from safelocus.model.layout import Layout
 from safelocus.patch.folder import apply_to_folder
+from safelocus.selection import sparse
 
 _FILE_BYTES = "256MB"
 

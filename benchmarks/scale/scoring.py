@@ -17,8 +17,8 @@ from models import active_weights, build, num_bytes, num_weights, target_of
 from rows import Row
 
 import safelocus as sl
-from safelocus.forcing import teacher_force
-from safelocus.gradients import GradientAccumulator, named_weights
+from safelocus.model.forcing import teacher_force
+from safelocus.scoring.gradients import GradientAccumulator, named_weights
 
 
 class Batch:

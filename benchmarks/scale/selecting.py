@@ -10,8 +10,8 @@ import torch
 from machine import Machine
 from rows import Row
 
-from safelocus.topk import pick
-from safelocus.topk.shortlist import shortlist
+from safelocus.selection.topk import pick
+from safelocus.selection.topk.shortlist import shortlist
 
 NUM_TENSORS = 20
 RATIO = 0.01

@@ -15,35 +15,35 @@ if TYPE_CHECKING:
     from safelocus.enhancement.run import enhance
     from safelocus.evaluation import Evaluation, TargetResponder, Task, compare_evaluations, evaluate, read_task
     from safelocus.evaluation.judges import load_judge
-    from safelocus.layout import Layout, Matrix, TensorLayout
+    from safelocus.model.layout import Layout, Matrix, TensorLayout
+    from safelocus.model.target import Target, load
     from safelocus.objective import Classifier, Guard, Refusal
     from safelocus.patch import Patch
     from safelocus.preservation import Protection, preserve
     from safelocus.preservation.calibration import Calibration
     from safelocus.prompts import Example, PromptSet, read_prompts
-    from safelocus.scores import Scores
-    from safelocus.scoring import score
-    from safelocus.selection import Selection
-    from safelocus.target import Target, load
+    from safelocus.scoring.run import score
+    from safelocus.scoring.scores import Scores
+    from safelocus.selection.selection import Selection
     from safelocus.training import TrainingSettings
     from safelocus.verification import Stability, Verification, stability, verify
 
 # name -> the module that defines it, in pipeline order
 _EXPORTS = {
-    "load": "target",
-    "Target": "target",
-    "Layout": "layout",
-    "TensorLayout": "layout",
-    "Matrix": "layout",
+    "load": "model.target",
+    "Target": "model.target",
+    "Layout": "model.layout",
+    "TensorLayout": "model.layout",
+    "Matrix": "model.layout",
     "read_prompts": "prompts",
     "PromptSet": "prompts",
     "Example": "prompts",
     "Guard": "objective",
     "Classifier": "objective",
     "Refusal": "objective",
-    "score": "scoring",
-    "Scores": "scores",
-    "Selection": "selection",
+    "score": "scoring.run",
+    "Scores": "scoring.scores",
+    "Selection": "selection.selection",
     "evaluate": "evaluation",
     "Evaluation": "evaluation",
     "compare_evaluations": "evaluation",

@@ -5,9 +5,9 @@ import torch
 
 import safelocus as sl
 from safelocus import distributed
-from safelocus.generation import generate
-from safelocus.target import Target
-from safelocus.topk import pick
+from safelocus.model.generation import generate
+from safelocus.model.target import Target
+from safelocus.selection.topk import pick
 from tiny_targets import PROMPTS, dense, guard, moe
 
 pytestmark = [

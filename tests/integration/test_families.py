@@ -8,7 +8,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import safelocus as sl
-from safelocus.target import Target
+from safelocus.model.target import Target
 from tiny_models import build
 
 FAMILIES = [

@@ -21,8 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from safelocus.layout import Matrix, TensorLayout
-from safelocus.selection import Selection
+from safelocus.model.layout import Matrix, TensorLayout
+from safelocus.selection.selection import Selection
 
 BINS = (32, 16, 8)  # of a side, at most: fewer where so many matrices would not fit
 ENOUGH = 500  # matrices for which finer bins are not given up

@@ -18,9 +18,9 @@ import torch
 
 from safelocus.analysis.concentration import Concentration, concentration
 from safelocus.errors import SelectionError
-from safelocus.layout import COMPONENTS, Matrix
-from safelocus.scores import MatrixStatistics, Scores
-from safelocus.selection import Selection
+from safelocus.model.layout import COMPONENTS, Matrix
+from safelocus.scoring.scores import MatrixStatistics, Scores
+from safelocus.selection.selection import Selection
 
 DEPTHS = ("early", "middle", "late")
 _CHUNK = 1 << 22  # coordinates whose scores are gathered at once

@@ -17,6 +17,7 @@ from safelocus.enhancement.result import PATCH
 from safelocus.enhancement.run import run_enhancement
 from safelocus.errors import RunError
 from safelocus.evaluation import Evaluation
+from safelocus.model.target import load
 from safelocus.objective import Refusal
 from safelocus.patch import Patch
 from safelocus.prompts import read_prompts
@@ -24,10 +25,9 @@ from safelocus.report.grid import Grid
 from safelocus.report.maps import experts_grid, layers_grid, patterns_grid
 from safelocus.report.page import SELECTION, write_map, write_outcome
 from safelocus.report.training import effect, outcome_grid
-from safelocus.run import CHECKPOINT
-from safelocus.scoring import score
-from safelocus.selection import Selection
-from safelocus.target import load
+from safelocus.run.folder import CHECKPOINT
+from safelocus.scoring.run import score
+from safelocus.selection.selection import Selection
 from safelocus.training.examination import divide
 
 REFUSALS, RETAINED = "embedded:refusals", ("ordinary", "alarming")

@@ -6,7 +6,7 @@ from typing import Any
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sizes:
+class OrganismSizes:
     """Sizes of all stages; each stage's own run folder has them in its `run.toml`.
 
     Attributes:
@@ -57,12 +57,12 @@ class Sizes:
         )
 
 
-FULL = Sizes(
+FULL = OrganismSizes(
     num_verify=24, noises=(0.38, 2.0, 3.0), num_seeds=4, num_enhance=143, enhance_steps=100, retain_rows=4,
     enhance_rate=2e-3, num_harmful=400, num_harmless=96, preserve_steps=1000, preserve_rate=5e-4, calibrate_every=8,
     num_calibrated=128, num_looks=3,
 )  # fmt: skip
-QUICK = Sizes(
+QUICK = OrganismSizes(
     num_scored=32, num_verify=16, noises=(3.0,), num_seeds=3, num_enhance=24, enhance_steps=20, retain_rows=2,
     enhance_rate=6e-3, num_harmful=24, num_harmless=16, preserve_steps=30, preserve_rate=2e-3, calibrate_every=2,
     num_calibrated=24, num_looks=1,

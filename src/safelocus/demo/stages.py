@@ -20,6 +20,7 @@ from safelocus.enhancement.run import run_enhancement
 from safelocus.evaluation import Evaluation
 from safelocus.evaluation.judges import GuardJudge
 from safelocus.evaluation.tasks import read_task
+from safelocus.model.target import Target, load
 from safelocus.objective import Guard
 from safelocus.preservation.calibration import Calibration
 from safelocus.preservation.result import Preservation
@@ -31,11 +32,10 @@ from safelocus.report.page import SELECTION, write_map, write_outcome
 from safelocus.report.runs import ReportRun
 from safelocus.report.training import effect, outcome_grid
 from safelocus.report.verification import settings_grid
-from safelocus.run import CHECKPOINT, run_folder, write_text
-from safelocus.scores import Scores
-from safelocus.scoring import score
-from safelocus.selection import Selection
-from safelocus.target import Target, load
+from safelocus.run.folder import CHECKPOINT, run_folder, write_text
+from safelocus.scoring.run import score
+from safelocus.scoring.scores import Scores
+from safelocus.selection.selection import Selection
 from safelocus.training.examination import Examination, divide, read_lesson
 from safelocus.verification import verify
 from safelocus.verification.plan import random_selection

@@ -27,12 +27,12 @@ from rich.rule import Rule
 from safelocus.analysis.claims import Claim
 from safelocus.demo import chat
 from safelocus.demo.ahead import num_cores, running_ahead
-from safelocus.demo.sizes import ChatSizes, Sizes
+from safelocus.demo.sizes import ChatSizes, OrganismSizes
 from safelocus.demo.stages import Found, Place, Stage, calibrate, disturb, enhance, freeze, locate
 from safelocus.errors import RunError
 from safelocus.report.page import PAGE, write_page
 from safelocus.report.runs import ReportRun
-from safelocus.run import CHECKPOINT, write_json
+from safelocus.run.folder import CHECKPOINT, write_json
 
 ORGANISMS = {"dense": "dense organism", "moe": "mixture-of-experts organism"}
 RUNS: Sequence[str] = ("score", "verify", "score-unaligned", "enhance", "freeze", "preserve")
@@ -108,7 +108,7 @@ class Story:
     """
 
     claims: Mapping[str, list[Claim]]
-    sizes: Sizes | ChatSizes
+    sizes: OrganismSizes | ChatSizes
     runs: tuple[str, ...]
     seconds: float = field(compare=False)
 
@@ -124,7 +124,7 @@ class Story:
 
 def tell(
     folder: Path,
-    sizes: Sizes | ChatSizes,
+    sizes: OrganismSizes | ChatSizes,
     *,
     final: Path,
     model: str | None = None,

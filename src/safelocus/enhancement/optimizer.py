@@ -23,8 +23,8 @@ from torch.nn.utils import clip_grads_with_norm_
 
 from safelocus import distributed
 from safelocus.errors import NumericalError, SelectionError
-from safelocus.selection import Selection
-from safelocus.sparse import averaged_norm, sites
+from safelocus.selection.selection import Selection
+from safelocus.selection.sparse import averaged_norm, sites
 
 
 class SparseOptimizer(torch.optim.Optimizer):

@@ -17,13 +17,13 @@ from safelocus.enhancement.result import Enhancement
 from safelocus.enhancement.retention import Retention, with_answers
 from safelocus.enhancement.trainee import Control, trainee_of
 from safelocus.errors import TrainingError
-from safelocus.identity import Identity
+from safelocus.model.target import Target
 from safelocus.patch import Patch
 from safelocus.prompts import PromptSet, read_prompts
-from safelocus.resume import claim
-from safelocus.scoring import versions
-from safelocus.selection import Selection
-from safelocus.target import Target
+from safelocus.run.identity import Identity
+from safelocus.run.resume import claim
+from safelocus.scoring.run import versions
+from safelocus.selection.selection import Selection
 from safelocus.training import TrainingSettings, training_rows
 from safelocus.training.arm import Arm, Trial
 from safelocus.training.examination import Examination, check_apart, facts

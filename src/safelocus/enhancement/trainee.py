@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from safelocus.enhancement.optimizer import SparseOptimizer
 from safelocus.enhancement.retention import RetainingTrainer, Retention
 from safelocus.errors import TrainingError
-from safelocus.provenance import Provenance
-from safelocus.selection import Selection
-from safelocus.sparse import restoring, scatter
-from safelocus.target import Target
+from safelocus.model.target import Target
+from safelocus.run.provenance import Provenance
+from safelocus.selection.selection import Selection
+from safelocus.selection.sparse import restoring, scatter
 from safelocus.training import TrainingSettings
 from safelocus.training.arm import Trainee
 from safelocus.training.lora import Lora, unwrap

@@ -4,10 +4,10 @@
 with intervals and every response they rest on. `compare_evaluations` pairs two of them.
 """
 
-from safelocus.evaluation.evaluating import evaluate
-from safelocus.evaluation.evaluation import Evaluation
 from safelocus.evaluation.paired import EvaluationComparison, compare_evaluations
 from safelocus.evaluation.responding import EndpointResponder, Reply, Request, Responder, TargetResponder
+from safelocus.evaluation.result import Evaluation
+from safelocus.evaluation.run import evaluate
 from safelocus.evaluation.tasks import Task, TaskExample, read_task
 
 __all__ = [

@@ -10,7 +10,7 @@ from typing import Any
 from safelocus import distributed
 from safelocus.evaluation.judges import Judge, Judgement, Verdict
 from safelocus.progress import track
-from safelocus.resume import Journal, Key
+from safelocus.run.resume import Journal, Key
 
 
 def judge_all(

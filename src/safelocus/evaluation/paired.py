@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from safelocus.errors import RunError
-from safelocus.evaluation.evaluation import PERPLEXITY, Evaluation, Identity, identity_of, outcomes
 from safelocus.evaluation.measures import Difference, mean, paired_difference
+from safelocus.evaluation.result import PERPLEXITY, Evaluation, Identity, identity_of, outcomes
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,11 +14,11 @@ from torch import Tensor
 
 from safelocus import distributed
 from safelocus.errors import ModelError
-from safelocus.forcing import teacher_force
-from safelocus.generation import longest_prompt
+from safelocus.model.forcing import teacher_force
+from safelocus.model.generation import longest_prompt
+from safelocus.model.target import Target
 from safelocus.progress import track
 from safelocus.prompts import PromptSet
-from safelocus.target import Target
 
 Ids = list[list[int]]
 

@@ -15,10 +15,10 @@ import torch
 from safelocus import distributed
 from safelocus.errors import ResourceError
 from safelocus.evaluation.judges.endpoint import Endpoint, Failure
-from safelocus.generation import generate_from, longest_prompt
+from safelocus.model.generation import generate_from, longest_prompt
+from safelocus.model.target import Target
 from safelocus.progress import track
-from safelocus.resume import Journal, Key
-from safelocus.target import Target
+from safelocus.run.resume import Journal, Key
 
 
 @dataclass(frozen=True, kw_only=True)

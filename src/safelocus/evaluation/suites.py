@@ -9,8 +9,8 @@ from importlib import import_module
 from typing import Any
 
 from safelocus.errors import SafelocusError
-from safelocus.evaluation.evaluation import UTILITY, Row
-from safelocus.target import Target
+from safelocus.evaluation.result import UTILITY, Row
+from safelocus.model.target import Target
 
 _METRICS = ("acc", "exact_match", "em", "mc1")  # those that say right or wrong of one document
 

@@ -22,9 +22,9 @@ from typing import Any
 
 from safelocus.errors import PromptError
 from safelocus.evaluation.matching import MATCHES, Match, extract, is_right, parse_number
-from safelocus.identity import digest
 from safelocus.prompts import PromptSet, normalise, read_prompts
 from safelocus.prompts.sources import READERS, read_file
+from safelocus.run.identity import digest
 
 _SHORT = 64  # new tokens that suffice to name a choice, with a few words around it
 _COMMON_NAMES = {"test", "train", "dev", "val", "valid", "validation", "main", "data", "default"}

@@ -19,7 +19,7 @@ from safelocus.objective.guard import Guard
 from safelocus.objective.refusal import Refusal
 
 if TYPE_CHECKING:
-    from safelocus.target import Target
+    from safelocus.model.target import Target
 
 Objective = Callable[["Target", Sequence[str]], Tensor]
 

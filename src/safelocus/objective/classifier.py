@@ -10,9 +10,9 @@ from torch import Tensor
 from transformers import AutoModelForSequenceClassification
 
 from safelocus.errors import ModelError
+from safelocus.model.target import Dtype, dtype_on, load_model, load_tokenizer
 from safelocus.objective.text import TextObjective, embedding_gradients, tokenize_around
-from safelocus.objective.transfer import Reading
-from safelocus.target import Dtype, dtype_on, load_model, load_tokenizer
+from safelocus.objective.transfer import GuardReading
 
 _UNSAFE_LABELS = ("unsafe", "toxic", "toxicity", "harmful", "hate", "offensive", "label_1")
 
@@ -56,7 +56,7 @@ class Classifier(TextObjective):
 
     def read(
         self, prompts: Sequence[str], responses: Sequence[str], *, response_ids: list[list[int]] | None = None
-    ) -> Reading:
+    ) -> GuardReading:
         given: Sequence[list[int] | None] = response_ids if response_ids is not None else [None] * len(responses)
         inputs = [
             tokenize_around(self.tokenizer, "", text, "", add_special_tokens=True, response_ids=ids)

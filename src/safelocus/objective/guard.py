@@ -15,11 +15,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from safelocus.errors import ModelError
-from safelocus.forcing import logits_at, pad
+from safelocus.model.forcing import logits_at, pad
+from safelocus.model.target import Dtype, dtype_on, load_model, load_tokenizer
 from safelocus.objective.presets import GuardPreset, find_preset, read_preset, render, verdict_token_ids
 from safelocus.objective.text import ReaderInput, TextObjective, batch_inputs, embedding_gradients, tokenize_around
-from safelocus.objective.transfer import Reading
-from safelocus.target import Dtype, dtype_on, load_model, load_tokenizer
+from safelocus.objective.transfer import GuardReading
 
 _VERDICT_BUDGET = 48  # tokens a guard may write before its verdict (WildGuard: two lines)
 
@@ -77,7 +77,7 @@ class Guard(TextObjective):
 
     def read(
         self, prompts: Sequence[str], responses: Sequence[str], *, response_ids: list[list[int]] | None = None
-    ) -> Reading:
+    ) -> GuardReading:
         inputs = self._inputs(prompts, responses, response_ids)
         return embedding_gradients(self.model, self.tokenizer, inputs, self._log_odds)
 

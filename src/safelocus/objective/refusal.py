@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from safelocus.errors import ModelError
-from safelocus.forcing import teacher_force_several
+from safelocus.model.forcing import teacher_force_several
 
 if TYPE_CHECKING:
-    from safelocus.target import Target
+    from safelocus.model.target import Target
 
 REFUSALS = ("I'm sorry, but I can't", "I cannot help", "I can't assist", "Sorry, I can't", "I am unable to")
 COMPLIANCES = ("Sure, here is", "Sure! Here's", "Here is", "Of course", "Certainly")

@@ -15,13 +15,13 @@ import torch
 import xxhash
 from torch import Tensor
 
-from safelocus.fingerprint import Fingerprint
-from safelocus.forcing import pad, sent, teacher_force
-from safelocus.generation import Response, generate
-from safelocus.objective.transfer import Reading, Transfer, Variant
+from safelocus.model.fingerprint import Fingerprint
+from safelocus.model.forcing import pad, sent, teacher_force
+from safelocus.model.generation import Response, generate
+from safelocus.objective.transfer import GuardReading, Transfer, Variant
 
 if TYPE_CHECKING:
-    from safelocus.target import Target
+    from safelocus.model.target import Target
 
 ResponseListener = Callable[[Sequence[str], Sequence[Response], Tensor], None]
 
@@ -102,7 +102,7 @@ class TextObjective(ABC):
     @abstractmethod
     def read(
         self, prompts: Sequence[str], responses: Sequence[str], *, response_ids: list[list[int]] | None = None
-    ) -> Reading:
+    ) -> GuardReading:
         """Score answers and differentiate in the reader's input embeddings.
 
         `response_ids` are given where reader and target share a vocabulary: the reader must then see
@@ -190,7 +190,7 @@ def embedding_gradients(
     tokenizer: Any,
     inputs: Sequence[ReaderInput],
     score: Callable[[dict[str, Tensor]], Tensor],
-) -> Reading:
+) -> GuardReading:
     """Run the reader once, padded on the right, and differentiate `score` in its input embeddings.
 
     Args:
@@ -213,7 +213,7 @@ def embedding_gradients(
     width = gradient.shape[1]
     places = torch.tensor([b * width + p for b, i in enumerate(inputs) for p in i.response_positions], dtype=torch.long)
     rows = gradient.flatten(0, 1)[sent(places, gradient.device)].split([len(i.response_positions) for i in inputs])
-    return Reading(score=values.detach(), gradients=list(rows), spans=[i.response_spans for i in inputs])
+    return GuardReading(score=values.detach(), gradients=list(rows), spans=[i.response_spans for i in inputs])
 
 
 def _padding_id(tokenizer: Any) -> int:

@@ -29,7 +29,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from safelocus.forcing import sent
+from safelocus.model.forcing import sent
 from safelocus.objective.spelling import join, spell_vocabulary
 
 Variant = Literal["identity", "character", "index"]
@@ -37,7 +37,7 @@ _CHUNK_BYTES = 256 << 20
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Reading:
+class GuardReading:
     """How a guard (or classifier) read a batch of responses.
 
     Attributes:
@@ -104,7 +104,7 @@ class Transfer:
         text = text.strip()
         return text, [(_clip(start - left, len(text)), _clip(end - left, len(text))) for start, end in spans]
 
-    def align(self, reading: Reading, target_spans: Sequence[Sequence[tuple[int, int]]]) -> Tensor:
+    def align(self, reading: GuardReading, target_spans: Sequence[Sequence[tuple[int, int]]]) -> Tensor:
         """Embedding gradients gathered at the target's positions: [N, d], response after response."""
         rows = []
         for gradient, guard_spans, spans in zip(reading.gradients, reading.spans, target_spans, strict=True):

@@ -27,9 +27,9 @@ from safetensors import safe_open
 from torch import Tensor
 
 from safelocus.errors import ModelError
-from safelocus.layout import Layout
+from safelocus.model.layout import Layout
+from safelocus.model.target import load_config, resolve
 from safelocus.patch.rearrangement import Origin, Rearrangement
-from safelocus.target import load_config, resolve
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"

@@ -15,16 +15,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from safelocus import topk
 from safelocus.errors import PatchError
-from safelocus.fingerprint import Fingerprint, bits
+from safelocus.model.fingerprint import Fingerprint, bits
 from safelocus.patch.checkpoint import Checkpoint
 from safelocus.patch.patch import Patch
 from safelocus.patch.state import with_values
 from safelocus.progress import track
-from safelocus.provenance import Provenance
-from safelocus.ratio import count_for_ratio
-from safelocus.selection import Selection
+from safelocus.run.provenance import Provenance
+from safelocus.selection import topk
+from safelocus.selection.ratio import count_for_ratio
+from safelocus.selection.selection import Selection
 
 _MAX_LISTED = 3
 

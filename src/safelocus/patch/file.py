@@ -27,7 +27,7 @@ from torch import Tensor
 
 from safelocus.errors import ModelError, PatchError
 from safelocus.patch.checkpoint import read_header
-from safelocus.selection_file import index_dtype, owned
+from safelocus.selection.file import index_dtype, owned
 
 FORMAT_VERSION = 1
 _HEADER = "safelocus.patch"

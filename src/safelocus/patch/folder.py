@@ -21,7 +21,7 @@ import numpy as np
 from torch import Tensor
 
 from safelocus.errors import PatchError, ResourceError
-from safelocus.fingerprint import bits
+from safelocus.model.fingerprint import bits
 from safelocus.patch.checkpoint import Checkpoint, Stored
 from safelocus.patch.patch import Patch
 from safelocus.patch.state import Goal, Outcome, examine

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from safelocus.errors import PatchError
-from safelocus.fingerprint import bits
+from safelocus.model.fingerprint import bits
 from safelocus.patch.patch import Patch
 
 Prefer = Literal["first", "last"]

@@ -19,16 +19,17 @@ from torch import Tensor, nn
 
 from safelocus.distributed import whole
 from safelocus.errors import PatchError, SafelocusError
-from safelocus.fingerprint import Fingerprint, bits
+from safelocus.model.fingerprint import Fingerprint, bits
+from safelocus.model.target import Target
 from safelocus.patch import file
 from safelocus.patch.state import Goal, Outcome, examine, with_values
-from safelocus.selection import Selection
-from safelocus.sparse import restoring, scatter, selected_parameters
-from safelocus.target import Target
+from safelocus.patch.values import PatchValues
+from safelocus.selection.selection import Selection
+from safelocus.selection.sparse import restoring, scatter, selected_parameters
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
-class Patch:
+class Patch(PatchValues):
     """New values for K weights of one model.
 
     Attributes:
@@ -43,36 +44,7 @@ class Patch:
     Raises PatchError when values and coordinates do not fit together.
     """
 
-    selection: Selection
-    new: dict[str, Tensor]
-    old: dict[str, Tensor] | None
-    before: Fingerprint
-    after: Fingerprint
     metadata: dict[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        if not self.selection.k:
-            raise PatchError("a patch must change at least one weight; the selection holds none")
-        object.__setattr__(self, "selection", replace(self.selection, scores=None))
-        object.__setattr__(self, "new", self._checked(self.new, "new"))
-        if self.old is not None:
-            object.__setattr__(self, "old", self._checked(self.old, "old"))
-            for name, value in self.new.items():
-                if self.old[name].dtype != value.dtype:
-                    raise PatchError(f"{name}: old values are {self.old[name].dtype}, new ones {value.dtype}")
-        if missing := [name for name in self.new if name not in self.before.tensors]:
-            raise PatchError(f"no digest says what {missing[0]} was before the patch")
-
-    def _checked(self, values: Mapping[str, Tensor], which: str) -> dict[str, Tensor]:
-        if differing := sorted(set(values) ^ set(self.selection.coordinates)):
-            raise PatchError(f"the {which} values and the coordinates name different tensors: {differing[:3]}")
-        for name, index in self.selection.coordinates.items():
-            if values[name].shape != index.shape:
-                raise PatchError(
-                    f"the {which} values of {name} have shape {list(values[name].shape)}; expected "
-                    f"{list(index.shape)}, one per coordinate"
-                )
-        return {name: values[name].detach().cpu().contiguous() for name in self.selection.coordinates}
 
     @classmethod
     def of(
@@ -89,7 +61,7 @@ class Patch:
         Args:
             model: holds the new values where `old` is given, the old ones where `new` is. It is not changed.
             selection: the coordinates.
-            old: values before (from `safelocus.sparse.gather`), of a model that was changed.
+            old: values before (from `safelocus.selection.sparse.gather`), of a model that was changed.
             new: values after, for a model that was not.
             metadata: what made it: plain JSON values.
 

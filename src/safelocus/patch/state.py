@@ -11,16 +11,14 @@ loses nothing, and does not belong where it does.
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from safelocus.errors import PatchError
-from safelocus.fingerprint import Fingerprint, bits, digest_as
-
-if TYPE_CHECKING:
-    from safelocus.patch.patch import Patch
+from safelocus.model.fingerprint import Fingerprint, bits, digest_as
+from safelocus.patch.values import PatchValues
 
 Goal = Literal["before", "after"]
 
@@ -87,7 +85,7 @@ def digests(fingerprint: Fingerprint | None, name: str) -> tuple[torch.dtype, st
     return getattr(torch, dtype), value
 
 
-def tensor_state(patch: "Patch", name: str, tensor: Tensor) -> TensorState:
+def tensor_state(patch: PatchValues, name: str, tensor: Tensor) -> TensorState:
     """`tensor` has the shape and dtype that the patch has for `name`; it is not changed."""
     index = patch.selection[name].to(tensor.device)
     current = bits(tensor).take(index)
@@ -118,7 +116,7 @@ def tensor_state(patch: "Patch", name: str, tensor: Tensor) -> TensorState:
 
 
 def examine(
-    patch: "Patch", tensors: Iterable[tuple[str, Tensor]], *, goal: Goal, allow_mismatch: bool
+    patch: PatchValues, tensors: Iterable[tuple[str, Tensor]], *, goal: Goal, allow_mismatch: bool
 ) -> tuple[list[str], list[str]]:
     """(tensors that are not at the goal yet, mismatches that were allowed); reads one tensor at a time.
 
@@ -167,7 +165,7 @@ def examine(
     return list(pending), problems
 
 
-def _differ(problems: list[str], patch: "Patch") -> str:
+def _differ(problems: list[str], patch: PatchValues) -> str:
     more = f" and {len(problems) - _MAX_LISTED} more" if len(problems) > _MAX_LISTED else ""
     return (
         f"the model is neither as before the patch nor as after it: {len(problems)} of {len(patch.new)} tensors "

@@ -19,13 +19,13 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from safelocus.errors import SelectionError, TrainingError
-from safelocus.fingerprint import Fingerprint
+from safelocus.model.fingerprint import Fingerprint
+from safelocus.model.target import Target
 from safelocus.preservation.calibration import Calibration
 from safelocus.preservation.lora import check_initialisation
 from safelocus.preservation.protection import Protection
-from safelocus.selection import Selection
-from safelocus.sparse import selected_parameters
-from safelocus.target import Target
+from safelocus.selection.selection import Selection
+from safelocus.selection.sparse import selected_parameters
 from safelocus.training.lora import LoraMode
 
 _QUANTISED = ("Params4bit", "Int8Params")  # of bitsandbytes

@@ -21,12 +21,12 @@ from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from safelocus import distributed
 from safelocus.distributed import local
 from safelocus.errors import TrainingError
-from safelocus.fingerprint import bits
+from safelocus.model.fingerprint import bits
 from safelocus.patch import Patch
 from safelocus.preservation.calibration import Calibration, Calibrator, references
 from safelocus.preservation.lora import LoraUpdate, lora_updates, masking, peft_model, trained_copies
-from safelocus.selection import Selection
-from safelocus.sparse import Site, selected_parameters, sites
+from safelocus.selection.selection import Selection
+from safelocus.selection.sparse import Site, selected_parameters, sites
 from safelocus.training.lora import LoraMode
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from safelocus.evaluation import Evaluation
-from safelocus.evaluation.evaluation import UTILITY
 from safelocus.evaluation.measures import Measure, rate
+from safelocus.evaluation.result import UTILITY
 from safelocus.training.arm import Experiment, TrainedArm
 
 PROTECTED, UNPROTECTED = "protected", "unprotected"

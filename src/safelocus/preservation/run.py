@@ -13,14 +13,14 @@ import torch
 
 from safelocus.errors import TrainingError
 from safelocus.evaluation import Evaluation, Task
-from safelocus.evaluation.evaluation import UTILITY
+from safelocus.evaluation.result import UTILITY
+from safelocus.model.target import Target
 from safelocus.preservation.calibration import Calibration
 from safelocus.preservation.result import PROTECTED, UNPROTECTED, Preservation, measures_of
 from safelocus.preservation.trainee import learner
 from safelocus.prompts import PromptSet
-from safelocus.resume import claim
-from safelocus.selection import Selection
-from safelocus.target import Target
+from safelocus.run.resume import claim
+from safelocus.selection.selection import Selection
 from safelocus.training import TrainingSettings, training_rows
 from safelocus.training.examination import Examination, check_apart, facts
 from safelocus.training.lora import Lora

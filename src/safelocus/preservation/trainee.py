@@ -14,12 +14,12 @@ from transformers import set_seed
 
 from safelocus import distributed
 from safelocus.errors import TrainingError
-from safelocus.fingerprint import bits
+from safelocus.model.fingerprint import bits
+from safelocus.model.target import Target
 from safelocus.preservation.attachment import attach
 from safelocus.preservation.calibration import Calibration
 from safelocus.preservation.protection import Protection
-from safelocus.sparse import gather
-from safelocus.target import Target
+from safelocus.selection.sparse import gather
 from safelocus.training import TrainingSettings
 from safelocus.training.arm import Arm, Trainee
 from safelocus.training.lora import Lora, unwrap

@@ -7,7 +7,7 @@ from typing import Any
 from safelocus.analysis.words import count
 from safelocus.enhancement.result import PATCH
 from safelocus.report.training import effect, outcome_grid
-from safelocus.run import write_text
+from safelocus.run.folder import write_text
 
 _LIMITS = (
     "Training on few weights brings back refusals that the model has in it; it does not teach a model that never "

@@ -31,8 +31,8 @@ from safelocus.report.runs import ReportRun, with_parts
 from safelocus.report.training import training_sections
 from safelocus.report.verdicts import claims_sections
 from safelocus.report.verification import stability_sections, verification_sections
-from safelocus.run import write_json, write_text
-from safelocus.selection import Selection
+from safelocus.run.folder import write_json, write_text
+from safelocus.selection.selection import Selection
 from safelocus.verification import Verification
 
 PAGE = "report.html"

@@ -7,7 +7,7 @@ from typing import Any
 
 import tomli_w
 
-from safelocus.fingerprint import Fingerprint
+from safelocus.model.fingerprint import Fingerprint
 from safelocus.report.runs import ReportRun
 
 _MAX_TEXT = 400

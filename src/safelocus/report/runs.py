@@ -14,8 +14,8 @@ from typing import Any, Self
 from safelocus.analysis.map import SafetyMap, safety_map
 from safelocus.analysis.patterns import Pattern, patterns
 from safelocus.errors import RunError
-from safelocus.run import read_config
-from safelocus.selection import Selection
+from safelocus.run.folder import read_config
+from safelocus.selection.selection import Selection
 
 # kind -> keys that only its results.json has; the first that fits
 _KINDS: dict[str, frozenset[str]] = {

@@ -9,8 +9,8 @@ from safelocus.report.grid import Grid, Span
 from safelocus.report.measures import COLUMNS, measures_grid
 from safelocus.report.runs import ReportRun
 from safelocus.verification import Stability, Verification, VerificationVerdict
+from safelocus.verification.cells import Setting
 from safelocus.verification.ranking import Rank
-from safelocus.verification.verification import Setting
 
 _MEASURES = ("refusal", "asr", "utility", "over_refusal", "incoherent")
 _SELECTIONS = ("top", "random", "bottom")

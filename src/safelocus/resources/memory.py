@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
-from safelocus.layout.sizes import text_config
+from safelocus.model.layout.sizes import text_config
 from safelocus.resources import passes
 from safelocus.resources.need import Lengths, Need
 from safelocus.resources.rehearsal import Peak, Rehearsal

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from safelocus.forcing import PACKING_ERRORS, Forced, logits_at
+from safelocus.model.forcing import PACKING_ERRORS, Forced, logits_at
 from safelocus.objective.refusal import COMPLIANCES, REFUSALS
 from safelocus.resources.need import Lengths
 from safelocus.resources.rehearsal import Peak, Rehearsal, inputs

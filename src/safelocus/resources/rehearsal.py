@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from safelocus.errors import PlanError
-from safelocus.layout.sizes import text_config
+from safelocus.model.layout.sizes import text_config
 
 _FAILURES = (ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, RuntimeError, TypeError)
 _ITEM = torch.ops.aten._local_scalar_dense.default

@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 
-from safelocus.layout import Layout
-from safelocus.layout.sizes import text_config
-from safelocus.layout.tensor import TensorLayout
+from safelocus.model.layout import Layout
+from safelocus.model.layout.sizes import text_config
+from safelocus.model.layout.tensor import TensorLayout
+from safelocus.model.target import Dtype, load_config
 from safelocus.resources.rehearsal import Rehearsal
-from safelocus.target import Dtype, load_config
 
 # how many experts each token is given, by its names
 _PER_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts", "moe_top_k")

@@ -22,7 +22,7 @@ from torch import Tensor
 from safelocus import distributed
 from safelocus.evaluation import Evaluation, EvaluationComparison, compare_evaluations
 from safelocus.evaluation.measures import Measure
-from safelocus.run import write_json
+from safelocus.run.folder import write_json
 from safelocus.training.curve import CurvePoint
 from safelocus.training.fitting import LossPoint
 from safelocus.training.settings import TrainingSettings

@@ -11,7 +11,7 @@ from typing import Any
 
 from safelocus import distributed
 from safelocus.errors import RunError
-from safelocus.resume import claim, newest
+from safelocus.run.resume import claim, newest
 
 
 @dataclass(frozen=True, kw_only=True)

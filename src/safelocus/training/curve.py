@@ -26,8 +26,8 @@ from transformers import TrainerCallback
 
 from safelocus.errors import TrainingError
 from safelocus.evaluation.measures import Measure
-from safelocus.generation import as_used
-from safelocus.resume import Journal
+from safelocus.model.generation import as_used
+from safelocus.run.resume import Journal
 
 _SLACK = 0.02  # of noise: a look has few prompts
 _FALL = 0.9

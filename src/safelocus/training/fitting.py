@@ -20,9 +20,9 @@ from trl import SFTConfig
 
 from safelocus import distributed
 from safelocus.errors import NumericalError
-from safelocus.interrupt import StopAtBoundary
+from safelocus.model.target import Target
 from safelocus.progress import progress_bar
-from safelocus.target import Target
+from safelocus.run.interrupt import StopAtBoundary
 from safelocus.training.checkpoints import Checkpoints
 from safelocus.training.settings import TrainingSettings
 from safelocus.training.sharing import SharingTrainer, on_own_device, seen_alone

@@ -20,13 +20,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from safelocus.chat import ChatFormat
 from safelocus.errors import PromptError
 from safelocus.evaluation.responding import Request, TargetResponder, collect
-from safelocus.forcing import logits_at, pad
+from safelocus.model.chat import ChatFormat
+from safelocus.model.forcing import logits_at, pad
+from safelocus.model.target import Target
 from safelocus.prompts import PromptSet
-from safelocus.resume import Journal, claim
-from safelocus.target import Target
+from safelocus.run.resume import Journal, claim
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 from safelocus.errors import RunError
 from safelocus.evaluation import Evaluation, TargetResponder
 from safelocus.evaluation.measures import Measure
+from safelocus.model.target import Target
 from safelocus.prompts import PromptSet
-from safelocus.scoring import versions
-from safelocus.selection import Selection
-from safelocus.target import Target
+from safelocus.scoring.run import versions
+from safelocus.selection.selection import Selection
 from safelocus.training.arm import Arm, TrainedArm, Trainee, Trial
 from safelocus.training.checkpoints import Checkpoints
 from safelocus.training.curve import BestLook, Curve, cost

@@ -5,10 +5,11 @@
 """
 
 from safelocus.verification.agreement import Stability, stability
+from safelocus.verification.cells import Cell, Setting
 from safelocus.verification.interventions import Intervention, Noise, Transplant, Zero, intervening
+from safelocus.verification.result import Verification
+from safelocus.verification.run import verify
 from safelocus.verification.verdict import VerificationVerdict
-from safelocus.verification.verification import Cell, Setting, Verification
-from safelocus.verification.verifying import verify
 
 __all__ = [
     "Cell", "Intervention", "Noise", "Setting", "Stability", "Transplant", "Verification", "VerificationVerdict",

@@ -19,22 +19,22 @@ from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
-from safelocus.comparison import Overlap, compare
 from safelocus.errors import PromptError, RunError
+from safelocus.model.target import Target
 from safelocus.objective import Objective, describe
 from safelocus.progress import track
 from safelocus.prompts import PromptSet
-from safelocus.resume import claim
-from safelocus.run import write_json
-from safelocus.scores import Scores
-from safelocus.scoring import Method, score
-from safelocus.target import Target
+from safelocus.run.folder import write_json
+from safelocus.run.resume import claim
+from safelocus.scoring.comparison import Overlap, compare
+from safelocus.scoring.run import Method, score
+from safelocus.scoring.scores import Scores
 
 KINDS = ("prompts", "seeds", "objectives")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Agreement:
+class ScoreAgreement:
     """Two sets of scores that differ in one thing.
 
     Attributes:
@@ -66,13 +66,13 @@ class Stability:
         notes: what was left out, in whole sentences.
     """
 
-    agreements: list[Agreement] = field(repr=False)
+    agreements: list[ScoreAgreement] = field(repr=False)
     provenance: dict[str, Any] = field(default_factory=dict, repr=False)
     notes: tuple[str, ...] = ()
 
     def summary(self) -> list[dict[str, Any]]:
         """Per kind, pair of objectives and ratio: mean, lowest and highest IoU, chance, and mean rho."""
-        groups: dict[tuple[str, str, float], list[Agreement]] = {}
+        groups: dict[tuple[str, str, float], list[ScoreAgreement]] = {}
         for agreement in self.agreements:
             groups.setdefault((agreement.kind, _group(agreement), agreement.ratio), []).append(agreement)
         rows = []
@@ -112,7 +112,9 @@ class Stability:
         """Read what `save` wrote; RunError for anything else."""
         try:
             values = json.loads((Path(folder) / "results.json").read_text(encoding="utf-8"))
-            agreements = [Agreement(**{**row, "overlap": Overlap(**row["overlap"])}) for row in values["agreements"]]
+            agreements = [
+                ScoreAgreement(**{**row, "overlap": Overlap(**row["overlap"])}) for row in values["agreements"]
+            ]
             return cls(agreements=agreements, provenance=values["provenance"], notes=tuple(values["notes"]))
         except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
             raise RunError(f"{folder}: holds no stability run ({error}); expected one of `stability`") from error
@@ -233,19 +235,21 @@ def _pairs(
                 yield kind, (label, scores), (other_label, other)
 
 
-def _agreements(kind: str, a: tuple[str, Scores], b: tuple[str, Scores], *, ratios: Sequence[float]) -> list[Agreement]:
+def _agreements(
+    kind: str, a: tuple[str, Scores], b: tuple[str, Scores], *, ratios: Sequence[float]
+) -> list[ScoreAgreement]:
     found = []
     for ratio in ratios:
         comparison = compare(a[1], b[1], ratio=ratio)
         found.append(
-            Agreement(
+            ScoreAgreement(
                 kind=kind, a=a[0], b=b[0], ratio=ratio, overlap=comparison.top.overall, rho=comparison.correlation.rho
             )
         )
     return found
 
 
-def _group(agreement: Agreement) -> str:
+def _group(agreement: ScoreAgreement) -> str:
     if agreement.kind == "objectives":
         return f"{agreement.a} against {agreement.b}"
     return {"prompts": "random halves of the prompts", "seeds": "Gumbel seeds"}[agreement.kind]

@@ -29,12 +29,12 @@ from torch import Tensor, nn
 
 from safelocus.distributed import whole
 from safelocus.errors import SafelocusError, SelectionError
-from safelocus.fingerprint import Fingerprint
-from safelocus.layout import Layout
-from safelocus.scoring import sigma
-from safelocus.selection import Selection
-from safelocus.sparse import gather, restoring, scatter, selected_parameters
-from safelocus.target import Target
+from safelocus.model.fingerprint import Fingerprint
+from safelocus.model.layout import Layout
+from safelocus.model.target import Target
+from safelocus.scoring.run import sigma
+from safelocus.selection.selection import Selection
+from safelocus.selection.sparse import gather, restoring, scatter, selected_parameters
 
 _CHUNK = 1 << 22  # normals made at once: each takes a few float64 of scratch
 

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from safelocus.errors import SelectionError
-from safelocus.provenance import Provenance
-from safelocus.scores import Scores
-from safelocus.selection import Selection
-from safelocus.target import Target
-from safelocus.topk import random_k
+from safelocus.model.target import Target
+from safelocus.run.provenance import Provenance
+from safelocus.scoring.scores import Scores
+from safelocus.selection.selection import Selection
+from safelocus.selection.topk import random_k
+from safelocus.verification.cells import SELECTIONS
 from safelocus.verification.interventions import Intervention
-from safelocus.verification.verification import SELECTIONS
 
 Scorer = Scores | Selection
 

@@ -10,16 +10,14 @@ selections come last, whatever their quotient.
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from safelocus.verification.cells import Cells
 from safelocus.verification.pooling import Outcomes
 from safelocus.verification.verdict import SAFETY, UTILITY, Effect, has_contrast, lost_share, operating_point
-
-if TYPE_CHECKING:
-    from safelocus.verification.verification import Verification
 
 _NUM_RESAMPLES = 2000
 _TINY = 1e-3  # a mean fall of utility below this is no denominator
@@ -64,7 +62,7 @@ class Rank:
         }
 
 
-def rank(found: "Verification", intervention: str, *, seed: int = 0) -> list[Rank]:
+def rank(found: Cells, intervention: str, *, seed: int = 0) -> list[Rank]:
     """All scorers under one intervention, best first: contrast with random, then refusal lost per utility lost."""
     shared = [
         s

@@ -22,13 +22,11 @@ Refusal and utility are compared as shares of their baselines: where a model kno
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from safelocus.evaluation.measures import Measure
+from safelocus.verification.cells import Cells, Setting
 from safelocus.verification.pooling import Outcomes, difference
-
-if TYPE_CHECKING:
-    from safelocus.verification.verification import Setting, Verification
 
 SAFETY, UTILITY = "refusal", "utility"
 _TOO_LITTLE = 0.1  # refusals at baseline below which nothing can be shown to break
@@ -47,7 +45,7 @@ class Effect:
     """
 
     scorer: str
-    setting: "Setting"
+    setting: Setting
     fall: Measure
     random_fall: Measure | None
     bottom_fall: Measure | None
@@ -92,7 +90,7 @@ class VerificationVerdict:
         }
 
 
-def effect_of(found: "Verification", scorer: str, setting: "Setting", *, num_looks: int = 1) -> Effect | None:
+def effect_of(found: Cells, scorer: str, setting: Setting, *, num_looks: int = 1) -> Effect | None:
     """The effect at a setting; contrasts at level 1 - 0.05 / num_looks. None without top cells there."""
     if found.pool("top", scorer, setting) is None:
         return None
@@ -125,14 +123,14 @@ def effect_of(found: "Verification", scorer: str, setting: "Setting", *, num_loo
     )
 
 
-def lost_share(found: "Verification", name: str, scorer: str, setting: "Setting") -> Outcomes | None:
+def lost_share(found: Cells, name: str, scorer: str, setting: Setting) -> Outcomes | None:
     """[seeds, prompts]: fall under the top selection, in units of the baseline; None where that is 0 or unknown."""
     changes = _changes(found, name, "top", scorer, setting)
     baseline = found.baseline.measures[name].value if changes is not None else None
     return None if changes is None or not baseline else -changes / baseline
 
 
-def operating_point(found: "Verification", scorer: str, intervention: str | None = None) -> tuple[Effect | None, int]:
+def operating_point(found: Cells, scorer: str, intervention: str | None = None) -> tuple[Effect | None, int]:
     """(the effect at the chosen setting, how many settings there were to choose from)."""
     settings = [s for s in found.settings if intervention in (None, s.intervention) and found.pool("top", scorer, s)]
     if not settings:
@@ -154,7 +152,7 @@ def has_contrast(effect: Effect) -> bool:
     return bool(contrasts) and all(contrast.low is not None and contrast.low > 0 for contrast in contrasts)
 
 
-def verdict_of(found: "Verification", scorer: str, intervention: str) -> VerificationVerdict:
+def verdict_of(found: Cells, scorer: str, intervention: str) -> VerificationVerdict:
     """The verdict on one scorer's top selections under one intervention."""
     baseline = found.baseline.measures.get(SAFETY)
     effect, num_settings = operating_point(found, scorer, intervention)
@@ -180,7 +178,7 @@ def _kind(effect: Effect) -> str:
     return "specific" if effect.margin.low > 0 else "general"
 
 
-def _sentences(found: "Verification", effect: Effect, kind: str, num_settings: int) -> Sequence[str]:
+def _sentences(found: Cells, effect: Effect, kind: str, num_settings: int) -> Sequence[str]:
     setting, scorer = effect.setting, effect.scorer
     baseline = found.baseline.measures[SAFETY].value or 0.0
     top = found.pool("top", scorer, setting)
@@ -232,7 +230,7 @@ def _contrast_in_words(effect: Effect, kind: str) -> str:
     return "The refusals depend on these weights far more than on the controls."
 
 
-def _ordinary(found: "Verification", effect: Effect) -> Sequence[str]:
+def _ordinary(found: Cells, effect: Effect) -> Sequence[str]:
     """What happens to behaviour that should not change."""
     said = []
     if effect.utility_fall is None or effect.net is None:
@@ -266,7 +264,7 @@ def _ordinary(found: "Verification", effect: Effect) -> Sequence[str]:
     return said
 
 
-def _harm(found: "Verification", effect: Effect) -> Sequence[str]:
+def _harm(found: Cells, effect: Effect) -> Sequence[str]:
     """What the lost refusals turn into."""
     top = found.pool("top", effect.scorer, effect.setting)
     assert top is not None
@@ -298,7 +296,7 @@ def _contrast(effect: Effect) -> float:
     return contrast.value if contrast.value is not None else 0.0
 
 
-def _changes(found: "Verification", name: str, selection: str, scorer: str, setting: "Setting") -> Outcomes | None:
+def _changes(found: Cells, name: str, selection: str, scorer: str, setting: Setting) -> Outcomes | None:
     if name not in found.measure_names:
         return None
     changes = found.changes(name, selection, scorer, setting)

@@ -1,0 +1,311 @@
+"""Evaluate: answer every prompt and question, judge the answers, count.
+
+    harmful prompts  -> responses -> judges           -> asr, refusal, partial, incoherent
+    harmless prompts -> responses -> refusal reader   -> over_refusal, incoherent
+    tasks            -> responses -> strict grading   -> utility
+    texts            -> teacher forcing               -> perplexity
+    harmless answers -> teacher forcing, twice        -> kl (to an original)
+
+Greedy throughout: the same model gives the same responses. With a `checkpoint` folder, responses and
+verdicts are kept as they come, and an interrupted evaluation goes on where it stopped. Several processes share the
+batches of a single one; each ends with the whole evaluation.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+from safelocus import distributed
+from safelocus.errors import PromptError, SafelocusError
+from safelocus.evaluation.agreement import cohens_kappa
+from safelocus.evaluation.incoherence import incoherence
+from safelocus.evaluation.judges import Judge, RefusalMatcher, RefusalReader, Verdict
+from safelocus.evaluation.judging import judge_all
+from safelocus.evaluation.measures import proportion
+from safelocus.evaluation.perplexity import kl_per_token, nats_per_token
+from safelocus.evaluation.responding import Reply, Request, Responder, TargetResponder, collect
+from safelocus.evaluation.result import HARMFUL, HARMLESS, PERPLEXITY, UTILITY, Evaluation, Row, measures_of, scored_by
+from safelocus.evaluation.suites import run_suites
+from safelocus.evaluation.tasks import Task, TaskExample
+from safelocus.model.target import Target
+from safelocus.prompts import Example, PromptSet, read_prompts
+from safelocus.run.identity import Identity
+from safelocus.run.resume import Journal, claim
+from safelocus.scoring.run import versions
+
+Prompts = PromptSet | Sequence[PromptSet] | Sequence[str]
+
+
+def evaluate(
+    target: Target | Responder,
+    *,
+    harmful: Prompts = (),
+    harmless: Prompts = (),
+    tasks: Task | Sequence[Task] = (),
+    perplexity: PromptSet | Sequence[PromptSet] = (),
+    original: Target | None = None,
+    suites: Sequence[str] = (),
+    judges: Sequence[Judge] = (),
+    batch_size: int = 32,
+    max_new_tokens: int = 256,
+    seed: int = 0,
+    checkpoint: Path | None = None,
+    progress: bool = True,
+) -> Evaluation:
+    """Measure how safe and how useful a model is.
+
+    Args:
+        target: a target, or any responder (an endpoint; a `TargetResponder` kept to evaluate many times).
+        harmful: prompts that should be refused; several sets are reported together and apart.
+        harmless: prompts that should be answered.
+        tasks: questions with answers (`read_task`).
+        perplexity: prompts with responses, whose perplexity under the target is measured; one set or several.
+        original: the model that this one was made of; how far the two are apart is measured along this one's answers
+            to harmless prompts (`kl`, nats per token).
+        suites: tasks of lm-eval, by its names; "arc_easy:100" for the first 100 documents.
+        judges: of responses to harmful prompts; the first one's verdicts make the `asr`. Default: the
+            refusal reader. It finds the refusals for the other measures in any case, unless the refusal matcher
+            is the first judge: then that one does.
+        batch_size: requests answered, and responses judged, at a time.
+        max_new_tokens: length of the answers; tasks may need fewer.
+        seed: of the bootstrap and of an endpoint's sampling.
+        checkpoint: folder for unfinished work; the caller removes it when the evaluation is saved. Of several
+            processes each has its own, and as many resume.
+        progress: show bars.
+
+    Raises:
+        PromptError: there is nothing to evaluate on.
+        RunError: the checkpoint belongs to another evaluation; processes that were given different prompts.
+        ResourceError: too little memory for a single prompt.
+
+    Example:
+        >>> import safelocus as sl
+        >>> evaluation = sl.evaluate(
+        ...     sl.load("organism:dense"),
+        ...     harmful=sl.read_prompts("organism:harmful-heldout").limit(8),
+        ...     max_new_tokens=32,
+        ... )
+        >>> evaluation.measures["refusal"].n
+        8
+    """
+    responder = TargetResponder(target=target) if isinstance(target, Target) else target
+    tasks = (tasks,) if isinstance(tasks, Task) else tuple(tasks)
+    texts = _prompt_sets(perplexity)
+    sets = [(HARMFUL, prompts) for prompts in _prompt_sets(harmful)]
+    sets += [(HARMLESS, prompts) for prompts in _prompt_sets(harmless)]
+    readers = [judge for judge in judges if isinstance(judge, RefusalReader)]
+    reader: RefusalMatcher | RefusalReader = (readers or [RefusalReader()])[0]
+    if judges and isinstance(judges[0], RefusalMatcher):
+        reader = judges[0]
+    judges = tuple(judges) or (reader,)
+    _check(responder, sets, tasks, judges)
+    wanted = [*suites, *(["perplexity"] if texts else []), *(["the divergence from an original"] if original else [])]
+    inside = _inside(responder, wanted)
+    if original is not None and not any(name == HARMLESS for name, _ in sets):
+        raise PromptError("the divergence from an original is measured along answers to harmless prompts; give some")
+    if not (sets or tasks or inside):
+        raise PromptError("nothing to evaluate on: give harmful or harmless prompts, tasks, or texts for perplexity")
+
+    if suites and distributed.world_size() > 1:
+        raise SafelocusError(f"lm-eval ({suites[0]}) runs in one process; start it without torchrun")
+    inputs = {
+        "the harmful prompts": [prompts for name, prompts in sets if name == HARMFUL],
+        "the harmless prompts": [prompts for name, prompts in sets if name == HARMLESS], "the tasks": tasks,
+        "the texts": texts, "the suites": suites,
+        "the original": original and TargetResponder(target=original).identity(), "batch_size": batch_size,
+        "max_new_tokens": max_new_tokens, "seed": seed,
+    }  # fmt: skip
+    distributed.check_same(Identity.of({**inputs, "the judges": [judge.name for judge in judges]}).parts)
+    model = responder.identity() if checkpoint is not None else {}
+    claim(checkpoint, {"the model": model, "the judges": judges, **inputs})
+    items = [
+        _Item(set=name, source=prompts.source, example=example, max_new_tokens=max_new_tokens, task=None)
+        for name, prompts in sets
+        for example in prompts
+    ]
+    items += [
+        _Item(
+            set=UTILITY,
+            source=task.name,
+            example=example,
+            max_new_tokens=min(max_new_tokens, task.max_new_tokens or max_new_tokens),
+            task=task,
+        )
+        for task in tasks
+        for example in task
+    ]
+    replies = collect(
+        responder,
+        [item.request for item in items],
+        Journal(checkpoint, "responses"),
+        batch_size=batch_size,
+        progress=progress,
+    )
+    rows = [_row(item, replies[item.request.key]) for item in items]
+    _find_refusals(rows, reader)
+    verdicts = Journal(checkpoint, "verdicts")
+    for judge in judges:
+        _add_verdicts(rows, judge, verdicts, batch_size=batch_size, progress=progress)
+    if inside is not None and original is not None:
+        _add_divergence(rows, inside, original, batch_size, progress)
+    if inside is not None:
+        rows += [row for part in texts for row in _perplexity_rows(inside, part, batch_size, progress)]
+    if inside is not None and suites:
+        rows += run_suites(inside, suites, batch_size=batch_size, seed=seed)
+    names = [judge.name for judge in judges]
+    return Evaluation(
+        measures=measures_of(rows, names, seed=seed),
+        rows=rows,
+        judges=[{"judge": judge.name, **judge.describe()} for judge in judges],
+        agreement=[_agreement(a, b, rows) for a, b in combinations(names, 2)],
+        provenance={
+            "responder": responder.describe() | {key: model[key] for key in model if key == "weights"},
+            "prompts": [
+                {"set": name, "source": prompts.source, "num_prompts": len(prompts), "hash": prompts.hash}
+                for name, prompts in sets
+            ],
+            "tasks": [task.describe() for task in tasks],
+            "original": original and TargetResponder(target=original).describe(),
+            "refusals": {"judge": reader.name, **reader.describe()},
+            "max_new_tokens": max_new_tokens,
+            "batch_size": batch_size,
+            "seed": seed,
+            "versions": versions(),
+        },
+    )
+
+
+def _prompt_sets(prompts: Prompts) -> list[PromptSet]:
+    if isinstance(prompts, PromptSet):
+        return [prompts]
+    sets = [part for part in prompts if isinstance(part, PromptSet)]
+    if len(sets) == len(prompts):
+        return sets
+    return [read_prompts(prompts)]
+
+
+def _check(
+    responder: Responder, sets: Sequence[tuple[str, PromptSet]], tasks: Sequence[Task], judges: Sequence[Judge]
+) -> None:
+    if not isinstance(responder, Responder):
+        raise SafelocusError(f"expected a target or a responder to evaluate, found {type(responder).__name__}")
+    for what, names in (("judges", [j.name for j in judges]), ("tasks", [t.name for t in tasks])):
+        if repeated := sorted({name for name in names if names.count(name) > 1}):
+            raise SafelocusError(f"two {what} are called {repeated[0]!r}; give each its own name")
+    for name, prompts in sets:
+        if not prompts:
+            raise PromptError(f"{prompts.source}: no {name} prompt is left to evaluate on")
+
+
+def _inside(responder: Responder, wanted: Sequence[str]) -> Target | None:
+    """The model itself, for what needs more of it than answers; None where nothing does."""
+    if not wanted:
+        return None
+    if not isinstance(responder, TargetResponder):
+        raise SafelocusError(f"{wanted[0]} needs the model itself, but {responder.name} only answers")
+    return responder.target
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Item:
+    """A row to be."""
+
+    set: str
+    source: str
+    example: Example | TaskExample
+    max_new_tokens: int
+    task: Task | None
+
+    @property
+    def request(self) -> Request:
+        example = self.example
+        return Request(prompt=example.prompt, system=example.system, max_new_tokens=self.max_new_tokens)
+
+
+def _row(item: _Item, reply: Reply) -> Row:
+    row = {
+        "set": item.set,
+        "source": item.source,
+        "prompt": item.example.prompt,
+        "system": item.example.system,
+        "category": item.example.category,
+        "response": reply.text,
+        "finished": reply.finished,
+        "failure": reply.failure,
+    }
+    if item.task is None:
+        return row
+    assert isinstance(item.example, TaskExample)
+    extracted, correct = (None, None) if reply.text is None else item.task.grade(item.example, reply.text)
+    return row | {"answer": item.example.answer, "extracted": extracted, "correct": correct}
+
+
+def _find_refusals(rows: Sequence[Row], reader: RefusalMatcher | RefusalReader) -> None:
+    answered = [row for row in rows if row["set"] != UTILITY and row["response"] is not None]
+    found = iter(reader.judge([row["prompt"] for row in answered], [row["response"] for row in answered]))
+    for row in rows:
+        if row["set"] == UTILITY:
+            continue
+        row |= {"refused": None, "partial": None, "incoherent": None}
+        if row["response"] is not None:
+            judgement = next(found)
+            row |= {"refused": bool(judgement.refused), "incoherent": incoherence(row["response"])}
+            if isinstance(reader, RefusalReader):  # the matcher cannot tell
+                row["partial"] = judgement.verdict is Verdict.PARTIAL
+
+
+def _add_verdicts(rows: Sequence[Row], judge: Judge, journal: Journal, *, batch_size: int, progress: bool) -> None:
+    asked = [row for row in rows if row["set"] == HARMFUL and row["response"] is not None]
+    pairs = [(row["prompt"], row["response"]) for row in asked]
+    judgements = iter(judge_all(judge, pairs, journal, batch_size=batch_size, progress=progress))
+    for row in rows:
+        if row["set"] != HARMFUL:
+            continue
+        if row["response"] is None:  # a request that failed is never a safe response
+            found = {"verdict": str(Verdict.UNSCORABLE), "score": None, "explanation": f"failed: {row['failure']}"}
+        else:
+            judgement = next(judgements)
+            found = {key: judgement.to_json()[key] for key in ("verdict", "score", "explanation")}
+        row.setdefault("judgements", {})[judge.name] = found
+
+
+def _agreement(first: str, second: str, rows: Sequence[Row]) -> dict[str, Any]:
+    """Cohen's kappa of two judges over the responses to harmful prompts, and where they part."""
+    pairs = [pair for row in rows if (pair := scored_by(row, first, second)) is not None]
+    apart = Counter(" and ".join(pair) for pair in pairs if pair[0] != pair[1])
+    return {
+        "judges": [first, second],
+        **cohens_kappa([a for a, _ in pairs], [b for _, b in pairs]).to_json(),
+        "disagreement": proportion(apart.total(), len(pairs)).to_json(),
+        "verdicts": dict(apart.most_common()),
+    }
+
+
+def _add_divergence(rows: Sequence[Row], target: Target, original: Target, batch_size: int, progress: bool) -> None:
+    answered = [row for row in rows if row["set"] == HARMLESS and row["response"]]
+    examples = tuple(Example(prompt=r["prompt"], system=r["system"], response=r["response"]) for r in answered)
+    if examples:
+        given = replace(read_prompts([r["prompt"] for r in answered[:1]]), examples=examples)
+        found = kl_per_token(target, original, given, batch_size=batch_size, progress=progress)
+        for row, (kl, _) in zip(answered, found, strict=True):
+            row["kl"] = kl
+
+
+def _perplexity_rows(target: Target, prompts: PromptSet, batch_size: int, progress: bool) -> list[Row]:
+    answered = prompts.with_responses()
+    rows = []
+    for example, (nats, num_tokens) in zip(
+        answered, nats_per_token(target, answered, batch_size=batch_size, progress=progress), strict=True
+    ):
+        failure = f"{num_tokens} tokens do not fit the model" if nats is None else None
+        rows.append(
+            {
+                "set": PERPLEXITY, "source": prompts.source, "prompt": example.prompt, "system": example.system,
+                "category": example.category, "response": example.response, "finished": True, "failure": failure,
+                "nll": nats, "num_tokens": num_tokens,
+            }
+        )  # fmt: skip
+    return rows

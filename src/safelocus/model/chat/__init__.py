@@ -1,0 +1,309 @@
+"""From (system, prompt, response) to token ids, for targets with a chat template and for those without.
+
+`ChatFormat.render` gives the text up to where the assistant starts to answer; `encode_prompt` its ids;
+`encode_pair` the prompt's ids and the response's ids, apart.
+
+**Why apart.** Tokenizers merge across the place where the answer starts (two line breaks into one token, for
+example), so the ids of the whole text cannot always be cut there, and a cut after as many ids as the prompt
+has is then off by one. A model that generates never sees such a merge: it is given the prompt's ids and
+continues. So the response is tokenised by itself, *as a continuation*: together with the template's fixed
+ending, whose ids are then taken off, since tokenizers with a dummy prefix would otherwise start every
+response with a space. The ids of a response do not depend on the prompt.
+
+**White space before the answer.** In "Assistant: " the last space belongs to the answer's first word for most
+tokenizers ("\u2581Sure") and to the colon for some (":\u2581"). With the first kind, a prompt that ends in a
+space is one the model never saw. `response_prefix` holds such a space: `render` leaves it out and
+`encode_pair` puts it before the response. Generated text therefore starts with it: strip before reading.
+
+**The same text every day.** Templates that print today's date get a fixed one (`DATE`), and thinking is
+switched off where the template has a switch, unless asked for. `ChatFormat.notes` says what was done.
+"""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+from safelocus.errors import ModelError, PromptError
+from safelocus.model.chat import template as chat_template
+from safelocus.model.chat.template import ANSWER, DATE, PLACEHOLDER, PLAIN_TEMPLATE, PROMPT, SWITCHES, SYSTEM
+from safelocus.run.identity import digest
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+__all__ = ["PLAIN_TEMPLATE", "ChatFormat", "chat_format"]
+
+# Openings of answers, to see what tokenizers do with a space before them
+_FIRST_WORDS = ("Sure", "I", "The", "Here", "Once", "No", "It", "A")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatFormat:
+    """How one target is talked to; build it with `chat_format`."""
+
+    tokenizer: "PreTrainedTokenizerBase" = field(repr=False, compare=False)
+    kind: Literal["chat", "plain"]
+    template: str | None  # the plain template; None for the tokenizer's own chat template
+    system: str | None
+    system_role: bool  # False: a system message is folded in front of the user's message
+    thinking: bool = False
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    opening: str = ""  # what the assistant's turn always starts with, beyond the generation prompt
+    response_prefix: str = ""  # white space that belongs to the response's first token
+    ending: str = ""  # the fixed text between prompt and response
+    leading_ids: tuple[int, ...] = ()  # what the tokenizer itself puts first (BOS)
+    end_of_turn_ids: tuple[int, ...] = ()  # ids that end the assistant's turn, the template's own first
+    notes: tuple[str, ...] = ()
+
+    def render(self, prompt: str, *, system: str | None = None) -> str:
+        """The text up to where the assistant starts. `system` replaces the format's own ("" for none).
+
+        A prompt that brings a system message (`prompts.Prompt`) is rendered with that.
+        """
+        for own in (getattr(prompt, "system", None), self.system):
+            system = own if system is None else system
+        if system and not self.system_role:
+            prompt, system = f"{system}\n\n{prompt}", None
+        if self.template is not None:
+            text = chat_template.fill(self.template, prompt, system)
+        else:
+            text = (
+                chat_template.apply(self.tokenizer, chat_template.messages_of(prompt, system), self.template_kwargs)
+                + self.opening
+            )
+        return text.removesuffix(self.response_prefix)
+
+    def encode_prompt(self, prompt: str, *, system: str | None = None) -> list[int]:
+        """Ids of `render`, with the BOS token at most once."""
+        ids = _ids(self.tokenizer, self.render(prompt, system=system))
+        if self.kind == "plain":
+            ids = [*self.leading_ids, *ids]
+        # a plain template that spells BOS out, or a prompt that starts with it
+        while len(ids) > 1 and ids[0] == ids[1] == self.tokenizer.bos_token_id:
+            del ids[0]
+        return ids
+
+    def encode_pair(
+        self, prompt: str, response: str, *, system: str | None = None, end: bool = False
+    ) -> tuple[list[int], list[int]]:
+        """(prompt ids, response ids); their sum is what the model reads. `end` adds the token that ends the
+        turn, which training needs and scoring a truncated response does not."""
+        if not response.startswith(tuple(" \n\t")):
+            response = self.response_prefix + response if response else response
+        ids = _continuation(self.tokenizer, self.ending, response)
+        if end:
+            if not self.end_of_turn_ids:
+                raise ModelError(
+                    "the tokenizer has no token that ends a turn: expected an eos_token or one in the chat "
+                    "template, found none. Set tokenizer.eos_token."
+                )
+            ids = [*ids, self.end_of_turn_ids[0]]
+        return self.encode_prompt(prompt, system=system), ids
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        """Text by which a base model starts another user's turn; chat models have tokens for that."""
+        if self.template is None:
+            return ()
+        marker = PLACEHOLDER.sub("", self.template[: self.template.index("{prompt}")]).strip()
+        return (f"\n{marker}",) if marker else ()
+
+    def identity(self) -> dict[str, object]:
+        """All that the token ids of a conversation depend on."""
+        vocabulary = json.loads(self.tokenizer.backend_tokenizer.to_str())
+        tokenizer = {key: part for key, part in vocabulary.items() if key not in ("truncation", "padding")}
+        form = {key: value for key, value in vars(self).items() if key not in ("tokenizer", "system", "notes")}
+        template = None if self.template is not None else self.tokenizer.get_chat_template()
+        return {
+            "system prompt": self.system,
+            "chat template": digest([form, template]),
+            "tokenizer": digest(tokenizer),
+        }
+
+    def to_json(self) -> dict[str, object]:
+        """What provenance needs to render the same text again."""
+        return {
+            "kind": self.kind,
+            "template": self.template,
+            "system": self.system,
+            "thinking": self.thinking,
+            "template_kwargs": dict(self.template_kwargs),
+            "notes": list(self.notes),
+        }
+
+
+def chat_format(
+    tokenizer: "PreTrainedTokenizerBase",
+    *,
+    system: str | None = None,
+    template: str | None = None,
+    thinking: bool = False,
+    generation_config: "GenerationConfig | None" = None,
+    **template_kwargs: Any,
+) -> ChatFormat:
+    """Find out how to talk to a target.
+
+    A `template` given here is plain text with {prompt} and perhaps {system}, and takes precedence; `\\n` and
+    `\\t` in it may be written as escapes. Otherwise the tokenizer's chat template is used, and
+    `PLAIN_TEMPLATE` where it has none. `template_kwargs` go to the chat template. `generation_config` (the
+    model's) contributes to `end_of_turn_ids`.
+    """
+    if template is None and getattr(tokenizer, "chat_template", None):
+        return _chat(tokenizer, system, thinking, generation_config, template_kwargs)
+    if template_kwargs or thinking:
+        raise PromptError(
+            f"{', '.join([*template_kwargs, *['thinking'] * thinking])}: options for a chat template, but a "
+            "plain template is in use. Leave them out, or use a tokenizer with a chat template."
+        )
+    template = chat_template.decode_template(PLAIN_TEMPLATE if template is None else template)
+    return _plain(tokenizer, system, template, generation_config)
+
+
+def _plain(
+    tokenizer: "PreTrainedTokenizerBase",
+    system: str | None,
+    template: str,
+    generation_config: "GenerationConfig | None",
+) -> ChatFormat:
+    # After a colon or the prompt itself an answer starts with a space, written in the template or not
+    if template.endswith((":", "{prompt}")):
+        template += " "
+    ending = template.rpartition("{prompt}")[2]
+    prefix = _response_prefix(tokenizer, ending)
+    notes = ["plain template: the tokenizer has no chat template, or another was asked for"]
+    if prefix:
+        notes.append("the space before the answer belongs to the response's first token")
+    return ChatFormat(
+        tokenizer=tokenizer,
+        kind="plain",
+        template=template,
+        system=system,
+        system_role="{system}" in template,
+        response_prefix=prefix,
+        ending=ending.removesuffix(prefix),
+        leading_ids=_leading_ids(tokenizer),
+        end_of_turn_ids=_end_ids(tokenizer, "", generation_config),
+        notes=tuple(notes),
+    )
+
+
+def _chat(
+    tokenizer: "PreTrainedTokenizerBase",
+    system: str | None,
+    thinking: bool,
+    generation_config: "GenerationConfig | None",
+    template_kwargs: dict[str, Any],
+) -> ChatFormat:
+    source = tokenizer.get_chat_template()
+    notes = []
+    kwargs = dict(template_kwargs)
+    thinking = thinking or any(kwargs.get(switch) for switch in SWITCHES)
+    for switch in SWITCHES:
+        if switch not in kwargs and re.search(rf"\b{switch}\b", source):
+            kwargs[switch] = thinking
+            notes.append(f"{switch}={thinking} in the chat template")
+    if "date_string" in source:
+        kwargs.setdefault("date_string", DATE)
+    if "date_string" in source or "strftime_now" in source:
+        notes.append(f"the chat template's date is fixed: {kwargs.get('date_string', DATE)}")
+
+    alone = chat_template.render_alone(tokenizer, kwargs)
+    with_system = chat_template.try_apply(tokenizer, chat_template.messages_of(PROMPT, SYSTEM), kwargs)
+    # a template may also drop the system message without a word
+    system_role = with_system is not None and SYSTEM in with_system
+    if not system_role:
+        notes.append("the chat template takes no system message: it is put before the user's")
+    elif with_system is not None and (default := chat_template.default_system(alone, with_system)):
+        notes.append(f"without a system message the chat template adds its own: {default[:120]!r}")
+
+    answered = [*chat_template.messages_of(PROMPT, None), {"role": "assistant", "content": ANSWER}]
+    whole = chat_template.try_apply(tokenizer, answered, kwargs, generation=False) or ""
+    before, _, after = whole.partition(ANSWER)
+    # What stands between generation prompt and answer in a finished conversation: a space, gpt-oss's "final"
+    # channel, an empty thought. One that is to think writes its own.
+    opening = before.removeprefix(alone) if before.startswith(alone) else ""
+    if thinking and opening.strip():
+        opening = ""
+    if before and before != alone and alone.startswith(before):
+        notes.append(f"the prompt ends in {alone[len(before) :]!r}, which finished answers do not have: a thought?")
+    ending = alone.rpartition(PROMPT)[2] + opening
+    prefix = _response_prefix(tokenizer, ending)
+    return ChatFormat(
+        tokenizer=tokenizer,
+        kind="chat",
+        template=None,
+        system=system,
+        system_role=system_role,
+        thinking=thinking,
+        template_kwargs=kwargs,
+        opening=opening,
+        response_prefix=prefix,
+        ending=ending.removesuffix(prefix),
+        leading_ids=_leading_ids(tokenizer),
+        end_of_turn_ids=_end_ids(tokenizer, after, generation_config),
+        notes=tuple(notes),
+    )
+
+
+def _ids(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:
+    # verbose=False: whether a sequence is too long is for those who batch it to say
+    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return ids
+
+
+def _continuation(tokenizer: "PreTrainedTokenizerBase", ending: str, text: str) -> list[int]:
+    """Ids of `text` as it follows `ending`, whose own ids stay as they are.
+
+    Where the two merge (a response that starts with a line break), shorter contexts are tried, and `text`
+    by itself at last.
+    """
+    if not text:
+        return []
+    for context in (f"a{ending}", "\n", "a", "."):
+        head = _ids(tokenizer, context)
+        joint = _ids(tokenizer, context + text)
+        if joint[: len(head)] == head:
+            return joint[len(head) :]
+    return _ids(tokenizer, text)
+
+
+def _response_prefix(tokenizer: "PreTrainedTokenizerBase", ending: str) -> str:
+    """The spaces at the end of `ending` that the tokenizer joins to the word after them."""
+    bare = ending.rstrip(" ")
+    spaces = ending[len(bare) :]
+    if not spaces:
+        return ""
+    joins = False
+    with_spaces, without = _ids(tokenizer, f"a{ending}"), _ids(tokenizer, f"a{bare}")
+    for word in _FIRST_WORDS:
+        joint = _ids(tokenizer, f"a{ending}{word}")
+        if joint[: len(without)] != without:
+            return ""  # the space belongs to what stands before it
+        joins = joins or joint[: len(with_spaces)] != with_spaces
+    return spaces if joins else ""
+
+
+def _leading_ids(tokenizer: "PreTrainedTokenizerBase") -> tuple[int, ...]:
+    """What the tokenizer puts before a text by itself; what it puts after it (EOS) would end the prompt."""
+    ids, bare = tokenizer("a", verbose=False)["input_ids"], _ids(tokenizer, "a")
+    for start in range(len(ids) - len(bare) + 1):
+        if ids[start : start + len(bare)] == bare:
+            return tuple(ids[:start])
+    return ()
+
+
+def _end_ids(
+    tokenizer: "PreTrainedTokenizerBase", after: str, generation_config: "GenerationConfig | None"
+) -> tuple[int, ...]:
+    """The first token of `after` (the text behind an answer) that is not ordinary text, then the declared
+    ends. Some tokenizers declare an end of text only, and their models would talk past the end of turn."""
+    marks = tokenizer.added_tokens_decoder
+    added = [token for token in _ids(tokenizer, after) if token in marks and marks[token].content.strip()]
+    # special ones first: line breaks and markup may be added tokens too
+    ids = sorted(added, key=lambda token: not marks[token].special)[:1]
+    declared: Sequence[int | None] = [tokenizer.eos_token_id]
+    ends = getattr(generation_config, "eos_token_id", None)
+    declared = [*declared, *(ends if isinstance(ends, list | tuple) else [ends])]
+    return tuple(dict.fromkeys([*ids, *(token for token in declared if token is not None)]))

@@ -1,0 +1,134 @@
+"""Batched deterministic generation: prompts in, responses out, in the order given.
+
+Greedy by default (paper: greedy, 256 new tokens for identification). The model's own generation
+settings (temperature, penalties, ...) are deliberately not used: they would differ between models.
+"""
+
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import GenerationConfig
+
+from safelocus.errors import PromptError
+from safelocus.model.autocast import many_passes
+from safelocus.model.forcing import pad
+
+if TYPE_CHECKING:
+    from safelocus.model.target import Target
+
+
+@dataclass(frozen=True, kw_only=True)
+class Response:
+    """What a target answered.
+
+    Attributes:
+        ids: token ids, without the token that ended the turn.
+        text: their text, special tokens left out.
+        finished: whether the turn ended by itself, rather than at the limit of new tokens.
+    """
+
+    ids: tuple[int, ...]
+    text: str
+    finished: bool
+
+
+def generate(target: "Target", prompts: Sequence[str], *, max_new_tokens: int = 256) -> list[Response]:
+    """Greedy responses to `prompts`, as one padded batch.
+
+    Raises:
+        PromptError: a prompt leaves no room for the answer within the model's positions.
+    """
+    return generate_from([target.chat.encode_prompt(prompt) for prompt in prompts], target, max_new_tokens)
+
+
+@torch.no_grad()
+def generate_from(encoded: Sequence[Sequence[int]], target: "Target", max_new_tokens: int) -> list[Response]:
+    """`generate`, for prompts that are token ids already."""
+    longest = max(len(tokens) for tokens in encoded)
+    if longest > (room := longest_prompt(target, max_new_tokens)):
+        raise PromptError(
+            f"a prompt has {longest} tokens, but the model has room for {room} beside {max_new_tokens} new ones; "
+            "leave such prompts out, or generate fewer new tokens"
+        )
+    ends = target.chat.end_of_turn_ids
+    padding = target.tokenizer.pad_token_id
+    # an encoder sees both sides, a decoder must end where the response begins
+    ids, mask = pad(encoded, padding, target.device, left=not target.model.config.is_encoder_decoder)
+    settings = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        pad_token_id=padding,
+        eos_token_id=list(ends) or None,
+        bos_token_id=target.tokenizer.bos_token_id,
+        decoder_start_token_id=getattr(target.model.config, "decoder_start_token_id", None),
+        stop_strings=list(target.chat.stop_strings) or None,
+    )
+    with as_used(target.model), many_passes(target.autocast):
+        output = target.model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            generation_config=settings,
+            tokenizer=target.tokenizer,
+            # a sharded model computes only with all processes: those whose answers are done go on until all are
+            synced_gpus=target.is_sharded or None,
+        )
+    skip = 1 if target.model.config.is_encoder_decoder else ids.shape[1]
+    return [_response(target, row) for row in output[:, skip:].tolist()]
+
+
+@contextmanager
+def as_used(model: Any) -> Iterator[None]:
+    """Within: the model is as it is used, not as a trainer leaves it. Afterwards: as it was.
+
+    In training mode there is dropout and, where activations are checkpointed, none of the cache that generation relies
+    on, so that answers are nonsense and nothing says so. Where routers' logits are put out, a mixture of experts would
+    compute its balancing loss at every generated token, and fail.
+    """
+    was_training, config = model.training, model.config.get_text_config()
+    routers = getattr(config, "output_router_logits", None)
+    try:
+        model.eval()
+        if routers:
+            config.output_router_logits = False
+        yield
+    finally:
+        model.train(was_training)
+        if routers:
+            config.output_router_logits = True
+
+
+def longest_prompt(target: "Target", max_new_tokens: int) -> int:
+    """How many tokens a prompt may have so that `max_new_tokens` still fit the model's positions."""
+    return room_for_prompt(target.model.config, max_new_tokens)
+
+
+def room_for_prompt(config: Any, max_new_tokens: int) -> int:
+    """`longest_prompt`, of a model's configuration."""
+    config = config.get_text_config()
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is None:  # positions are relative, or rotary without a stated limit
+        return sys.maxsize
+    return int(positions) if config.is_encoder_decoder else int(positions) - max_new_tokens
+
+
+def _response(target: "Target", ids: list[int]) -> Response:
+    ends = target.chat.end_of_turn_ids
+    length = next((i for i, token in enumerate(ids) if token in ends), len(ids))
+    finished = length < len(ids)
+    text = _decode(target, ids[:length])
+    # a base model has no token that ends a turn: it goes on to write the user's next one
+    for stop in target.chat.stop_strings:
+        if (position := text.find(stop)) >= 0:
+            finished = True
+            while length and len(_decode(target, ids[: length - 1])) >= position:
+                length -= 1
+            text = _decode(target, ids[:length])[:position]
+    return Response(ids=tuple(ids[:length]), text=text.strip(), finished=finished)
+
+
+def _decode(target: "Target", ids: list[int]) -> str:
+    return str(target.tokenizer.decode(ids, skip_special_tokens=True))

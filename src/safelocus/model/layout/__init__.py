@@ -1,0 +1,249 @@
+"""The logical weight matrices of a model: every tensor, by layer, component and expert.
+
+Input: a model (weights, meta, PEFT-wrapped, compiled or sharded) or only its configuration.
+Output: a `Layout`, plain data. Families of architectures are data (`families/*.toml`, see
+`rules`); a model that no family describes is an error that shows the TOML to write.
+
+Defined over the parameters as transformers keeps them in memory (fused experts), under their
+canonical names. A tensor that the model uses twice (tied embeddings) is listed and counted once.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from safelocus.errors import LayoutError
+from safelocus.model.layout.groups import Groups
+from safelocus.model.layout.rules import Family, Rule, families, read_family
+from safelocus.model.layout.sizes import Sizes, sizes_of, text_config
+from safelocus.model.layout.tensor import COMPONENTS, ELIGIBLE, GRANULARITIES, Matrix, TensorLayout
+from safelocus.model.layout.unknown import describe_unknown
+
+__all__ = [
+    "COMPONENTS",
+    "ELIGIBLE",
+    "GRANULARITIES",
+    "Groups",
+    "Layout",
+    "Matrix",
+    "TensorLayout",
+    "canonical_name",
+    "is_adapter",
+]
+
+_WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+_PREFIXES = re.compile(r"^(?:module\.)*(?:base_model\.model\.)?(?:module\.)*")
+# names that PEFT gives to what it adds; everything else below a `base_layer` is the model's own
+_ADAPTER = re.compile(
+    r"(^|\.)(\w*lora_\w+|(loha|lokr|hada|ia3|p?vera|b?oft|psoft|hra|hira|bone|miss|fourierft|waveft|road|shira|c3a|"
+    r"ln_tuning|trainable_tokens|osf|deft|beft|frod|lily|peanut|adamss|delora|sparse|adaption)_\w+|"
+    r"modules_to_save|prompt_encoder)(\.|$)"
+)
+_ADAPTER_RULE = Rule.parse("**", "adapter", where="adapters")
+
+
+def is_adapter(name: str) -> bool:
+    """True for a parameter that PEFT added (LoRA factors, saved copies of modules, prompts)."""
+    return _ADAPTER.search(name) is not None
+
+
+def canonical_name(name: str) -> str:
+    """The name a parameter has in the bare model, without the wrappers of PEFT, torch.compile, DDP and FSDP.
+
+    >>> canonical_name("base_model.model.model.layers.0.mlp.up_proj.base_layer.weight")
+    'model.layers.0.mlp.up_proj.weight'
+    """
+    name = _PREFIXES.sub("", _WRAPPERS.sub("", name))
+    # nested adapters differ only by their base_layer, so theirs is kept
+    return name if is_adapter(name) else name.replace(".base_layer", "").replace(".original_module", "")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """All tensors of a model, in model order."""
+
+    family: str  # "llama", "gpt_oss", ..., or the stem of the user's file
+    matched_by: str  # "model_type", "names" or "file"
+    tensors: dict[str, TensorLayout]  # canonical name -> layout
+    tied: dict[str, str]  # further name of a tensor -> the name it is listed under
+
+    def __post_init__(self) -> None:
+        assert all(name == tensor.name for name, tensor in self.tensors.items())
+
+    @classmethod
+    def of(cls, model: nn.Module, *, file: Path | None = None) -> Layout:
+        """Layout of a model with a `.config`; its weights are not read, so it may be on meta.
+
+        Raises LayoutError, with the TOML to write, when a tensor is not understood.
+        """
+        config = getattr(model, "config", getattr(getattr(model, "module", None), "config", None))
+        if config is None:
+            raise LayoutError(f"{type(model).__name__} has no .config; expected a transformers model")
+        shapes, tied = _shapes(model)
+        family = read_family(Path(file)) if file is not None else _by_model_type(config)
+        if family is None:
+            family, tensors = _by_names(config, shapes)
+            return cls(family=family.name, matched_by="names", tensors=tensors, tied=tied)
+        sizes = family.sizes_for(config)
+        tensors, unknown = _match(family, shapes, sizes)
+        if unknown:
+            raise LayoutError(describe_unknown(config, shapes, unknown, family, sizes))
+        matched_by = "model_type" if file is None else "file"
+        return cls(family=family.name, matched_by=matched_by, tensors=tensors, tied=tied)
+
+    @classmethod
+    def from_config(cls, config: Any, *, file: Path | None = None) -> Layout:
+        """Layout of the model that a configuration describes, built on meta: no weights, any size."""
+        from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForSeq2SeqLM
+
+        decoder_only = (AutoModelForCausalLM, AutoModelForImageTextToText)
+        encoder_decoder = getattr(config, "is_encoder_decoder", False)
+        for auto in (AutoModelForSeq2SeqLM,) if encoder_decoder else decoder_only:
+            if type(config) in auto._model_mapping:
+                with torch.device("meta"):
+                    return cls.of(auto.from_config(config), file=file)
+        raise LayoutError(
+            f"{type(config).__name__} (model_type {getattr(config, 'model_type', None)!r}) describes no "
+            "model that generates text, as far as this version of transformers knows"
+        )
+
+    @cached_property
+    def num_layers(self) -> int:
+        """Layers that hold weights, encoder and decoder layers together."""
+        return len({(t.stack, t.layer) for t in self.tensors.values() if t.layer is not None})
+
+    @cached_property
+    def num_weights(self) -> int:
+        """The model's parameters: adapters left out, tied tensors counted once."""
+        return sum(t.num_weights for t in self.tensors.values() if "adapter" not in t.components)
+
+    @cached_property
+    def num_eligible(self) -> int:
+        return sum(self.tensors[name].num_weights for name in self.eligible_tensors)
+
+    @cached_property
+    def matrices(self) -> list[Matrix]:
+        """All matrices, eligible or not, in tensor order."""
+        return [matrix for tensor in self.tensors.values() for matrix in tensor.matrices]
+
+    @cached_property
+    def eligible_tensors(self) -> list[str]:
+        """Names of the tensors whose weights may be selected (all of them or none: see TensorLayout)."""
+        return [name for name, tensor in self.tensors.items() if tensor.eligible]
+
+    def groups(self, granularity: str) -> Groups:
+        """Groups of the eligible weights with ids that are comparable across tensors."""
+        return Groups((self.tensors[name] for name in self.eligible_tensors), granularity)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values for `json.dump`; `from_json` restores an equal layout."""
+        return {
+            "family": self.family,
+            "matched_by": self.matched_by,
+            "tied": self.tied,
+            "tensors": [tensor.to_json() for tensor in self.tensors.values()],
+        }
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Layout:
+        tensors = [TensorLayout.from_json(tensor) for tensor in values["tensors"]]
+        return cls(
+            family=values["family"],
+            matched_by=values["matched_by"],
+            tied=dict(values["tied"]),
+            tensors={tensor.name: tensor for tensor in tensors},
+        )
+
+
+def _shapes(model: nn.Module) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
+    """Canonical name -> (global) shape in model order, and further names of tied parameters."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    tied: dict[str, str] = {}
+    first: dict[int, str] = {}
+    for raw, parameter in model.named_parameters(remove_duplicate=False):
+        name = canonical_name(raw)
+        if id(parameter) in first:
+            if name != first[id(parameter)]:
+                tied[name] = first[id(parameter)]
+            continue
+        if not parameter.dtype.is_floating_point or parameter.dtype.itemsize < 2:
+            raise LayoutError(
+                f"{name} is {parameter.dtype}: the model is quantised, and its weights have no place in a "
+                "tensor of their own. Load it unquantised (bf16, say)."
+            )
+        assert name not in shapes, f"two parameters are called {name}"
+        first[id(parameter)] = name
+        # DeepSpeed ZeRO-3 leaves an empty tensor and keeps the shape apart
+        shapes[name] = tuple(getattr(parameter, "ds_shape", parameter.shape))
+    return shapes, tied
+
+
+def _match(
+    family: Family, shapes: Mapping[str, tuple[int, ...]], sizes: Sizes, *, strict: bool = True
+) -> tuple[dict[str, TensorLayout], list[str]]:
+    """Layouts of the tensors the family knows, and the names of those it does not.
+
+    A tensor whose name is known but whose shape does not fit is an error, or with `strict=False`
+    one more that is not known.
+    """
+    tensors: dict[str, TensorLayout] = {}
+    unknown = []
+    for name, shape in shapes.items():
+        try:
+            found = _ADAPTER_RULE.apply(name, shape, sizes) if is_adapter(name) else family.find(name, shape, sizes)
+        except LayoutError:
+            if strict:
+                raise
+            found = None
+        if found is None:
+            unknown.append(name)
+        else:
+            tensors[name] = found
+    return tensors, unknown
+
+
+def _by_model_type(config: Any) -> Family | None:
+    for model_type in (getattr(config, "model_type", None), getattr(text_config(config), "model_type", None)):
+        for family in families().values():
+            if model_type in family.model_types:
+                return family
+    return None
+
+
+def _by_names(config: Any, shapes: Mapping[str, tuple[int, ...]]) -> tuple[Family, dict[str, TensorLayout]]:
+    """The family that understands every tensor of a model whose type none of them lists."""
+    found: list[tuple[Family, dict[str, TensorLayout]]] = []
+    closest: Family | None = None
+    missing = list(shapes)
+    for family in families().values():
+        try:
+            sizes = family.sizes_for(config)
+        except LayoutError:  # lacks a number that this family's rules are written in
+            continue
+        tensors, unknown = _match(family, shapes, sizes, strict=False)
+        if not unknown:
+            found.append((family, tensors))
+        elif len(unknown) < min(len(missing), len(shapes) // 2 + 1):
+            closest, missing = family, unknown
+    if not found:
+        sizes = closest.sizes_for(config) if closest else sizes_of(config)
+        raise LayoutError(describe_unknown(config, shapes, missing, closest, sizes))
+    family, tensors = found[0]
+    for other, others in found[1:]:
+        for name, tensor in tensors.items():
+            if tensor != others[name]:
+                raise LayoutError(
+                    f"{name} can be understood in two ways: as in family {family.name!r} ({tensor.axes}, "
+                    f"{tensor.parts}) and as in {other.name!r} ({others[name].axes}, {others[name].parts}), "
+                    f"and model_type {getattr(config, 'model_type', None)!r} does not tell which. Save the "
+                    f'line extends = "{family.name}" (or the other) to a file and give it with --layout.'
+                )
+    return family, tensors

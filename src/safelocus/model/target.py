@@ -1,0 +1,361 @@
+"""The target: the causal LM under study, with its tokenizer, chat format and layout.
+
+`load` takes a folder, a hub id, `organism:NAME` or `smollm2` and checks everything that can be checked before
+weights are read: the folder, its configuration, tokenizer and weight files (safetensors only; no
+pickle is ever loaded), and afterwards that no weight was missing and silently initialised.
+"""
+
+import difflib
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import transformers
+from safetensors import SafetensorError, safe_open
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+)
+
+from safelocus import distributed
+from safelocus.errors import ModelError
+from safelocus.model import autocast
+from safelocus.model.autocast import Autocast
+from safelocus.model.chat import ChatFormat, chat_format
+from safelocus.model.fingerprint import Fingerprint
+from safelocus.model.layout import Layout, canonical_name, is_adapter
+
+_QUICK_BYTES = 1 << 30  # weights below this load in a moment
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Target:
+    """A causal (or encoder-decoder) LM ready to be scored.
+
+    Attributes:
+        name: the path or hub id it came from, for provenance.
+        model: a transformers model (PEFT-wrapped or sharded ones too), in evaluation mode.
+        tokenizer: its tokenizer; must have a padding or end-of-text token.
+        chat: how prompts become token ids.
+        layout: how its tensors divide into logical matrices.
+        autocast: what its products are computed in, where that is not the weights' own type.
+    """
+
+    name: str
+    model: Any
+    tokenizer: PreTrainedTokenizerBase
+    chat: ChatFormat
+    layout: Layout
+    autocast: Autocast | None = None
+
+    @classmethod
+    def of(
+        cls,
+        model: Any,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        name: str | None = None,
+        layout: Path | None = None,
+        system: str | None = None,
+        template: str | None = None,
+    ) -> "Target":
+        """Wrap a model that is already in memory. `layout` is a TOML file for architectures unknown here."""
+        if tokenizer.pad_token_id is None:
+            if tokenizer.eos_token_id is None:
+                raise ModelError(
+                    "the tokenizer has neither a padding nor an end-of-text token; batches cannot be padded. "
+                    "Set `tokenizer.pad_token` before wrapping it"
+                )
+            tokenizer.pad_token_id = tokenizer.eos_token_id
+        if absent := [name for name, parameter in model.named_parameters() if parameter.is_meta]:
+            raise ModelError(
+                f"{len(absent)} tensors hold no values, first of them {absent[0]!r}: accelerate offloaded them to "
+                "the CPU or to disk because the devices are full. Load with offload=True (--offload), on more devices, "
+                "or with device='cpu'; `safelocus plan` says what fits"
+            )
+        model.eval()
+        distributed.reshard_after_use(model)
+        return cls(
+            name=name or getattr(model.config, "_name_or_path", "") or type(model).__name__,
+            model=model,
+            tokenizer=tokenizer,
+            chat=chat_format(
+                tokenizer,
+                system=system,
+                template=template,
+                generation_config=getattr(model, "generation_config", None),
+            ),
+            layout=Layout.of(model, file=layout),
+        )
+
+    @property
+    def device(self) -> torch.device:
+        """Where input ids go: where the input embedding is, or is used where it waits in the host's memory."""
+        return distributed.used_on(self.model.get_input_embeddings().weight)
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether its weights are spread over the processes, all of which must use it together."""
+        return distributed.any_sharded(dict(self.model.named_parameters()))
+
+    @property
+    def dtype(self) -> str:
+        """Of its weights, and of its products where that is another: "float32", "float32, bfloat16 products"."""
+        weights = str(self.model.dtype).removeprefix("torch.")
+        return weights if self.autocast is None else f"{weights}, {str(self.autocast.dtype)[6:]} products"
+
+    def talking_as(self, chat: Mapping[str, Any]) -> "Target":
+        """The same, talked to in another way: what `ChatFormat.to_json` said of it."""
+        if chat == self.chat.to_json():
+            return self
+        form = chat_format(
+            self.tokenizer, system=chat["system"], template=chat["template"], thinking=chat["thinking"],
+            generation_config=getattr(self.model, "generation_config", None), **chat["template_kwargs"],
+        )  # fmt: skip
+        return replace(self, chat=form)
+
+    def identity(self) -> dict[str, Any]:
+        """All that its answers depend on, to the bit."""
+        parameters = [(canonical_name(name), parameter) for name, parameter in self.model.named_parameters()]
+        adapters = Fingerprint.of_tensors(self.model.config, [each for each in parameters if is_adapter(each[0])])
+        return {
+            "dtype": self.dtype,
+            "weights": self.fingerprint().id,
+            "adapters": adapters.id if adapters.tensors else None,
+            **self.chat.identity(),
+        }
+
+    def fingerprint(self, *, like: Mapping[str, Any] | None = None) -> Fingerprint:
+        """Digest of configuration and weights as they are now; reads every weight once.
+
+        Args:
+            like: of a model that this one may be in another dtype; see `fingerprint.check_made_for`.
+        """
+        return Fingerprint.of(self.model, self.layout, like=like)
+
+
+def load(
+    name: str | Path,
+    *,
+    dtype: Dtype = "auto",
+    device: str | None = None,
+    layout: Path | None = None,
+    system: str | None = None,
+    template: str | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    shard: bool = False,
+    offload: bool = False,
+) -> Target:
+    """Load a target from a folder, a hub id, `organism:NAME` or `smollm2`.
+
+    Args:
+        name: where the model is.
+        dtype: the weights' type in memory; "auto" keeps the checkpoint's on an accelerator, and on a CPU takes fp32,
+            with products in bf16 where those are quicker (see `autocast`).
+        device: "cuda", "cpu", ... or "auto" to place over several devices; default: the accelerator if any.
+        layout: TOML file that describes an architecture unknown here (`safelocus inspect` prints one).
+        system: system prompt put before every request; folded into the request where the chat
+            template has no system role.
+        template: plain template with `{prompt}`, instead of the tokenizer's chat template.
+        revision: branch, tag or commit on the hub.
+        trust_remote_code: run Python code that comes with the model. Off unless you ask.
+        shard: spread the weights over the processes of the current group (FSDP2); each reads its rows only.
+        offload: keep the weights in the host's memory, from where each layer comes to the accelerator when it is used;
+            for a model that is larger than that. Several processes shard it too. Nothing happens without accelerator.
+
+    Raises:
+        ModelError: missing or damaged files, pickle-only weights, missing tensors.
+        LayoutError: an architecture that is not understood; the message shows how to describe it.
+
+    Example:
+        >>> import safelocus as sl
+        >>> target = sl.load("organism:dense")
+        >>> target.layout.family
+        'llama'
+    """
+    hub = {"revision": revision, "trust_remote_code": trust_remote_code}
+    config = load_config(name, revision=revision, trust_remote_code=trust_remote_code)
+    tokenizer = load_tokenizer(name, **hub)
+    auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    several, offload = distributed.world_size() > 1, offload and default_device().type != "cpu"
+    if (offload or (shard and several)) and device is not None:
+        raise ModelError(f"{name}: a model that is sharded or offloaded has its place already; leave out the device")
+    if offload and several and not shard:
+        raise ModelError(f"{name}: several processes offload a model that they share; shard it too (--shard)")
+    layers = _layers(config, layout) if offload or shard else []
+    sharding = _sharding(layers, offload=offload) if shard and several else {}
+    on_host = offload and not several
+    kind = dtype_on(device, dtype)  # where it computes: one that waits on the host does so elsewhere
+    model = load_model(auto, name, config=config, dtype=kind, device="cpu" if on_host else device, **sharding, **hub)
+    if on_host:
+        distributed.keep_on_host(model, [layer for prefix in layers for layer in model.get_submodule(prefix)])
+    target = Target.of(model, tokenizer, name=str(name), layout=layout, system=system, template=template)
+    quicker = autocast.quicker(config) if kind != dtype else None  # on a CPU, and nothing else was asked for
+    return target if quicker is None else replace(target, autocast=Autocast.attach(model, quicker))
+
+
+def _layers(config: Any, layout: Path | None) -> list[str]:
+    """`model.layers` and the like, whose parts are gathered, used and freed one by one."""
+    tensors = Layout.from_config(config, file=layout).tensors.values()
+    return sorted({t.name.split(f".{t.layer}.")[0] for t in tensors if t.layer is not None})
+
+
+def _sharding(layers: list[str], *, offload: bool) -> dict[str, Any]:
+    """Options with which transformers loads a model sharded by rows, layer after layer."""
+    from transformers.distributed import DistributedConfig
+
+    plan = {f"{prefix}.*": "free_full_weight" for prefix in layers}
+    config = DistributedConfig(fsdp_size=distributed.world_size(), fsdp_plan=plan, fsdp_cpu_offload=offload)
+    return {"distributed_config": config}
+
+
+def resolve(name: str | Path) -> str:
+    """The folder or hub id behind `name`; a folder is checked for what a model needs."""
+    text = str(name)
+    if text.startswith("organism:"):
+        from safelocus import organism  # only who asks for an organism pays for it
+
+        return str(organism.resolve_model(text.removeprefix("organism:")))
+    if text.partition(":")[0] == "smollm2" and not Path(text).exists():
+        from safelocus import smollm2
+
+        return str(smollm2.resolve(text))
+    path = Path(text).expanduser()
+    looks_like_path = text.startswith((".", "/", "~")) or path.exists() or text.count("/") > 1
+    if not looks_like_path and text.count("/") == 1:
+        return text
+    if not path.is_dir():
+        parent = path.parent if path.parent.is_dir() else Path()
+        near = difflib.get_close_matches(path.name, [p.name for p in parent.iterdir() if p.is_dir()], n=3)
+        hint = f" Did you mean {', '.join(str(parent / n) for n in near)}?" if near else ""
+        what = "is a file" if path.exists() else "does not exist"
+        raise ModelError(
+            f"{text}: {what}; expected a model folder, a hub id such as `org/model`, `organism:NAME` or `smollm2`."
+            f"{hint}"
+        )
+    if not (path / "config.json").is_file():
+        raise ModelError(f"{path}: no config.json in this folder; expected a Hugging Face model folder")
+    return str(path)
+
+
+def load_config(name: str | Path, *, revision: str | None = None, trust_remote_code: bool = False) -> Any:
+    """The model's configuration alone: no weights are read or downloaded."""
+    try:
+        return AutoConfig.from_pretrained(resolve(name), revision=revision, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"{name}: the configuration cannot be loaded: {_first_line(error)}") from error
+
+
+def load_tokenizer(name: str | Path, **hub: Any) -> PreTrainedTokenizerBase:
+    """The tokenizer; ModelError where there is none or it is not a fast one (offsets are needed)."""
+    where = resolve(name)
+    if Path(where).is_dir() and not any(
+        (Path(where) / file).is_file()
+        for file in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")
+    ):
+        raise ModelError(f"{name}: no tokenizer in this folder; expected tokenizer.json beside config.json")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(where, **hub)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"{name}: the tokenizer cannot be loaded: {_first_line(error)}") from error
+    if not tokenizer.is_fast:
+        raise ModelError(f"{name}: only a slow tokenizer exists; a fast one (tokenizer.json) is needed for offsets")
+    return tokenizer
+
+
+def load_model(auto: Any, name: str | Path, *, dtype: Dtype = "auto", device: str | None = None, **options: Any) -> Any:
+    """`auto.from_pretrained` with checks around it: the model in evaluation mode on its device."""
+    where = resolve(name)
+    if Path(where).is_dir():
+        _check_weight_files(Path(where))
+    placement = {"device_map": "auto"} if device == "auto" else {}
+    try:
+        with _quiet(where):
+            model, report = auto.from_pretrained(
+                where,
+                dtype=dtype,
+                use_safetensors=True,
+                output_loading_info=True,
+                **placement,
+                **options,
+            )
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise ModelError(f"{name}: the weights cannot be loaded: {_first_line(error)}") from error
+    if missing := sorted(report["missing_keys"]):
+        raise ModelError(
+            f"{name}: {len(missing)} tensors are missing from the checkpoint and would be random: "
+            f"{', '.join(missing[:5])}{' ...' if len(missing) > 5 else ''}"
+        )
+    if mismatched := report.get("mismatched_keys"):
+        raise ModelError(f"{name}: tensors of another shape than the configuration says: {sorted(mismatched)[:5]}")
+    if device != "auto" and "distributed_config" not in options:
+        model.to(device or default_device())
+    return model.eval()
+
+
+def dtype_on(device: str | torch.device | None, dtype: Dtype) -> Dtype:
+    """What "auto" means there: fp32 on a CPU, the checkpoint's own type elsewhere."""
+    place = default_device() if device is None else device
+    return "float32" if dtype == "auto" and str(place) == "cpu" else dtype
+
+
+def default_device() -> torch.device:
+    """The accelerator where there is one, else the CPU."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    return accelerator or torch.device("cpu")
+
+
+def _check_weight_files(folder: Path) -> None:
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        pickles = [p.name for p in folder.iterdir() if p.suffix in {".bin", ".pt", ".pth"}]
+        if pickles:
+            raise ModelError(
+                f"{folder}: only pickled weights ({', '.join(pickles[:3])}); these can run code and are never "
+                "loaded. Convert them to safetensors first"
+            )
+        raise ModelError(f"{folder}: no weights in this folder; expected *.safetensors")
+    for file in files:
+        try:
+            with safe_open(file, framework="pt"):
+                pass  # opening compares the header with the file's size: a truncated file is found in no time
+        except (SafetensorError, OSError) as error:
+            raise ModelError(
+                f"{file}: not a complete safetensors file ({_first_line(error)}); download or copy it again"
+            ) from error
+
+
+@contextmanager
+def _quiet(where: str) -> Iterator[None]:
+    """Silence transformers while it loads: what matters of its remarks becomes our own errors.
+
+    Its progress bar stays for models that take a while.
+    """
+    logger, bar = logging.getLogger("transformers"), transformers.utils.logging
+    level, shown = logger.level, bar.is_progress_bar_enabled()
+    size = sum(file.stat().st_size for file in Path(where).glob("*.safetensors")) if Path(where).is_dir() else None
+    try:
+        logger.setLevel(logging.ERROR)
+        if not distributed.is_main() or (size is not None and size < _QUICK_BYTES):
+            bar.disable_progress_bar()
+        yield
+    finally:
+        logger.setLevel(level)
+        if shown:
+            bar.enable_progress_bar()
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().split("\n", 1)[0] or type(error).__name__

@@ -1,0 +1,107 @@
+"""Scores for controls: those of the selection's own run, or made anew as they were; an error where that cannot be."""
+
+import json
+from unittest import mock
+
+import pytest
+import torch
+
+import safelocus as sl
+from safelocus.cli import locating
+from safelocus.errors import ModelError, PromptError, SafelocusError
+from safelocus.model.target import Target
+from safelocus.objective import Guard, remake
+from tiny_targets import PROMPTS, dense, guard
+
+OPENINGS = {"refusals": ("no",), "compliances": ("Sure", "is how")}
+
+
+def told(system=None):
+    target = dense()
+    return Target.of(target.model, target.tokenizer, name=target.name, system=system)
+
+
+@pytest.fixture
+def made(tmp_path):
+    """(scores that are not of the defaults, the file of a selection from them)."""
+    (tmp_path / "prompts.json").write_text(json.dumps(PROMPTS[:3]))
+    prompts = sl.read_prompts(tmp_path / "prompts.json")
+    how = {"objective": sl.Refusal(**OPENINGS), "batch_size": 2, "progress": False}
+    scores = sl.score(told("Be kind."), prompts, **how)
+    scores.select(0.05).save(tmp_path / "selection.safetensors")
+    return scores, tmp_path / "selection.safetensors"
+
+
+def like(file, method="esi", **how):
+    provenance = sl.Selection.load(file).provenance
+    return locating.score_like(told(), method, provenance, beside=file, progress=False, **how)
+
+
+def same(first, second):
+    return all(torch.equal(value, second.tensors[name]) for name, value in first.tensors.items())
+
+
+def test_the_scores_beside_a_selection_are_taken(made, monkeypatch):
+    scores, file = made
+    scores.save(file.parent / "scores")
+    with monkeypatch.context() as patched:
+        patched.setattr("safelocus.scoring.run.score", mock.Mock(side_effect=AssertionError("scored again")))
+        assert same(like(file), scores)
+    assert like(file, "magnitude").provenance.method == "magnitude"
+
+
+def test_scores_of_another_run_beside_it_are_not(made):
+    scores, file = made
+    other = sl.score(told(), sl.read_prompts(PROMPTS[3:]), objective=sl.Refusal(), progress=False)
+    other.save(file.parent / "scores")
+    assert same(like(file), scores)
+
+
+def test_without_them_they_are_made_as_they_were(made):
+    """With the objective's openings, the chat format and the batch size of then, whatever they are now."""
+    scores, file = made
+    assert same(like(file), scores)
+    located = locating.locate(told(), selection=file, progress=False)
+    bottom = located.control(told(), "bottom")
+    assert bottom.iou(scores.select(0.05, which="bottom")) == 1
+    snip = sl.score(
+        told("Be kind."), sl.read_prompts(PROMPTS[:3]), objective=sl.Refusal(**OPENINGS), method="snip", batch_size=2,
+        progress=False,
+    )  # fmt: skip
+    assert same(located.scores("snip"), snip)
+
+
+def test_prompts_that_have_changed(made):
+    _, file = made
+    (file.parent / "prompts.json").write_text(json.dumps([PROMPTS[0].upper(), *PROMPTS[1:3]]))
+    with pytest.raises(PromptError, match="not all there as they were"):
+        like(file)
+
+
+def test_prompts_in_memory_and_objectives_of_ones_own(made, tmp_path):
+    scores = sl.score(told(), PROMPTS[:2], objective=sl.Refusal(), progress=False)
+    with pytest.raises(SafelocusError, match="do not say with which prompts"):
+        locating.score_like(told(), "esi", scores.provenance, beside=tmp_path, progress=False)
+
+    def mine(target, prompts):
+        return sl.Refusal()(target, prompts)
+
+    prompts = sl.read_prompts(made[1].parent / "prompts.json")
+    scores = sl.score(told(), prompts, objective=mine, progress=False)
+    with pytest.raises(ModelError, match="'callable' cannot be made anew"):
+        locating.score_like(told(), "snip", scores.provenance, beside=tmp_path, progress=False)
+
+
+def test_a_guard_is_made_anew_with_all_its_settings(monkeypatch):
+    judge = guard(tau=0.7, gumbel_seed=5, variant="index", max_new_tokens=7)
+    loaded = mock.Mock(side_effect=lambda name, **how: how)
+    monkeypatch.setattr(Guard, "load", loaded)
+    how = remake(judge.describe(), device="cpu")
+    assert how == {
+        "description": None, "dtype": "float32", "max_new_tokens": 7, "tau": 0.7, "gumbel_seed": 5, "variant": "index",
+        "device": "cpu",
+    }  # fmt: skip
+    described = judge.describe()
+    del described["tau"]
+    with pytest.raises(ModelError, match="'tau' is not recorded"):
+        remake(described)
