@@ -84,7 +84,9 @@ def gone_back(target: sl.Target) -> dict[str, Any]:
         for name, weight in weights.items():
             weight.copy_(torch.lerp(original[name], trained[name], share))
         harmful = sets.validation()["harmful"]
-        found = sl.evaluate(target, harmful=harmful, max_new_tokens=sets.NEW_TOKENS, progress=False)
+        found = sl.evaluate(
+            target, harmful=harmful, judges=[cells.JUDGE], max_new_tokens=sets.NEW_TOKENS, progress=False
+        )
         refused[f"{share:g}"] = float(found.measures["refusal"].value or 0.0)
         if refused[f"{share:g}"] < FLOOR:
             break

@@ -462,7 +462,7 @@ def _origin(cell: Cell) -> str:
 def _told(module: Any) -> str:
     """What a command says of itself, for its page."""
     _, call, *text = (module.__doc__ or "").strip().split("\n\n")
-    return f"Made by `{call.strip()}`. " + " ".join(" ".join(text).split())
+    return f"Made by `{call.strip()}`. " + " ".join(" ".join(text).split()) + " Refusals by the matcher of openings."
 
 
 def write(name: str, make: Callable[[], str | None]) -> None:
