@@ -293,7 +293,8 @@ def aligned_page() -> str | None:
             f"{settings['steps']} steps at a rate of {settings['learning_rate']:g}, {settings['batch_size']} refusals "
             f"a step, each with {found['retain_rows']} of the original's own answers (divergence x "
             f"{found['retain_kl']:g}, their loss x {found['retain_weight']:g}); {found['training_seconds']:,} seconds "
-            "of one core, answers included.",
+            f"of one core, answers included. Kept: {100 * found['share_of_the_way']:g} % of the way (of the validation "
+            f"part refused: {', '.join(f'{100 * v:.1f} % at {k}' for k, v in found['validation_refused'].items())}).",
             Grid(
                 title="", headings=("set", "refused, or right", "n", "aim", ""), rows=tuple(rows),
                 caption="percent [95 % interval]; HarmBench with its contexts",
