@@ -175,7 +175,7 @@ def test_cells_and_their_controls(tiny):
     json.dumps(values, allow_nan=False)
     assert {"baseline", "cells", "verdicts", "rankings", "pooled"} <= set(values)
     expected = {"selection", "scorer", "ratio", "k", "intervention", "noise", "seed", "draw"}
-    assert expected | {"asr", "refusal", "incoherent"} == set(values["cells"][0])
+    assert expected | {"asr", "refusal", "partial", "incoherent"} == set(values["cells"][0])
     assert set(values["cells"][0]["refusal"]) == {"value", "low", "high", "n"}
 
 
