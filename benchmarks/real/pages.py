@@ -423,18 +423,20 @@ def verify_page() -> str | None:
                 (
                     key.replace("-", " "), name, str(len(some)),
                     *(_range([each[what] for each in some]) for what in ("refusal", "over_refusal", "incoherent")),
+                    _range([each["perplexity"] for each in some], 1, ".2f"),
                 )
             )  # fmt: skip
         verdicts += [(key.replace("-", " "), c["claim"], c["measured"], c["verdict"]) for c in cell["claims"]]
     first = next(iter(found.values()))
     base = ", ".join(f"{m} {interval(Measure.from_json(first['baseline'][m]))}" for m in ("refusal", "over_refusal"))
+    base += f", perplexity {first['baseline']['perplexity']['value']:.2f}"
     return "\n\n".join(
         [
             "# Noise on a real model's aligned twin", _told(verifying), f"Undisturbed: {base}.",
             Grid(
-                title="", headings=("disturbance", "weights", "cells", "refusal", "over-refusal", "incoherent"),
+                title="", headings=("disturbance", "weights", "cells", "refusal", "over-refusal", "incoherent", "perplexity"),
                 rows=tuple(rows), num_labels=2,
-                caption="percent, mean over noise seeds [least, most]; n 100 prompts of each kind per cell",
+                caption="percent, mean over noise seeds [least, most]; n 100 prompts or texts of each kind per cell",
             ).markdown(),
             Grid(
                 title="", headings=("disturbance", "claim", "measured", "verdict"), rows=tuple(verdicts), num_labels=4
@@ -443,9 +445,9 @@ def verify_page() -> str | None:
     )  # fmt: skip
 
 
-def _range(measures: Iterable[Cell]) -> str:
-    values = [measure["value"] for measure in measures]
-    return f"{100 * np.mean(values):.0f} [{100 * min(values):.0f},{100 * max(values):.0f}]"
+def _range(measures: Iterable[Cell], times: float = 100, form: str = ".0f") -> str:
+    values = [times * measure["value"] for measure in measures]
+    return f"{np.mean(values):{form}} [{min(values):{form}},{max(values):{form}}]"
 
 
 # all

@@ -2,12 +2,12 @@
 
     python benchmarks/real/verifying.py
 
-The paper's 0.38 sigma and stronger, on top, bottom and random draws, five seeds of the noise; and zeroing. Refusals on
-100 prompts of AdvBench's measured half, over-refusal on 100 of Alpaca. One cell per strength of the noise; each is a
-whole `Verification`, with its verdict.
+The paper's 0.38 sigma, stronger and weaker, on top, bottom and random draws, five seeds of the noise; and zeroing.
+Refusals on 100 prompts of AdvBench's measured half, over-refusal on 100 of Alpaca, perplexity of 100 benign texts. One
+cell per strength of the noise; each is a whole `Verification`, with its verdict.
 """
 
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -16,20 +16,27 @@ import sets
 
 import safelocus as sl
 from safelocus.analysis.claims import verify_claims
+from safelocus.model.target import Target
+from safelocus.scoring.scores import Scores
 
 TABLE = "verify"
-NOISES = (0.38, 1.0, 2.0, 3.0)
+NOISES = (0.38, 1.0, 0.1, 0.2, 2.0, 3.0)
 RATIO = 0.01
 NUM = 100
 
 
-def disturbed(how: dict[str, Any], unfinished: Path) -> dict[str, Any]:
+@cache
+def _scored() -> tuple[Target, Scores]:
     target = cells.subject("smollm2:aligned")
+    return target, cells.scores(target, "esi")
+
+
+def disturbed(how: dict[str, Any], unfinished: Path) -> dict[str, Any]:
+    target, scores = _scored()
     found = sl.verify(
-        target, cells.scores(target, "esi"), prompts=sets.advbench().limit(NUM, seed=0),
+        target, scores, prompts=sets.advbench().limit(NUM, seed=0),
         harmless=sets.alpaca().limit(NUM, seed=0), ratios=(RATIO,), judges=cells.JUDGE,
-        max_new_tokens=sets.NEW_TOKENS,
-        checkpoint=unfinished, **how,
+        perplexity=sets.texts(), max_new_tokens=sets.NEW_TOKENS, checkpoint=unfinished, **how,
     )  # fmt: skip
     return {
         **cells.described(target), **found.to_json(), "claims": [claim.to_json() for claim in verify_claims(found)],

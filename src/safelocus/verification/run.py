@@ -46,6 +46,7 @@ def verify(
     judges: Sequence[Judge] | Judge = (),
     harmless: PromptSet | None = None,
     tasks: Sequence[Task] | Task = (),
+    perplexity: PromptSet | Sequence[PromptSet] = (),
     ratios: Sequence[float] = (0.01,),
     interventions: Sequence[str | Intervention] = ("noise",),
     noises: Sequence[float] = (1.0, 2.0, 3.0, 4.0),
@@ -70,6 +71,7 @@ def verify(
         judges: of the responses; the first makes the `asr`. Default: the refusal reader.
         harmless: prompts that should be answered, for over-refusal.
         tasks: questions with answers, for utility. Without them nothing shows that damage is limited to safety.
+        perplexity: prompts with responses, whose perplexity is measured in every cell beside all that.
         ratios: shares of all the model's weights.
         interventions: "noise", "zero", "transplant", or objects of your own (`Intervention`).
         noises: strengths of "noise", in standard deviations of each weight's matrix.
@@ -115,13 +117,13 @@ def verify(
     def observe() -> Evaluation:
         return evaluate(
             responder, harmful=prompts, harmless=() if harmless is None else harmless, tasks=tasks,
-            judges=asked, batch_size=batch_size, max_new_tokens=max_new_tokens, progress=False,
+            perplexity=perplexity, judges=asked, batch_size=batch_size, max_new_tokens=max_new_tokens, progress=False,
         )  # fmt: skip
 
     asked = (judges,) if isinstance(judges, Judge) else tuple(judges)
     inputs = {
         "the model": target, **{f"the scores of {name}": scorer for name, scorer in scorers.items()},
-        "--prompts": prompts, "--harmless": harmless, "the tasks": tasks, "the judges": asked, "ratios": plan.ratios,
+        "--prompts": prompts, "--harmless": harmless, "the tasks": tasks, "the texts": perplexity, "the judges": asked, "ratios": plan.ratios,
         "the interventions": [(each.name, each.noise, each) for each in plan.interventions],
         "selections": plan.selections, "seeds": seeds, "random_draws": random_draws, "batch_size": batch_size,
         "max_new_tokens": max_new_tokens,
