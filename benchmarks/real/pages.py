@@ -434,7 +434,8 @@ def verify_page() -> str | None:
         [
             "# Noise on a real model's aligned twin", _told(verifying), f"Undisturbed: {base}.",
             Grid(
-                title="", headings=("disturbance", "weights", "cells", "refusal", "over-refusal", "incoherent", "perplexity"),
+                title="",
+                headings=("disturbance", "weights", "cells", "refusal", "over-refusal", "incoherent", "perplexity"),
                 rows=tuple(rows), num_labels=2,
                 caption="percent, mean over noise seeds [least, most]; n 100 prompts or texts of each kind per cell",
             ).markdown(),

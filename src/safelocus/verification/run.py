@@ -123,7 +123,8 @@ def verify(
     asked = (judges,) if isinstance(judges, Judge) else tuple(judges)
     inputs = {
         "the model": target, **{f"the scores of {name}": scorer for name, scorer in scorers.items()},
-        "--prompts": prompts, "--harmless": harmless, "the tasks": tasks, "the texts": perplexity, "the judges": asked, "ratios": plan.ratios,
+        "--prompts": prompts, "--harmless": harmless, "the tasks": tasks, "the texts": perplexity, "the judges": asked,
+        "ratios": plan.ratios,
         "the interventions": [(each.name, each.noise, each) for each in plan.interventions],
         "selections": plan.selections, "seeds": seeds, "random_draws": random_draws, "batch_size": batch_size,
         "max_new_tokens": max_new_tokens,
