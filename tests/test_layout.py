@@ -19,7 +19,7 @@ from transformers import AutoConfig
 from safelocus.errors import LayoutError
 from safelocus.model.layout import COMPONENTS, ELIGIBLE, Layout, TensorLayout, canonical_name, is_adapter
 from safelocus.model.layout.rules import families
-from tiny_models import NAMES, build, config
+from tiny_models import ATTENTIONLESS, NAMES, build, config
 
 
 def layout_of(name: str) -> Layout:
@@ -58,13 +58,15 @@ def test_only_weight_matrices_of_layers_are_eligible(name: str) -> None:
         assert matrix.component in COMPONENTS
         assert matrix.eligible == (matrix.component in ELIGIBLE)
         if matrix.eligible:
-            assert matrix.layer in (0, 1)
+            assert matrix.layer in range(4 if name == "nemotron_h" else 2)
             assert math.prod(layout.tensors[matrix.tensor].shape) >= matrix.num_weights > 0
-            assert re.search("norm|ln_|bias|embed|wte|wpe|lm_head|router", matrix.tensor) is None
+            never = "norm[._]|norm$|ln_|bias|embed|wte|wpe|lm_head|router|conv1d|conv.conv|A_log|lambda|altup"
+            assert re.search(never, matrix.tensor.replace("norm_attn_norm.", "")) is None
     components = {matrix.component for matrix in layout.matrices if matrix.eligible}
-    assert {"query", "key", "value", "output", "up", "down"} <= components
+    if name not in ATTENTIONLESS:
+        assert {"query", "key", "value", "output", "up", "down"} <= components
     assert layout.num_eligible == sum(matrix.num_weights for matrix in layout.matrices if matrix.eligible)
-    assert layout.num_layers == (4 if config(name).is_encoder_decoder else 2)
+    assert layout.num_layers == (4 if config(name).is_encoder_decoder or name == "nemotron_h" else 2)
     assert layout.family in families()
     assert layout.matched_by == ("names" if name == "exaone_moe" else "model_type")  # a type that no family lists
 

@@ -87,9 +87,9 @@ def layer_label(key: LayerKey) -> str:
 
 
 def component_label(key: ComponentKey) -> str:
-    """ "value", "key/value", "shared up"."""
+    """ "value", "key/value", "shared up", "ssm-x"."""
     component, shared = key
-    return ("shared " if shared else "") + component.replace("_", "/")
+    return ("shared " if shared else "") + {"key_value": "key/value"}.get(component, component.replace("_", "-"))
 
 
 def expert_label(region: Region) -> str:
