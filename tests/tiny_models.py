@@ -106,7 +106,6 @@ MAMBA2 = {
     "hidden_size": 24,
     "num_attention_heads": 4,
     "head_dim": 6,
-    "num_logits_to_keep": None,
 }
 
 _LLAMA = (
