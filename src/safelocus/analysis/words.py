@@ -138,8 +138,14 @@ def unrouted_note(located: SafetyMap) -> str:
 
 
 def summary_lines(located: SafetyMap) -> list[str]:
-    """Two to four plain sentences with the numbers that matter."""
-    lines = (_mass(located), _enriched(located), _depth(located), _experts(located))
+    """Two to four plain sentences with the numbers that matter, after what was left out, if anything."""
+    lines = (
+        f"Mind: {located.left_out}." if located.left_out else "",
+        _mass(located),
+        _enriched(located),
+        _depth(located),
+        _experts(located),
+    )
     return [line for line in lines if line]
 
 

@@ -112,6 +112,7 @@ def enhance(
     system: options.System = None,
     template: options.Template = None,
     layout: options.LayoutFile = None,
+    skip_unknown: options.SkipUnknown = False,
     dtype: options.DtypeOption = "auto",
     device: options.Device = None,
     shard: options.Shard = False,
@@ -173,8 +174,8 @@ def enhance(
     if len(rates) > 1 and divided.validation is None:
         raise SafelocusError("--sweep chooses a learning rate by the validation part; leave one (--validation 0.15)")
     place = planning.Model(
-        name=model, dtype=dtype, device=device, layout=layout, system=system, template=template, revision=revision,
-        trust_remote_code=trust_remote_code, shard=shard, offload=offload,
+        name=model, dtype=dtype, device=device, layout=layout, skip_unknown=skip_unknown, system=system,
+        template=template, revision=revision, trust_remote_code=trust_remote_code, shard=shard, offload=offload,
     )  # fmt: skip
 
     def stage(subject: Subject, reader: Subject | None) -> Training:
@@ -211,15 +212,16 @@ def enhance(
         "max_grad_norm": max_grad_norm, "max_length": max_length, "checkpointing": settings.activation_checkpointing,
         "score_batch_size": score_batch_size, "allow_seen": allow_seen,
         "allow_mismatch": allow_mismatch, "max_new_tokens": max_new_tokens, "system": system, "template": template,
-        "layout": str(layout) if layout else None, "dtype": dtype, "device": device, "revision": revision,
-        "trust_remote_code": trust_remote_code, "shard": shard, "offload": offload, "seed": seed,
+        "layout": str(layout) if layout else None, "skip_unknown": skip_unknown, "dtype": dtype,
+        "device": device, "revision": revision, "trust_remote_code": trust_remote_code, "shard": shard,
+        "offload": offload, "seed": seed,
     }  # fmt: skip
     with shared_run(output, config=resolved, overwrite=overwrite) as folder:
         how: dict[str, Any] = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
         checkpoint = folder / CHECKPOINT
         target = load(
-            model, layout=layout, system=system, template=template, revision=revision, shard=shard,
-            offload=offload, **how,
+            model, layout=layout, skip_unknown=skip_unknown, system=system, template=template, revision=revision,
+            shard=shard, offload=offload, **how,
         )  # fmt: skip
         located = sources.locate(
             target, selection=selection, guard=guard, guard_description=guard_description, refusal=refusal,

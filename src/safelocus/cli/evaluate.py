@@ -100,6 +100,7 @@ def evaluate(
     system: options.System = None,
     template: options.Template = None,
     layout: options.LayoutFile = None,
+    skip_unknown: options.SkipUnknown = False,
     dtype: options.DtypeOption = "auto",
     device: options.Device = None,
     shard: options.Shard = False,
@@ -132,8 +133,9 @@ def evaluate(
     if model is not None:
         batch_size, device = planning.answering_settings(
             planning.Model(
-                name=model, dtype=dtype, device=device, layout=layout, system=system, template=template,
-                revision=revision, trust_remote_code=trust_remote_code, shard=shard, offload=offload,
+                name=model, dtype=dtype, device=device, layout=layout, skip_unknown=skip_unknown,
+                system=system, template=template, revision=revision, trust_remote_code=trust_remote_code, shard=shard,
+                offload=offload,
             ),
             [*harmful_sets, *harmless_sets, *tasks], judges=judge or (), max_new_tokens=max_new_tokens,
             batch_size=batch_size, texts=texts, quiet=json,
@@ -146,13 +148,15 @@ def evaluate(
         "endpoint": endpoint, "endpoint_model": endpoint_model, "field": field, "where": where,
         "harmless_field": harmless_field, "harmless_where": harmless_where, "limit": limit, "held_out": held_out,
         "batch_size": batch_size, "max_new_tokens": max_new_tokens, "system": system, "template": template,
-        "layout": str(layout) if layout else None, "dtype": dtype, "device": device, "revision": revision,
-        "trust_remote_code": trust_remote_code, "shard": shard, "offload": offload, "seed": seed,
+        "layout": str(layout) if layout else None, "skip_unknown": skip_unknown, "dtype": dtype,
+        "device": device, "revision": revision, "trust_remote_code": trust_remote_code, "shard": shard,
+        "offload": offload, "seed": seed,
     }  # fmt: skip
     with shared_run(output, config=resolved, overwrite=overwrite) as folder:
         responder = _responder(
-            model, endpoint, endpoint_model, seed=seed, system=system, template=template, layout=layout, dtype=dtype,
-            device=device, revision=revision, trust_remote_code=trust_remote_code, shard=shard, offload=offload,
+            model, endpoint, endpoint_model, seed=seed, system=system, template=template, layout=layout,
+            skip_unknown=skip_unknown, dtype=dtype, device=device, revision=revision,
+            trust_remote_code=trust_remote_code, shard=shard, offload=offload,
         )  # fmt: skip
         judges = _judges(
             judge or [], judge_model, judge_endpoint, threshold=judge_threshold, dtype=dtype, device=device,

@@ -19,24 +19,31 @@ def inspect(
         typer.Option("--no-weights", help="From the configuration alone; reads and downloads no weights."),
     ] = False,
     layout: options.LayoutFile = None,
+    skip_unknown: options.SkipUnknown = False,
     tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor, not only the components.")] = False,
     revision: options.Revision = None,
     trust_remote_code: options.TrustRemoteCode = False,
     json: options.Json = False,
 ) -> None:
     """Print how every tensor of a model was understood: components, layers, experts, what is eligible."""
+    from rich.markup import escape
+
     from safelocus.model.layout import Layout
     from safelocus.model.target import load, load_config
 
     if no_weights:
         config = load_config(model, revision=revision, trust_remote_code=trust_remote_code)
-        understood = Layout.from_config(config, file=layout)
+        understood = Layout.from_config(config, file=layout, skip_unknown=skip_unknown)
     else:
-        understood = load(model, layout=layout, revision=revision, trust_remote_code=trust_remote_code).layout
+        understood = load(
+            model, layout=layout, skip_unknown=skip_unknown, revision=revision, trust_remote_code=trust_remote_code
+        ).layout
     if json:
         print_json(_summary(understood) | {"layout": understood.to_json()})
         return
     results.print(_table(model, understood))
+    if understood.left_out:
+        results.print(f"[bold red]left out[/]: {escape(understood.left_out)}", highlight=False, soft_wrap=True)
     if tensors:
         results.print(_tensor_table(understood))
 
@@ -55,6 +62,7 @@ def _summary(layout: "Layout") -> dict[str, Any]:
         "num_layers": layout.num_layers,
         "num_weights": layout.num_weights,
         "num_eligible": layout.num_eligible,
+        "left_out": layout.left_out,
         "components": components,
     }
 

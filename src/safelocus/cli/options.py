@@ -41,6 +41,13 @@ LayoutFile = Annotated[
     Path | None,
     typer.Option("--layout", help="TOML description of an architecture unknown here.", show_default=False),
 ]
+SkipUnknown = Annotated[
+    bool,
+    typer.Option(
+        "--skip-unknown",
+        help="Leave tensors that are not understood out of everything, instead of stopping; what is left out is said.",
+    ),
+]
 DtypeOption = Annotated[
     Literal["auto", "float32", "bfloat16", "float16"],
     typer.Option("--dtype", help="Type of the weights in memory."),

@@ -83,6 +83,7 @@ def diff(
     ] = False,
     old: Old = "values",
     layout: options.LayoutFile = None,
+    skip_unknown: options.SkipUnknown = False,
     revision: options.Revision = None,
     overwrite: OverwriteFile = False,
     json: options.Json = False,
@@ -98,6 +99,7 @@ def diff(
         largest=largest,
         only_eligible=eligible,
         layout=layout,
+        skip_unknown=skip_unknown,
         revision=revision,
         progress=not json,
     )

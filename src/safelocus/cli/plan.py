@@ -44,6 +44,7 @@ def plan(
     shard: Annotated[bool, typer.Option("--shard", help="One process per device, the model in shards.")] = False,
     offload: options.Offload = False,
     layout: options.LayoutFile = None,
+    skip_unknown: options.SkipUnknown = False,
     dtype: options.DtypeOption = "auto",
     revision: options.Revision = None,
     trust_remote_code: options.TrustRemoteCode = False,
@@ -59,7 +60,8 @@ def plan(
     where = find_device(device, count=devices)
     dtype = dtype_on("cpu" if where.is_cpu else device, dtype)
     subject = Subject.load(
-        model, dtype=dtype, layout=layout, revision=revision, trust_remote_code=trust_remote_code
+        model, dtype=dtype, layout=layout, skip_unknown=skip_unknown, revision=revision,
+        trust_remote_code=trust_remote_code,
     )  # fmt: skip
     reader = Subject.load(guard, dtype=dtype, trust_remote_code=trust_remote_code) if guard else None
     number = len(read_prompts(prompts)) if prompts else num_prompts

@@ -113,6 +113,7 @@ def preserve(
     system: options.System = None,
     template: options.Template = None,
     layout: options.LayoutFile = None,
+    skip_unknown: options.SkipUnknown = False,
     dtype: options.DtypeOption = "auto",
     device: options.Device = None,
     shard: options.Shard = False,
@@ -178,8 +179,8 @@ def preserve(
     elif selection is None and not allow_seen:
         raise SafelocusError("the weights are found with all of --prompts; give others to measure with: --harmful")
     place = planning.Model(
-        name=model, dtype=dtype, device=device, layout=layout, system=system, template=template, revision=revision,
-        trust_remote_code=trust_remote_code, shard=shard, offload=offload,
+        name=model, dtype=dtype, device=device, layout=layout, skip_unknown=skip_unknown, system=system,
+        template=template, revision=revision, trust_remote_code=trust_remote_code, shard=shard, offload=offload,
     )  # fmt: skip
 
     def stage(subject: Subject, reader: Subject | None) -> Training:
@@ -210,15 +211,16 @@ def preserve(
         "checkpointing": settings.activation_checkpointing, "score_batch_size": score_batch_size,
         "allow_seen": allow_seen, "allow_mismatch": allow_mismatch,
         "max_new_tokens": max_new_tokens, "system": system, "template": template,
-        "layout": str(layout) if layout else None, "dtype": dtype, "device": device, "revision": revision,
-        "trust_remote_code": trust_remote_code, "shard": shard, "offload": offload, "seed": seed,
+        "layout": str(layout) if layout else None, "skip_unknown": skip_unknown, "dtype": dtype,
+        "device": device, "revision": revision, "trust_remote_code": trust_remote_code, "shard": shard,
+        "offload": offload, "seed": seed,
     }  # fmt: skip
     with shared_run(output, config=resolved, overwrite=overwrite) as folder:
         how: dict[str, Any] = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
         checkpoint = folder / CHECKPOINT
         target = load(
-            model, layout=layout, system=system, template=template, revision=revision, shard=shard,
-            offload=offload, **how,
+            model, layout=layout, skip_unknown=skip_unknown, system=system, template=template, revision=revision,
+            shard=shard, offload=offload, **how,
         )  # fmt: skip
         located = sources.locate(
             target, selection=selection, guard=guard, guard_description=guard_description, refusal=refusal,
@@ -228,6 +230,8 @@ def preserve(
         harmful_set = harmful_set or _unscored(located.selection, allow_seen)
         harmful_set = harmful_set if limit is None else harmful_set.limit(limit, seed=seed)
         remarks = [*check_unseen({"the selection": located.selection}, harmful_set, allow_seen=allow_seen)]
+        if target.layout.left_out:
+            remarks.append(target.layout.left_out)
         if harmless_set is None:
             remarks.append("over-refusal is not measured: nothing harmless was given (--harmless)")
         judges = tuple(sources.load_judges(None if judge else guard, guard_description, judge, **how))

@@ -60,6 +60,7 @@ def score(
     system: options.System = None,
     template: options.Template = None,
     layout: options.LayoutFile = None,
+    skip_unknown: options.SkipUnknown = False,
     dtype: options.DtypeOption = "auto",
     device: options.Device = None,
     revision: options.Revision = None,
@@ -109,8 +110,8 @@ def score(
     settled = planning.unfinished(output, overwrite, {"batch_size": batch_size, "accumulate_on": accumulate_on})
     batch_size, accumulate_on, device = planning.scoring_settings(
         planning.Model(
-            name=model, dtype=dtype, device=device, layout=layout, system=system, template=template, revision=revision,
-            trust_remote_code=trust_remote_code, shard=shard, offload=offload,
+            name=model, dtype=dtype, device=device, layout=layout, skip_unknown=skip_unknown, system=system,
+            template=template, revision=revision, trust_remote_code=trust_remote_code, shard=shard, offload=offload,
         ),
         prompt_set, guard=guard, max_new_tokens=max_new_tokens, quiet=json, **settled,
     )  # fmt: skip
@@ -121,15 +122,18 @@ def score(
         "where": where, "limit": limit, "held_out": held_out, "batch_size": batch_size,
         "max_new_tokens": max_new_tokens, "tau": tau, "gumbel_seed": gumbel_seed, "transfer": transfer,
         "accumulate_on": accumulate_on, "save_scores": save_scores, "system": system, "template": template,
-        "layout": str(layout) if layout else None, "dtype": dtype, "device": device, "revision": revision,
-        "trust_remote_code": trust_remote_code, "shard": shard, "offload": offload, "seed": seed,
+        "layout": str(layout) if layout else None, "skip_unknown": skip_unknown, "dtype": dtype,
+        "device": device, "revision": revision, "trust_remote_code": trust_remote_code, "shard": shard,
+        "offload": offload, "seed": seed,
     }  # fmt: skip
     writes = distributed.is_main()
     with shared_run(output, config=resolved, overwrite=overwrite) as folder:
         target = load(
-            model, dtype=dtype, device=device, layout=layout, system=system, template=template,
-            revision=revision, trust_remote_code=trust_remote_code, shard=shard, offload=offload,
+            model, dtype=dtype, device=device, layout=layout, skip_unknown=skip_unknown, system=system,
+            template=template, revision=revision, trust_remote_code=trust_remote_code, shard=shard, offload=offload,
         )  # fmt: skip
+        if target.layout.left_out and not json:
+            note(f"[bold]mind:[/] {target.layout.left_out}")
         count_for_ratio(target.layout, ratio, of=of)
         prompt_set = _fitting(prompt_set, target, 0 if refusal else max_new_tokens)
         objective: Objective | None = None

@@ -31,6 +31,7 @@ def stability(
     system: options.System = None,
     template: options.Template = None,
     layout: options.LayoutFile = None,
+    skip_unknown: options.SkipUnknown = False,
     dtype: options.DtypeOption = "auto",
     device: options.Device = None,
     revision: options.Revision = None,
@@ -66,13 +67,14 @@ def stability(
         "command": "stability", "model": model, "prompts": prompts, "guard": guard, "also_refusal": also_refusal,
         "method": method, "ratios": ratios, "splits": splits, "seeds": seeds, "field": field, "where": where,
         "limit": limit, "batch_size": batch_size, "max_new_tokens": max_new_tokens, "system": system,
-        "template": template, "layout": str(layout) if layout else None, "dtype": dtype, "device": device,
+        "template": template, "layout": str(layout) if layout else None, "skip_unknown": skip_unknown,
+        "dtype": dtype, "device": device,
         "revision": revision, "trust_remote_code": trust_remote_code, "seed": seed,
     }  # fmt: skip
     with run_folder(output, config=resolved, overwrite=overwrite) as folder:
         target = load(
-            model, dtype=dtype, device=device, layout=layout, system=system, template=template, revision=revision,
-            trust_remote_code=trust_remote_code,
+            model, dtype=dtype, device=device, layout=layout, skip_unknown=skip_unknown, system=system,
+            template=template, revision=revision, trust_remote_code=trust_remote_code,
         )  # fmt: skip
         how: dict[str, Any] = {
             "dtype": dtype, "device": device, "trust_remote_code": trust_remote_code, "max_new_tokens": max_new_tokens,

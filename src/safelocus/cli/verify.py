@@ -92,6 +92,7 @@ def verify(
     system: options.System = None,
     template: options.Template = None,
     layout: options.LayoutFile = None,
+    skip_unknown: options.SkipUnknown = False,
     dtype: options.DtypeOption = "auto",
     device: options.Device = None,
     shard: options.Shard = False,
@@ -138,8 +139,8 @@ def verify(
     guard = guard or (sources.guard_of(provenance) if not judge else None)
     batch_size, device = planning.answering_settings(
         planning.Model(
-            name=model, dtype=dtype, device=device, layout=layout, system=system, template=template, revision=revision,
-            trust_remote_code=trust_remote_code, shard=shard, offload=offload,
+            name=model, dtype=dtype, device=device, layout=layout, skip_unknown=skip_unknown, system=system,
+            template=template, revision=revision, trust_remote_code=trust_remote_code, shard=shard, offload=offload,
         ),
         [prompt_set, *([harmless_set] if harmless_set else []), *tasks],
         judges=[*([f"guard:{guard}"] if guard else []), *(judge or [])], max_new_tokens=max_new_tokens,
@@ -154,14 +155,15 @@ def verify(
         "transplant_from": transplant_from, "seeds": seeds, "random_draws": random_draws, "scorers": scorers,
         "bottom": bottom, "field": field, "where": where, "limit": limit, "allow_seen": allow_seen,
         "allow_mismatch": allow_mismatch, "batch_size": batch_size, "max_new_tokens": max_new_tokens,
-        "system": system, "template": template, "layout": str(layout) if layout else None, "dtype": dtype,
-        "device": device, "revision": revision, "trust_remote_code": trust_remote_code, "shard": shard,
-        "offload": offload, "seed": seed,
+        "system": system, "template": template, "layout": str(layout) if layout else None,
+        "skip_unknown": skip_unknown, "dtype": dtype, "device": device, "revision": revision,
+        "trust_remote_code": trust_remote_code, "shard": shard, "offload": offload, "seed": seed,
     }  # fmt: skip
     with shared_run(output, config=resolved, overwrite=overwrite) as folder:
         how: dict[str, Any] = {
-            "dtype": dtype, "device": device, "layout": layout, "system": system, "template": template,
-            "revision": revision, "trust_remote_code": trust_remote_code, "shard": shard, "offload": offload,
+            "dtype": dtype, "device": device, "layout": layout, "skip_unknown": skip_unknown, "system": system,
+            "template": template, "revision": revision, "trust_remote_code": trust_remote_code, "shard": shard,
+            "offload": offload,
         }  # fmt: skip
         target = load(model, **how)
         source = load(transplant_from, **{**how, "revision": None}) if transplant_from else None

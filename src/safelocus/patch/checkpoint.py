@@ -75,7 +75,14 @@ class Checkpoint:
     stored: dict[str, Stored]
 
     @classmethod
-    def open(cls, name: str | Path, *, revision: str | None = None, layout: Layout | Path | None = None) -> Self:
+    def open(
+        cls,
+        name: str | Path,
+        *,
+        revision: str | None = None,
+        layout: Layout | Path | None = None,
+        skip_unknown: bool = False,
+    ) -> Self:
         """Read configuration and headers; no weights.
 
         `layout`: the model's, where it is known already, or a TOML file for an architecture unknown here.
@@ -102,7 +109,7 @@ class Checkpoint:
             name=str(name),
             folder=folder,
             model=model,
-            layout=layout if isinstance(layout, Layout) else Layout.of(model, file=layout),
+            layout=layout if isinstance(layout, Layout) else Layout.of(model, file=layout, skip_unknown=skip_unknown),
             stored=_stored(folder),
         )
 

@@ -46,6 +46,7 @@ class Subject:
         *,
         dtype: Dtype = "auto",
         layout: Path | None = None,
+        skip_unknown: bool = False,
         revision: str | None = None,
         trust_remote_code: bool = False,
     ) -> "Subject":
@@ -59,16 +60,17 @@ class Subject:
             1267328
         """
         config = load_config(name, revision=revision, trust_remote_code=trust_remote_code)
-        return cls.of(name, config, dtype=dtype, layout=layout)
+        return cls.of(name, config, dtype=dtype, layout=layout, skip_unknown=skip_unknown)
 
     @classmethod
-    def of(cls, name: str, config: Any, *, dtype: Dtype = "auto", layout: Path | None = None) -> "Subject":
+    def of(
+        cls, name: str, config: Any, *, dtype: Dtype = "auto", layout: Path | None = None, skip_unknown: bool = False
+    ) -> "Subject":
         """Of a configuration at hand; "auto" is the dtype that it names, else fp32, as loading does."""
         kind = (getattr(config, "dtype", None) or text_config(config).dtype) if dtype == "auto" else dtype
         kind = getattr(torch, kind) if isinstance(kind, str) else kind
-        return cls(
-            name=name, config=config, layout=Layout.from_config(config, file=layout), dtype=kind or torch.float32
-        )  # fmt: skip
+        understood = Layout.from_config(config, file=layout, skip_unknown=skip_unknown)
+        return cls(name=name, config=config, layout=understood, dtype=kind or torch.float32)
 
     @property
     def num_weights(self) -> int:

@@ -34,7 +34,7 @@ ELIGIBLE = (
     "conv_b", "conv_c", "conv_x", "conv_output",  # gated short convolutions
     "laurel", "gate", "up", "down",
 )  # fmt: skip
-COMPONENTS = (*ELIGIBLE, "router", "norm", "embedding", "head", "bias", "adapter", "other")
+COMPONENTS = (*ELIGIBLE, "router", "norm", "embedding", "head", "bias", "adapter", "other", "unknown")
 ROLES = ("expert", "part", "head", "dim", "out", "in")
 GRANULARITIES = ("weight", "row", "column", "head", "neuron", "expert", "matrix", "layer")
 
