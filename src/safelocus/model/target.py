@@ -19,7 +19,6 @@ from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    AutoModelForSeq2SeqLM,
     AutoTokenizer,
     PreTrainedTokenizerBase,
 )
@@ -27,6 +26,7 @@ from transformers import (
 from safelocus import distributed
 from safelocus.errors import ModelError
 from safelocus.model import autocast
+from safelocus.model.auto import auto_class
 from safelocus.model.autocast import Autocast
 from safelocus.model.chat import ChatFormat, chat_format
 from safelocus.model.fingerprint import Fingerprint
@@ -190,7 +190,9 @@ def load(
     hub = {"revision": revision, "trust_remote_code": trust_remote_code}
     config = load_config(name, revision=revision, trust_remote_code=trust_remote_code)
     tokenizer = load_tokenizer(name, **hub)
-    auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    auto = (
+        auto_class(config) or AutoModelForCausalLM
+    )  # which says what it does not know, and runs code that is asked for
     several, offload = distributed.world_size() > 1, offload and default_device().type != "cpu"
     if (offload or (shard and several)) and device is not None:
         raise ModelError(f"{name}: a model that is sharded or offloaded has its place already; leave out the device")

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from safelocus.model.auto import auto_class
 from safelocus.model.layout import Layout
 from safelocus.model.layout.sizes import text_config
 from safelocus.model.layout.tensor import TensorLayout
@@ -143,13 +144,7 @@ class Subject:
 
     def wrapped(self, wrap: Callable[[Any], Any] | None) -> Rehearsal:
         """The same with an adapter, say, that `wrap` puts on it."""
-        from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForSeq2SeqLM
-
-        decoder_only = (AutoModelForCausalLM, AutoModelForImageTextToText)
-        encoder_decoder = getattr(self.config, "is_encoder_decoder", False)
-        autos = (AutoModelForSeq2SeqLM,) if encoder_decoder else decoder_only
-        auto = next(auto for auto in autos if type(self.config) in auto._model_mapping)
-        return Rehearsal(self.config, auto, dtype=self.dtype, wrap=wrap)
+        return Rehearsal(self.config, auto_class(self.config), dtype=self.dtype, wrap=wrap)
 
 
 def _is_routed(tensor: TensorLayout) -> bool:

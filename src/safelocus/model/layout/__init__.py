@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from safelocus.errors import LayoutError
+from safelocus.model.auto import auto_class
 from safelocus.model.layout.groups import Groups
 from safelocus.model.layout.rules import Family, Rule, families, read_family
 from safelocus.model.layout.sizes import Sizes, sizes_of, text_config
@@ -106,13 +107,8 @@ class Layout:
     @classmethod
     def from_config(cls, config: Any, *, file: Path | None = None, skip_unknown: bool = False) -> Layout:
         """Layout of the model that a configuration describes, built on meta: no weights, any size."""
-        from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForSeq2SeqLM
-
-        decoder_only = (AutoModelForCausalLM, AutoModelForImageTextToText)
-        encoder_decoder = getattr(config, "is_encoder_decoder", False)
-        for auto in (AutoModelForSeq2SeqLM,) if encoder_decoder else decoder_only:
-            if type(config) in auto._model_mapping:
-                return cls.of(_on_meta(auto, config), file=file, skip_unknown=skip_unknown)
+        if (auto := auto_class(config)) is not None:
+            return cls.of(_on_meta(auto, config), file=file, skip_unknown=skip_unknown)
         raise LayoutError(
             f"{type(config).__name__} (model_type {getattr(config, 'model_type', None)!r}) describes no "
             "model that generates text, as far as this version of transformers knows"
@@ -261,7 +257,7 @@ def _by_names(
     found: list[tuple[Family, dict[str, TensorLayout]]] = []
     closest: Family | None = None
     missing = list(shapes)
-    for family in families().values():
+    for family in (family for family in families().values() if family.by_names):
         try:
             sizes = family.sizes_for(config)
         except LayoutError:  # lacks a number that this family's rules are written in
