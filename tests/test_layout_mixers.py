@@ -26,6 +26,7 @@ MIXERS: dict[str, tuple[str, tuple[tuple[str, ...], ...], int]] = {
     "qwen3_next_uneven": ("layers.1.linear_attn", (("query", "key", "value", "output_gate"), ("beta", "decay")), 2),
     "qwen3_5_text": ("layers.1.linear_attn", (("query", "key", "value"),), 2),
     "qwen3_5_uneven": ("layers.1.linear_attn", (("query", "key", "value"),), 2),
+    "olmo_hybrid": ("layers.1.linear_attn", (), 2),  # nothing to split; its heads are checked
     "lfm2": ("layers.1.conv", (("conv_b", "conv_c", "conv_x"),), 1),
     "lfm2_moe": ("layers.1.conv", (("conv_b", "conv_c", "conv_x"),), 1),
     "granitemoehybrid": ("layers.1.mamba", MAMBA2, 2),

@@ -14,7 +14,7 @@ from tiny_targets import PROMPTS, byte_level
 
 RECURRENT = (
     "qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "lfm2", "lfm2_moe", "granitemoehybrid", "falcon_h1", "nemotron_h",
-    "bamba", "jamba", "minimax", "zamba2", "mamba", "falcon_mamba", "mamba2",
+    "bamba", "olmo_hybrid", "jamba", "minimax", "zamba2", "mamba", "falcon_mamba", "mamba2",
 )  # fmt: skip
 OTHERS = ("gemma3n_text", "afmoe", "dots1", "diffllama", "doge", "jetmoe", "longcat_flash", "dbrx")
 OBJECTIVE = sl.Refusal(refusals=["I'm sorry"], compliances=["Sure"])

@@ -140,6 +140,7 @@ _MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3_5_text": ("qwen3_5_text", DELTA),
     "qwen3_5_uneven": ("qwen3_5_text", {**DELTA, "linear_value_head_dim": 7}),
     "qwen3_5_moe_text": ("qwen3_5_moe_text", {**MOE, **DELTA, "shared_expert_intermediate_size": 14}),
+    "olmo_hybrid": ("olmo_hybrid", {**DELTA, "linear_value_head_dim": 7}),
     "gemma3n_text": (
         "gemma3n_text",
         {**LLAMA, "layer_types": ["full_attention", "sliding_attention"], "num_kv_shared_layers": 0, "laurel_rank": 5,
