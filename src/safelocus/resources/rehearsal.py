@@ -132,7 +132,7 @@ class Rehearsal:
             else [cached]
         )
         sizes = [
-            sum(t.nbytes for t in vars(layer).values() if isinstance(t, Tensor)) for p in parts for layer in p.layers
+            sum(t.nbytes for t in tree_iter(vars(layer)) if isinstance(t, Tensor)) for p in parts for layer in p.layers
         ]
         copies = [1 + times for times in self._repeated.values()]
         if len(copies) == len(sizes):
