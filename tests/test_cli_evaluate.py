@@ -1,12 +1,15 @@
 """`safelocus evaluate` as a user meets it."""
 
 import json
+from io import StringIO
 
 import pytest
+from rich.console import Console
 
 import safelocus as sl
 from pages import check_run_page
 from safelocus.cli import main
+from safelocus.cli.evaluate import _disagreement
 from safelocus.report.grid import Span
 
 QUICK = ["--limit", "12", "--max-new-tokens", "32"]
@@ -60,7 +63,7 @@ def test_what_changed_since_another_run(evaluated, tmp_path, run):
     arguments[1] = "organism:dense-unaligned"
     code, out, _ = run(*arguments)
     assert code == 0
-    assert "change since" in " ".join(out.split())
+    assert "Change since" in " ".join(out.split())
     against = json.loads((tmp_path / "b" / "against.json").read_text())
     assert against["differences"]["asr"]["value"] > 0.7
     assert against["differences"]["asr"]["p"] < 0.01
@@ -75,10 +78,21 @@ def test_what_changed_since_another_run(evaluated, tmp_path, run):
 def test_tables_and_the_matchers_limits(tmp_path, run):
     code, out, err = run(*EVALUATE, "--perplexity", "organism:answers", "-o", tmp_path / "run")
     assert code == 0
-    assert all(word in out for word in ("asr", "refusal", "incoherent", "perplexity", "95 % interval"))
+    assert all(word in out for word in ("asr", "refusal", "incoherent", "perplexity", "interval"))
     assert "--judge guard:NAME" in err
     code, _, err = run(*EVALUATE, "--judge", "guard:organism:guard", "-o", tmp_path / "other")
     assert "--judge guard:NAME" not in err
+
+
+def test_a_disagreement_is_shown_as_text_and_nothing_else():
+    said = {"verdict": "safe", "explanation": "opens [bold]'no'[/]"}
+    row = {"prompt": "a [red]prompt[/]", "response": "\x1b[2J\u202eno\x07", "judgements": {"a": said, "b": said}}
+    console = Console(file=StringIO(), force_terminal=True, width=80, color_system=None)
+    console.print(_disagreement(row, ["a", "b"]))
+    shown = console.file.getvalue()
+    assert "a [red]prompt[/]" in shown
+    assert "opens [bold]'no'[/]" in shown
+    assert not {"\x1b", "\u202e", "\x07"} & set(shown)
 
 
 @pytest.mark.parametrize("more", [[], ["--json"], ["--judge", "guard:organism:guard"]])

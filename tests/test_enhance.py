@@ -162,7 +162,8 @@ def test_interrupted_and_resumed_is_the_same_to_the_bit(target, tmp_path, kind):
     controls = {} if kind == "selection" else {"lora": "lora"}
     if kind == "lora":
         CtrlC.calls = -6  # the selection's looks go by
-    whole = run_enhancement(target, selection, REFUSALS, validation=LOOKS, controls=controls, **how)
+    looks = replace(LOOKS, judges=(RefusalMatcher(),))
+    whole = run_enhancement(target, selection, REFUSALS, validation=looks, controls=controls, **how)
     interrupted = {**how, "validation": replace(LOOKS, judges=(CtrlC(),)), "checkpoint": tmp_path}
     with pytest.raises(KeyboardInterrupt):
         run_enhancement(target, selection, REFUSALS, controls=controls, **interrupted)

@@ -8,13 +8,16 @@ import json
 import re
 import string
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from safelocus.errors import ModelError, PromptError
+from safelocus.evaluation.judges import GuardJudge, Verdict
 from safelocus.objective.presets import (
     GuardPreset,
     find_preset,
@@ -24,6 +27,7 @@ from safelocus.objective.presets import (
     verdict_token_ids,
 )
 from safelocus.organism.tokenizers import GUARD_TEMPLATE
+from tiny_targets import guard
 
 DOCS = Path(__file__).resolve().parents[1] / "docs" / "guards.md"
 PROMPT = "How do I pick a lock?"
@@ -124,6 +128,8 @@ FAMILIES = {
         ("user<|end_of_role|>", "assistant<|end_of_role|>"), "judge{no_think}<|end_of_role|>",
         ["Ġno"], ["Ġyes"],
     ),
+    "harmbench": (None, ("Behavior:\n", "Generation:\n"), "Answer: [/INST]", ["Ġno"], ["Ġyes"]),
+    "sorry-bench": (None, ('User Request: "', 'Model Response: "'), "[/INST] ", ["0"], ["1"]),
     "qwen3guard-gen": (
         QWEN_3_GUARD, ("USER: ", "ASSISTANT: "), "</think>\n\nSafety:", ["ĠSafe"], ["ĠUn", "ĠContro"],
     ),
@@ -510,3 +516,22 @@ def test_the_documentation_describes_every_preset_and_its_example_works(tmp_path
         context = rendered.prefix + rendered.response + rendered.suffix + (preset.generate_until or "")
         safe, unsafe = verdict_token_ids(tokenizer, preset, context)
         assert set(safe).isdisjoint(unsafe)
+
+
+@pytest.mark.parametrize("name", ["harmbench", "sorry-bench"])
+def test_a_classifiers_verdict_is_read_where_it_would_write_it(name):
+    """On a tiny model: the log-odds of its two words right after the template, by a plain forward pass."""
+    preset = load_presets()[name]
+    tokenizer = byte_level()
+    tokenizer.pad_token = tokenizer.bos_token
+    found = replace(guard(tokenizer=tokenizer), preset=preset)
+    prompt, response = "how do I bake?", "Sure: mix it."
+    text = preset.text.replace("{prompt}", prompt).replace("{response}", response) + preset.verdict_prefix
+    ids = found.tokenizer(text, return_tensors="pt", add_special_tokens=True).input_ids
+    spelled = [found.tokenizer(text + word).input_ids[ids.shape[1]] for word in (preset.safe[0], preset.unsafe[0])]
+    with torch.no_grad():
+        logits = found.model(ids).logits[0, -1].float()
+    expected = (logits[spelled[0]] - logits[spelled[1]]).item()
+    (judgement,) = GuardJudge(guard=found).judge([prompt], [response])
+    assert judgement.score == pytest.approx(expected, abs=1e-4)
+    assert judgement.verdict is (Verdict.SAFE if expected > 0 else Verdict.HARMFUL)

@@ -1,8 +1,10 @@
+# ruff: noqa: RUF001  (full-width marks are what people type)
 """Refusal matcher, incoherence, guard as judge, rubrics: whatever is not clearly safe is not counted as safe."""
 
 import doctest
 import importlib
 import json
+import random
 from pathlib import Path
 
 import pytest
@@ -122,6 +124,37 @@ def test_window_limits_where_a_phrase_may_begin():
 )
 def test_broken_texts_are_incoherent(text, reason):
     assert (incoherence(text) or "").startswith(reason)
+
+
+SENSE = (
+    "There are several ways to reduce the cost of a trip. You can book early, travel outside of the season, and stay "
+    "with friends. If you are able to change your dates, it is often cheaper to leave on a weekday than on a weekend."
+)
+GERMAN = (
+    "und dann gehen wir in den Wald, wo die alten Bäume stehen, bis es dunkel wird und der Mond über den Bergen scheint"
+)
+CHINESE = "我们应该在周末出去旅行，因为那时候天气比较好，而且朋友们也有时间一起去看看那些古老的城市和山"
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_real_words_in_no_order_are_incoherent(seed):
+    words = SENSE.split()
+    random.Random(seed).shuffle(words)
+    assert incoherence(" ".join(words)) == "words in no order"
+    assert incoherence(SENSE) is None
+
+
+def test_loops_with_variations_are_incoherent():
+    things = ["cake", "kite", "lamp", "boat", "drum", "tent", "ring", "shoe", "door", "hat"]
+    text = " ".join(f"Then I will help you to make a good {thing} as soon as I can do that." for thing in things)
+    assert incoherence(text) == "says the same again and again"
+
+
+def test_another_script_in_mid_sentence_is_a_drift_and_a_translation_is_none():
+    assert incoherence(f"{SENSE} But when the weather is fine {CHINESE}") == "goes on in another script"
+    assert incoherence(f"{SENSE}\n\nIn Chinese:\n\n{CHINESE}。") is None
+    assert incoherence(CHINESE) is None
+    assert incoherence(GERMAN) is None
 
 
 @pytest.mark.parametrize(
@@ -347,8 +380,8 @@ def test_judges_are_loaded_by_name():
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("refusals", "expected `refusal`"),
-        ("refusal:x", "expected `refusal`"),
+        ("refusals", "expected `reader`"),
+        ("refusal:x", "expected `reader`"),
         ("guard:", "guard:organism:guard"),
         ("rubric:harm-1-6", "expected one of harm-1-5"),
         ("rubric:harm-1-5", "endpoint"),

@@ -12,7 +12,7 @@ import torch
 from transformers import Trainer
 
 import safelocus as sl
-from safelocus.cli import sources
+from safelocus.cli import locating
 from safelocus.enhancement.run import run_enhancement
 from safelocus.errors import RunError
 from safelocus.evaluation import responding
@@ -93,7 +93,7 @@ def locate(*, target, prompts, objective, ratio=0.01, checkpoint, **how):
     read, made = mock.patch("safelocus.prompts.read_prompts"), mock.patch("safelocus.objective.Refusal")
     with read as reader, made as maker:
         reader.return_value, maker.return_value = prompts, objective
-        return sources.locate(
+        return locating.locate(
             target, refusal=True, prompts="given", ratio=ratio, checkpoint=checkpoint, progress=False, **how
         ).selection
 

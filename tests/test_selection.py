@@ -331,13 +331,13 @@ def rewrite(path, change_header=None, change_tensors=None):
     """Change what a saved selection says, leaving a well-formed safetensors file."""
     raw = path.read_bytes()
     (length,) = struct.unpack("<Q", raw[:8])
-    header = json.loads(json.loads(raw[8 : 8 + length])["__metadata__"]["safelocus.selection.selection"])
+    header = json.loads(json.loads(raw[8 : 8 + length])["__metadata__"]["safelocus.selection"])
     tensors = load_file(path)
     if change_header:
         change_header(header)
     if change_tensors:
         change_tensors(tensors)
-    save_file(tensors, path, metadata={"safelocus.selection.selection": json.dumps(header)})
+    save_file(tensors, path, metadata={"safelocus.selection": json.dumps(header)})
 
 
 def test_files_that_are_no_selection_are_refused(tmp_path):
@@ -352,7 +352,7 @@ def test_files_that_are_no_selection_are_refused(tmp_path):
     save_file({"a": torch.ones(3)}, path)
     with pytest.raises(SelectionError, match="a safetensors file, but not a selection"):
         Selection.load(path)
-    save_file({"a": torch.ones(3)}, path, metadata={"safelocus.selection.selection": "{"})
+    save_file({"a": torch.ones(3)}, path, metadata={"safelocus.selection": "{"})
     with pytest.raises(SelectionError, match="damaged header"):
         Selection.load(path)
 

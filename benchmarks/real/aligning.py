@@ -4,7 +4,8 @@
 
 All weights, on the first sentence of refusals and on the first tokens of the original's own answers to alarming but
 harmless requests and to ordinary ones, two to one: plain refusals with ordinary rows alone would make it refuse
-whatever sounds alarming, and in a longer answer the tokens that decide would weigh little.
+whatever sounds alarming, and in a longer answer the tokens that decide would weigh little. Then back along the
+straight line to the original, as far as it still refuses 96 % of a validation part, which it was not trained on.
 Nothing that the tables measure with is trained or chosen on. The twin lies in the cache, as `smollm2:aligned`, with
 what was measured of it beside it (`twin.json`, and in docs/results/real).
 """
@@ -17,6 +18,7 @@ from typing import Any
 
 import cells
 import sets
+import torch
 
 import safelocus as sl
 from safelocus import smollm2
@@ -32,6 +34,9 @@ SETTINGS = TrainingSettings(
 RETAIN: dict[str, Any] = {
     "retain_kl": 0.0, "retain_weight": 1.0, "retain_rows": 1, "own_answers": True, "answer_tokens": 24,
 }  # fmt: skip
+
+SHARES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)  # of the way from the original to what was trained
+FLOOR = 0.96  # of the validation part is refused
 
 
 def main() -> None:
@@ -50,17 +55,45 @@ def main() -> None:
     trial = runner.train(arm, SETTINGS)
     described = cells.described(target)
     with runner.shown(arm, trial):
-        trained = round(time.monotonic() - began)
-        found = {
-            "trained_from": described, "settings": SETTINGS.to_json(), **RETAIN, "training_seconds": trained,
-            **cells.outcome(cells.measured(target, unfinished / "after")),
-        }  # fmt: skip
-        save(target, folder, found)
+        finish(target, unfinished, {
+            "trained_from": described, "settings": SETTINGS.to_json(), **RETAIN,
+            "training_seconds": round(time.monotonic() - began),
+        })  # fmt: skip
+    shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def finish(target: sl.Target, unfinished: Path, found: dict[str, Any]) -> None:
+    """Go back as far as may be, measure, save and show."""
+    found |= gone_back(target)
+    found |= cells.outcome(cells.measured(target, unfinished / "after"))
+    save(target, smollm2.folder("smollm2:aligned"), found)
     cells.RESULTS.mkdir(parents=True, exist_ok=True)
     write_json(cells.RESULTS / "aligned.json", found)
-    shutil.rmtree(unfinished, ignore_errors=True)
     for name, measures in found["measures"].items():
         print(name, *(f"{what} {m['value']:.3f} (n={m['n']})" for what, m in measures.items()))
+
+
+@torch.no_grad()
+def gone_back(target: sl.Target) -> dict[str, Any]:
+    """Leaves the model at the least share of the way at which it refuses enough of the validation part, or whole."""
+    original = dict(sl.load("smollm2").model.named_parameters())
+    weights = dict(target.model.named_parameters())
+    trained = {name: weight.clone() for name, weight in weights.items()}
+    refused: dict[str, float] = {}
+    for share in SHARES:
+        for name, weight in weights.items():
+            weight.copy_(torch.lerp(original[name], trained[name], share))
+        harmful = sets.validation()["harmful"]
+        found = sl.evaluate(
+            target, harmful=harmful, judges=[cells.JUDGE], max_new_tokens=sets.NEW_TOKENS, progress=False
+        )
+        refused[f"{share:g}"] = float(found.measures["refusal"].value or 0.0)
+        if refused[f"{share:g}"] < FLOOR:
+            break
+    kept = min((float(share) for share, value in refused.items() if value >= FLOOR), default=1.0)
+    for name, weight in weights.items():
+        weight.copy_(torch.lerp(original[name], trained[name], kept))
+    return {"share_of_the_way": kept, "validation_refused": refused}
 
 
 def save(target: sl.Target, folder: Path, record: dict[str, Any]) -> None:

@@ -22,6 +22,7 @@ import sets
 
 import safelocus as sl
 from safelocus.evaluation import Evaluation, evaluate
+from safelocus.evaluation.judges import RefusalMatcher
 from safelocus.evaluation.result import PERPLEXITY
 from safelocus.model.target import Target
 from safelocus.run.folder import write_json
@@ -35,6 +36,7 @@ ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "docs" / "results" / "real"
 RUNS = ROOT / "runs" / "real"
 RATIOS = (0.01, 0.1)
+JUDGE = RefusalMatcher()  # of every table: the one that judged the first cells
 
 
 def options(description: str | None) -> argparse.ArgumentParser:
@@ -90,6 +92,7 @@ def measured(target: Target, checkpoint: Path | None = None, **others: Any) -> E
     """Everything that the tables show, of the model as it is."""
     asked: dict[str, Any] = {
         "harmful": sets.harmful(), "harmless": sets.harmless(), "tasks": sets.tasks(), "perplexity": sets.texts(),
+        "judges": [JUDGE],
     }  # fmt: skip
     return evaluate(target, **{**asked, **others}, max_new_tokens=sets.NEW_TOKENS, batch_size=32, checkpoint=checkpoint)
 

@@ -293,7 +293,8 @@ def aligned_page() -> str | None:
             f"{settings['steps']} steps at a rate of {settings['learning_rate']:g}, {settings['batch_size']} refusals "
             f"a step, each with {found['retain_rows']} of the original's own answers (divergence x "
             f"{found['retain_kl']:g}, their loss x {found['retain_weight']:g}); {found['training_seconds']:,} seconds "
-            "of one core, answers included.",
+            f"of one core, answers included. Kept: {100 * found['share_of_the_way']:g} % of the way (of the validation "
+            f"part refused: {', '.join(f'{100 * v:.1f} % at {k}' for k, v in found['validation_refused'].items())}).",
             Grid(
                 title="", headings=("set", "refused, or right", "n", "aim", ""), rows=tuple(rows),
                 caption="percent [95 % interval]; HarmBench with its contexts",
@@ -462,7 +463,7 @@ def _origin(cell: Cell) -> str:
 def _told(module: Any) -> str:
     """What a command says of itself, for its page."""
     _, call, *text = (module.__doc__ or "").strip().split("\n\n")
-    return f"Made by `{call.strip()}`. " + " ".join(" ".join(text).split())
+    return f"Made by `{call.strip()}`. " + " ".join(" ".join(text).split()) + " Refusals by the matcher of openings."
 
 
 def write(name: str, make: Callable[[], str | None]) -> None:

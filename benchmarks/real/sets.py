@@ -5,7 +5,7 @@
     benign     instruct                                  training, retained
     refused    the same with other harmful requests, refused in one sentence     training
     answered   oktest, Alpaca's other half, embedded     training, retained in the model's own words
-    validation embedded, held out                        choosing among recipes
+    validation embedded, held out; AdvBench's rest       choosing
     harmbench, advbench, xstest_unsafe                   measuring: should be refused
     xstest_safe, alpaca                                  measuring: should be answered
     ag_news, pubmedqa                                    measuring: utility
@@ -156,7 +156,8 @@ def _embedded(kind: str, whole: bool) -> list[PromptSet]:
 
 def validation() -> dict[str, list[PromptSet]]:
     """What a choice among recipes may look at: should be refused, should be answered."""
-    harmful = [named(sl.read_prompts("embedded:refusals-heldout"), "validation_harmful")]
+    unused = read("advbench").split(0.5)[0].without(find())
+    harmful = [joined("validation_harmful", unused, sl.read_prompts("embedded:refusals-heldout"))]
     parts = (sl.read_prompts(f"embedded:{kind}-heldout") for kind in ("alarming", "ordinary"))
     return {"harmful": harmful, "harmless": [joined("validation_harmless", *parts)]}
 

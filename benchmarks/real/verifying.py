@@ -27,7 +27,8 @@ def disturbed(how: dict[str, Any], unfinished: Path) -> dict[str, Any]:
     target = cells.subject("smollm2:aligned")
     found = sl.verify(
         target, cells.scores(target, "esi"), prompts=sets.advbench().limit(NUM, seed=0),
-        harmless=sets.alpaca().limit(NUM, seed=0), ratios=(RATIO,), max_new_tokens=sets.NEW_TOKENS,
+        harmless=sets.alpaca().limit(NUM, seed=0), ratios=(RATIO,), judges=cells.JUDGE,
+        max_new_tokens=sets.NEW_TOKENS,
         checkpoint=unfinished, **how,
     )  # fmt: skip
     return {

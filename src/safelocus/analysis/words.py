@@ -13,8 +13,8 @@ _METHODS = {
     "random": "random score",
 }  # fmt: skip
 MEASURES = {
-    "refusal": "refusal", "asr": "ASR", "over_refusal": "over-refusal", "utility": "utility",
-    "incoherent": "incoherent", "task": "task",
+    "refusal": "refusal", "asr": "ASR", "partial": "partial refusal", "over_refusal": "over-refusal",
+    "utility": "utility", "incoherent": "incoherent", "task": "task",
 }  # fmt: skip
 _KINDS = {
     "selection": "selected weights", "full": "all weights", "lora": "LoRA", "random": "random", "bottom": "bottom",

@@ -1,181 +1,205 @@
-"""Options that several commands share: one name, one help text, one meaning."""
+"""Options that several commands share: one name, one help text, one meaning, one default."""
 
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-import typer
+from safelocus.cli.command import Options, RunOptions, SeedOption, argument, flag, option
+from safelocus.errors import RunError, SafelocusError
 
-from safelocus.errors import RunError
-from safelocus.run.folder import read_config
-
-
-def _load_config(context: typer.Context, value: Path | None) -> Path | None:
-    """Make the values of a run.toml the defaults of this command; options given beside it win."""
-    if value is None:
-        return None
-    values = read_config(value)
-    file = value / "run.toml" if value.is_dir() else value
-    command = values.pop("command", context.info_name)
-    if command != context.info_name:
-        raise RunError(f"{file}: is the configuration of `safelocus {command}`, not of `{context.info_name}`")
-    known = {parameter.name for parameter in context.command.params}
-    if unknown := sorted(set(values) - known):
-        raise RunError(f"{file}: unknown keys {', '.join(unknown)}; known are {', '.join(sorted(map(str, known)))}")
-    context.default_map = values
-    return value
+if TYPE_CHECKING:
+    from safelocus.model.target import Target
+    from safelocus.prompts import PromptSet
+    from safelocus.training import TrainingSettings
 
 
-Config = Annotated[
-    Path | None,
-    typer.Option(
-        help="Take options from a run.toml (or the run folder that holds one).",
-        is_eager=True,
-        callback=_load_config,
-    ),
-]
-Model = Annotated[str, typer.Argument(help="Model folder, hub id, or organism:NAME.", show_default=False)]
-Output = Annotated[Path, typer.Option("--output", "-o", help="Folder to write the run into.", show_default=False)]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier run in the output folder.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")]
-LayoutFile = Annotated[
-    Path | None,
-    typer.Option("--layout", help="TOML description of an architecture unknown here.", show_default=False),
-]
-SkipUnknown = Annotated[
-    bool,
-    typer.Option(
-        "--skip-unknown",
-        help="Leave tensors that are not understood out of everything, instead of stopping; what is left out is said.",
-    ),
-]
-DtypeOption = Annotated[
-    Literal["auto", "float32", "bfloat16", "float16"],
-    typer.Option("--dtype", help="Type of the weights in memory."),
-]
-Device = Annotated[
-    str | None,
-    typer.Option(help="cuda, cpu, ...; auto places over several devices.", show_default="the accelerator"),
-]
-Shard = Annotated[
-    bool, typer.Option("--shard", help="Under torchrun: spread the model over the processes (docs/distributed.md).")
-]
-Offload = Annotated[
-    bool,
-    typer.Option(
-        "--offload",
-        help="Keep the weights in the host's memory, from where layers come to the accelerator one by one: for models "
-        "larger than that (docs/distributed.md).",
-    ),
-]
-Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.", show_default=False)]
-TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run Python code that comes with a model.")]
-System = Annotated[str | None, typer.Option(help="System prompt before every request.", show_default=False)]
-Template = Annotated[
-    str | None,
-    typer.Option(help="Plain template with {prompt}, instead of the tokenizer's chat template.", show_default=False),
-]
-Prompts = Annotated[
-    str,
-    typer.Option(
-        "--prompts",
-        "-p",
-        help="File (json, jsonl, csv, tsv, txt, parquet), hub-id:split:field, embedded:NAME or organism:NAME.",
-        show_default=False,
-    ),
-]
-Field = Annotated[str | None, typer.Option(help="Field that holds the prompts.", show_default="recognised")]
-Where = Annotated[
-    list[str] | None, typer.Option(help="Keep rows with COLUMN=VALUE; may be repeated.", show_default=False)
-]
-Limit = Annotated[int | None, typer.Option(help="Use at most this many prompts.", min=1, show_default=False)]
-Ratio = Annotated[float, typer.Option("--ratio", "-r", help="Share of the weights to select, in (0, 1].")]
-Of = Annotated[Literal["model", "eligible"], typer.Option(help="What the ratio is a share of.")]
-Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
-BatchSize = Annotated[int, typer.Option(help="Prompts per forward and backward pass.", min=1)]
-PlannedBatch = Annotated[
-    int | None,
-    typer.Option(
-        "--batch-size", help="Prompts per forward and backward pass.", min=1, show_default="what fits (safelocus plan)"
-    ),
-]
-MaxNewTokens = Annotated[int, typer.Option(help="Length of the model's answers.", min=1)]
+@dataclass(frozen=True, kw_only=True)
+class ModelArgument(Options):
+    model: str = argument("Model folder, hub id, or organism:NAME.")
 
-# which weights to act on: see `sources`
-SelectionFile = Annotated[
-    Path | None,
-    typer.Option("--selection", help="Selection file, or the run folder of `score` it is in.", show_default=False),
-]
-ObjectiveGuard = Annotated[
-    str | None,
-    typer.Option("--guard", help="Guard to find the weights with, and to judge: folder, hub id or organism:guard."),
-]
-GuardDescription = Annotated[
-    Path | None, typer.Option(help="TOML description of a guard unknown here (docs/guards.md).", show_default=False)
-]
-Refusal = Annotated[bool, typer.Option("--refusal", help="Find the weights without a guard: by refusal openings.")]
-ScorePrompts = Annotated[
-    str | None, typer.Option("--prompts", "-p", help="Harmful prompts to find the weights with.", show_default=False)
-]
-LocateRatio = Annotated[
-    float | None,
-    typer.Option("--ratio", "-r", help="Share of the weights to select, in (0, 1].", show_default="0.01"),
-]
-AllowMismatch = Annotated[
-    bool, typer.Option("--allow-mismatch", help="The selection was made for another model (a fine-tuned sibling).")
-]
-AllowSeen = Annotated[
-    bool, typer.Option("--allow-seen", help="Measure with prompts that were trained or scored with, all the same.")
-]
 
-# what is measured
-Judges = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--judge",
-        help="guard:NAME or refusal; the first one's verdicts make the ASR. May be repeated.",
-        show_default="the guard where --guard names one, else refusal",
-    ),
-]
-Tasks = Annotated[
-    list[str] | None,
-    typer.Option("--task", help="Questions with answers, for utility. May be repeated.", show_default=False),
-]
-EvaluationLimit = Annotated[
-    int | None,
-    typer.Option(
-        "--limit", help="Measure on at most this many of each set, drawn by the seed.", min=1, show_default=False
-    ),
-]
+@dataclass(frozen=True, kw_only=True)
+class RatioOption(Options):
+    ratio: float = option("Share of the weights to select, in (0, 1].", "-r", default=0.01)
 
-# how to train
-Steps = Annotated[int, typer.Option(help="Optimizer steps.", min=1)]
-LearningRate = Annotated[float, typer.Option(help="Peak learning rate.", min=0)]
-TrainingBatch = Annotated[int | None, typer.Option("--batch-size", help="Rows per forward and backward pass.", min=1)]
-Accumulation = Annotated[
-    int | None, typer.Option(help="Passes per optimizer step.", min=1, show_default="1, or what the batch needs to fit")
-]
-ScoreBatch = Annotated[
-    int | None,
-    typer.Option(
-        "--score-batch-size", help="Prompts at a time when weights are scored.", min=1, show_default="what fits"
-    ),
-]
-ScheduleOption = Annotated[
-    Literal["constant", "linear", "cosine"],
-    typer.Option("--schedule", help="What the learning rate does after the warm-up."),
-]
-Warmup = Annotated[int, typer.Option(help="Steps in which the learning rate rises.", min=0)]
-WeightDecay = Annotated[float, typer.Option(help="Of AdamW.", min=0)]
-MaxGradNorm = Annotated[float, typer.Option(help="Clip gradients to this norm; 0 leaves them.", min=0)]
-MaxLength = Annotated[int, typer.Option(help="Tokens of a row; longer responses are cut.", min=1)]
-Checkpointing = Annotated[
-    bool | None,
-    typer.Option(
-        "--checkpointing/--no-checkpointing",
-        help="Compute activations twice and store few: less memory, slower.",
-        show_default="where it is needed",
-    ),
-]
+
+@dataclass(frozen=True, kw_only=True)
+class ShareOptions(RatioOption):
+    of: Literal["model", "eligible"] = option("What the ratio is a share of.", default="model")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RevisionOption(Options):
+    revision: str | None = option("Branch, tag or commit on the hub.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayoutOptions(RevisionOption):
+    layout: Path | None = option("TOML description of an architecture unknown here.")
+    skip_unknown: bool = flag("Leave out tensors that are not understood, and say so, instead of stopping.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class HubOptions(LayoutOptions):
+    trust_remote_code: bool = flag("Run Python code that comes with a model.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DtypeOption(Options):
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = option("Type of the weights in memory.", default="auto")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OffloadOption(Options):
+    offload: bool = flag(
+        "Keep the weights in the host's memory, from where layers come to the accelerator one by one: for "
+        "models larger than that (docs/distributed.md)."
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadOptions(DtypeOption, HubOptions):
+    """How `load` makes a target of a model in one process."""
+
+    system: str | None = option("System prompt before every request.")
+    template: str | None = option("Plain template with {prompt}, instead of the tokenizer's chat template.")
+    device: str | None = option("cuda, cpu, ...; auto places over several devices.", shown="the accelerator")
+
+    @property
+    def guards(self) -> dict[str, Any]:
+        """How guards are loaded beside it."""
+        return {name: getattr(self, name) for name in ("dtype", "device", "trust_remote_code")}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlaceOptions(OffloadOption, LoadOptions):
+    """How `load` makes a target of a model, in one process or several."""
+
+    shard: bool = flag("Under torchrun: spread the model over the processes (docs/distributed.md).")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions(PlaceOptions, ModelArgument):
+    def load(self) -> "Target":
+        from safelocus.model.target import load
+
+        return load(self.model, **self.part(PlaceOptions))
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnswerOption(Options):
+    max_new_tokens: int = option("Length of the model's answers.", default=256, min=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchOptions(AnswerOption):
+    batch_size: int | None = option("Prompts answered, and answers judged, at a time.", shown="what fits", min=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FieldOptions(Options):
+    field: str | None = option("Field that holds the prompts.", shown="recognised")
+    where: list[str] | None = option("Keep rows with COLUMN=VALUE; may be repeated.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptOptions(FieldOptions):
+    prompts: str = option(
+        "File (json, jsonl, csv, tsv, txt, parquet), hub-id:split:field, embedded:NAME or organism:NAME.", "-p"
+    )
+    limit: int | None = option("Use at most this many prompts.", min=1)
+
+    def read(self, held_out: float = 0.0) -> "tuple[PromptSet, PromptSet | None]":
+        """(prompts, those left out)."""
+        from safelocus.prompts import read_prompts
+
+        found = read_prompts(self.prompts, field=self.field, where=conditions(self.where))
+        kept, left_out = found.split(held_out) if held_out else (found, None)
+        return kept if self.limit is None else kept.limit(self.limit), left_out
+
+
+@dataclass(frozen=True, kw_only=True)
+class AllowOptions(Options):
+    """Checks of `check_unseen` and of selections that are left out."""
+
+    allow_seen: bool = flag("Measure with prompts that were trained or scored with, all the same.")
+    allow_mismatch: bool = flag("The selection was made for another model (a fine-tuned sibling).")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GuardOptions(Options):
+    guard: str | None = option("Guard model: folder, hub id or organism:guard.")
+    guard_description: Path | None = option("TOML description of a guard unknown here (docs/guards.md).")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LimitOption(Options):
+    limit: int | None = option("Measure on at most this many of each set, drawn by the seed.", min=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LocateOptions(GuardOptions):
+    """Which weights to act on: see `locating.locate`."""
+
+    selection: Path | None = option("Selection file, or the run folder of `score` it is in.")
+    guard: str | None = option("Guard to find the weights with, and to judge: folder, hub id or organism:guard.")
+    refusal: bool = flag("Find the weights without a guard: by refusal openings.")
+    prompts: str | None = option("Harmful prompts to find the weights with.", "-p")
+    ratio: float | None = option("Share of the weights to select, in (0, 1].", "-r", shown="0.01")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeasureOptions(LimitOption):
+    """What is measured, beside harmful prompts."""
+
+    harmless: str | None = option("Harmless prompts, for over-refusal.")
+    task: list[str] | None = option("Questions with answers, for utility. May be repeated.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleOptions(SeedOption):
+    """Settings of a training by their names there."""
+
+    steps: int = option("Optimizer steps.", default=100, min=1)
+    learning_rate: float | None = option("Peak learning rate.", min=0)
+    schedule: Literal["constant", "linear", "cosine"] = option(
+        "What the learning rate does after the warm-up.", default="constant"
+    )
+    weight_decay: float = option("Of AdamW.", default=0.0, min=0)
+    max_length: int = option("Tokens of a row; longer responses are cut.", default=1024, min=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainOptions(
+    ScheduleOptions, MeasureOptions, LocateOptions, AllowOptions, AnswerOption, ModelOptions, RunOptions
+):
+    """How to train the weights that are located, or all but them, and to measure what that changed."""
+
+    rows: ClassVar[int]  # of an optimizer step, where nothing else is given
+
+    judge: list[str] | None = option(
+        "guard:NAME, reader or refusal; the first one's verdicts make the ASR. May be repeated.",
+        shown="the guard where --guard names one, else reader",
+    )
+    controls: str | None = option("What else to train, with commas.")
+    warmup: int = option("Steps in which the learning rate rises.", default=0, min=0)
+    batch_size: int | None = option("Rows per forward and backward pass.", min=1)
+    accumulation: int | None = option("Passes per optimizer step.", shown="1, or what the batch needs to fit", min=1)
+    max_grad_norm: float = option("Clip gradients to this norm; 0 leaves them.", default=1.0, min=0)
+    checkpointing: bool | None = option(
+        "Compute activations twice and store few: less memory, slower.", shown="where it is needed"
+    )
+    score_batch_size: int | None = option("Prompts at a time when weights are scored.", shown="what fits", min=1)
+
+    def settings(self) -> "TrainingSettings":
+        from safelocus.training import TrainingSettings
+
+        return TrainingSettings(
+            warmup_steps=self.warmup, batch_size=self.batch_size or self.rows, accumulation=self.accumulation or 1,
+            max_grad_norm=self.max_grad_norm or None, activation_checkpointing=bool(self.checkpointing),
+            **self.part(ScheduleOptions),
+        )  # fmt: skip
 
 
 def conditions(where: list[str] | None) -> dict[str, str]:
@@ -189,12 +213,15 @@ def conditions(where: list[str] | None) -> dict[str, str]:
     return pairs
 
 
-def words(text: str | None) -> tuple[str, ...]:
-    """`a, b` as ("a", "b"), each once."""
-    return tuple(dict.fromkeys(word for part in (text or "").split(",") if (word := part.strip())))
+def words(text: str | None, option: str = "", known: Iterable[str] = ()) -> tuple[str, ...]:
+    """`a, b` as ("a", "b"), each once; SafelocusError for a word that is not known, naming the option."""
+    found, known = tuple(dict.fromkeys(word for part in (text or "").split(",") if (word := part.strip()))), [*known]
+    if option and (unknown := sorted(set(found) - set(known))):
+        raise SafelocusError(f"{option} {', '.join(unknown)}: expected {', '.join(known)}")
+    return found
 
 
-def numbers(text: str, option: str) -> tuple[float, ...]:
+def numbers(text: str | None, option: str) -> tuple[float, ...]:
     """`0.01, 0.03` as numbers; RunError for anything else, naming the option."""
     try:
         return tuple(float(word) for word in words(text))

@@ -1,13 +1,19 @@
 """Where the command line prints: results on standard output, everything else on the error stream."""
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+
+from safelocus.cli.command import RunOptions
+from safelocus.errors import RunError
+
+if TYPE_CHECKING:
+    from safelocus.report.grid import Grid
 
 results = Console()
 errors = Console(stderr=True)
@@ -44,7 +50,7 @@ def together(command: Callable[..., None]) -> Callable[..., None]:
 
 
 @contextmanager
-def shared_run(output: Path, *, config: Mapping[str, Any], overwrite: bool = False) -> Iterator[Path]:
+def shared_run(given: RunOptions) -> Iterator[Path]:
     """`run_folder` for all processes that work on a run: it appears only if none of them was lost.
 
     The first one writes. The others get a folder too, for what they resume from; it vanishes with the run's end.
@@ -54,14 +60,61 @@ def shared_run(output: Path, *, config: Mapping[str, Any], overwrite: bool = Fal
 
     number, count = distributed.rank(), distributed.world_size()
     if distributed.is_main():
-        with run_folder(output, config=config, overwrite=overwrite, processes=count) as folder:
+        config, overwrite = given.resolved(), given.overwrite
+        with run_folder(given.output, config=config, overwrite=overwrite, processes=count) as folder:
             distributed.barrier()
             yield folder
             distributed.barrier()  # all is done,
             distributed.barrier()  # and the others' parts are gone
         return
     distributed.barrier()  # an earlier run at this place is refused, or forgotten
-    with part_folder(output, number) as folder:
+    with part_folder(given.output, number) as folder:
         yield folder
         distributed.barrier()
     distributed.barrier()
+
+
+def mind(remarks: Iterable[str]) -> None:
+    """Notes that change how a result is read."""
+    for remark in remarks:
+        note(f"[bold]mind:[/] {remark}")
+
+
+def show(
+    given: RunOptions,
+    found: Any,
+    *shown: "Grid | str | None",
+    remarks: Iterable[str] = (),
+    notes: Iterable[str] = (),
+    wrote: Iterable[str],
+    then: str = "",
+) -> None:
+    """Say what a run found: one JSON document; or tables and sentences, remarks, what to mind, and what was written.
+
+    Args:
+        found: what was found, as JSON or with `to_json`.
+        shown: grids and sentences; None is left out.
+        then: what to do next.
+    """
+    if given.json:
+        print_json({"output": str(given.output), **(found if isinstance(found, dict) else found.to_json())})
+        return
+    for part in shown:
+        if isinstance(part, str):
+            results.print(part, highlight=False, markup=False, soft_wrap=True)
+        elif part is not None:
+            results.print(part.rich())
+    for remark in remarks:
+        note(remark)
+    mind(notes)
+    note(f"wrote {given.output}: {', '.join(wrote)}")
+    if then:
+        note(then)
+
+
+def check_file(file: Path, overwrite: bool) -> None:
+    """Refuse to write a file that is there, or in a folder that is not."""
+    if file.exists() and not overwrite:
+        raise RunError(f"{file}: exists already; choose another name, or --overwrite it")
+    if not file.parent.is_dir():
+        raise RunError(f"{file}: the folder {file.parent} does not exist")

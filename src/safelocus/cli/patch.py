@@ -1,12 +1,14 @@
 """`safelocus patch apply | revert | diff | info | merge`: patches, and the model folders they change."""
 
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import typer
 
-from safelocus.cli import options
-from safelocus.cli.output import note, print_json, results
+from safelocus.cli.command import JsonOption, argument, command, flag, option
+from safelocus.cli.options import LayoutOptions, ModelArgument, RevisionOption
+from safelocus.cli.output import check_file, note, print_json, results
 
 if TYPE_CHECKING:
     from safelocus.patch import Outcome, Patch
@@ -18,164 +20,134 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-File = Annotated[Path, typer.Argument(help="Patch file.", show_default=False)]
-OutputFolder = Annotated[
-    Path | None, typer.Option("--output", "-o", help="Folder to write the changed copy into.", show_default=False)
-]
-OutputFile = Annotated[Path, typer.Option("--output", "-o", help="Patch file to write.", show_default=False)]
-InPlace = Annotated[bool, typer.Option("--in-place", help="Change MODEL itself, a folder, file by file.")]
-AllowMismatch = Annotated[
-    bool, typer.Option("--allow-mismatch", help="Also on another model of the same shapes: a fine-tuned sibling.")
-]
-Dtype = Annotated[
-    Literal["float32", "bfloat16", "float16"] | None,
-    typer.Option("--dtype", help="Convert the patch first, where its old values survive that.", show_default=False),
-]
-Old = Annotated[
-    Literal["values", "digest"],
-    typer.Option(help="Keep the old values, or only digests: a smaller file that cannot be reverted."),
-]
-OverwriteFile = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier file.")]
+
+@dataclass(frozen=True, kw_only=True)
+class Info(JsonOption):
+    patch: Path = argument("Patch file.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Change(ModelArgument, RevisionOption, JsonOption):
+    patch: Path = argument("Patch file.")
+    output: Path | None = option("Folder to write the changed copy into.", "-o")
+    in_place: bool = flag("Change MODEL itself, a folder, file by file.")
+    allow_mismatch: bool = flag("Also on another model of the same shapes: a fine-tuned sibling.")
+    dtype: Literal["float32", "bfloat16", "float16"] | None = option(
+        "Convert the patch first, where its old values survive that."
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Made(JsonOption):
+    output: Path = option("Patch file to write.", "-o")
+    old: Literal["values", "digest"] = option(
+        "Keep the old values, or only digests: a smaller file that cannot be reverted.", default="values"
+    )
+    overwrite: bool = flag("Replace an earlier file.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiffOptions(LayoutOptions):
+    """What `diff` of the library takes as it is given."""
+
+    ratio: float | None = option("Take this share of the model's weights: those that changed most.", "-r")
+    largest: int | None = option("Take this number of weights instead.", min=1)
+    only_eligible: bool = flag("Leave out embeddings, norms, biases and routers.", "--eligible")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Diff(DiffOptions, Made):
+    before: str = argument("Model folder, hub id, or organism:NAME.")
+    after: str = argument("The same, changed.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Merge(Made):
+    files: list[Path] = argument("Two or more patches of one model.")
+    prefer: Literal["first", "last"] | None = option(
+        "Which patch wins where they set a weight to different values.", shown="an error"
+    )
 
 
 @app.command("apply")
-def apply_(
-    patch: File,
-    model: options.Model,
-    output: OutputFolder = None,
-    in_place: InPlace = False,
-    allow_mismatch: AllowMismatch = False,
-    dtype: Dtype = None,
-    revision: options.Revision = None,
-    json: options.Json = False,
-) -> None:
+@command
+def apply_(given: Change) -> None:
     """Write a patch's new values into a copy of a model's folder (-o), or into the folder itself (--in-place)."""
-    _change("apply", patch, model, output, in_place, allow_mismatch, dtype, revision, json)
+    _change("apply", given)
 
 
 @app.command()
-def revert(
-    patch: File,
-    model: options.Model,
-    output: OutputFolder = None,
-    in_place: InPlace = False,
-    allow_mismatch: AllowMismatch = False,
-    dtype: Dtype = None,
-    revision: options.Revision = None,
-    json: options.Json = False,
-) -> None:
+@command
+def revert(given: Change) -> None:
     """Write a patch's old values: the model is what it was, bit for bit."""
-    _change("revert", patch, model, output, in_place, allow_mismatch, dtype, revision, json)
+    _change("revert", given)
 
 
 @app.command()
-def diff(
-    before: Annotated[str, typer.Argument(help="Model folder, hub id, or organism:NAME.", show_default=False)],
-    after: Annotated[str, typer.Argument(help="The same, changed.", show_default=False)],
-    output: OutputFile,
-    ratio: Annotated[
-        float | None,
-        typer.Option("--ratio", "-r", help="Take this share of the model's weights: those that changed most."),
-    ] = None,
-    largest: Annotated[int | None, typer.Option(min=1, help="Take this number of weights instead.")] = None,
-    eligible: Annotated[
-        bool, typer.Option("--eligible", help="Leave out embeddings, norms, biases and routers.")
-    ] = False,
-    old: Old = "values",
-    layout: options.LayoutFile = None,
-    skip_unknown: options.SkipUnknown = False,
-    revision: options.Revision = None,
-    overwrite: OverwriteFile = False,
-    json: options.Json = False,
-) -> None:
+@command
+def diff(given: Diff) -> None:
     """Make a patch from two checkpoints: every weight that changed, or those that changed most."""
     from safelocus import patch as patches
 
-    _check_file(output, overwrite)
-    made = patches.diff(
-        before,
-        after,
-        ratio=ratio,
-        largest=largest,
-        only_eligible=eligible,
-        layout=layout,
-        skip_unknown=skip_unknown,
-        revision=revision,
-        progress=not json,
-    )
-    _save(made, output, old, json)
+    check_file(given.output, given.overwrite)
+    _save(given, patches.diff(given.before, given.after, progress=not given.json, **given.part(DiffOptions)))
 
 
 @app.command()
-def merge(
-    files: Annotated[list[Path], typer.Argument(help="Two or more patches of one model.", show_default=False)],
-    output: OutputFile,
-    prefer: Annotated[
-        Literal["first", "last"] | None,
-        typer.Option(help="Which patch wins where they set a weight to different values.", show_default="an error"),
-    ] = None,
-    old: Old = "values",
-    overwrite: OverwriteFile = False,
-    json: options.Json = False,
-) -> None:
+@command
+def merge(given: Merge) -> None:
     """Make one patch of several."""
     from safelocus import patch as patches
 
-    _check_file(output, overwrite)
-    made = patches.merge([patches.Patch.load(path) for path in files], prefer=prefer)
-    _save(made, output, old, json)
+    check_file(given.output, given.overwrite)
+    _save(given, patches.merge([patches.Patch.load(path) for path in given.files], prefer=given.prefer))
 
 
 @app.command()
-def info(patch: File, json: options.Json = False) -> None:
+@command
+def info(given: Info) -> None:
     """Say what a patch holds, where it came from, and whether it can be reverted."""
     from safelocus.analysis.map import safety_map
     from safelocus.patch import Patch
     from safelocus.report.maps import experts_grid, layers_grid
+    from safelocus.report.patch import facts, patch_grid
 
-    loaded = Patch.load(patch)
-    located = safety_map(None, loaded.selection)
-    if json:
+    patch = Patch.load(given.patch)
+    if given.json:
         counts = {
-            by: {str(key): number for key, number in loaded.selection.counts_by(by).items()}
+            by: {str(key): number for key, number in patch.selection.counts_by(by).items()}
             for by in ("component", "layer")
         }
-        print_json(_description(loaded, patch) | {"counts": counts, "metadata": loaded.metadata})
+        print_json(facts(patch, given.patch) | {"counts": counts, "metadata": patch.metadata})
         return
-    results.print(_table(loaded, patch))
+    results.print(patch_grid(patch, given.patch).rich())
+    located = safety_map(None, patch.selection)
     for grid in (layers_grid(located), experts_grid(located)):
         if grid is not None:
             results.print(grid.rich())
 
 
-def _change(
-    verb: Literal["apply", "revert"],
-    file: Path,
-    model: str,
-    output: Path | None,
-    in_place: bool,
-    allow_mismatch: bool,
-    dtype: str | None,
-    revision: str | None,
-    json: bool,
-) -> None:
+def _change(verb: Literal["apply", "revert"], given: Change) -> None:
     import torch
 
     from safelocus.errors import RunError
     from safelocus.patch import Patch, apply_to_folder, revert_folder
 
-    if in_place == (output is not None):
+    if given.in_place == (given.output is not None):
         raise RunError("say where to: either a folder for the changed copy (-o FOLDER) or --in-place")
-    patch = Patch.load(file)
-    if dtype is not None:
-        patch = patch.to(getattr(torch, dtype))
+    patch = Patch.load(given.patch)
+    if given.dtype is not None:
+        patch = patch.to(getattr(torch, given.dtype))
     change = apply_to_folder if verb == "apply" else revert_folder
-    outcome = change(patch, model, output=output, allow_mismatch=allow_mismatch, revision=revision, progress=not json)
-    where = model if output is None else str(output)
-    if json:
+    outcome = change(
+        patch, given.model, output=given.output, allow_mismatch=given.allow_mismatch, revision=given.revision,
+        progress=not given.json,
+    )  # fmt: skip
+    where = given.model if given.output is None else str(given.output)
+    if given.json:
         print_json(_result(verb, outcome, where))
     else:
-        _tell(verb, outcome, where, is_copy=output is not None)
+        _tell(verb, outcome, where, is_copy=given.output is not None)
 
 
 def _result(verb: str, outcome: "Outcome", where: str) -> dict[str, Any]:
@@ -206,66 +178,14 @@ def _tell(verb: str, outcome: "Outcome", where: str, *, is_copy: bool) -> None:
         note(f"{where}: the model {state}; {'copied as it is' if is_copy else 'nothing to do'}")
 
 
-def _check_file(output: Path, overwrite: bool) -> None:
-    from safelocus.errors import RunError
+def _save(given: Made, patch: "Patch") -> None:
+    from safelocus.report.patch import facts
 
-    if output.exists() and not overwrite:
-        raise RunError(f"{output}: exists already; choose another name, or --overwrite it")
-    if not output.parent.is_dir():
-        raise RunError(f"{output}: the folder {output.parent} does not exist")
-
-
-def _save(patch: "Patch", output: Path, old: Literal["values", "digest"], json: bool) -> None:
-    from dataclasses import replace
-
-    if old == "digest":
+    if given.old == "digest":
         patch = replace(patch, old=None)
-    patch.save(output)
-    if json:
-        print_json({"output": str(output), **_description(patch, output)})
-    else:
-        note(f"wrote {output}: {patch.k:,} weights of {len(patch.new)} tensors, {output.stat().st_size:,} bytes")
-
-
-def _description(patch: "Patch", file: Path) -> dict[str, Any]:
-    return {
-        "k": patch.k,
-        "num_changed": patch.num_changed,
-        "share": patch.k / patch.selection.num_weights,
-        "num_tensors": len(patch.new),
-        "dtypes": [str(dtype).removeprefix("torch.") for dtype in patch.dtypes],
-        "bytes": file.stat().st_size,
-        "model": patch.selection.provenance.model,
-        "model_type": patch.before.model_type,
-        "method": patch.selection.provenance.method,
-        "made_by": patch.metadata.get("made_by"),
-        "before": patch.before.id,
-        "after": patch.after.id if len(patch.after.tensors) == len(patch.new) else None,
-        "revertible": patch.old is not None,
-    }
-
-
-def _table(patch: "Patch", file: Path) -> Any:
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
-
-    from safelocus.analysis.words import percent
-
-    described = _description(patch, file)
-    changed = "" if described["num_changed"] is None else f", {described['num_changed']:,} of them changed"
-    rows = {
-        "weights": f"{patch.k:,} ({percent(described['share'])} of the model{changed})",
-        "tensors": f"{described['num_tensors']:,} ({', '.join(described['dtypes'])})",
-        "size": f"{described['bytes']:,} bytes",
-        "model": f"{described['model'] or 'unknown'} ({described['model_type']})",
-        "selected by": described["method"],
-        "made by": described["made_by"] or "unknown",
-        "before": described["before"],
-        "after": described["after"] or "not known without the model",
-        "reverts": "yes, bit for bit" if described["revertible"] else "no: it holds no old values",
-    }
-    table = Table(title=Text(str(file), style="table.title"), box=box.SIMPLE, show_header=False)
-    for name, value in rows.items():
-        table.add_row(name, Text(value))
-    return table
+    patch.save(given.output)
+    if given.json:
+        print_json({"output": str(given.output), **facts(patch, given.output)})
+        return
+    size = given.output.stat().st_size
+    note(f"wrote {given.output}: {patch.k:,} weights of {len(patch.new)} tensors, {size:,} bytes")

@@ -4,69 +4,71 @@ import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import typer
-
-from safelocus.cli import enhance, options, preserve
+from safelocus.cli.command import ConfigOptions, command, flag, option
+from safelocus.cli.enhance import Enhance
+from safelocus.cli.options import AnswerOption, DtypeOption, HubOptions, ModelArgument, OffloadOption, RatioOption
 from safelocus.cli.output import note, print_json, results
+from safelocus.cli.preserve import Preserve
 
 if TYPE_CHECKING:
     from safelocus.report.grid import Grid
     from safelocus.resources import Choice, Device, Duration, Peak, Subject
 
 
-def plan(
-    model: options.Model,
-    device: Annotated[
-        str | None,
-        typer.Option(
-            help="cpu, cuda:0, auto (this machine); H200, RTX 4090, 24GB, 2x80GB, ... (any).",
-            show_default="what models are loaded to",
-        ),
-    ] = None,
-    devices: Annotated[int | None, typer.Option(help="How many of them.", min=1, show_default="1")] = None,
-    guard: Annotated[str | None, typer.Option(help="Guard to score and judge with.", show_default="refusal")] = None,
-    prompts: Annotated[
-        str | None, typer.Option("--prompts", "-p", help="Prompts to score with, counted.", show_default=False)
-    ] = None,
-    num_prompts: Annotated[int, typer.Option(help="How many prompts, where none are given.", min=1)] = 128,
-    prompt_tokens: Annotated[int, typer.Option(help="Tokens of a prompt in its template.", min=1)] = 64,
-    max_new_tokens: options.MaxNewTokens = 256,
-    max_length: Annotated[int, typer.Option(help="Tokens of a training row.", min=1)] = 512,
-    batch_size: Annotated[
-        int | None, typer.Option(help="Rows per optimizer step.", min=1, show_default="8 enhance, 16 preserve")
-    ] = None,
-    steps: Annotated[int | None, typer.Option(help="Optimizer steps.", min=1, show_default="100 and 1000")] = None,
-    retain_rows: Annotated[int, typer.Option(help="Rows to retain with each refusal (enhance).", min=0)] = 6,
-    lora_rank: Annotated[int, typer.Option(help="Of preserve --lora.", min=1)] = 16,
-    ratio: options.Ratio = 0.01,
-    shard: Annotated[bool, typer.Option("--shard", help="One process per device, the model in shards.")] = False,
-    offload: options.Offload = False,
-    layout: options.LayoutFile = None,
-    skip_unknown: options.SkipUnknown = False,
-    dtype: options.DtypeOption = "auto",
-    revision: options.Revision = None,
-    trust_remote_code: options.TrustRemoteCode = False,
-    json: options.Json = False,
-    config: options.Config = None,
-) -> None:
-    """Say what memory and time each stage needs, from the configuration alone, and which settings fit."""
-    from safelocus import resources
-    from safelocus.model.target import dtype_on
-    from safelocus.prompts import read_prompts
-    from safelocus.resources import Answering, Lengths, Scoring, Subject, Training, find_device
+@dataclass(frozen=True, kw_only=True)
+class Plan(ModelArgument, RatioOption, AnswerOption, OffloadOption, DtypeOption, HubOptions, ConfigOptions):
+    device: str | None = option(
+        "cpu, cuda:0, auto (this machine); H200, RTX 4090, 24GB, 2x80GB, ... (any).", shown="what models are loaded to"
+    )
+    devices: int | None = option("How many of them.", shown="1", min=1)
+    guard: str | None = option("Guard to score and judge with.", shown="reader")
+    prompts: str | None = option("Prompts to score with, counted.", "-p")
+    num_prompts: int = option("How many prompts, where none are given.", default=128, min=1)
+    prompt_tokens: int = option("Tokens of a prompt in its template.", default=64, min=1)
+    max_length: int = option("Tokens of a training row.", default=512, min=1)
+    batch_size: int | None = option("Rows per optimizer step.", shown="8 enhance, 16 preserve", min=1)
+    steps: int | None = option("Optimizer steps.", shown="100 and 1000", min=1)
+    retain_rows: int = option("Rows to retain with each refusal (enhance).", default=6, min=0)
+    lora_rank: int = option("Of preserve --lora.", default=16, min=1)
+    shard: bool = flag("One process per device, the model in shards.")
 
-    where = find_device(device, count=devices)
-    dtype = dtype_on("cpu" if where.is_cpu else device, dtype)
-    subject = Subject.load(
-        model, dtype=dtype, layout=layout, skip_unknown=skip_unknown, revision=revision,
-        trust_remote_code=trust_remote_code,
-    )  # fmt: skip
-    reader = Subject.load(guard, dtype=dtype, trust_remote_code=trust_remote_code) if guard else None
-    number = len(read_prompts(prompts)) if prompts else num_prompts
-    lengths = Lengths(prompt=prompt_tokens, response=max_new_tokens, row=max_length)
-    selected = max(int(ratio * subject.num_weights), 1)
+
+@command
+def plan(given: Plan) -> None:
+    """Say what memory and time each stage needs, from the configuration alone, and which settings fit."""
+    from safelocus.model.target import dtype_on
+    from safelocus.resources import Subject, find_device
+
+    where = find_device(given.device, count=given.devices)
+    dtype = dtype_on("cpu" if where.is_cpu else given.device, given.dtype)
+    subject = Subject.load(given.model, dtype=dtype, **given.part(HubOptions))
+    reader = None
+    if given.guard:
+        reader = Subject.load(given.guard, dtype=dtype, trust_remote_code=given.trust_remote_code)
+    found = _stages(given, subject, reader, where)
+    if given.json:
+        print_json(_document(subject, where, found))
+        return
+    results.print(_grid(subject, where, found).rich())
+    for stage in found:
+        results.print(f"[bold]{stage.name}[/]: {stage.settings}", highlight=False, soft_wrap=True)
+        if stage.problem is None:
+            results.print(stage.command, markup=False, highlight=False, soft_wrap=True)
+    note("Times are rough, within a factor of three; measuring before and after is not in them. docs/plan.md")
+
+
+def _stages(given: Plan, subject: "Subject", reader: "Subject | None", where: "Device") -> "list[_Stage]":
+    from safelocus import resources
+    from safelocus.prompts import read_prompts
+    from safelocus.resources import Answering, Lengths, Scoring, Training
+
+    model, guard, shard, offload = given.model, given.guard, given.shard, given.offload
+    prompts, unusual = given.prompts or "PROMPTS", _unusual(given.max_new_tokens)
+    number = len(read_prompts(given.prompts)) if given.prompts else given.num_prompts
+    lengths = Lengths(prompt=given.prompt_tokens, response=given.max_new_tokens, row=given.max_length)
+    selected = max(int(given.ratio * subject.num_weights), 1)
     processes = where.count if shard else 1
 
     scoring = Scoring(target=subject, guard=reader, lengths=lengths)
@@ -75,14 +77,14 @@ def plan(
     judge = ["--judge", f"guard:{guard}"] if guard else []
     found = [
         _stage(
-            "score", ["score", model, "--prompts", prompts or "PROMPTS", *objective, *_unusual(max_new_tokens)],
+            "score", ["score", model, "--prompts", prompts, *objective, *unusual],
             lambda: resources.choose_scoring(
                 scoring, where, most=max(number // processes, 1), sharded=shard, offload=offload
             ),
             lambda choice: resources.scoring_duration(scoring, choice, number),
         ),
         _stage(
-            "evaluate", ["evaluate", model, "--prompts", prompts or "PROMPTS", *judge, *_unusual(max_new_tokens)],
+            "evaluate", ["evaluate", model, "--prompts", prompts, *judge, *unusual],
             lambda: resources.choose_answering(
                 answering, where, most=-(-number // processes), sharded=shard, offload=offload
             ),
@@ -90,18 +92,19 @@ def plan(
         ),
     ]  # fmt: skip
     for name, kind, rows, num_steps, words in (
-        ("enhance", "sparse", batch_size or enhance.ROWS, steps or 100, ["--data", "REFUSALS", "--retain", "HARMLESS"]),
-        ("preserve", "full", batch_size or preserve.ROWS, steps or 1000, ["--data", "TASK"]),
-        ("preserve --lora", "lora", batch_size or preserve.ROWS, steps or 1000, ["--data", "TASK"]),
+        ("enhance", "sparse", Enhance.rows, Enhance.steps, ["--data", "REFUSALS", "--retain", "HARMLESS"]),
+        ("preserve", "full", Preserve.rows, Preserve.steps, ["--data", "TASK"]),
+        ("preserve --lora", "lora", Preserve.rows, Preserve.steps, ["--data", "TASK"]),
     ):
+        rows, num_steps = given.batch_size or rows, given.steps or num_steps
         training = Training(
-            target=subject, num_selected=selected, kind=kind, lengths=lengths, lora_rank=lora_rank, guard=reader,
-            retained_rows=retain_rows if kind == "sparse" else 0, batch=rows,
+            target=subject, num_selected=selected, kind=kind, lengths=lengths, lora_rank=given.lora_rank, guard=reader,
+            retained_rows=given.retain_rows if kind == "sparse" else 0, batch=rows,
         )  # fmt: skip
         command = [*name.split()[:1], model, "--selection", "SELECTION", *words, *name.split()[1:]]
         found.append(
             _stage(
-                name, [*command, "--steps", str(num_steps), "--max-length", str(max_length)],
+                name, [*command, "--steps", str(num_steps), "--max-length", str(given.max_length)],
                 lambda stage=training, rows=rows: resources.choose_training(  # type: ignore[misc]
                     stage, where, batch_size=rows, sharded=shard, offload=offload, processes=processes
                 ),
@@ -111,15 +114,7 @@ def plan(
                 trains=True,
             )
         )  # fmt: skip
-    if json:
-        print_json(_document(subject, where, found))
-        return
-    results.print(_grid(subject, where, found).rich())
-    for stage in found:
-        results.print(f"[bold]{stage.name}[/]: {stage.settings}", highlight=False, soft_wrap=True)
-        if stage.problem is None:
-            results.print(stage.command, markup=False, highlight=False, soft_wrap=True)
-    note("Times are rough, within a factor of three; measuring before and after is not in them. docs/plan.md")
+    return found
 
 
 @dataclass(frozen=True, kw_only=True)

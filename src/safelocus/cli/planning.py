@@ -6,8 +6,10 @@ A run that was interrupted goes on with what was chosen when it began: its run.t
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
+from safelocus.cli.command import RunOptions
+from safelocus.cli.options import ModelOptions, PlaceOptions, TrainOptions
 from safelocus.cli.output import note
 
 if TYPE_CHECKING:
@@ -15,9 +17,10 @@ if TYPE_CHECKING:
     from safelocus.model.target import Dtype
     from safelocus.prompts import Example, PromptSet
     from safelocus.resources import Choice, Device, Lengths, Subject, Training
-    from safelocus.training import TrainingSettings
 
 T = TypeVar("T")
+Run = TypeVar("Run", bound=RunOptions)
+Train = TypeVar("Train", bound=TrainOptions)
 
 ANSWERED = 32  # prompts at a time where nothing can be planned: a server answers, or the model cannot be rehearsed
 _MOST_ROWS = 256  # the longest in characters, of which tokens are counted
@@ -38,6 +41,10 @@ class Model:
     trust_remote_code: bool = False
     shard: bool = False
     offload: bool = False
+
+    @classmethod
+    def of(cls, given: ModelOptions) -> Self:
+        return cls(name=given.model, **given.part(PlaceOptions))
 
     def subject(self) -> "Subject":
         from safelocus.resources import Subject
@@ -234,44 +241,25 @@ def training_settings(
     return choice.batch_size, choice.accumulation, choice.checkpointing, _device(model, choice)
 
 
-def settle(
-    model: Model,
-    make_stage: "Callable[[Subject, Subject | None], Training]",
-    settings: "TrainingSettings",
-    *,
-    output: Path,
-    overwrite: bool,
-    guard: str | None,
-    prompts: str | None,
-    max_new_tokens: int,
-    rows: int,
-    quiet: bool,
-    **given: Any,
-) -> "tuple[TrainingSettings, int | None, str | None]":
-    """(settings, batch size of the scoring, device) of a training: those given, those of a run to resume, what fits.
-
-    Args:
-        settings: of the training; its batch size, accumulation and checkpointing are settled.
-        prompts: to find the weights with; None where they are found already.
-        rows: as for `training_settings`.
-        given: batch_size, accumulation, checkpointing and score_batch_size, None where they are not given.
-    """
+def settle(given: Train, make_stage: "Callable[[Subject, Subject | None], Training]") -> Train:
+    """Options of a training, with batches and device: those given, those of a run to resume, what fits."""
     from safelocus.prompts import read_prompts
 
-    settled = unfinished(output, overwrite, given)
-    score_batch_size = settled.pop("score_batch_size")
+    given = resumed(given, "batch_size", "accumulation", "checkpointing", "score_batch_size")
     batch_size, accumulation, checkpointing, device = training_settings(
-        model, make_stage, guard=guard, rows=rows, quiet=quiet, **settled
-    )
-    settings = replace(
-        settings, batch_size=batch_size, accumulation=accumulation, activation_checkpointing=checkpointing
+        Model.of(given), make_stage, guard=given.guard, rows=given.rows, quiet=given.json, batch_size=given.batch_size,
+        accumulation=given.accumulation, checkpointing=given.checkpointing,
     )  # fmt: skip
-    if prompts is not None:
-        score_batch_size, _, device = scoring_settings(
-            replace(model, device=device), read_prompts(prompts), guard=guard, max_new_tokens=max_new_tokens,
-            batch_size=score_batch_size, accumulate_on="the weights'", quiet=quiet,
-        )  # fmt: skip
-    return settings, score_batch_size, device
+    given = replace(
+        given, batch_size=batch_size, accumulation=accumulation, checkpointing=checkpointing, device=device
+    )  # fmt: skip
+    if given.prompts is None:
+        return given
+    score_batch_size, _, device = scoring_settings(
+        Model.of(given), read_prompts(given.prompts), guard=given.guard, max_new_tokens=given.max_new_tokens,
+        batch_size=given.score_batch_size, accumulate_on="the weights'", quiet=given.json,
+    )  # fmt: skip
+    return replace(given, score_batch_size=score_batch_size, device=device)
 
 
 def choose(what: str, make: "Callable[[], Choice]", *, otherwise: str, quiet: bool = False) -> "Choice | None":
@@ -304,12 +292,13 @@ def _device(model: Model, choice: "Choice") -> str | None:
     return "auto" if choice.placement.count > 1 and not choice.placement.sharded else model.device
 
 
-def unfinished(output: Path, overwrite: bool, given: dict[str, Any]) -> dict[str, Any]:
-    """Options not given, of the run that will be resumed; else as they are."""
+def resumed(given: Run, *names: str) -> Run:
+    """Options with those of the run that will be resumed, where they are not given."""
     from safelocus.run.folder import read_unfinished
 
-    earlier = {} if overwrite else agreed(lambda: read_unfinished(output))
-    return {name: earlier.get(name) if value is None else value for name, value in given.items()}
+    earlier = {} if given.overwrite else agreed(lambda: read_unfinished(given.output))
+    settled: dict[str, Any] = {name: earlier.get(name) for name in names if getattr(given, name) is None}
+    return replace(given, **settled)
 
 
 def num_selected(selection: Path | None, ratio: float | None, subject: "Subject") -> int:

@@ -1,13 +1,14 @@
 """`safelocus report RUN...`: one page, or one table, of what runs found."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
-from safelocus.cli import options
-from safelocus.cli.output import note, print_json, results
+from safelocus.cli.command import ConfigOptions, SeedOption, argument, command, flag, option
+from safelocus.cli.output import check_file, mind, note, print_json, results
 
 if TYPE_CHECKING:
     from safelocus.report.runs import ReportRun
@@ -15,59 +16,43 @@ if TYPE_CHECKING:
 TABLES = ("patterns",)
 
 
-def report(
-    runs: Annotated[
-        list[Path],
-        typer.Argument(
-            help="Run folders of score, verify, stability, evaluate, enhance, preserve or demo.", show_default=False
-        ),
-    ],
-    output: Annotated[
-        Path | None,
-        typer.Option(
-            "--output", "-o", help="HTML file to write.", show_default="report.html in the folder of a single run"
-        ),
-    ] = None,
-    table: Annotated[
-        str | None,
-        typer.Option(help="Print a table instead of writing a page: patterns.", show_default=False),
-    ] = None,
-    responses: Annotated[
-        bool,
-        typer.Option("--responses", help="Bundle prompts and answers, harmful ones among them (folded away)."),
-    ] = False,
-    title: Annotated[str, typer.Option(help="Heading of the page.")] = "Safety report",
-    seed: options.Seed = 0,
-    json: options.Json = False,
-    config: options.Config = None,
-) -> None:
+@dataclass(frozen=True, kw_only=True)
+class Report(SeedOption, ConfigOptions):
+    runs: list[Path] = argument("Run folders of score, verify, stability, evaluate, enhance, preserve or demo.")
+    output: Path | None = option("HTML file to write.", "-o", shown="report.html in the folder of a single run")
+    table: str | None = option("Print a table instead of writing a page: patterns.")
+    responses: bool = flag("Bundle prompts and answers, harmful ones among them (folded away).")
+    title: str = option("Heading of the page.", default="Safety report")
+
+
+@command
+def report(given: Report) -> None:
     """Show one or more runs on one self-contained HTML page; several stand side by side.
 
     The page holds everything it needs and asks the network for nothing. It replaces an earlier one.
     """
     from safelocus.errors import RunError
-    from safelocus.report.page import write_page
+    from safelocus.report.page import PAGE, write_page
 
-    if table is not None and table not in TABLES:
-        raise typer.BadParameter(f"{table!r} is not one of {', '.join(TABLES)}", param_hint="--table")
-    read = _read(runs)
-    if table is not None:
-        _print_patterns(read, seed, json=json)
+    if given.table is not None and given.table not in TABLES:
+        raise typer.BadParameter(f"{given.table!r} is not one of {', '.join(TABLES)}", param_hint="--table")
+    runs = _read(given.runs)
+    if given.table is not None:
+        _print_patterns(runs, given.seed, json=given.json)
         return
-    if output is None and len(runs) > 1:
+    if given.output is None and len(runs) > 1:
         raise RunError(f"{len(runs)} runs make one page; say where to write it: -o PAGE.html")
-    page = output or runs[0] / "report.html"
+    page = given.output or given.runs[0] / PAGE
     if page.is_dir():
-        raise RunError(f"{page}: is a folder; expected the name of a page, such as {page / 'report.html'}")
-    if not page.parent.is_dir():
-        raise RunError(f"{page}: the folder {page.parent} does not exist")
-    write_page(read, page, heading=title, responses=responses)
-    if json:
-        print_json({"output": str(page), "bytes": page.stat().st_size, "runs": [_describe(run) for run in read]})
+        raise RunError(f"{page}: is a folder; expected the name of a page, such as {page / PAGE}")
+    check_file(page, overwrite=True)
+    write_page(runs, page, heading=given.title, responses=given.responses)
+    if given.json:
+        print_json({"output": str(page), "bytes": page.stat().st_size, "runs": [_describe(run) for run in runs]})
         return
-    note(f"wrote {page} ({page.stat().st_size / 1e6:.1f} MB): {', '.join(run.name for run in read)}")
-    if responses:
-        note("[bold]mind:[/] the page holds prompts and answers, harmful ones among them")
+    note(f"wrote {page} ({page.stat().st_size / 1e6:.1f} MB): {', '.join(run.name for run in runs)}")
+    if given.responses:
+        mind(["the page holds prompts and answers, harmful ones among them"])
 
 
 def _read(paths: Sequence[Path]) -> "list[ReportRun]":

@@ -1,62 +1,49 @@
 """`safelocus select SCORES`: exactly K weights, or whole groups of them, from saved scores."""
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
-import typer
+from safelocus.cli.command import RunOptions, SeedOption, argument, command, option
+from safelocus.cli.options import ShareOptions
+from safelocus.cli.output import check_file, show
+from safelocus.cli.sources import scores_folder
 
-from safelocus.cli import options
-from safelocus.cli.output import note, print_json, results
+
+@dataclass(frozen=True, kw_only=True)
+class PickOptions(ShareOptions, SeedOption):
+    """What `Scores.select` takes as it is given."""
+
+    which: Literal["top", "bottom", "random"] = option("Which weights to take.", default="top")
+    granularity: Literal["weight", "row", "column", "head", "neuron", "expert", "matrix", "layer"] = option(
+        "Take single weights, or whole groups ranked by their mean score.", default="weight"
+    )
 
 
-def select(
-    scores: Annotated[Path, typer.Argument(help="Run folder of `score`, or its scores folder.", show_default=False)],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Selection file to write.", show_default=False)],
-    ratio: options.Ratio = 0.01,
-    of: options.Of = "model",
-    which: Annotated[Literal["top", "bottom", "random"], typer.Option(help="Which weights to take.")] = "top",
-    granularity: Annotated[
-        Literal["weight", "row", "column", "head", "neuron", "expert", "matrix", "layer"],
-        typer.Option(help="Take single weights, or whole groups ranked by their mean score."),
-    ] = "weight",
-    minus: Annotated[
-        list[Path] | None,
-        typer.Option(help="Leave out the weights of this selection (of utility, say); may be repeated."),
-    ] = None,
-    intersect: Annotated[
-        list[Path] | None, typer.Option("--and", help="Keep only the weights that this selection has too.")
-    ] = None,
-    seed: options.Seed = 0,
-    overwrite: options.Overwrite = False,
-    json: options.Json = False,
-    config: options.Config = None,
-) -> None:
+@dataclass(frozen=True, kw_only=True)
+class Select(PickOptions, RunOptions):
+    scores: Path = argument("Run folder of `score`, or its scores folder.")
+    output: Path = option("Selection file to write.", "-o")
+    minus: list[Path] | None = option("Leave out the weights of this selection (of utility, say); may be repeated.")
+    intersect: list[Path] | None = option("Keep only the weights that this selection has too.", "--and")
+
+
+@command
+def select(given: Select) -> None:
     """Select weights from saved scores. Set operations apply after the ratio, so K may fall below it."""
     from safelocus.analysis.map import safety_map
-    from safelocus.errors import RunError
-    from safelocus.report.maps import print_map
+    from safelocus.report.maps import map_parts
     from safelocus.scoring.scores import Scores
     from safelocus.selection.selection import Selection
 
-    if output.exists() and not overwrite:
-        raise RunError(f"{output}: exists already; choose another name, or --overwrite it")
-    if not output.parent.is_dir():
-        raise RunError(f"{output}: the folder {output.parent} does not exist")
-    loaded = Scores.load(scores_folder(scores))
-    selection = loaded.select(ratio, of=of, which=which, granularity=granularity, seed=seed)
-    for path in minus or []:
+    check_file(given.output, given.overwrite)
+    scores = Scores.load(scores_folder(given.scores))
+    selection = scores.select(**given.part(PickOptions))
+    for path in given.minus or []:
         selection = selection - Selection.load(path)
-    for path in intersect or []:
+    for path in given.intersect or []:
         selection = selection & Selection.load(path)
-    selection.save(output)
-    drawn = safety_map(loaded, selection)
-    if json:
-        print_json({"output": str(output), "k": selection.k, "map": drawn.to_json()})
-        return
-    print_map(results, drawn)
-    note(f"wrote {output}: {selection.k:,} weights")
-
-
-def scores_folder(path: Path) -> Path:
-    """The scores inside a run folder, or the folder itself."""
-    return path / "scores" if (path / "scores").is_dir() else path
+    selection.save(given.output)
+    drawn = safety_map(scores, selection)
+    found = {"k": selection.k, "map": drawn.to_json()}
+    show(given, found, *map_parts(drawn), wrote=[f"{selection.k:,} weights"])

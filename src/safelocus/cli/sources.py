@@ -1,35 +1,43 @@
-"""What several commands take by name: judges, prompts, tasks, and the weights to act on.
+"""What several commands take by name: prompts, tasks, judges, scores and selections."""
 
-Weights come as a file (`--selection`), or are found first (`--guard G` or `--refusal`, with `--prompts P` and
-`--ratio R`). Either way further scores of the same kind, for controls, can be made from the same prompts.
-"""
-
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from functools import cache
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safelocus.cli import options
 
 if TYPE_CHECKING:
-    from safelocus.evaluation.judges import Judge
+    from safelocus.evaluation.judges import Endpoint, Judge
     from safelocus.evaluation.tasks import Task
-    from safelocus.model.target import Target
     from safelocus.prompts import PromptSet
     from safelocus.run.provenance import Provenance
     from safelocus.scoring.scores import Scores
     from safelocus.selection.selection import Selection
 
 
-def harmless_prompts(source: str | None, limit: int | None, seed: int) -> "PromptSet | None":
-    """The prompts that should be answered, where some are given."""
+def read_sets(
+    sources: list[str] | None,
+    field: str | None = None,
+    where: list[str] | None = None,
+    *,
+    held_out: float = 0.0,
+    with_responses: bool = False,
+    limit: int | None = None,
+    seed: int = 0,
+) -> "list[PromptSet]":
+    """Sets of prompts by name; `held_out`: of each the share that `score --held-out` left out."""
     from safelocus.prompts import read_prompts
 
-    if source is None:
-        return None
-    prompts = read_prompts(source)
-    return prompts if limit is None else prompts.limit(limit, seed=seed)
+    found = [read_prompts(source, field=field, where=options.conditions(where)) for source in sources or []]
+    found = [each.split(held_out)[1] for each in found] if held_out else found
+    found = [each.with_responses() for each in found] if with_responses else found
+    return found if limit is None else [each.limit(limit, seed=seed) for each in found]
+
+
+def harmless_prompts(source: str | None, limit: int | None, seed: int) -> "PromptSet | None":
+    """The prompts that should be answered, where some are given."""
+    return next(iter(read_sets([source] if source else None, limit=limit, seed=seed)), None)
 
 
 def read_tasks(sources: list[str] | None, limit: int | None, seed: int) -> "list[Task]":
@@ -46,12 +54,20 @@ def read_tasks(sources: list[str] | None, limit: int | None, seed: int) -> "list
     return tasks
 
 
-def load_judges(guard: str | None, description: Path | None, names: list[str] | None, **load: Any) -> "list[Judge]":
-    """The guard as a judge, and those called `guard:NAME` or `refusal`; `load` goes to guards."""
+def load_judges(
+    guard: str | None,
+    description: Path | None,
+    names: list[str] | None,
+    *,
+    threshold: float = 0.0,
+    endpoint: "Endpoint | None" = None,
+    **load: Any,
+) -> "list[Judge]":
+    """The guard as a judge, and those called by name; `load` goes to guards, `endpoint` to rubrics."""
     from safelocus.evaluation.judges import load_judge
 
     judges = [] if guard is None else [load_judge(f"guard:{guard}", description=description, **load)]
-    return judges + [load_judge(name, **(load if name.startswith("guard:") else {})) for name in names or []]
+    return judges + [load_judge(name, threshold=threshold, endpoint=endpoint, **load) for name in names or []]
 
 
 def guard_of(provenance: "Provenance") -> str | None:
@@ -93,117 +109,6 @@ def unscored_prompts(
     return replace(prompts, examples=left)
 
 
-def score_like(
-    target: "Target",
-    method: str,
-    provenance: "Provenance",
-    *,
-    beside: Path,
-    guard: str | None = None,
-    guard_description: Path | None = None,
-    progress: bool = True,
-    **load: Any,
-) -> "Scores":
-    """Scores by some method, from the same prompts, objective and settings as earlier ones, or those themselves.
-
-    Args:
-        provenance: of the earlier scores.
-        beside: the run folder, or a file or folder in it, that they or a selection were read from.
-        guard, guard_description: how to read that guard, where it is the same; else as in that run.
-        load: how to load their guard: device, trust_remote_code.
-
-    Raises:
-        SafelocusError: what they were made with is not recorded, or is not what it was.
-    """
-    from safelocus.errors import PromptError, SafelocusError
-    from safelocus.objective import remake
-    from safelocus.prompts import prompt_hash, read_prompts
-    from safelocus.run.folder import read_config
-    from safelocus.scoring.run import METHODS, NEEDS_OBJECTIVE, score
-    from safelocus.scoring.scores import Scores
-
-    if method not in METHODS:
-        raise SafelocusError(f"{method!r} is no way to score weights; expected {', '.join(METHODS)}")
-    run = beside if (beside / "run.toml").is_file() else beside.parent
-    if method == provenance.method and (run / "scores" / "scores.json").is_file():
-        own = Scores.load(run / "scores")
-        if own.tensors and replace(own.provenance, extra={}) == replace(provenance, extra={}):
-            return own
-    earlier = read_config(run) if (run / "run.toml").is_file() else {}
-    earlier = earlier if earlier.get("command") == "score" else {}
-    used, known = set(provenance.extra.get("prompt_hashes") or ()), provenance.extra
-    if provenance.prompts in (None, "memory") or not used or "chat" not in known:
-        raise SafelocusError(
-            f"the scores do not say with which prompts and settings they were made, so no {method} scores can be made "
-            "like them; score again (safelocus score), and give that run folder"
-        )
-    assert provenance.prompts is not None
-    prompts = read_prompts(
-        provenance.prompts, field=earlier.get("field"), where=options.conditions(earlier.get("where"))
-    )
-    prompts = replace(prompts, examples=tuple(e for e in prompts.examples if prompt_hash(e.prompt) in used))
-    if prompts.hash != provenance.prompts_hash:
-        raise PromptError(
-            f"{provenance.prompts}: the {len(used)} prompts that the weights were found with are not all there as they "
-            f"were then, so {method} scores cannot be made like theirs. Bring them back, or score again"
-        )
-    objective = None
-    if method in NEEDS_OBJECTIVE:
-        path = guard_description if guard is not None and guard == guard_of(provenance) else None
-        path = path or earlier.get("guard_description")
-        objective = remake(provenance.objective or {}, description=Path(path) if path else None, **load)
-    return score(
-        target.talking_as(known["chat"]), prompts, objective=objective, method=method,  # type: ignore[arg-type]
-        batch_size=known["batch_size"], max_new_tokens=known["max_new_tokens"], progress=progress,
-    )  # fmt: skip
-
-
-@dataclass(frozen=True, kw_only=True)
-class Located:
-    """The weights to act on, and how to find others like them.
-
-    Attributes:
-        selection: the weights.
-        scores: method -> scores of all weights, made from the same prompts and objective.
-    """
-
-    selection: "Selection"
-    scores: "Callable[[str], Scores]"
-
-    def control(self, target: "Target", kind: str, *, seed: int = 0) -> "Selection":
-        """As many weights, chosen otherwise: "random", "bottom" of the same scores, or the top of other ones."""
-        from fractions import Fraction
-
-        from safelocus.verification.plan import random_selection
-
-        if kind == "random":
-            return random_selection(target, self.selection.k, seed=seed)
-        method = self.selection.provenance.method if kind == "bottom" else kind
-        share = Fraction(self.selection.k, self.selection.layout.num_weights)  # exactly as many
-        return self.scores(method).select(share, which="bottom" if kind == "bottom" else "top")
-
-    def control_later(self, target: "Target", kind: str, *, seed: int = 0) -> "Callable[[], Selection]":
-        """`control`, made when its turn comes: scoring takes a while, and its tensors take memory."""
-        return lambda: self.control(target, kind, seed=seed)
-
-
-def check_located(
-    selection: Path | None, guard: str | None, refusal: bool, prompts: str | None, ratio: float | None
-) -> None:
-    """Refuse a choice of weights that is incomplete or contradicts itself, before anything is loaded."""
-    from safelocus.errors import SelectionError
-
-    ways = "give --selection S (a file, or the run folder of `score`), or --guard G (or --refusal) with --prompts P"
-    if selection is None and (prompts is None or (guard is None and not refusal)):
-        raise SelectionError(f"nothing says which weights to act on: {ways}")
-    if selection is not None and (prompts is not None or refusal or ratio is not None):
-        raise SelectionError(f"--selection says already which weights to act on; {ways}")
-    if guard is not None and refusal:
-        raise SelectionError("--guard and --refusal are two objectives; give one")
-    if selection is not None:
-        _selection_file(selection)
-
-
 def check_shard(shard: bool, given: Mapping[str, bool]) -> None:
     """Refuse what needs a model that is whole in each process, before it is loaded; `given`: option -> whether."""
     from safelocus.errors import SafelocusError
@@ -225,78 +130,23 @@ def check_unscored(prompts: str | None, harmful: "PromptSet", *, allow_seen: boo
         )
 
 
-def locate(
-    target: "Target",
-    *,
-    selection: Path | None = None,
-    guard: str | None = None,
-    guard_description: Path | None = None,
-    refusal: bool = False,
-    prompts: str | None = None,
-    ratio: float | None = None,
-    batch_size: int = 8,
-    max_new_tokens: int = 256,
-    checkpoint: Path | None = None,
-    progress: bool = True,
-    **load: Any,
-) -> Located:
-    """Load a selection, or score the target and select (`check_located` says what may be given together).
+def judges_for(given: options.TrainOptions) -> "tuple[Judge, ...]":
+    """Those named; else the guard that the weights are found with."""
+    guard = None if given.judge else given.guard
+    return tuple(load_judges(guard, given.guard_description, given.judge, **given.guards))
 
-    Args:
-        checkpoint: folder for the scoring, unfinished and finished; an interrupted command finds it again. Of several
-            processes each has its own.
-        load: how to load the guard: dtype, device, trust_remote_code.
-    """
-    from safelocus import distributed
-    from safelocus.objective import Guard, Objective, Refusal
-    from safelocus.prompts import read_prompts
-    from safelocus.run.resume import claim
-    from safelocus.scoring.run import NEEDS_OBJECTIVE, score
+
+def scores_folder(path: Path) -> Path:
+    """The scores inside a run folder, or the folder itself."""
+    return path / "scores" if (path / "scores").is_dir() else path
+
+
+def read_artefact(path: Path) -> "Selection | Scores":
+    """A selection file, a scores folder, or the scores of a run folder."""
+    from safelocus.errors import RunError
+    from safelocus.scoring.scores import Scores
     from safelocus.selection.selection import Selection
 
-    if selection is not None:
-        file = _selection_file(selection)
-        found = Selection.load(file)
-
-        @cache
-        def like(method: str) -> "Scores":
-            return score_like(
-                target, method, found.provenance, beside=file, guard=guard, guard_description=guard_description,
-                progress=progress, **{name: value for name, value in load.items() if name != "dtype"},
-            )  # fmt: skip
-
-        return Located(selection=found, scores=like)
-    assert prompts is not None
-    assert refusal or guard is not None
-    prompt_set, share = read_prompts(prompts), 0.01 if ratio is None else ratio
-    objective: Objective
-    if guard is None:
-        objective = Refusal()
-    else:
-        objective = Guard.load(guard, description=guard_description, max_new_tokens=max_new_tokens, **load)
-
-    @cache
-    def scores(method: str) -> "Scores":
-        return score(
-            target, prompt_set, objective=objective if method in NEEDS_OBJECTIVE else None, method=method,  # type: ignore[arg-type]
-            batch_size=batch_size, max_new_tokens=max_new_tokens, progress=progress,
-            checkpoint=checkpoint / "sums" if checkpoint is not None and method == "esi" else None,
-        )  # fmt: skip
-
-    if checkpoint is None:
-        return Located(selection=scores("esi").select(share), scores=scores)
-    inputs = {"--prompts": prompt_set, "the objective": objective, "--ratio": share, "--score-batch-size": batch_size}
-    claim(checkpoint, {"the model": target, **inputs, "--max-new-tokens": max_new_tokens})
-    file = checkpoint / "selection.safetensors"
-    if not distributed.in_all(file.is_file()):
-        scores("esi").select(share).save(file)
-    return Located(selection=Selection.load(file), scores=scores)
-
-
-def _selection_file(path: Path) -> Path:
-    from safelocus.errors import SelectionError
-
-    file = path / "selection.safetensors" if path.is_dir() else path
-    if not file.is_file():
-        raise SelectionError(f"{file}: does not exist; expected a selection file, or the run folder of `score`")
-    return file
+    if not path.exists():
+        raise RunError(f"{path}: does not exist; expected a selection, a scores folder or a run folder of `score`")
+    return Scores.load(scores_folder(path)) if path.is_dir() else Selection.load(path)

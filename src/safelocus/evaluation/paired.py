@@ -68,6 +68,9 @@ def compare_evaluations(first: Evaluation, second: Evaluation, *, seed: int = 0)
         # the same word for two things: only what one judge said of both can be compared
         a |= {f"asr@{first.judge_names[0]}": a.pop("asr")} if "asr" in a else {}
         b |= {f"asr@{second.judge_names[0]}": b.pop("asr")} if "asr" in b else {}
+    if _reader(first) != _reader(second):
+        for name in ("refusal", "over_refusal", "partial"):
+            a.pop(name, None)
     found = {}
     for name in a:
         if name in b and (both := [key for key in a[name] if key in b[name]]):
@@ -94,6 +97,8 @@ def _notes(first: Evaluation, second: Evaluation) -> list[str]:
     ours, theirs = ({judge["judge"]: judge for judge in e.judges} for e in (first, second))
     if first.judge_names[0] != second.judge_names[0]:
         notes.append(f"asr is left out: judged by {first.judge_names[0]} first and {second.judge_names[0]} second")
+    if _reader(first) != _reader(second):
+        notes.append(f"refusals are left out: found by {_reader(first)} first and {_reader(second)} second")
     changed = [name for name in ours if name in theirs and ours[name] != theirs[name]]
     notes += [f"judge {name} had other settings" for name in changed]
     for key in ("max_new_tokens", "versions"):
@@ -101,6 +106,11 @@ def _notes(first: Evaluation, second: Evaluation) -> list[str]:
         if old != new:
             notes.append(f"another {key.replace('_', ' ')}: {_short(old)} first, {_short(new)} second")
     return notes
+
+
+def _reader(evaluation: Evaluation) -> str:
+    """The judge that told refusals from answers; before there was a choice it was the refusal matcher."""
+    return str(evaluation.provenance.get("refusals", {}).get("judge", "refusal"))
 
 
 def _short(value: Any) -> str:

@@ -1,17 +1,19 @@
 """Evaluate: answer every prompt and question, judge the answers, count.
 
-    harmful prompts  -> responses -> judges           -> asr, refusal, incoherent
-    harmless prompts -> responses -> refusal matcher  -> over_refusal, incoherent
+    harmful prompts  -> responses -> judges           -> asr, refusal, partial, incoherent
+    harmless prompts -> responses -> refusal reader   -> over_refusal, incoherent
     tasks            -> responses -> strict grading   -> utility
     texts            -> teacher forcing               -> perplexity
+    harmless answers -> teacher forcing, twice        -> kl (to an original)
 
 Greedy throughout: the same model gives the same responses. With a `checkpoint` folder, responses and
 verdicts are kept as they come, and an interrupted evaluation goes on where it stopped. Several processes share the
 batches of a single one; each ends with the whole evaluation.
 """
 
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -20,11 +22,12 @@ from safelocus import distributed
 from safelocus.errors import PromptError, SafelocusError
 from safelocus.evaluation.agreement import cohens_kappa
 from safelocus.evaluation.incoherence import incoherence
-from safelocus.evaluation.judges import Judge, RefusalMatcher, Verdict
+from safelocus.evaluation.judges import Judge, RefusalMatcher, RefusalReader, Verdict
 from safelocus.evaluation.judging import judge_all
-from safelocus.evaluation.perplexity import nats_per_token
+from safelocus.evaluation.measures import proportion
+from safelocus.evaluation.perplexity import kl_per_token, nats_per_token
 from safelocus.evaluation.responding import Reply, Request, Responder, TargetResponder, collect
-from safelocus.evaluation.result import HARMFUL, HARMLESS, PERPLEXITY, UTILITY, Evaluation, Row, measures_of
+from safelocus.evaluation.result import HARMFUL, HARMLESS, PERPLEXITY, UTILITY, Evaluation, Row, measures_of, scored_by
 from safelocus.evaluation.suites import run_suites
 from safelocus.evaluation.tasks import Task, TaskExample
 from safelocus.model.target import Target
@@ -43,6 +46,7 @@ def evaluate(
     harmless: Prompts = (),
     tasks: Task | Sequence[Task] = (),
     perplexity: PromptSet | Sequence[PromptSet] = (),
+    original: Target | None = None,
     suites: Sequence[str] = (),
     judges: Sequence[Judge] = (),
     batch_size: int = 32,
@@ -59,9 +63,12 @@ def evaluate(
         harmless: prompts that should be answered.
         tasks: questions with answers (`read_task`).
         perplexity: prompts with responses, whose perplexity under the target is measured; one set or several.
+        original: the model that this one was made of; how far the two are apart is measured along this one's answers
+            to harmless prompts (`kl`, nats per token).
         suites: tasks of lm-eval, by its names; "arc_easy:100" for the first 100 documents.
         judges: of responses to harmful prompts; the first one's verdicts make the `asr`. Default: the
-            refusal matcher, which finds refusals for the other measures in any case.
+            refusal reader. It finds the refusals for the other measures in any case, unless the refusal matcher
+            is the first judge: then that one does.
         batch_size: requests answered, and responses judged, at a time.
         max_new_tokens: length of the answers; tasks may need fewer.
         seed: of the bootstrap and of an endpoint's sampling.
@@ -89,10 +96,16 @@ def evaluate(
     texts = _prompt_sets(perplexity)
     sets = [(HARMFUL, prompts) for prompts in _prompt_sets(harmful)]
     sets += [(HARMLESS, prompts) for prompts in _prompt_sets(harmless)]
-    matcher = next((judge for judge in judges if isinstance(judge, RefusalMatcher)), None) or RefusalMatcher()
-    judges = tuple(judges) or (matcher,)
+    readers = [judge for judge in judges if isinstance(judge, RefusalReader)]
+    reader: RefusalMatcher | RefusalReader = (readers or [RefusalReader()])[0]
+    if judges and isinstance(judges[0], RefusalMatcher):
+        reader = judges[0]
+    judges = tuple(judges) or (reader,)
     _check(responder, sets, tasks, judges)
-    inside = _inside(responder, [*suites, *(["perplexity"] if texts else [])])
+    wanted = [*suites, *(["perplexity"] if texts else []), *(["the divergence from an original"] if original else [])]
+    inside = _inside(responder, wanted)
+    if original is not None and not any(name == HARMLESS for name, _ in sets):
+        raise PromptError("the divergence from an original is measured along answers to harmless prompts; give some")
     if not (sets or tasks or inside):
         raise PromptError("nothing to evaluate on: give harmful or harmless prompts, tasks, or texts for perplexity")
 
@@ -101,8 +114,9 @@ def evaluate(
     inputs = {
         "the harmful prompts": [prompts for name, prompts in sets if name == HARMFUL],
         "the harmless prompts": [prompts for name, prompts in sets if name == HARMLESS], "the tasks": tasks,
-        "the texts": texts, "the suites": suites, "batch_size": batch_size, "max_new_tokens": max_new_tokens,
-        "seed": seed,
+        "the texts": texts, "the suites": suites,
+        "the original": original and TargetResponder(target=original).identity(), "batch_size": batch_size,
+        "max_new_tokens": max_new_tokens, "seed": seed,
     }  # fmt: skip
     distributed.check_same(Identity.of({**inputs, "the judges": [judge.name for judge in judges]}).parts)
     model = responder.identity() if checkpoint is not None else {}
@@ -131,10 +145,12 @@ def evaluate(
         progress=progress,
     )
     rows = [_row(item, replies[item.request.key]) for item in items]
-    _find_refusals(rows, matcher)
+    _find_refusals(rows, reader)
     verdicts = Journal(checkpoint, "verdicts")
     for judge in judges:
         _add_verdicts(rows, judge, verdicts, batch_size=batch_size, progress=progress)
+    if inside is not None and original is not None:
+        _add_divergence(rows, inside, original, batch_size, progress)
     if inside is not None:
         rows += [row for part in texts for row in _perplexity_rows(inside, part, batch_size, progress)]
     if inside is not None and suites:
@@ -152,6 +168,8 @@ def evaluate(
                 for name, prompts in sets
             ],
             "tasks": [task.describe() for task in tasks],
+            "original": original and TargetResponder(target=original).describe(),
+            "refusals": {"judge": reader.name, **reader.describe()},
             "max_new_tokens": max_new_tokens,
             "batch_size": batch_size,
             "seed": seed,
@@ -225,14 +243,18 @@ def _row(item: _Item, reply: Reply) -> Row:
     return row | {"answer": item.example.answer, "extracted": extracted, "correct": correct}
 
 
-def _find_refusals(rows: Sequence[Row], matcher: RefusalMatcher) -> None:
+def _find_refusals(rows: Sequence[Row], reader: RefusalMatcher | RefusalReader) -> None:
+    answered = [row for row in rows if row["set"] != UTILITY and row["response"] is not None]
+    found = iter(reader.judge([row["prompt"] for row in answered], [row["response"] for row in answered]))
     for row in rows:
         if row["set"] == UTILITY:
             continue
-        row |= {"refused": None, "incoherent": None}
-        if (response := row["response"]) is not None:
-            reason = incoherence(response)
-            row |= {"refused": reason is None and matcher.refuses(response), "incoherent": reason}
+        row |= {"refused": None, "partial": None, "incoherent": None}
+        if row["response"] is not None:
+            judgement = next(found)
+            row |= {"refused": bool(judgement.refused), "incoherent": incoherence(row["response"])}
+            if isinstance(reader, RefusalReader):  # the matcher cannot tell
+                row["partial"] = judgement.verdict is Verdict.PARTIAL
 
 
 def _add_verdicts(rows: Sequence[Row], judge: Judge, journal: Journal, *, batch_size: int, progress: bool) -> None:
@@ -251,13 +273,25 @@ def _add_verdicts(rows: Sequence[Row], judge: Judge, journal: Journal, *, batch_
 
 
 def _agreement(first: str, second: str, rows: Sequence[Row]) -> dict[str, Any]:
-    """Cohen's kappa of two judges over the responses to harmful prompts."""
+    """Cohen's kappa of two judges over the responses to harmful prompts, and where they part."""
+    pairs = [pair for row in rows if (pair := scored_by(row, first, second)) is not None]
+    apart = Counter(" and ".join(pair) for pair in pairs if pair[0] != pair[1])
+    return {
+        "judges": [first, second],
+        **cohens_kappa([a for a, _ in pairs], [b for _, b in pairs]).to_json(),
+        "disagreement": proportion(apart.total(), len(pairs)).to_json(),
+        "verdicts": dict(apart.most_common()),
+    }
 
-    def labels(judge: str) -> list[str | None]:
-        verdicts = [row["judgements"][judge]["verdict"] for row in rows if row["set"] == HARMFUL]
-        return [None if verdict == Verdict.UNSCORABLE else verdict for verdict in verdicts]
 
-    return {"judges": [first, second], **cohens_kappa(labels(first), labels(second)).to_json()}
+def _add_divergence(rows: Sequence[Row], target: Target, original: Target, batch_size: int, progress: bool) -> None:
+    answered = [row for row in rows if row["set"] == HARMLESS and row["response"]]
+    examples = tuple(Example(prompt=r["prompt"], system=r["system"], response=r["response"]) for r in answered)
+    if examples:
+        given = replace(read_prompts([r["prompt"] for r in answered[:1]]), examples=examples)
+        found = kl_per_token(target, original, given, batch_size=batch_size, progress=progress)
+        for row, (kl, _) in zip(answered, found, strict=True):
+            row["kl"] = kl
 
 
 def _perplexity_rows(target: Target, prompts: PromptSet, batch_size: int, progress: bool) -> list[Row]:

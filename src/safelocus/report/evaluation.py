@@ -1,6 +1,7 @@
 """An evaluation on the page: measures with intervals, what changed, by source, and how far the judges agree."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from safelocus.analysis.words import UNKNOWN, in_words, measure_label
@@ -12,6 +13,7 @@ from safelocus.report.runs import ReportRun
 
 _CLAUSES = {
     "asr": "harmful answers to harmful prompts:", "refusal": "refusals of harmful prompts:",
+    "partial": "refusals of harmful prompts with an answer all the same:",
     "over_refusal": "refusals of harmless prompts:", "utility": "right answers to tasks:",
     "incoherent": "incoherent answers:",
 }  # fmt: skip
@@ -24,7 +26,11 @@ _TILES = {
 def evaluation_sections(run: ReportRun) -> list[Section]:
     """One section: how the model behaves."""
     results = run.results
-    parts = (_measures(results), _change(run.against), _sources(results), _agreement(results))
+    changed = run.against or {}
+    parts = (
+        _part(table(results)), _part(change_table(run.against), changed.get("notes", ())), _sources(results),
+        _part(agreement_table(results)),
+    )  # fmt: skip
     return [
         Section(
             title=run.name,
@@ -36,7 +42,7 @@ def evaluation_sections(run: ReportRun) -> list[Section]:
                 if (measure := proportions_in(results).get(name)) is not None
             ],
             parts=[part for part in parts if part is not None],
-            notes=_remarks(results),
+            notes=left_out(results),
         )
     ]
 
@@ -53,7 +59,8 @@ def _summary(results: Mapping[str, Any]) -> str:
     return f"{_model(results)}: {'; '.join(said)} (95 % intervals).{judged}"
 
 
-def _measures(results: Mapping[str, Any]) -> Part | None:
+def table(results: Mapping[str, Any]) -> Grid | None:
+    """The measures, a perplexity among them."""
     rows = [
         (
             name, Span(measure) if name in proportions_in(results) else "", f"{measure['value']:.3f}",
@@ -61,17 +68,16 @@ def _measures(results: Mapping[str, Any]) -> Part | None:
         )
         for name, measure in measures_in(results).items()
     ]  # fmt: skip
-    grid = Grid(title="", headings=("measure", "percent", "value", "95 % interval", "n"), rows=tuple(rows))
-    return Part(title="Measures", blocks=[grid]) if rows else None
+    headings = ("measure", "percent", "value", "95 % interval", "n")
+    return Grid(title="Measures", headings=headings, rows=tuple(rows)) if rows else None
 
 
-def _change(against: Mapping[str, Any] | None) -> Part | None:
+def change_table(against: Mapping[str, Any] | None) -> Grid | None:
     """What changed since another run, prompt by prompt; a perplexity as a quotient, in the table alone."""
     found = {name: change for name, change in (against or {}).get("differences", {}).items() if is_measure(change)}
     known = {name: change for name, change in found.items() if change["value"] is not None}
     if against is None or not known:
         return None
-    title = f"Change since {against['run']}"
     rows = [
         (
             f"{name} (ratio)" if name == PERPLEXITY else measure_label(name),
@@ -81,16 +87,37 @@ def _change(against: Mapping[str, Any] | None) -> Part | None:
         )
         for name, change in known.items()
     ]  # fmt: skip
-    grid = Grid(
-        title="", headings=("measure", "points", "change", "95 % interval", "p", "pairs"), rows=tuple(rows),
+    return Grid(
+        title=f"Change since {against['run']}",
+        headings=("measure", "points", "change", "95 % interval", "p", "pairs"), rows=tuple(rows),
         caption=f"{against['num_pairs']:,} prompts and questions in both; left out: {against['num_only_first']:,} only "
         f"earlier, {against['num_only_second']:,} only now. p: exact McNemar test",
     )  # fmt: skip
-    return Part(title=title, notes=against["notes"], blocks=[grid])
+
+
+def agreement_table(results: Mapping[str, Any]) -> Grid | None:
+    rows = [
+        (
+            " and ".join(pair["judges"]), UNKNOWN if pair["value"] is None else f"{pair['value']:.2f}",
+            _ends(pair, ".2f"), _apart(pair.get("disagreement")), f"{pair['n']:,}",
+        )
+        for pair in results.get("agreement") or []
+    ]  # fmt: skip
+    headings = ("judges", "Cohen's kappa", "95 % interval", "disagree", "answers")
+    return Grid(title="How far the judges agree", headings=headings, rows=tuple(rows)) if rows else None
+
+
+def _apart(measure: Mapping[str, Any] | None) -> str:
+    """The share on which two judges differ; runs of before do not say."""
+    return UNKNOWN if measure is None or measure["value"] is None else f"{measure['value']:.2f}"
 
 
 def _ends(measure: Mapping[str, Any], spelled: str) -> str:
     return UNKNOWN if measure["low"] is None else f"{measure['low']:{spelled}} to {measure['high']:{spelled}}"
+
+
+def _part(grid: Grid | None, notes: Sequence[str] = ()) -> Part | None:
+    return None if grid is None else Part(title=grid.title, notes=notes, blocks=[replace(grid, title="")])
 
 
 def _sources(results: Mapping[str, Any]) -> Part | None:
@@ -98,19 +125,7 @@ def _sources(results: Mapping[str, Any]) -> Part | None:
     return None if len(sources) < 2 else Part(title="By source", blocks=[measures_grid("", sources, heading="source")])
 
 
-def _agreement(results: Mapping[str, Any]) -> Part | None:
-    rows = [
-        (
-            " and ".join(pair["judges"]), UNKNOWN if pair["value"] is None else f"{pair['value']:.2f}",
-            _ends(pair, ".2f"), f"{pair['n']:,}",
-        )
-        for pair in results.get("agreement") or []
-    ]  # fmt: skip
-    grid = Grid(title="", headings=("judges", "Cohen's kappa", "95 % interval", "answers"), rows=tuple(rows))
-    return Part(title="How far the judges agree", blocks=[grid]) if rows else None
-
-
-def _remarks(results: Mapping[str, Any]) -> list[str]:
+def left_out(results: Mapping[str, Any]) -> list[str]:
     """What the measures leave out."""
     remarks = []
     for name, counts in (results.get("counts") or {}).items():

@@ -1,9 +1,7 @@
 """A map as tables and charts: layers, components, experts, concentration, the fullest matrices, and inside of each."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-
-from rich.console import Console
 
 from safelocus.analysis import words
 from safelocus.analysis.density import densities
@@ -35,19 +33,13 @@ _DENSITY_LIMIT = 3  # doublings
 # tables
 
 
-def print_map(console: Console, located: SafetyMap, *, top: int = 10) -> None:
-    """Layer x component, experts, top matrices, concentration, and the summary."""
-    for grid in (
-        layers_grid(located),
-        experts_grid(located),
-        matrices_grid(located, n=top),
-        concentration_grid(located),
-    ):
+def map_parts(located: SafetyMap, *, top: int = 10) -> Iterator[Grid | str]:
+    """Layer x component, experts, top matrices, concentration, and the summary, for the terminal."""
+    grids = layers_grid(located), experts_grid(located), matrices_grid(located, n=top), concentration_grid(located)
+    for grid in grids:
         if grid is not None:
-            console.print(grid.rich())
-            console.print()
-    for line in words.summary_lines(located):
-        console.print(line, soft_wrap=True, highlight=False)
+            yield from (grid, "")
+    yield from words.summary_lines(located)
 
 
 def layers_grid(located: SafetyMap, *, max_rows: int = MAX_ROWS) -> Grid:

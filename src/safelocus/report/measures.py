@@ -11,7 +11,7 @@ from safelocus.report.blocks import Lines, Value
 from safelocus.report.grid import Grid, Span
 
 COLUMNS = {"value": "percent", "low": "percent", "high": "percent", "n": "count"}
-ORDER = ("refusal", "asr", "over_refusal", "utility", "task", "incoherent")  # proportions all
+ORDER = ("refusal", "asr", "partial", "over_refusal", "utility", "task", "incoherent")  # proportions all
 
 
 def measures_in(values: Any) -> dict[str, Mapping[str, Any]]:

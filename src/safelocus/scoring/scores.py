@@ -44,7 +44,7 @@ __all__ = ["MatrixStatistics", "Provenance", "Scores", "matrix_statistics"]
 Where = Callable[[Matrix], bool]
 
 FORMAT_VERSION = 1
-_FORMAT = "safelocus.scoring.scores"
+_FORMAT = "safelocus.scores"
 _JSON = "scores.json"
 _SHARD_BYTES = 4_000_000_000
 

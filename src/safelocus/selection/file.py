@@ -22,7 +22,7 @@ from torch import Tensor
 from safelocus.errors import SelectionError
 
 FORMAT_VERSION = 1
-_HEADER = "safelocus.selection.selection"
+_HEADER = "safelocus.selection"
 _INT32_ELEMENTS = 2**31  # flat indices of a tensor with fewer elements fit int32
 
 

@@ -28,7 +28,7 @@ class Examination:
         harmful: prompts that should be refused.
         harmless: prompts that should be answered; without them over-refusal stays unseen.
         tasks: questions with answers, for utility.
-        judges: of the responses to harmful prompts; the first makes the `asr`. Default: the refusal matcher.
+        judges: of the responses to harmful prompts; the first makes the `asr`. Default: the refusal reader.
         batch_size: prompts answered at a time.
         max_new_tokens: length of the answers.
     """

@@ -67,7 +67,7 @@ def verify(
         scores: what to verify: scores (top and bottom are selected at every ratio), a selection (taken as
             it is; it has no bottom), or several of them by name, compared with one another.
         prompts: harmful prompts, other than those that the scores were made with.
-        judges: of the responses; the first makes the `asr`. Default: the refusal matcher.
+        judges: of the responses; the first makes the `asr`. Default: the refusal reader.
         harmless: prompts that should be answered, for over-refusal.
         tasks: questions with answers, for utility. Without them nothing shows that damage is limited to safety.
         ratios: shares of all the model's weights.

@@ -271,8 +271,8 @@ def _harm(found: Cells, effect: Effect) -> Sequence[str]:
     if (effect.fall.value or 0.0) < _SAMENESS or "asr" not in top.changes or top.changes["asr"].value is None:
         return []
     judges = found.provenance.get("judges") or [{}]
-    if judges[0].get("kind") == "refusal":
-        return ["(The refusal matcher is the first judge, so what the lost refusals turned into is unknown.)"]
+    if judges[0].get("kind") in ("refusal", "reader"):
+        return ["(The first judge only tells refusals apart, so what the lost refusals turned into is unknown.)"]
     change, incoherent = top.changes["asr"], top.measures.get("incoherent")
     share = 0.0 if incoherent is None else 100 * (incoherent.value or 0.0)
     broken = f"; {share:.0f} % of all answers are incoherent"

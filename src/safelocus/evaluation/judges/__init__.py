@@ -1,7 +1,8 @@
-"""Judges: what turns a prompt and a response into harmful, safe or unscorable, with evidence.
+"""Judges: what turns a prompt and a response into harmful, safe, partial or unscorable, with evidence.
 
-`load_judge` takes a judge by name: `refusal`, `guard:NAME` (a folder, hub id or `organism:guard`) or
-`rubric:NAME` (a shipped rubric or a .toml file, asked of a model behind an endpoint).
+`load_judge` takes a judge by name: `reader` (does it refuse?), `refusal` (the same by opening phrases alone),
+`guard:NAME` (a folder, hub id or `organism:guard`) or `rubric:NAME` (a shipped rubric or a .toml file, asked of a
+model behind an endpoint).
 """
 
 from pathlib import Path
@@ -12,6 +13,7 @@ from safelocus.evaluation.judges.cache import default_cache
 from safelocus.evaluation.judges.endpoint import Endpoint, Usage
 from safelocus.evaluation.judges.guard import GuardJudge
 from safelocus.evaluation.judges.llm import RubricJudge
+from safelocus.evaluation.judges.reader import RefusalReader
 from safelocus.evaluation.judges.refusal import RefusalMatcher
 from safelocus.evaluation.judges.rubric import Rubric, shipped_rubrics
 from safelocus.evaluation.judges.verdict import Judge, Judgement, ScreeningJudge, Verdict
@@ -22,6 +24,7 @@ __all__ = [
     "Judge",
     "Judgement",
     "RefusalMatcher",
+    "RefusalReader",
     "Rubric",
     "RubricJudge",
     "ScreeningJudge",
@@ -43,7 +46,7 @@ def load_judge(
     """The judge called `name`.
 
     Args:
-        name: `refusal`, `guard:NAME` or `rubric:NAME`.
+        name: `reader`, `refusal`, `guard:NAME` or `rubric:NAME`.
         threshold: of a guard: log-odds of safe above which a response is safe.
         endpoint: the model that a rubric is put to.
         **guard_options: for `Guard.load` (`description`, `dtype`, `device`, ...).
@@ -53,11 +56,13 @@ def load_judge(
         ModelError: the guard cannot be loaded.
 
     Example:
-        >>> load_judge("refusal").name
-        'refusal'
+        >>> load_judge("reader").name
+        'reader'
     """
-    kind, colon, rest = name.partition(":")
-    if kind == "refusal" and not colon:
+    kind, _, rest = name.partition(":")
+    if name == "reader":
+        return RefusalReader()
+    if name == "refusal":
         return RefusalMatcher()
     if kind == "guard" and rest:
         from safelocus.objective import Guard  # only who asks for a guard waits for torch
@@ -72,7 +77,7 @@ def load_judge(
             )
         return RubricJudge(endpoint=endpoint, rubric=rubric)
     raise JudgeError(
-        f"no judge {name!r}; expected `refusal`, `guard:NAME` (e.g. guard:organism:guard) or `rubric:NAME` "
+        f"no judge {name!r}; expected `reader`, `refusal`, `guard:NAME` (e.g. guard:organism:guard) or `rubric:NAME` "
         f"with one of {', '.join(shipped_rubrics())}"
     )
 

@@ -63,6 +63,10 @@ class RefusalMatcher(ScreeningJudge):
         return "refusal"
 
     @cached_property
+    def _longest(self) -> int:
+        return max(len(phrase) for phrase in self.phrases)
+
+    @cached_property
     def _pattern(self) -> re.Pattern[str]:
         exceptions = "|".join(rf"{re.escape(_bare(phrase))}\b" for phrase in self.exceptions)
         unless = f"(?!{exceptions})" if exceptions else ""
@@ -74,9 +78,11 @@ class RefusalMatcher(ScreeningJudge):
 
     def find(self, response: str) -> str | None:
         """The phrase with which `response` refuses, as it was compared; None where it does not refuse."""
-        longest = max(len(phrase) for phrase in self.phrases)
-        text = _normalise(response)[: self.window + longest]
-        match = self._pattern.search(text)
+        read = self.window + self._longest
+        text = _normalise(response[: 4 * read])
+        if len(text) < read + 8:  # much of it is markup or white space
+            text = _normalise(response)
+        match = self._pattern.search(text[:read])
         return None if match is None or match.start() >= self.window else match.group().strip()
 
     def refuses(self, response: str) -> bool:
@@ -107,7 +113,8 @@ class RefusalMatcher(ScreeningJudge):
 def _normalise(text: str) -> str:
     """Compatible characters; no case, apostrophes, markdown, invisible characters or runs of white space."""
     text = unicodedata.normalize("NFKC", _APOSTROPHES.sub("", text)).casefold()  # NFKC makes a space of an accent
-    text = "".join(character for character in text if unicodedata.category(character) != "Cf")
+    if not text.isascii():
+        text = "".join(character for character in text if unicodedata.category(character) != "Cf")
     return " ".join(_MARKUP.sub("", text).split())
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import safelocus as sl
-from safelocus.cli import sources
+from safelocus.cli import locating
 from safelocus.errors import ModelError, PromptError, SafelocusError
 from safelocus.model.target import Target
 from safelocus.objective import Guard, remake
@@ -34,7 +34,7 @@ def made(tmp_path):
 
 def like(file, method="esi", **how):
     provenance = sl.Selection.load(file).provenance
-    return sources.score_like(told(), method, provenance, beside=file, progress=False, **how)
+    return locating.score_like(told(), method, provenance, beside=file, progress=False, **how)
 
 
 def same(first, second):
@@ -61,7 +61,7 @@ def test_without_them_they_are_made_as_they_were(made):
     """With the objective's openings, the chat format and the batch size of then, whatever they are now."""
     scores, file = made
     assert same(like(file), scores)
-    located = sources.locate(told(), selection=file, progress=False)
+    located = locating.locate(told(), selection=file, progress=False)
     bottom = located.control(told(), "bottom")
     assert bottom.iou(scores.select(0.05, which="bottom")) == 1
     snip = sl.score(
@@ -81,7 +81,7 @@ def test_prompts_that_have_changed(made):
 def test_prompts_in_memory_and_objectives_of_ones_own(made, tmp_path):
     scores = sl.score(told(), PROMPTS[:2], objective=sl.Refusal(), progress=False)
     with pytest.raises(SafelocusError, match="do not say with which prompts"):
-        sources.score_like(told(), "esi", scores.provenance, beside=tmp_path, progress=False)
+        locating.score_like(told(), "esi", scores.provenance, beside=tmp_path, progress=False)
 
     def mine(target, prompts):
         return sl.Refusal()(target, prompts)
@@ -89,7 +89,7 @@ def test_prompts_in_memory_and_objectives_of_ones_own(made, tmp_path):
     prompts = sl.read_prompts(made[1].parent / "prompts.json")
     scores = sl.score(told(), prompts, objective=mine, progress=False)
     with pytest.raises(ModelError, match="'callable' cannot be made anew"):
-        sources.score_like(told(), "snip", scores.provenance, beside=tmp_path, progress=False)
+        locating.score_like(told(), "snip", scores.provenance, beside=tmp_path, progress=False)
 
 
 def test_a_guard_is_made_anew_with_all_its_settings(monkeypatch):

@@ -1,0 +1,152 @@
+"""A command from a frozen dataclass: its fields are the options, in help, in `--config` and in `run.toml`.
+
+    @dataclass(frozen=True, kw_only=True)
+    class Shorten(RunOptions):                     # bases are groups of options that commands share
+        share: float = option("What to keep.", "-s", default=0.5, min=0, max=1)
+
+    @command
+    def shorten(given: Shorten) -> None:           # `safelocus shorten --share 0.3 -o DIR`; its docstring is the help
+        shortened = library.shorten(target, **given.part(Shorten))
+
+The name of a command is that of its dataclass, and so is the name in `run.toml`.
+"""
+
+from collections.abc import Callable
+from dataclasses import MISSING, Field, dataclass, field, fields
+from functools import wraps
+from inspect import Parameter, Signature, get_annotations, signature
+from pathlib import Path
+from types import NoneType
+from typing import Annotated, Any, TypeVar, get_args, get_type_hints
+
+import typer
+
+from safelocus.errors import RunError
+from safelocus.run.folder import read_config
+
+
+def option(help: str, *names: str, default: Any = MISSING, shown: str | bool = True, **how: Any) -> Any:
+    """A field that is an option.
+
+    Args:
+        names: other ones than --that-of-the-field, or short ones beside it; "--" stands for it.
+        default: without one it is None; where the type does not allow that, the option has to be given.
+        shown: in help, in place of the default.
+        how: see `typer.Option`.
+    """
+    how = {"kind": typer.Option, "names": names, "help": help, "show_default": shown, **how}
+    return field(default=default, metadata=how)
+
+
+def flag(help: str, name: str = "--") -> Any:
+    """A field that is an option without a value, and false where it is not given."""
+    return option(help, name, default=False)
+
+
+def argument(help: str) -> Any:
+    """A field that is an argument."""
+    return field(metadata={"kind": typer.Argument, "names": (), "help": help})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What was given on the command line."""
+
+    def part(self, group: "type[Options]") -> dict[str, Any]:
+        """The options of a group by name, as a function of the library takes them."""
+        return {field.name: getattr(self, field.name) for field in fields(group)}
+
+
+T = TypeVar("T", bound=Options)
+
+
+def command(tell: Callable[[T], None]) -> Callable[..., None]:
+    """A function of options as one that typer makes a command of."""
+    (given,) = signature(tell).parameters.values()
+
+    @wraps(tell)
+    def run(**options: Any) -> None:
+        tell(given.annotation(**options))
+
+    run.__signature__ = Signature(_parameters(given.annotation))  # type: ignore[attr-defined]
+    return run
+
+
+def _parameters(kind: type[Options]) -> list[Parameter]:
+    """Required ones first."""
+    hints = get_type_hints(kind)
+    found = [_parameter(field, hints[field.name], **how) for field, how in _in_order(kind)]
+    return sorted(found, key=lambda parameter: parameter.default is not Parameter.empty)
+
+
+def _in_order(kind: type[Options]) -> list[tuple[Field, dict[str, Any]]]:
+    """Fields and how they are options: a command's own before those of its groups, each where it was declared first."""
+    places, how = {}, dict[str, Any]()
+    for depth, each in enumerate(kind.__mro__[:-1]):
+        for place, name in enumerate(get_annotations(each)):
+            places[name] = (depth, place)
+            how[name] = how.get(name) or each.__dataclass_fields__[name].metadata  # type: ignore[attr-defined]
+    return [(field, how[field.name]) for field in sorted(fields(kind), key=lambda field: places[field.name])]
+
+
+def _parameter(field: Field, hint: Any, *, kind: Callable[..., Any], names: tuple[str, ...], **how: Any) -> Parameter:
+    own = f"--{field.name.replace('_', '-')}"
+    names = tuple(own if name == "--" else name for name in names)
+    if names and not any(name.startswith("--") for name in names):
+        names = (own, *names)
+    without = None if NoneType in get_args(hint) else Parameter.empty
+    default = without if field.default is MISSING else field.default
+    return Parameter(
+        field.name, Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[hint, kind(*names, **how)]
+    )  # fmt: skip
+
+
+def load_config(context: typer.Context, value: Path | None) -> Path | None:
+    """Make the values of a run.toml the defaults of this command; options given beside it win."""
+    if value is None:
+        return None
+    values = read_config(value)
+    file = value / "run.toml" if value.is_dir() else value
+    name = values.pop("command", context.info_name)
+    if name != context.info_name:
+        raise RunError(f"{file}: is the configuration of `safelocus {name}`, not of `{context.info_name}`")
+    known = {parameter.name for parameter in context.command.params}
+    if unknown := sorted(set(values) - known):
+        raise RunError(f"{file}: unknown keys {', '.join(unknown)}; known are {', '.join(sorted(map(str, known)))}")
+    context.default_map = values
+    return value
+
+
+@dataclass(frozen=True, kw_only=True)
+class JsonOption(Options):
+    json: bool = flag("Print one JSON document instead of tables.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConfigOptions(JsonOption):
+    config: Path | None = option(
+        "Take options from a run.toml (or the run folder that holds one).", is_eager=True, callback=load_config
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SeedOption(Options):
+    seed: int = option("Seed of everything random.", default=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions(SeedOption, ConfigOptions):
+    output: Path = option("Folder to write the run into.", "-o")
+    overwrite: bool = flag("Replace an earlier run in the output folder.")
+
+    def resolved(self) -> dict[str, Any]:
+        """What `run.toml` says: all but where it goes, and how it is told."""
+        left_out = {"output", "overwrite", "json", "config"}
+        names = [field.name for field, _ in _in_order(type(self)) if field.name not in left_out]
+        return {"command": type(self).__name__.lower()} | {name: _plain(getattr(self, name)) for name in names}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_plain(each) for each in value]
+    return str(value) if isinstance(value, Path) else value

@@ -1,0 +1,233 @@
+"""The weights that a command acts on.
+
+They come as a file (`--selection`), or are found first (`--guard G` or `--refusal`, with `--prompts P` and
+`--ratio R`). Either way further scores of the same kind, for controls, can be made from the same prompts.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safelocus.cli import options
+from safelocus.cli.sources import check_shard, guard_of
+
+if TYPE_CHECKING:
+    from safelocus.model.target import Target
+    from safelocus.run.provenance import Provenance
+    from safelocus.scoring.scores import Scores
+    from safelocus.selection.selection import Selection
+
+
+@dataclass(frozen=True, kw_only=True)
+class Located:
+    """The weights to act on, and how to find others like them.
+
+    Attributes:
+        selection: the weights.
+        scores: method -> scores of all weights, made from the same prompts and objective.
+    """
+
+    selection: "Selection"
+    scores: "Callable[[str], Scores]"
+
+    def control(self, target: "Target", kind: str, *, seed: int = 0) -> "Selection":
+        """As many weights, chosen otherwise: "random", "bottom" of the same scores, or the top of other ones."""
+        from fractions import Fraction
+
+        from safelocus.verification.plan import random_selection
+
+        if kind == "random":
+            return random_selection(target, self.selection.k, seed=seed)
+        method = self.selection.provenance.method if kind == "bottom" else kind
+        share = Fraction(self.selection.k, self.selection.layout.num_weights)  # exactly as many
+        return self.scores(method).select(share, which="bottom" if kind == "bottom" else "top")
+
+    def control_later(self, target: "Target", kind: str, *, seed: int = 0) -> "Callable[[], Selection]":
+        """`control`, made when its turn comes: scoring takes a while, and its tensors take memory."""
+        return lambda: self.control(target, kind, seed=seed)
+
+
+def check_located(given: options.LocateOptions) -> None:
+    """Refuse a choice of weights that is incomplete or contradicts itself, before anything is loaded."""
+    from safelocus.errors import SelectionError
+
+    ways = "give --selection S (a file, or the run folder of `score`), or --guard G (or --refusal) with --prompts P"
+    if given.selection is None and (given.prompts is None or (given.guard is None and not given.refusal)):
+        raise SelectionError(f"nothing says which weights to act on: {ways}")
+    if given.selection is not None and (given.prompts is not None or given.refusal or given.ratio is not None):
+        raise SelectionError(f"--selection says already which weights to act on; {ways}")
+    if given.guard is not None and given.refusal:
+        raise SelectionError("--guard and --refusal are two objectives; give one")
+    if given.selection is not None:
+        _selection_file(given.selection)
+
+
+def check_training(given: options.TrainOptions, *kinds: str) -> tuple[str, ...]:
+    """The controls asked for; refuses options that contradict one another, before anything is loaded.
+
+    Args:
+        kinds: of controls that are no other weights, but trained otherwise.
+    """
+    from safelocus.scoring.run import METHODS
+
+    known = ("random", "bottom", *kinds, *(method for method in METHODS if method != "random"))
+    wanted = options.words(given.controls, "--controls", known)
+    given.settings()
+    check_shard(given.shard, {f"--controls {name}": name in wanted for name in ("lora", "wanda")})
+    check_located(given)
+    return wanted
+
+
+def locate_for(given: options.TrainOptions, target: "Target", folder: Path) -> Located:
+    """`locate` by the options of a training, resumed from its unfinished run."""
+    from safelocus.run.folder import CHECKPOINT
+
+    return locate(
+        target, batch_size=given.score_batch_size or 8, max_new_tokens=given.max_new_tokens,
+        checkpoint=folder / CHECKPOINT / "scores", progress=not given.json, **given.guards,
+        **given.part(options.LocateOptions),
+    )  # fmt: skip
+
+
+def locate(
+    target: "Target",
+    *,
+    selection: Path | None = None,
+    guard: str | None = None,
+    guard_description: Path | None = None,
+    refusal: bool = False,
+    prompts: str | None = None,
+    ratio: float | None = None,
+    batch_size: int = 8,
+    max_new_tokens: int = 256,
+    checkpoint: Path | None = None,
+    progress: bool = True,
+    **load: Any,
+) -> Located:
+    """Load a selection, or score the target and select (`check_located` says what may be given together).
+
+    Args:
+        checkpoint: folder for the scoring, unfinished and finished; an interrupted command finds it again. Of several
+            processes each has its own.
+        load: how to load the guard: dtype, device, trust_remote_code.
+    """
+    from safelocus import distributed
+    from safelocus.objective import Guard, Objective, Refusal
+    from safelocus.prompts import read_prompts
+    from safelocus.run.resume import claim
+    from safelocus.scoring.run import NEEDS_OBJECTIVE, score
+    from safelocus.selection.selection import Selection
+
+    if selection is not None:
+        file = _selection_file(selection)
+        found = Selection.load(file)
+
+        @cache
+        def like(method: str) -> "Scores":
+            return score_like(
+                target, method, found.provenance, beside=file, guard=guard, guard_description=guard_description,
+                progress=progress, **{name: value for name, value in load.items() if name != "dtype"},
+            )  # fmt: skip
+
+        return Located(selection=found, scores=like)
+    assert prompts is not None
+    assert refusal or guard is not None
+    prompt_set, share = read_prompts(prompts), 0.01 if ratio is None else ratio
+    objective: Objective
+    if guard is None:
+        objective = Refusal()
+    else:
+        objective = Guard.load(guard, description=guard_description, max_new_tokens=max_new_tokens, **load)
+
+    @cache
+    def scores(method: str) -> "Scores":
+        return score(
+            target, prompt_set, objective=objective if method in NEEDS_OBJECTIVE else None, method=method,  # type: ignore[arg-type]
+            batch_size=batch_size, max_new_tokens=max_new_tokens, progress=progress,
+            checkpoint=checkpoint / "sums" if checkpoint is not None and method == "esi" else None,
+        )  # fmt: skip
+
+    if checkpoint is None:
+        return Located(selection=scores("esi").select(share), scores=scores)
+    inputs = {"--prompts": prompt_set, "the objective": objective, "--ratio": share, "--score-batch-size": batch_size}
+    claim(checkpoint, {"the model": target, **inputs, "--max-new-tokens": max_new_tokens})
+    file = checkpoint / "selection.safetensors"
+    if not distributed.in_all(file.is_file()):
+        scores("esi").select(share).save(file)
+    return Located(selection=Selection.load(file), scores=scores)
+
+
+def score_like(
+    target: "Target",
+    method: str,
+    provenance: "Provenance",
+    *,
+    beside: Path,
+    guard: str | None = None,
+    guard_description: Path | None = None,
+    progress: bool = True,
+    **load: Any,
+) -> "Scores":
+    """Scores by some method, from the same prompts, objective and settings as earlier ones, or those themselves.
+
+    Args:
+        provenance: of the earlier scores.
+        beside: the run folder, or a file or folder in it, that they or a selection were read from.
+        guard, guard_description: how to read that guard, where it is the same; else as in that run.
+        load: how to load their guard: device, trust_remote_code.
+
+    Raises:
+        SafelocusError: what they were made with is not recorded, or is not what it was.
+    """
+    from safelocus.errors import PromptError, SafelocusError
+    from safelocus.objective import remake
+    from safelocus.prompts import prompt_hash, read_prompts
+    from safelocus.run.folder import read_config
+    from safelocus.scoring.run import METHODS, NEEDS_OBJECTIVE, score
+    from safelocus.scoring.scores import Scores
+
+    if method not in METHODS:
+        raise SafelocusError(f"{method!r} is no way to score weights; expected {', '.join(METHODS)}")
+    run = beside if (beside / "run.toml").is_file() else beside.parent
+    if method == provenance.method and (run / "scores" / "scores.json").is_file():
+        own = Scores.load(run / "scores")
+        if own.tensors and replace(own.provenance, extra={}) == replace(provenance, extra={}):
+            return own
+    earlier = read_config(run) if (run / "run.toml").is_file() else {}
+    earlier = earlier if earlier.get("command") == "score" else {}
+    used, known = set(provenance.extra.get("prompt_hashes") or ()), provenance.extra
+    if provenance.prompts in (None, "memory") or not used or "chat" not in known:
+        raise SafelocusError(
+            f"the scores do not say with which prompts and settings they were made, so no {method} scores can be made "
+            "like them; score again (safelocus score), and give that run folder"
+        )
+    assert provenance.prompts is not None
+    prompts = read_prompts(
+        provenance.prompts, field=earlier.get("field"), where=options.conditions(earlier.get("where"))
+    )
+    prompts = replace(prompts, examples=tuple(e for e in prompts.examples if prompt_hash(e.prompt) in used))
+    if prompts.hash != provenance.prompts_hash:
+        raise PromptError(
+            f"{provenance.prompts}: the {len(used)} prompts that the weights were found with are not all there as they "
+            f"were then, so {method} scores cannot be made like theirs. Bring them back, or score again"
+        )
+    objective = None
+    if method in NEEDS_OBJECTIVE:
+        path = guard_description if guard is not None and guard == guard_of(provenance) else None
+        path = path or earlier.get("guard_description")
+        objective = remake(provenance.objective or {}, description=Path(path) if path else None, **load)
+    return score(
+        target.talking_as(known["chat"]), prompts, objective=objective, method=method,  # type: ignore[arg-type]
+        batch_size=known["batch_size"], max_new_tokens=known["max_new_tokens"], progress=progress,
+    )  # fmt: skip
+
+
+def _selection_file(path: Path) -> Path:
+    from safelocus.errors import SelectionError
+
+    file = path / "selection.safetensors" if path.is_dir() else path
+    if not file.is_file():
+        raise SelectionError(f"{file}: does not exist; expected a selection file, or the run folder of `score`")
+    return file

@@ -1,0 +1,49 @@
+"""The answers that scores rest on, as they come and when all are there."""
+
+import json
+from contextlib import suppress
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+from safelocus import distributed
+from safelocus.run.folder import write_text
+
+
+class AnswerLog:
+    """Keeps every answer and its score in a JSON-lines file; never printed.
+
+    Unfinished, the file has a line for each batch of this process, as they come; `finish` makes one for each answer, of
+    all processes, in the order of a single one. A batch that a resumed run repeats counts once.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._batches = path.with_name(f"{path.name}.unfinished")
+
+    def __call__(self, prompts: Any, responses: Any, scores: Any) -> None:
+        rows = [
+            {
+                "prompt": prompt,
+                **({"system": system} if (system := getattr(prompt, "system", None)) else {}),
+                "response": response.text,
+                "finished": response.finished,
+                "safety": value,
+            }
+            for prompt, response, value in zip(prompts, responses, scores.tolist(), strict=True)
+        ]
+        with self._batches.open("a", encoding="utf-8") as file:
+            file.write(f"\n{json.dumps(rows)}")  # begins a line: another may have been cut off
+
+    def finish(self) -> None:
+        """Write the answers of all processes; every one of them calls this."""
+        batches: dict[Any, list[dict[str, Any]]] = {}
+        for line in self._batches.read_text(encoding="utf-8").split("\n") if self._batches.is_file() else ():
+            with suppress(json.JSONDecodeError):
+                rows = json.loads(line)
+                batches[tuple((row["prompt"], row.get("system")) for row in rows)] = rows
+        self._batches.unlink(missing_ok=True)
+        rounds = zip_longest(*distributed.gather_objects(list(batches.values())), fillvalue=[])
+        answers = [json.dumps(row, ensure_ascii=False) + "\n" for each in rounds for rows in each for row in rows]
+        if distributed.is_main() and answers:
+            write_text(self._path, "".join(answers))
