@@ -19,7 +19,7 @@ from transformers import AutoConfig
 from safelocus.errors import LayoutError
 from safelocus.model.layout import COMPONENTS, ELIGIBLE, Layout, TensorLayout, canonical_name, is_adapter
 from safelocus.model.layout.rules import families
-from tiny_models import NAMES, build, config
+from tiny_models import ATTENTIONLESS, NAMES, build, config
 
 
 def layout_of(name: str) -> Layout:
@@ -58,13 +58,15 @@ def test_only_weight_matrices_of_layers_are_eligible(name: str) -> None:
         assert matrix.component in COMPONENTS
         assert matrix.eligible == (matrix.component in ELIGIBLE)
         if matrix.eligible:
-            assert matrix.layer in (0, 1)
+            assert matrix.layer in range(4 if name == "nemotron_h" else 2)
             assert math.prod(layout.tensors[matrix.tensor].shape) >= matrix.num_weights > 0
-            assert re.search("norm|ln_|bias|embed|wte|wpe|lm_head|router", matrix.tensor) is None
+            never = "norm[._]|norm$|ln_|bias|embed|wte|wpe|lm_head|router|conv1d|conv.conv|A_log|lambda|altup"
+            assert re.search(never, matrix.tensor.replace("norm_attn_norm.", "")) is None
     components = {matrix.component for matrix in layout.matrices if matrix.eligible}
-    assert {"query", "key", "value", "output", "up", "down"} <= components
+    if name not in ATTENTIONLESS:
+        assert {"query", "key", "value", "output", "up", "down"} <= components
     assert layout.num_eligible == sum(matrix.num_weights for matrix in layout.matrices if matrix.eligible)
-    assert layout.num_layers == (4 if config(name).is_encoder_decoder else 2)
+    assert layout.num_layers == (4 if config(name).is_encoder_decoder or name == "nemotron_h" else 2)
     assert layout.family in families()
     assert layout.matched_by == ("names" if name == "exaone_moe" else "model_type")  # a type that no family lists
 
@@ -482,3 +484,49 @@ def test_coordinates_are_those_of_the_views(tensor: TensorLayout) -> None:
         if not side or not tensor.column_axes or max(side) < min(tensor.column_axes):
             assert order.tolist() == sorted(order.tolist())
     assert TensorLayout.from_json(json.loads(json.dumps(tensor.to_json()))) == tensor
+
+
+# what is left out on request
+
+
+def test_what_is_not_understood_is_refused_or_left_out_and_said() -> None:
+    model = build("llama")
+    for layer in model.model.layers:
+        layer.mlp.novelty = nn.Linear(24, 5, bias=False)
+    with pytest.raises(LayoutError, match="--skip-unknown"):
+        Layout.of(model)
+    layout = Layout.of(model, skip_unknown=True)
+    assert list(layout.tensors) == [name for name, _ in model.named_parameters()]
+    assert layout.num_weights == model.num_parameters()
+    assert layout.num_eligible == layout_of("llama").num_eligible
+    assert [t.name for t in layout.tensors.values() if t.components == ("unknown",)] == [
+        f"model.layers.{n}.mlp.novelty.weight" for n in (0, 1)
+    ]
+    share = 2 * 5 * 24 / layout.num_weights
+    assert layout.left_out == (
+        f"2 tensors with {share:.1%} of the weights are not understood and were left out (--skip-unknown): "
+        "model.layers.{layer}.mlp.novelty.weight"
+    )
+    assert Layout.from_json(json.loads(json.dumps(layout.to_json()))).left_out == layout.left_out
+    assert layout_of("llama").left_out is None
+    model.config.model_type = "brand_new"
+    assert Layout.of(model, skip_unknown=True).tensors == layout.tensors
+
+
+def test_what_nobody_understands_is_not_left_out() -> None:
+    with pytest.raises(LayoutError, match="not understood"):
+        Layout.of(Unknown(), skip_unknown=True)
+
+
+def test_a_shape_that_does_not_fit_is_left_out_on_request() -> None:
+    model = build("qwen3")
+    model.model.layers[1].self_attn.q_proj = nn.Linear(24, 64)
+    layout = Layout.of(model, skip_unknown=True)
+    assert layout.tensors["model.layers.1.self_attn.q_proj.weight"].components == ("unknown",)
+    assert layout.tensors["model.layers.0.self_attn.q_proj.weight"].components == ("query",)
+
+
+@pytest.mark.parametrize("name", ["hunyuan_v1_dense", "dots1", "nemotron", "dbrx"])
+def test_a_class_that_fails_on_its_own_configuration_is_said_to_be_its_own(name: str) -> None:
+    with pytest.raises(LayoutError, match=rf"transformers cannot build \w+ \(model_type '{name}'\)"):
+        Layout.from_config(AutoConfig.for_model(name))

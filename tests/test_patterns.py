@@ -13,15 +13,16 @@ from safelocus.analysis.patterns import patterns
 from safelocus.model.layout import Layout
 from safelocus.selection.selection import Selection
 from test_map import EXPERTS, SMALL
+from tiny_models import config
 
 LAYERS = 12
 DENSE = LlamaConfig(**{**SMALL, "num_hidden_layers": LAYERS})
 MOE = Qwen3MoeConfig(**{**SMALL, "num_hidden_layers": LAYERS}, **EXPERTS, head_dim=8)
 
 
-def located(config, density, seed: int = 0) -> SafetyMap:
+def located(configuration, density, seed: int = 0) -> SafetyMap:
     """A map whose matrices have the densities that a function of (matrix, generator) gives them."""
-    layout = Layout.from_config(config)
+    layout = Layout.from_config(configuration)
     generator = np.random.default_rng(seed)
     coordinates = {}
     for name in layout.eligible_tensors:
@@ -86,6 +87,19 @@ def test_fold_and_share_are_those_of_the_map():
     assert found["value matrices"].fold == pytest.approx(value.enrichment)
     assert found["value matrices"].share == pytest.approx(value.share)
     assert found["middle layers"].fold == pytest.approx(middle.enrichment)
+
+
+def test_layers_without_attention_are_resampled_apart():
+    """Of a hybrid model: a resample without a single value matrix would have no fold."""
+    kinds = ["full_attention", "conv", "conv", "conv"]
+    hybrid = config("lfm2", num_hidden_layers=8, layer_types=kinds * 2)
+    found = by_name(
+        patterns(located(hybrid, lambda m, g: noisy(m, g) * (6 if m.component == "value" else 1)), draws=99)
+    )
+    value = found["value matrices"]
+    assert 1 < value.low <= value.fold <= value.high
+    alone = by_name(patterns(located(config("lfm2"), noisy), draws=99))["value matrices"]
+    assert (alone.low, alone.high) == (None, None)  # one layer has some
 
 
 def test_holm_never_lowers_and_keeps_the_order():

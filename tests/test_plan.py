@@ -33,7 +33,7 @@ from safelocus.resources.memory import JUDGED
 from safelocus.resources.rehearsal import inputs
 from safelocus.training import TrainingSettings, fit, training_rows
 from several import command
-from tiny_models import MIXTURES, NAMES, config
+from tiny_models import ATTENTIONLESS, MIXTURES, NAMES, config
 from tiny_targets import dense, moe
 
 SHORT = Lengths(prompt=24, response=8, row=32, retained=32)
@@ -129,14 +129,24 @@ def passing(batch=2, length=12):
     return work
 
 
+LOOK_AT_VALUES = ("diffllama", "jetmoe", "longcat_flash", "dbrx")  # transformers' own code does
+
+
+@pytest.mark.parametrize("name", LOOK_AT_VALUES)
+def test_what_cannot_be_rehearsed_says_so(name):
+    with pytest.raises(PlanError, match=r"does not run without data.*--batch-size"):
+        Subject.of(name, config(name)).rehearsal.peak(passing())
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in LOOK_AT_VALUES])
 def test_every_architecture_can_be_rehearsed(name):
     rehearsal = Subject.of(name, config(name)).rehearsal
     once, twice = rehearsal.peak(passing()).total, rehearsal.peak(passing(4)).total
     checkpointed = rehearsal.peak(passing(), checkpointing=True).total
     assert 0 < checkpointed < once < twice <= 2 * once
-    assert rehearsal.cache(12) > rehearsal.cache(6) > 0
+    assert rehearsal.cache(12) >= rehearsal.cache(6) > 0
+    assert (rehearsal.cache(12) > rehearsal.cache(6)) == (name not in ATTENTIONLESS)  # whose state has one size
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

@@ -88,6 +88,25 @@ GEMMA4 = {
     "vocab_size_per_layer_input": VOCABULARY,
     "hidden_size_per_layer_input": 6,
 }
+HYBRID = {**LLAMA, "layer_types": ["full_attention", "linear_attention"]}  # attention first, so that all look there
+DELTA = {
+    **HYBRID,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 6,
+    "linear_key_head_dim": 5,
+    "linear_value_head_dim": 5,
+}
+MAMBA2 = {
+    **SQUARE,
+    "mamba_n_heads": 8,
+    "mamba_d_head": 6,
+    "mamba_n_groups": 2,
+    "mamba_d_state": 7,
+    "mamba_expand": 2,
+    "hidden_size": 24,
+    "num_attention_heads": 4,
+    "head_dim": 6,
+}
 
 _LLAMA = (
     *("llama", "mistral", "ministral", "qwen3", "gemma", "gemma2", "gemma3_text", "vaultgemma", "smollm3"),
@@ -116,6 +135,77 @@ _MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma4_text": ("gemma4_text", GEMMA4),
     "gemma4_moe": ("gemma4_text", {**GEMMA4, **MOE, "enable_moe_block": True, "top_k_experts": 2}),
     "gemma4_shared": ("gemma4_text", {**GEMMA4, "attention_k_eq_v": True, "num_global_key_value_heads": 1}),
+    "qwen3_next": ("qwen3_next", {**MOE, **DELTA, "shared_expert_intermediate_size": 14}),
+    "qwen3_next_uneven": ("qwen3_next", {**DELTA, "linear_value_head_dim": 7, "mlp_only_layers": [0, 1]}),
+    "qwen3_5_text": ("qwen3_5_text", DELTA),
+    "qwen3_5_uneven": ("qwen3_5_text", {**DELTA, "linear_value_head_dim": 7}),
+    "qwen3_5_moe_text": ("qwen3_5_moe_text", {**MOE, **DELTA, "shared_expert_intermediate_size": 14}),
+    "olmo_hybrid": ("olmo_hybrid", {**DELTA, "linear_value_head_dim": 7}),
+    "gemma3n_text": (
+        "gemma3n_text",
+        {**LLAMA, "layer_types": ["full_attention", "sliding_attention"], "num_kv_shared_layers": 0, "laurel_rank": 5,
+         "altup_num_inputs": 3, "hidden_size_per_layer_input": 6, "vocab_size_per_layer_input": VOCABULARY},
+    ),
+    "lfm2": (
+        "lfm2", {**SQUARE, "layer_types": ["full_attention", "conv"], "block_auto_adjust_ff_dim": False},
+    ),
+    "lfm2_moe": ("lfm2_moe", {**MOE, **SQUARE, "layer_types": ["full_attention", "conv"], "num_dense_layers": 1}),
+    "granitemoehybrid": (
+        "granitemoehybrid", {**MOE, **MAMBA2, "layer_types": HYBRID["layer_types"], "shared_intermediate_size": 14},
+    ),
+    "granitemoehybrid_dense": (
+        "granitemoehybrid",
+        {**MAMBA2, "num_local_experts": 0, "layer_types": HYBRID["layer_types"], "shared_intermediate_size": 14},
+    ),
+    "falcon_h1": ("falcon_h1", {**MAMBA2, "mamba_d_ssm": 48, "mamba_rms_norm": True}),
+    "nemotron_h": (
+        "nemotron_h",
+        {**MOE, "num_hidden_layers": 4, "layers_block_type": ["full_attention", "mlp", "linear_attention", "moe"],
+         "mamba_num_heads": 8, "mamba_head_dim": 6, "n_groups": 2, "ssm_state_size": 7, "n_routed_experts": 5,
+         "moe_shared_expert_intermediate_size": 14},
+    ),
+    "bamba": ("bamba", {**MAMBA2, "attn_layer_indices": [0]}),
+    "jamba": (
+        "jamba",
+        {**MOE, **SQUARE, "attn_layer_period": 2, "attn_layer_offset": 0, "expert_layer_period": 2, "mamba_dt_rank": 3,
+         "expert_layer_offset": 1, "mamba_d_state": 7},
+    ),
+    "minimax": ("minimax", {**MOE, **HYBRID, "block_size": 4}),
+    "zamba2": (
+        "zamba2",
+        {**SPECIAL, "hidden_size": 24, "intermediate_size": 20, "num_hidden_layers": 2, "num_attention_heads": 4,
+         "layers_block_type": ["hybrid", "linear_attention"], "n_mamba_heads": 8, "mamba_ngroups": 2,
+         "mamba_d_state": 7, "adapter_rank": 3, "use_shared_attention_adapter": True},
+    ),
+    "mamba": ("mamba", {**SPECIAL, "hidden_size": 24, "num_hidden_layers": 2, "state_size": 7, "time_step_rank": 3}),
+    "falcon_mamba": (
+        "falcon_mamba", {**SPECIAL, "hidden_size": 24, "num_hidden_layers": 2, "state_size": 7, "time_step_rank": 3},
+    ),
+    "mamba2": (
+        "mamba2",
+        {**SPECIAL, "hidden_size": 24, "num_hidden_layers": 2, "num_heads": 8, "head_dim": 6, "n_groups": 2,
+         "state_size": 7},
+    ),
+    "afmoe": ("afmoe", {**MOE, "num_dense_layers": 1, "num_shared_experts": 2}),
+    "dots1": (
+        "dots1",
+        {**MOE, "n_routed_experts": 5, "n_shared_experts": 2, "first_k_dense_replace": 1, "n_group": 1,
+         "topk_group": 1},
+    ),
+    "diffllama": ("diffllama", {**SQUARE, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 4}),
+    "doge": ("doge", LLAMA),
+    "jetmoe": ("jetmoe", {**MOE, "kv_channels": 6, "num_key_value_heads": 2}),
+    "longcat_flash": (
+        "longcat_flash",
+        {**LATENT, "num_hidden_layers": 4, "zero_expert_num": 3, "moe_topk": 2, "ffn_hidden_size": 20,
+         "expert_ffn_hidden_size": 12},
+    ),
+    "dbrx": (
+        "dbrx",
+        {**SPECIAL, "d_model": 24, "n_heads": 4, "n_layers": 2, "max_seq_len": 64,
+         "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
+         "ffn_config": {"hidden_size": 24, "ffn_hidden_size": 12, "moe_num_experts": 5, "moe_top_k": 2}},
+    ),
     "gpt2": ("gpt2", GPT2),
     "gpt_bigcode": ("gpt_bigcode", GPT2),
     "gpt_bigcode_multi_head": ("gpt_bigcode", {**GPT2, "multi_query": False}),
@@ -145,7 +235,8 @@ _MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "t5_gated": ("t5", {**T5, "feed_forward_proj": "gated-gelu"}),
 }  # fmt: skip
 NAMES = tuple(_MODELS)
-MIXTURES = tuple(name for name, (_, settings) in _MODELS.items() if "num_experts" in settings)
+MIXTURES = tuple(name for name, (_, settings) in _MODELS.items() if {"num_experts", "ffn_config"} & {*settings})
+ATTENTIONLESS = ("mamba", "falcon_mamba", "mamba2")  # nor an MLP
 DENSE, MIXTURE = "llama", "qwen3_moe"  # the usual two, where any model will do
 
 

@@ -87,6 +87,7 @@ class SafetyMap:
         score_method: the score that `score_mass`, `selected_mass` and `concentration` speak of.
         which, ratio, of, granularity, operation: how weights were selected, as in `Selection`.
         where: what the selection was restricted to, in words.
+        left_out: what of the model was not understood and skipped, in words.
         num_model_weights, num_weights, num_selected: of the model, eligible, selected.
         selected_mass: part of the sum of all scores that the selection holds.
         matrices: one row per eligible matrix, in model order.
@@ -107,6 +108,7 @@ class SafetyMap:
     granularity: str
     operation: str | None = None
     where: str | None = None
+    left_out: str | None = None
     num_model_weights: int
     num_weights: int
     num_selected: int
@@ -323,5 +325,5 @@ def _description(scores: Scores | None, selection: Selection) -> dict[str, Any]:
     return copied | {
         "model": made.model, "objective": made.objective_label, "num_prompts": made.num_prompts, "method": made.method,
         "score_method": scores.provenance.method if scores is not None else None,
-        "where": made.extra.get("where"),
+        "where": made.extra.get("where"), "left_out": selection.layout.left_out,
     }  # fmt: skip

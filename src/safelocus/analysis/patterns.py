@@ -186,7 +186,7 @@ def _test(
         turned = _folds(mask, of.sizes, _moved(of, _turned(of.stacks)))
         rotation = float(np.mean(turned >= of.fold(mask) - _TINY))
     region = layers[:, None] & components[None, :]
-    low, high = _interval(units, region, layers, generator)
+    low, high = _interval(units, region, generator)
     held = units.sizes * units.densities
     return Pattern(
         name=name, claimed=claimed, share=float(held[region].sum() / held.sum()),
@@ -249,10 +249,12 @@ def _moved(units: _Units, orders: NDArray[np.intp]) -> Floats:
     return np.where(units.sizes > 0, units.densities, mean)[orders]
 
 
-def _interval(
-    units: _Units, region: Mask, layers: Mask, generator: np.random.Generator
-) -> tuple[float | None, float | None]:
-    """Percentile bootstrap of the fold: layers with replacement, those of the region and the others apart."""
+def _interval(units: _Units, region: Mask, generator: np.random.Generator) -> tuple[float | None, float | None]:
+    """Percentile bootstrap of the fold: layers with replacement, those of the region and the others apart.
+
+    In a hybrid model, layers without the region's matrices are among the others.
+    """
+    layers = np.sum(units.sizes, axis=1, where=region) > 0
     groups = [group for group in (np.flatnonzero(layers), np.flatnonzero(~layers)) if len(group)]
     if any(len(group) == 1 for group in groups):
         return None, None

@@ -87,9 +87,9 @@ def layer_label(key: LayerKey) -> str:
 
 
 def component_label(key: ComponentKey) -> str:
-    """ "value", "key/value", "shared up"."""
+    """ "value", "key/value", "shared up", "ssm-x"."""
     component, shared = key
-    return ("shared " if shared else "") + component.replace("_", "/")
+    return ("shared " if shared else "") + {"key_value": "key/value"}.get(component, component.replace("_", "-"))
 
 
 def expert_label(region: Region) -> str:
@@ -138,8 +138,14 @@ def unrouted_note(located: SafetyMap) -> str:
 
 
 def summary_lines(located: SafetyMap) -> list[str]:
-    """Two to four plain sentences with the numbers that matter."""
-    lines = (_mass(located), _enriched(located), _depth(located), _experts(located))
+    """Two to four plain sentences with the numbers that matter, after what was left out, if anything."""
+    lines = (
+        f"Mind: {located.left_out}." if located.left_out else "",
+        _mass(located),
+        _enriched(located),
+        _depth(located),
+        _experts(located),
+    )
     return [line for line in lines if line]
 
 

@@ -16,18 +16,22 @@ class Inspect(ModelArgument, HubOptions, JsonOption):
 @command
 def inspect(given: Inspect) -> None:
     """Print how every tensor of a model was understood: components, layers, experts, what is eligible."""
+    from rich.markup import escape
+
     from safelocus.model.layout import Layout
     from safelocus.model.target import load, load_config
     from safelocus.report.layout import components_grid, summary, tensors_grid
 
     if given.no_weights:
         config = load_config(given.model, revision=given.revision, trust_remote_code=given.trust_remote_code)
-        layout = Layout.from_config(config, file=given.layout)
+        layout = Layout.from_config(config, file=given.layout, skip_unknown=given.skip_unknown)
     else:
         layout = load(given.model, **given.part(HubOptions)).layout
     if given.json:
         print_json(summary(layout) | {"layout": layout.to_json()})
         return
     results.print(components_grid(given.model, layout).rich())
+    if layout.left_out:
+        results.print(f"[bold red]left out[/]: {escape(layout.left_out)}", highlight=False, soft_wrap=True)
     if given.tensors:
         results.print(tensors_grid(layout).rich())

@@ -37,6 +37,7 @@ class RevisionOption(Options):
 @dataclass(frozen=True, kw_only=True)
 class LayoutOptions(RevisionOption):
     layout: Path | None = option("TOML description of an architecture unknown here.")
+    skip_unknown: bool = flag("Leave out tensors that are not understood, and say so, instead of stopping.")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -34,6 +34,7 @@ class Model:
     dtype: Any = "auto"
     device: str | None = None
     layout: Path | None = None
+    skip_unknown: bool = False
     system: str | None = None
     template: str | None = None
     revision: str | None = None
@@ -49,8 +50,8 @@ class Model:
         from safelocus.resources import Subject
 
         return Subject.load(
-            self.name, dtype=self._dtype(), layout=self.layout, revision=self.revision,
-            trust_remote_code=self.trust_remote_code,
+            self.name, dtype=self._dtype(), layout=self.layout, skip_unknown=self.skip_unknown,
+            revision=self.revision, trust_remote_code=self.trust_remote_code,
         )  # fmt: skip
 
     def reader(self, name: str | None) -> "Subject | None":

@@ -175,6 +175,8 @@ def _examination(given: Preserve, material: _Material, selection: "Selection") -
     harmful = material.harmful or sources.unscored_prompts(None, selection.provenance, allow_seen=given.allow_seen)
     harmful = harmful if given.limit is None else harmful.limit(given.limit, seed=given.seed)
     remarks = [*check_unseen({"the selection": selection}, harmful, allow_seen=given.allow_seen)]
+    if selection.layout.left_out:
+        remarks.append(selection.layout.left_out)
     if material.harmless is None:
         remarks.append("over-refusal is not measured: nothing harmless was given (--harmless)")
     examination = Examination(

@@ -88,6 +88,8 @@ def score(given: Score) -> None:
     given = replace(given, batch_size=batch_size, accumulate_on=accumulate_on, device=device)
     with shared_run(given) as folder:
         target = given.load()
+        if target.layout.left_out and not given.json:
+            note(f"[bold]mind:[/] {target.layout.left_out}")
         count_for_ratio(target.layout, given.ratio, of=given.of)
         prompts = _fitting(prompts, target, 0 if given.refusal else given.max_new_tokens)
         answers = AnswerLog(folder / "responses.jsonl")

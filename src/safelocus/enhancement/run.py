@@ -232,7 +232,8 @@ def enhancer(
 
 def _notes(runner: Runner) -> list[str]:
     """What a reader of the results should mind."""
-    return [] if runner.described["retained"] else [UNHELD]
+    left_out = runner.target.layout.left_out
+    return [*([left_out] if left_out else []), *([] if runner.described["retained"] else [UNHELD])]
 
 
 def _patch(runner: Runner, selection: Selection, trial: Trial) -> Patch:

@@ -114,6 +114,7 @@ class TargetResponder:
             "name": self.target.name,
             "dtype": self.target.dtype,
             "chat": self.target.chat.to_json(),
+            **({"left_out": self.target.layout.left_out} if self.target.layout.left_out else {}),
         }
 
     def _encode(self, request: Request) -> list[int]:

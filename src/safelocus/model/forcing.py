@@ -11,7 +11,8 @@ Several responses to one prompt stand behind it in one row, so that the prompt i
     prompt  response 1  response 2  ...       a token sees the prompt and, of its own response, what is before it;
     0 .. P  P ..        P ..                  its position is the one that it would have without the others
 
-Not every architecture takes such a mask and such positions. Whether one does is tried out, once per length.
+Not every architecture takes such a mask and such positions. Whether one does is tried out, once per length; one whose
+state runs on from token to token (state-space models, linear attention, convolutions) does not, whatever a trial shows.
 """
 
 from collections.abc import Iterator, Sequence
@@ -153,7 +154,7 @@ def _takes_packed(target: "Target", length: int) -> bool:
     resumed run decides as the one before. Processes that share a sharded model try in step.
     """
     model = target.model
-    if model.config.is_encoder_decoder:
+    if model.config.is_encoder_decoder or _has_running_state(target):
         return False
     if target.is_sharded:
         length = max(distributed.gather_objects(length))
@@ -163,6 +164,15 @@ def _takes_packed(target: "Target", length: int) -> bool:
     if key not in found:
         found[key] = _try_packed(target, size)
     return found[key]
+
+
+def _has_running_state(target: "Target") -> bool:
+    """Layers in which tokens meet otherwise than through a mask, or that are not understood."""
+    kinds = getattr(target.model.config.get_text_config(), "layer_types", None) or ()
+    components = {part for tensor in target.layout.tensors.values() for part in tensor.components}
+    return any(not kind.endswith("attention") or kind == "linear_attention" for kind in kinds) or any(
+        component in ("beta", "decay") or component.startswith(("ssm_", "conv_")) for component in components
+    )
 
 
 @torch.no_grad()

@@ -19,7 +19,6 @@ from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    AutoModelForSeq2SeqLM,
     AutoTokenizer,
     PreTrainedTokenizerBase,
 )
@@ -27,6 +26,7 @@ from transformers import (
 from safelocus import distributed
 from safelocus.errors import ModelError
 from safelocus.model import autocast
+from safelocus.model.auto import auto_class
 from safelocus.model.autocast import Autocast
 from safelocus.model.chat import ChatFormat, chat_format
 from safelocus.model.fingerprint import Fingerprint
@@ -65,10 +65,11 @@ class Target:
         *,
         name: str | None = None,
         layout: Path | None = None,
+        skip_unknown: bool = False,
         system: str | None = None,
         template: str | None = None,
     ) -> "Target":
-        """Wrap a model that is already in memory. `layout` is a TOML file for architectures unknown here."""
+        """Wrap a model that is already in memory. `layout`, `skip_unknown`: as for `load`."""
         if tokenizer.pad_token_id is None:
             if tokenizer.eos_token_id is None:
                 raise ModelError(
@@ -94,7 +95,7 @@ class Target:
                 template=template,
                 generation_config=getattr(model, "generation_config", None),
             ),
-            layout=Layout.of(model, file=layout),
+            layout=Layout.of(model, file=layout, skip_unknown=skip_unknown),
         )
 
     @property
@@ -149,6 +150,7 @@ def load(
     dtype: Dtype = "auto",
     device: str | None = None,
     layout: Path | None = None,
+    skip_unknown: bool = False,
     system: str | None = None,
     template: str | None = None,
     revision: str | None = None,
@@ -164,6 +166,8 @@ def load(
             with products in bf16 where those are quicker (see `autocast`).
         device: "cuda", "cpu", ... or "auto" to place over several devices; default: the accelerator if any.
         layout: TOML file that describes an architecture unknown here (`safelocus inspect` prints one).
+        skip_unknown: leave tensors that are not understood out of everything (`Layout.left_out` says which) instead of
+            refusing the model.
         system: system prompt put before every request; folded into the request where the chat
             template has no system role.
         template: plain template with `{prompt}`, instead of the tokenizer's chat template.
@@ -186,27 +190,31 @@ def load(
     hub = {"revision": revision, "trust_remote_code": trust_remote_code}
     config = load_config(name, revision=revision, trust_remote_code=trust_remote_code)
     tokenizer = load_tokenizer(name, **hub)
-    auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    auto = (
+        auto_class(config) or AutoModelForCausalLM
+    )  # which says what it does not know, and runs code that is asked for
     several, offload = distributed.world_size() > 1, offload and default_device().type != "cpu"
     if (offload or (shard and several)) and device is not None:
         raise ModelError(f"{name}: a model that is sharded or offloaded has its place already; leave out the device")
     if offload and several and not shard:
         raise ModelError(f"{name}: several processes offload a model that they share; shard it too (--shard)")
-    layers = _layers(config, layout) if offload or shard else []
+    layers = _layers(config, layout, skip_unknown) if offload or shard else []
     sharding = _sharding(layers, offload=offload) if shard and several else {}
     on_host = offload and not several
     kind = dtype_on(device, dtype)  # where it computes: one that waits on the host does so elsewhere
     model = load_model(auto, name, config=config, dtype=kind, device="cpu" if on_host else device, **sharding, **hub)
     if on_host:
         distributed.keep_on_host(model, [layer for prefix in layers for layer in model.get_submodule(prefix)])
-    target = Target.of(model, tokenizer, name=str(name), layout=layout, system=system, template=template)
+    target = Target.of(
+        model, tokenizer, name=str(name), layout=layout, skip_unknown=skip_unknown, system=system, template=template
+    )
     quicker = autocast.quicker(config) if kind != dtype else None  # on a CPU, and nothing else was asked for
     return target if quicker is None else replace(target, autocast=Autocast.attach(model, quicker))
 
 
-def _layers(config: Any, layout: Path | None) -> list[str]:
+def _layers(config: Any, layout: Path | None, skip_unknown: bool) -> list[str]:
     """`model.layers` and the like, whose parts are gathered, used and freed one by one."""
-    tensors = Layout.from_config(config, file=layout).tensors.values()
+    tensors = Layout.from_config(config, file=layout, skip_unknown=skip_unknown).tensors.values()
     return sorted({t.name.split(f".{t.layer}.")[0] for t in tensors if t.layer is not None})
 
 

@@ -27,6 +27,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from safelocus.errors import ModelError
+from safelocus.model.auto import auto_class
 from safelocus.model.layout import Layout
 from safelocus.model.target import load_config, resolve
 from safelocus.patch.rearrangement import Origin, Rearrangement
@@ -75,7 +76,14 @@ class Checkpoint:
     stored: dict[str, Stored]
 
     @classmethod
-    def open(cls, name: str | Path, *, revision: str | None = None, layout: Layout | Path | None = None) -> Self:
+    def open(
+        cls,
+        name: str | Path,
+        *,
+        revision: str | None = None,
+        layout: Layout | Path | None = None,
+        skip_unknown: bool = False,
+    ) -> Self:
         """Read configuration and headers; no weights.
 
         `layout`: the model's, where it is known already, or a TOML file for an architecture unknown here.
@@ -84,7 +92,7 @@ class Checkpoint:
             ModelError: no such model, no safetensors, damaged or quantised files.
             LayoutError: an architecture that is not understood.
         """
-        from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+        from transformers import AutoModelForCausalLM
 
         folder = local_folder(name, revision=revision)
         config = load_config(folder)
@@ -92,7 +100,7 @@ class Checkpoint:
             raise ModelError(
                 f"{name}: the weights are quantised; a patch changes single weights of a bf16, fp16 or fp32 checkpoint"
             )
-        auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+        auto = auto_class(config) or AutoModelForCausalLM
         try:
             with torch.device("meta"):
                 model = auto.from_config(config)
@@ -102,7 +110,7 @@ class Checkpoint:
             name=str(name),
             folder=folder,
             model=model,
-            layout=layout if isinstance(layout, Layout) else Layout.of(model, file=layout),
+            layout=layout if isinstance(layout, Layout) else Layout.of(model, file=layout, skip_unknown=skip_unknown),
             stored=_stored(folder),
         )
 

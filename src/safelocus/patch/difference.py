@@ -39,6 +39,7 @@ def diff(
     largest: int | None = None,
     only_eligible: bool = False,
     layout: Path | None = None,
+    skip_unknown: bool = False,
     revision: str | None = None,
     progress: bool = False,
 ) -> Patch:
@@ -50,6 +51,7 @@ def diff(
         largest: the same, as a number. Neither: every weight that changed.
         only_eligible: leave out embeddings, norms, biases and routers, changed as they may be.
         layout: TOML file that describes an architecture unknown here.
+        skip_unknown: what is not understood is not eligible, instead of an error.
         revision: of both, on the hub.
 
     Raises:
@@ -60,7 +62,8 @@ def diff(
         raise PatchError("give a ratio or a number of weights, not both")
     if largest is not None and largest < 1:
         raise PatchError(f"the number of weights must be at least 1, found {largest}")
-    first, second = (Checkpoint.open(name, revision=revision, layout=layout) for name in (before, after))
+    how = {"revision": revision, "layout": layout, "skip_unknown": skip_unknown}
+    first, second = (Checkpoint.open(name, **how) for name in (before, after))  # type: ignore[arg-type]
     changes = _Changes(first, second, only_eligible=only_eligible, progress=progress)
     k = largest if ratio is None else count_for_ratio(first.layout, ratio, num_eligible=first.layout.num_weights)
     coordinates = changes.all() if k is None else changes.largest(k)

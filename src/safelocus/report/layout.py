@@ -17,7 +17,7 @@ def summary(layout: Layout) -> dict[str, Any]:
             entry["tensors"] += 1
             entry["matrices"] += tensor.num_experts
             entry["weights"] += math.prod(tensor.extents(part))
-    names = ("family", "matched_by", "num_layers", "num_weights", "num_eligible")
+    names = ("family", "matched_by", "num_layers", "num_weights", "num_eligible", "left_out")
     return {**{name: getattr(layout, name) for name in names}, "components": components}
 
 

@@ -124,14 +124,15 @@ class Rehearsal:
         if self.model.config.is_encoder_decoder:
             given["decoder_input_ids"] = given["input_ids"]
         with _errors(), torch.no_grad(), _as_on_a_device(), _Meter(self.vocabulary, self._shapes):
-            cached = self.model(**given, use_cache=True).past_key_values
+            made = self.model(**given, use_cache=True)
+        cached = made.past_key_values if "past_key_values" in made else made.cache_params  # Mamba's
         parts = (
             [cached.self_attention_cache, cached.cross_attention_cache]
             if hasattr(cached, "cross_attention_cache")
             else [cached]
         )
         sizes = [
-            sum(t.nbytes for t in vars(layer).values() if isinstance(t, Tensor)) for p in parts for layer in p.layers
+            sum(t.nbytes for t in tree_iter(vars(layer)) if isinstance(t, Tensor)) for p in parts for layer in p.layers
         ]
         copies = [1 + times for times in self._repeated.values()]
         if len(copies) == len(sizes):

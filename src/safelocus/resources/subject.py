@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from safelocus.model.auto import auto_class
 from safelocus.model.layout import Layout
 from safelocus.model.layout.sizes import text_config
 from safelocus.model.layout.tensor import TensorLayout
@@ -46,6 +47,7 @@ class Subject:
         *,
         dtype: Dtype = "auto",
         layout: Path | None = None,
+        skip_unknown: bool = False,
         revision: str | None = None,
         trust_remote_code: bool = False,
     ) -> "Subject":
@@ -59,16 +61,17 @@ class Subject:
             1267328
         """
         config = load_config(name, revision=revision, trust_remote_code=trust_remote_code)
-        return cls.of(name, config, dtype=dtype, layout=layout)
+        return cls.of(name, config, dtype=dtype, layout=layout, skip_unknown=skip_unknown)
 
     @classmethod
-    def of(cls, name: str, config: Any, *, dtype: Dtype = "auto", layout: Path | None = None) -> "Subject":
+    def of(
+        cls, name: str, config: Any, *, dtype: Dtype = "auto", layout: Path | None = None, skip_unknown: bool = False
+    ) -> "Subject":
         """Of a configuration at hand; "auto" is the dtype that it names, else fp32, as loading does."""
         kind = (getattr(config, "dtype", None) or text_config(config).dtype) if dtype == "auto" else dtype
         kind = getattr(torch, kind) if isinstance(kind, str) else kind
-        return cls(
-            name=name, config=config, layout=Layout.from_config(config, file=layout), dtype=kind or torch.float32
-        )  # fmt: skip
+        understood = Layout.from_config(config, file=layout, skip_unknown=skip_unknown)
+        return cls(name=name, config=config, layout=understood, dtype=kind or torch.float32)
 
     @property
     def num_weights(self) -> int:
@@ -141,13 +144,7 @@ class Subject:
 
     def wrapped(self, wrap: Callable[[Any], Any] | None) -> Rehearsal:
         """The same with an adapter, say, that `wrap` puts on it."""
-        from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForSeq2SeqLM
-
-        decoder_only = (AutoModelForCausalLM, AutoModelForImageTextToText)
-        encoder_decoder = getattr(self.config, "is_encoder_decoder", False)
-        autos = (AutoModelForSeq2SeqLM,) if encoder_decoder else decoder_only
-        auto = next(auto for auto in autos if type(self.config) in auto._model_mapping)
-        return Rehearsal(self.config, auto, dtype=self.dtype, wrap=wrap)
+        return Rehearsal(self.config, auto_class(self.config), dtype=self.dtype, wrap=wrap)
 
 
 def _is_routed(tensor: TensorLayout) -> bool:

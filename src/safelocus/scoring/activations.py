@@ -27,6 +27,7 @@ _PRODUCTS: dict[Any, tuple[int, int, bool]] = {
     torch.mm: (0, 1, True),
     torch.bmm: (0, 1, True),
 }
+_MATMULS = (torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__)
 
 
 class InputNorms(TorchFunctionMode):
@@ -65,6 +66,8 @@ class InputNorms(TorchFunctionMode):
             of_input, of_weight, transposed = _PRODUCTS[func]
             if len(args) > max(of_input, of_weight) and isinstance(args[of_weight], Tensor):
                 self._observe(args[of_input], args[of_weight], transposed)
+                if func in _MATMULS and args[of_weight].dim() > 1:  # Mamba: weight @ inputs
+                    self._observe(args[of_weight].mT, args[of_input], False)
         return func(*args, **(kwargs or {}))
 
     def _observe(self, inputs: Tensor, weight: Tensor, transposed: bool) -> None:

@@ -148,6 +148,7 @@ def score(
                 "batch_size": batch_size,
                 "max_new_tokens": max_new_tokens,
                 "chat": target.chat.to_json(),
+                **({"left_out": layout.left_out} if layout.left_out else {}),
             },
         ),
     )

@@ -16,7 +16,8 @@ class Lora:
     Attributes:
         rank: of each update.
         alpha: its scale, over the rank; default: twice the rank.
-        modules: names of the modules that get one; default: all linear layers.
+        modules: names of the modules that get one; default: all linear layers, but for the output projections of Mamba,
+            whose fused kernels compute past an adapter on them.
         mode: how weights are protected from it, see `preserve`.
     """
 
@@ -37,6 +38,10 @@ class Lora:
         config = LoraConfig(
             r=self.rank, lora_alpha=2 * self.rank if self.alpha is None else self.alpha,
             target_modules=list(self.modules) if self.modules else "all-linear",
+            exclude_modules=None if self.modules else [
+                f"{name}.out_proj" for name, module in model.named_modules()
+                if hasattr(module, "A_log") and hasattr(module, "D")
+            ] or None,
         )  # fmt: skip
         try:
             with warnings.catch_warnings():

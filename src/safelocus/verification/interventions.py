@@ -128,7 +128,7 @@ class Transplant:
 
     def identity(self) -> dict[str, str]:
         """Of the source's weights, so that an interrupted run goes on with no others."""
-        return {"name": self.name, "source": Fingerprint.of(self.source, Layout.of(self.source)).id}
+        return {"name": self.name, "source": Fingerprint.of(self.source, Layout.of(self.source, skip_unknown=True)).id}
 
     def values(
         self, weights: Mapping[str, Tensor], selection: Selection, sigmas: Sigmas, seed: int

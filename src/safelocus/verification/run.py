@@ -110,6 +110,7 @@ def verify(
     notes = [
         *check_unseen(scorers, prompts, allow_seen=allow_seen),
         *_check_made_for(scorers, target, allow_mismatch=allow_mismatch),
+        *([target.layout.left_out] if target.layout.left_out else []),
     ]
     before = target.fingerprint()
     responder = TargetResponder(target=target)  # keeps the encoded prompts

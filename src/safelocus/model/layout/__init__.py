@@ -21,11 +21,12 @@ import torch
 from torch import nn
 
 from safelocus.errors import LayoutError
+from safelocus.model.auto import auto_class
 from safelocus.model.layout.groups import Groups
 from safelocus.model.layout.rules import Family, Rule, families, read_family
 from safelocus.model.layout.sizes import Sizes, sizes_of, text_config
 from safelocus.model.layout.tensor import COMPONENTS, ELIGIBLE, GRANULARITIES, Matrix, TensorLayout
-from safelocus.model.layout.unknown import describe_unknown
+from safelocus.model.layout.unknown import collapse, describe_unknown
 
 __all__ = [
     "COMPONENTS",
@@ -47,6 +48,7 @@ _ADAPTER = re.compile(
     r"ln_tuning|trainable_tokens|osf|deft|beft|frod|lily|peanut|adamss|delora|sparse|adaption)_\w+|"
     r"modules_to_save|prompt_encoder)(\.|$)"
 )
+_UNKNOWN_RULE = Rule.parse("**", "unknown", where="unknown")
 _ADAPTER_RULE = Rule.parse("**", "adapter", where="adapters")
 
 
@@ -79,10 +81,11 @@ class Layout:
         assert all(name == tensor.name for name, tensor in self.tensors.items())
 
     @classmethod
-    def of(cls, model: nn.Module, *, file: Path | None = None) -> Layout:
+    def of(cls, model: nn.Module, *, file: Path | None = None, skip_unknown: bool = False) -> Layout:
         """Layout of a model with a `.config`; its weights are not read, so it may be on meta.
 
-        Raises LayoutError, with the TOML to write, when a tensor is not understood.
+        Raises LayoutError, with the TOML to write, when a tensor is not understood. `skip_unknown` makes such tensors
+        "unknown", which are never eligible, where at least half of the model is understood.
         """
         config = getattr(model, "config", getattr(getattr(model, "module", None), "config", None))
         if config is None:
@@ -90,29 +93,38 @@ class Layout:
         shapes, tied = _shapes(model)
         family = read_family(Path(file)) if file is not None else _by_model_type(config)
         if family is None:
-            family, tensors = _by_names(config, shapes)
+            family, tensors = _by_names(config, shapes, skip_unknown)
             return cls(family=family.name, matched_by="names", tensors=tensors, tied=tied)
         sizes = family.sizes_for(config)
-        tensors, unknown = _match(family, shapes, sizes)
-        if unknown:
+        tensors, unknown = _match(family, shapes, sizes, strict=not skip_unknown)
+        if unknown and skip_unknown:
+            tensors = _skipping(tensors, shapes)
+        elif unknown:
             raise LayoutError(describe_unknown(config, shapes, unknown, family, sizes))
         matched_by = "model_type" if file is None else "file"
         return cls(family=family.name, matched_by=matched_by, tensors=tensors, tied=tied)
 
     @classmethod
-    def from_config(cls, config: Any, *, file: Path | None = None) -> Layout:
+    def from_config(cls, config: Any, *, file: Path | None = None, skip_unknown: bool = False) -> Layout:
         """Layout of the model that a configuration describes, built on meta: no weights, any size."""
-        from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForSeq2SeqLM
-
-        decoder_only = (AutoModelForCausalLM, AutoModelForImageTextToText)
-        encoder_decoder = getattr(config, "is_encoder_decoder", False)
-        for auto in (AutoModelForSeq2SeqLM,) if encoder_decoder else decoder_only:
-            if type(config) in auto._model_mapping:
-                with torch.device("meta"):
-                    return cls.of(auto.from_config(config), file=file)
+        if (auto := auto_class(config)) is not None:
+            return cls.of(_on_meta(auto, config), file=file, skip_unknown=skip_unknown)
         raise LayoutError(
             f"{type(config).__name__} (model_type {getattr(config, 'model_type', None)!r}) describes no "
             "model that generates text, as far as this version of transformers knows"
+        )
+
+    @cached_property
+    def left_out(self) -> str | None:
+        """What was not understood and skipped, in a sentence; None where all is understood."""
+        unknown = [tensor for tensor in self.tensors.values() if "unknown" in tensor.components]
+        if not unknown:
+            return None
+        kinds = dict.fromkeys(collapse(tensor.name, stacks=False) for tensor in unknown)
+        share = sum(tensor.num_weights for tensor in unknown) / self.num_weights
+        return (
+            f"{len(unknown)} tensors with {share:.1%} of the weights are not understood and were left out "
+            f"(--skip-unknown): {', '.join(kinds)}"
         )
 
     @cached_property
@@ -161,6 +173,26 @@ class Layout:
             tied=dict(values["tied"]),
             tensors={tensor.name: tensor for tensor in tensors},
         )
+
+
+def _on_meta(auto: Any, config: Any) -> nn.Module:
+    """A model without weights; what its own code fails on is said to be its own."""
+    try:
+        with torch.device("meta"):
+            return auto.from_config(config)
+    except Exception as error:  # whatever a class says to a configuration that it cannot be built from
+        raise LayoutError(
+            f"transformers cannot build {type(config).__name__} (model_type {config.model_type!r}) from this "
+            f"configuration: {type(error).__name__}: {str(error).strip().splitlines()[0]}\n"
+            "That is between the configuration and transformers' own class: check the configuration for what is "
+            "missing in it, and whether the model's card asks for another version or for further packages."
+        ) from error
+
+
+def _skipping(tensors: Mapping[str, TensorLayout], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, TensorLayout]:
+    """In model order, with all that is not understood as "unknown"."""
+    found = {name: tensors.get(name) or _UNKNOWN_RULE.apply(name, shape, Sizes()) for name, shape in shapes.items()}
+    return {name: tensor for name, tensor in found.items() if tensor is not None}
 
 
 def _shapes(model: nn.Module) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
@@ -218,12 +250,14 @@ def _by_model_type(config: Any) -> Family | None:
     return None
 
 
-def _by_names(config: Any, shapes: Mapping[str, tuple[int, ...]]) -> tuple[Family, dict[str, TensorLayout]]:
-    """The family that understands every tensor of a model whose type none of them lists."""
+def _by_names(
+    config: Any, shapes: Mapping[str, tuple[int, ...]], skip_unknown: bool = False
+) -> tuple[Family, dict[str, TensorLayout]]:
+    """The family that understands every tensor of a model whose type none of them lists, or most of them."""
     found: list[tuple[Family, dict[str, TensorLayout]]] = []
     closest: Family | None = None
     missing = list(shapes)
-    for family in families().values():
+    for family in (family for family in families().values() if family.by_names):
         try:
             sizes = family.sizes_for(config)
         except LayoutError:  # lacks a number that this family's rules are written in
@@ -233,6 +267,9 @@ def _by_names(config: Any, shapes: Mapping[str, tuple[int, ...]]) -> tuple[Famil
             found.append((family, tensors))
         elif len(unknown) < min(len(missing), len(shapes) // 2 + 1):
             closest, missing = family, unknown
+    if not found and closest is not None and skip_unknown:
+        tensors, _ = _match(closest, shapes, closest.sizes_for(config), strict=False)
+        return closest, _skipping(tensors, shapes)
     if not found:
         sizes = closest.sizes_for(config) if closest else sizes_of(config)
         raise LayoutError(describe_unknown(config, shapes, missing, closest, sizes))

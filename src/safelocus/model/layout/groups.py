@@ -66,6 +66,7 @@ class Groups:
         self.tensors = {tensor.name: tensor for tensor in tensors}
         self.num_groups = 0
         self._bases: dict[Hashable, int] = {}
+        self._extents: dict[Hashable, int] = {}
         if granularity == "weight":
             for tensor in self.tensors.values():
                 self._allocate(tensor.name, tensor.num_weights)
@@ -76,10 +77,12 @@ class Groups:
             }
 
     def _allocate(self, key: Hashable, num_groups: int) -> int:
-        """The first of `num_groups` consecutive ids; the same again for the same key."""
+        """The first of `num_groups` consecutive ids; the same again for the same key, then of as many or fewer."""
         if key not in self._bases:
             self._bases[key] = self.num_groups
+            self._extents[key] = num_groups
             self.num_groups += num_groups
+        assert num_groups <= self._extents[key], f"{key}: {num_groups} groups where there were {self._extents[key]}"
         return self._bases[key]
 
     def _plan(self, tensor: TensorLayout, part: int) -> _Plan:
@@ -94,14 +97,15 @@ class Groups:
             side = "column" if component == "down" else "row"
             if component in ("gate", "up", "down"):
                 # the width keeps two unlike MLPs that share a module apart
-                key = ("neuron", tensor.block, experts, columns if component == "down" else rows)
+                key = ("neuron", tensor.block, columns if component == "down" else rows)
         elif self.granularity == "head" and heads:
             side = "column" if tensor.heads_are_columns else "row"
             span = (columns if tensor.heads_are_columns else rows) // heads
         elif self.granularity == "expert":
             if tensor.fused_experts or tensor.expert is not None or tensor.shared_expert:
                 number = "shared" if tensor.shared_expert else tensor.expert
-                key = ("expert", tensor.stack, tensor.layer, experts, number)
+                # a mixture of attentions (JetMoE) has experts of its own
+                key = ("expert", tensor.stack, tensor.layer, component in ("gate", "up", "down"), number)
         elif self.granularity == "layer" and tensor.layer is not None:
             key = ("layer", tensor.stack, tensor.layer)
 

@@ -3,6 +3,7 @@
 A family is a TOML file (`families/*.toml`, or the user's own):
 
     model_types = ["phi3"]                  # of the configuration
+    by_names = false                        # nothing in its tensors' names tells it: only for these types
     extends = "base"                        # a family whose rules follow this one's
     layers = "(model.|)layers.{layer}."     # what the names in [layer] begin with
     [sizes]                                 # names for the axes' sizes, over those of `sizes_of`
@@ -193,6 +194,7 @@ class Family:
     model_types: tuple[str, ...]
     rules: tuple[Rule, ...]
     sizes: dict[str, str]
+    by_names: bool = True
 
     def find(self, name: str, shape: tuple[int, ...], sizes: Sizes) -> TensorLayout | None:
         """Layout by the first rule that knows the name; `sizes` are those of `sizes_for`."""
@@ -247,7 +249,7 @@ def _parse(name: str, text: str, *, where: str) -> Family:
         table = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise LayoutError(f"{where} is not TOML: {error}") from error
-    unknown = unknown_keys(table, "model_types extends layers sizes layer model")
+    unknown = unknown_keys(table, "model_types by_names extends layers sizes layer model")
     if unknown:
         raise LayoutError(f"{where}: unknown keys {', '.join(unknown)}")
     if table.get("layer") and "layers" not in table:
@@ -266,7 +268,13 @@ def _parse(name: str, text: str, *, where: str) -> Family:
         parent = _family(table["extends"])
         rules += parent.rules
         sizes = {**parent.sizes, **sizes}
-    return Family(name=name, model_types=tuple(table.get("model_types", ())), rules=tuple(rules), sizes=sizes)
+    return Family(
+        name=name,
+        model_types=tuple(table.get("model_types", ())),
+        rules=tuple(rules),
+        sizes=sizes,
+        by_names=bool(table.get("by_names", True)),
+    )
 
 
 def unknown_keys(table: Mapping[str, Any], known: str) -> list[str]:

@@ -17,10 +17,16 @@ from safelocus.errors import LayoutError
 _ALIASES = {
     "hidden": ("hidden_size", "n_embd", "d_model"),
     "heads": ("num_attention_heads", "n_head", "num_heads", "decoder_attention_heads"),
-    "kv_heads": ("num_key_value_heads", "num_kv_heads"),
+    "kv_heads": ("num_key_value_heads", "num_kv_heads", "kv_n_heads"),
     "head_dim": ("head_dim", "d_kv"),
     "intermediate": ("intermediate_size", "n_inner", "ffn_dim", "d_ff"),
     "experts": ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"),
+    # of state-space models
+    "ssm_heads": ("mamba_n_heads", "mamba_num_heads", "n_mamba_heads", "num_heads"),
+    "ssm_head_dim": ("mamba_d_head", "mamba_head_dim", "mamba_headdim", "head_dim"),
+    "ssm_groups": ("mamba_n_groups", "mamba_ngroups", "n_groups"),
+    "ssm_state": ("mamba_d_state", "ssm_state_size", "state_size"),
+    "dt_rank": ("mamba_dt_rank", "time_step_rank"),
 }
 _OPERATORS: dict[type, Callable[..., Any]] = {
     ast.Add: operator.add,
@@ -77,9 +83,12 @@ def text_config(config: Any) -> Any:
 def sizes_of(config: Any) -> Sizes:
     """The integers and booleans of a configuration (its text part), with the names that rules use."""
     text = text_config(config)
-    sizes = Sizes({key: value for key, value in vars(text).items() if isinstance(value, int)})
+    parts = [text, *filter(None, (getattr(text, name, None) for name in ("attn_config", "ffn_config")))]
+    sizes = Sizes(
+        {key: value for part in reversed(parts) for key, value in vars(part).items() if isinstance(value, int)}
+    )
     for name, keys in _ALIASES.items():
-        found = next((value for key in keys if (value := _number(text, key)) is not None), None)
+        found = next((v for key in keys for part in parts if (v := _number(part, key)) is not None), None)
         if found is not None:
             sizes[name] = found
     if "heads" in sizes:

@@ -4,7 +4,7 @@ A fused tensor is viewed with its axes split by role, and a matrix is a basic in
 
     role     meaning                                                       side of the matrix
     expert   routed expert; one matrix per expert                          neither
-    part     query | key | value, or gate | up; one matrix per part        output
+    part     query | key | value, or gate | up, ...; one matrix per part   output
     head     attention head                                                output, or input beside `out`
     dim      channel of a head                                             output, or input beside `out`
     out, in  output and input units                                        output, input
@@ -28,11 +28,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-COMPONENTS = (
-    "query", "key", "value", "key_value", "output", "gate", "up", "down",
-    "router", "norm", "embedding", "head", "bias", "adapter", "other",
+ELIGIBLE = (
+    "query", "key", "value", "key_value", "output_gate", "beta", "decay", "output",  # attention, linear too
+    "ssm_gate", "ssm_x", "ssm_b", "ssm_c", "ssm_dt", "ssm_output",  # state-space models
+    "conv_b", "conv_c", "conv_x", "conv_output",  # gated short convolutions
+    "laurel", "gate", "up", "down",
 )  # fmt: skip
-ELIGIBLE = ("query", "key", "value", "key_value", "output", "gate", "up", "down")
+COMPONENTS = (*ELIGIBLE, "router", "norm", "embedding", "head", "bias", "adapter", "other", "unknown")
 ROLES = ("expert", "part", "head", "dim", "out", "in")
 GRANULARITIES = ("weight", "row", "column", "head", "neuron", "expert", "matrix", "layer")
 

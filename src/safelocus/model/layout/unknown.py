@@ -71,7 +71,8 @@ def describe_unknown(
             f"{len(unknown)} of {len(shapes)} tensors ({len(kinds)} of {num_kinds} kinds) of this model "
             f"(model_type {model_type!r}) are not understood{but}:",
             *listing,
-            f"Describe them in a file, say {model_type}.toml, and give it with --layout {model_type}.toml. "
+            "Leave them out with --skip-unknown, where the rest is what matters; or "
+            f"describe them in a file, say {model_type}.toml, and give it with --layout {model_type}.toml. "
             "A start, guessed from the names: check each line against the modelling code (the order of fused "
             "parts above all), and put a component for each ?.",
             "",
@@ -96,7 +97,7 @@ def _rule(kind: str, names: Sequence[str], shapes: Mapping[str, Shape], sizes: S
             for guess in (value, value.split(",")[0].removeprefix("{ component = ")):
                 if _applies(kind, guess, names, shapes, sizes):
                     return f'"{kind}" = {guess}{about}'
-    return f'"{kind}" = "?"{about}; one of {", ".join(COMPONENTS)}'
+    return f'"{kind}" = "?"{about}; one of {", ".join(COMPONENTS[:-1])}'
 
 
 def _applies(kind: str, value: str, names: Sequence[str], shapes: Mapping[str, Shape], sizes: Sizes) -> bool:
