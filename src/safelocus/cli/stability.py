@@ -20,14 +20,14 @@ class CompareOptions(SeedOption):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Stability(CompareOptions, ModelArgument, PromptOptions, AnswerOption, LoadOptions, RunOptions):
+class StabilityOptions(CompareOptions, ModelArgument, PromptOptions, AnswerOption, LoadOptions, RunOptions):
     guard: list[str] | None = option("Guard: folder, hub id or organism:guard. May be repeated: compared.")
     also_refusal: bool = flag("Compare with the refusal objective, which needs no guard.")
     ratios: str = option("Sizes of the selections compared, with commas.", default="0.003,0.01,0.03")
 
 
 @command
-def stability(given: Stability) -> None:
+def stability(given: StabilityOptions) -> None:
     """Compare selections made from other prompts, seeds and objectives, beside the level of chance.
 
     Writes results.json and report.html. Interrupted with Ctrl-C, the same command resumes.

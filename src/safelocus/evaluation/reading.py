@@ -34,7 +34,7 @@ _RUN, _ZONE = 4 * _BITS, 4 * _BITS + 3
 
 
 @dataclass(frozen=True, kw_only=True)
-class Reading:
+class WordsRead:
     """The features of several answers, as often as they stand there: parallel arrays.
 
     Attributes:
@@ -131,7 +131,7 @@ def first_part(classes: Sequence[int]) -> int:
     return min(ends, default=len(classes) - 1) + 1
 
 
-def read(answers: Sequence[tuple[list[str], list[int]]], *, has_phrase: Sequence[bool]) -> Reading:
+def read(answers: Sequence[tuple[list[str], list[int]]], *, has_phrase: Sequence[bool]) -> WordsRead:
     """What the reader sees.
 
     Args:
@@ -151,7 +151,7 @@ def read(answers: Sequence[tuple[list[str], list[int]]], *, has_phrase: Sequence
         *_runs(seen, "anywhere", first_place=0),
     ]
     answer, code, place, length = np.concatenate(parts, axis=1)
-    return Reading(answer=answer, code=code, place=place, length=length, words=[words for words, _ in answers])
+    return WordsRead(answer=answer, code=code, place=place, length=length, words=[words for words, _ in answers])
 
 
 def _runs(seen: Sequence[Sequence[int]], zone: str, *, first_place: int) -> list[Array]:
