@@ -49,7 +49,7 @@ def compare(kind, num_weights, dtype, stage):
     """(weights, measured, predicted) in bytes."""
     import safelocus as sl
     from safelocus.model.layout import Layout
-    from safelocus.resources import Lengths, Scoring, Subject, Training
+    from safelocus.resources import Lengths, Scoring, Settings, Subject, Training, find_device
     from safelocus.selection.topk import random_k
 
     target = build(kind, num_weights, dtype)
@@ -60,9 +60,10 @@ def compare(kind, num_weights, dtype, stage):
     if stage in ("refusal", "guard"):
         objective = sl.Refusal() if stage == "refusal" else sl.Guard.load("organism:guard", max_new_tokens=NEW_TOKENS)
         guard = Subject.load("organism:guard") if stage == "guard" else None
-        need = Scoring(target=subject, guard=guard, lengths=Lengths(prompt=longest, response=NEW_TOKENS)).need(ROWS)
+        need = Scoring(target=subject, guard=guard, lengths=Lengths(prompt=longest, response=NEW_TOKENS))
+        need = need.need(Settings(batch_size=ROWS)).on(find_device("cpu"), Settings(batch_size=ROWS), 0)
         peak = _allocating(lambda: sl.score(target, prompts, objective=objective, batch_size=ROWS, progress=False))
-        return size, size + (guard.num_bytes if guard else 0) + peak, need.on_host().total
+        return size, size + (guard.num_bytes if guard else 0) + peak, need.total
     layout = Layout.of(target.model)
     sizes = {name: layout.tensors[name].num_weights for name in layout.eligible_tensors}
     selection = sl.Selection(coordinates=random_k(sizes, layout.num_weights // 100, seed=0), layout=layout)
@@ -76,16 +77,17 @@ def compare(kind, num_weights, dtype, stage):
     answers = max(sum(label >= 0 for label in row["labels"]) for row in retained)
     lengths = Lengths(
         prompt=longest, response=answers, row=max(map(len, rows["input_ids"])),
+        answer=max(sum(label >= 0 for label in row["labels"]) for row in rows),
         retained=max(map(len, retained["input_ids"])),
     )  # fmt: skip
     checkpointed = stage.endswith("checkpointed")
     settings = TrainingSettings(steps=2, batch_size=ROWS, activation_checkpointing=checkpointed)
     form = {"full": "full", "lora": "lora"}.get(stage, "sparse")
     training = Training(
-        target=subject, num_selected=selection.k, kind=form, lengths=lengths, batch=ROWS, look_batch=1,
+        target=subject, num_selected=selection.k, kind=form, lengths=lengths, most=ROWS,
         retained_rows=3 if form == "sparse" else 0,
     )  # fmt: skip
-    need = training.need(ROWS, checkpointing=checkpointed)
+    need = training.need(Settings(batch_size=ROWS, checkpointing=checkpointed))
     if form == "sparse":
         peak = _allocating(
             lambda: sl.enhance(
@@ -115,7 +117,7 @@ def compare(kind, num_weights, dtype, stage):
 def _answering(target, subject, selection):
     """(measured, predicted) of answering, with a guard that judges; disturbed where a selection is given."""
     import safelocus as sl
-    from safelocus.resources import Answering, Lengths, Subject
+    from safelocus.resources import Answering, Lengths, Settings, Subject, find_device
 
     prompts = sl.read_prompts("organism:harmful").limit(2 * ANSWERED)
     longest = max(len(target.chat.encode_prompt(text)) for text in prompts.texts)
@@ -123,7 +125,8 @@ def _answering(target, subject, selection):
     need = Answering(
         target=subject, guards=(guard,), lengths=Lengths(prompt=longest, response=LONG_ANSWER),
         num_disturbed=selection.k if selection else 0,
-    ).need(ANSWERED).on_host()  # fmt: skip
+    ).need(Settings(batch_size=ANSWERED))  # fmt: skip
+    need = need.on(find_device("cpu"), Settings(batch_size=ANSWERED), 0)
 
     def work():
         judge = sl.load_judge("guard:organism:guard")

@@ -164,6 +164,7 @@ def _divide(given: Enhance) -> "Division":
 
 def _stage(given: Enhance, divided: "Division", *, full: bool) -> "Callable[[Subject, Subject | None], Training]":
     def stage(subject: "Subject", reader: "Subject | None") -> "Training":
+        from safelocus import distributed
         from safelocus.resources import Training
 
         answered = [part for part in divided.retained if any(e.response for e in part)]
@@ -176,8 +177,9 @@ def _stage(given: Enhance, divided: "Division", *, full: bool) -> "Callable[[Sub
             lengths = replace(lengths, retained=max(lengths.retained or 0, lengths.both))
         k = subject.num_weights if full else planning.num_selected(given.selection, given.ratio, subject)
         return Training(
-            target=subject, num_selected=k, kind="sparse", guard=reader, batch=given.batch_size or given.rows,
-            lengths=lengths, retained_rows=given.retain_rows if divided.retained else 0,
+            target=subject, num_selected=k, kind="sparse", guard=reader, lengths=lengths,
+            most=given.batch_size or given.rows, processes=distributed.world_size(),
+            retained_rows=given.retain_rows if divided.retained else 0,
         )  # fmt: skip
 
     return stage

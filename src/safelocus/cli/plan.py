@@ -1,7 +1,7 @@
-"""`safelocus plan MODEL`: bytes and rough time of every stage on given devices, and the commands that fit."""
+"""`safelocus plan MODEL`: will every stage fit, with which settings, and roughly how long does it take."""
 
 import shlex
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,7 @@ from safelocus.cli.preserve import Preserve
 
 if TYPE_CHECKING:
     from safelocus.report.grid import Grid
-    from safelocus.resources import Choice, Device, Duration, Peak, Subject
+    from safelocus.resources import Answering, Choice, Device, Scoring, Subject, Training
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,16 +22,12 @@ class Plan(ModelArgument, RatioOption, AnswerOption, OffloadOption, DtypeOption,
     device: str | None = option(
         "cpu, cuda:0, auto (this machine); H200, RTX 4090, 24GB, 2x80GB, ... (any).", shown="what models are loaded to"
     )
-    devices: int | None = option("How many of them.", shown="1", min=1)
     guard: str | None = option("Guard to score and judge with.", shown="reader")
-    prompts: str | None = option("Prompts to score with, counted.", "-p")
-    num_prompts: int = option("How many prompts, where none are given.", default=128, min=1)
+    prompts: str | None = option("Prompts to score with, counted.", "-p", shown="128")
     prompt_tokens: int = option("Tokens of a prompt in its template.", default=64, min=1)
     max_length: int = option("Tokens of a training row.", default=512, min=1)
     batch_size: int | None = option("Rows per optimizer step.", shown="8 enhance, 16 preserve", min=1)
     steps: int | None = option("Optimizer steps.", shown="100 and 1000", min=1)
-    retain_rows: int = option("Rows to retain with each refusal (enhance).", default=6, min=0)
-    lora_rank: int = option("Of preserve --lora.", default=16, min=1)
     shard: bool = flag("One process per device, the model in shards.")
 
 
@@ -41,7 +37,7 @@ def plan(given: Plan) -> None:
     from safelocus.model.target import dtype_on
     from safelocus.resources import Subject, find_device
 
-    where = find_device(given.device, count=given.devices)
+    where = find_device(given.device)
     dtype = dtype_on("cpu" if where.is_cpu else given.device, given.dtype)
     subject = Subject.load(given.model, dtype=dtype, **given.part(HubOptions))
     reader = None
@@ -49,127 +45,86 @@ def plan(given: Plan) -> None:
         reader = Subject.load(given.guard, dtype=dtype, trust_remote_code=given.trust_remote_code)
     found = _stages(given, subject, reader, where)
     if given.json:
-        print_json(_document(subject, where, found))
+        about = {"name": where.label, "count": where.count, "memory": where.memory, "free": where.free}
+        stages = {stage.name: stage.to_json() for stage in found}
+        print_json({"model": subject.name, "num_weights": subject.num_weights, "device": about, "stages": stages})
         return
     results.print(_grid(subject, where, found).rich())
     for stage in found:
-        results.print(f"[bold]{stage.name}[/]: {stage.settings}", highlight=False, soft_wrap=True)
-        if stage.problem is None:
+        said = stage.problem or stage.choice.sentence
+        results.print(f"[bold]{stage.name}[/]: {said}", highlight=False, soft_wrap=True)
+        if not stage.problem:
             results.print(stage.command, markup=False, highlight=False, soft_wrap=True)
     note("Times are rough, within a factor of three; measuring before and after is not in them. docs/plan.md")
 
 
-def _stages(given: Plan, subject: "Subject", reader: "Subject | None", where: "Device") -> "list[_Stage]":
-    from safelocus import resources
+def _stages(given: Plan, subject: "Subject", reader: "Subject | None", where: "Device") -> "list[_Planned]":
     from safelocus.prompts import read_prompts
-    from safelocus.resources import Answering, Lengths, Scoring, Training
+    from safelocus.resources import Answering, Lengths, Scoring, Training, choose, choose_training
 
-    model, guard, shard, offload = given.model, given.guard, given.shard, given.offload
-    prompts, unusual = given.prompts or "PROMPTS", _unusual(given.max_new_tokens)
-    number = len(read_prompts(given.prompts)) if given.prompts else given.num_prompts
+    model, guard = given.model, given.guard
+    number = len(read_prompts(given.prompts)) if given.prompts else 128
+    processes = where.count if given.shard else 1
     lengths = Lengths(prompt=given.prompt_tokens, response=given.max_new_tokens, row=given.max_length)
-    selected = max(int(given.ratio * subject.num_weights), 1)
-    processes = where.count if shard else 1
-
-    scoring = Scoring(target=subject, guard=reader, lengths=lengths)
-    objective = ["--guard", guard] if guard else ["--refusal"]
-    answering = Answering(target=subject, guards=(reader,) if reader else (), lengths=lengths)
-    judge = ["--judge", f"guard:{guard}"] if guard else []
-    found = [
-        _stage(
-            "score", ["score", model, "--prompts", prompts, *objective, *unusual],
-            lambda: resources.choose_scoring(
-                scoring, where, most=max(number // processes, 1), sharded=shard, offload=offload
-            ),
-            lambda choice: resources.scoring_duration(scoring, choice, number),
-        ),
-        _stage(
-            "evaluate", ["evaluate", model, "--prompts", prompts, *judge, *unusual],
-            lambda: resources.choose_answering(
-                answering, where, most=-(-number // processes), sharded=shard, offload=offload
-            ),
-            lambda choice: resources.answering_duration(answering, choice, number),
-        ),
-    ]  # fmt: skip
-    for name, kind, rows, num_steps, words in (
+    common: dict[str, Any] = {"target": subject, "lengths": lengths}
+    scoring, answering = Scoring(guard=reader, **common), Answering(guards=(reader,) if reader else (), **common)
+    placed: dict[str, Any] = {"sharded": given.shard, "offload": given.offload}
+    most = max(number // processes, 1)
+    asked = ["--prompts", given.prompts or "PROMPTS", "--max-new-tokens", str(given.max_new_tokens)]
+    words = ["score", model, *asked, *(["--guard", guard] if guard else ["--refusal"])]
+    found = [_stage("score", words, scoring, number, lambda: choose(scoring, where, most=most, **placed))]
+    words = ["evaluate", model, *asked, *(["--judge", f"guard:{guard}"] if guard else [])]
+    found.append(_stage("evaluate", words, answering, number, lambda: choose(answering, where, most=most, **placed)))
+    for name, kind, rows, num_steps, data in (
         ("enhance", "sparse", Enhance.rows, Enhance.steps, ["--data", "REFUSALS", "--retain", "HARMLESS"]),
         ("preserve", "full", Preserve.rows, Preserve.steps, ["--data", "TASK"]),
         ("preserve --lora", "lora", Preserve.rows, Preserve.steps, ["--data", "TASK"]),
     ):
-        rows, num_steps = given.batch_size or rows, given.steps or num_steps
+        size, times = given.batch_size or rows, given.steps or num_steps
         training = Training(
-            target=subject, num_selected=selected, kind=kind, lengths=lengths, lora_rank=given.lora_rank, guard=reader,
-            retained_rows=given.retain_rows if kind == "sparse" else 0, batch=rows,
+            num_selected=max(int(given.ratio * subject.num_weights), 1), kind=kind, guard=reader, most=size,  # type: ignore[arg-type]
+            retained_rows=Enhance.retain_rows if kind == "sparse" else 0, processes=processes, **common,
         )  # fmt: skip
-        command = [*name.split()[:1], model, "--selection", "SELECTION", *words, *name.split()[1:]]
-        found.append(
-            _stage(
-                name, [*command, "--steps", str(num_steps), "--max-length", str(given.max_length)],
-                lambda stage=training, rows=rows: resources.choose_training(  # type: ignore[misc]
-                    stage, where, batch_size=rows, sharded=shard, offload=offload, processes=processes
-                ),
-                lambda choice, stage=training, number=num_steps: resources.training_duration(  # type: ignore[misc]
-                    stage, choice, number
-                ),
-                trains=True,
-            )
-        )  # fmt: skip
+        command, *flags = name.split()
+        words = [command, model, "--selection", "SELECTION", *data, *flags, "--steps", str(times)]
+        choice = lambda training=training, size=size: choose_training(training, where, batch_size=size, **placed)  # noqa: E731
+        found.append(_stage(name, [*words, "--max-length", str(given.max_length)], training, times, choice))
     return found
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Stage:
-    """A stage, what was chosen for it, and how to run it; `problem` says why nothing could be. Only some take steps."""
+class _Planned:
+    """A stage, what was chosen for it, and how to run it; `problem` says why nothing could be."""
 
     name: str
     choice: "Choice"
-    duration: "Duration"
+    seconds: float
     words: list[str]
     problem: str | None
-    trains: bool
-
-    @property
-    def settings(self) -> str:
-        return f"{self.choice.sentence}; {self.duration}" if self.problem is None else self.problem
 
     @property
     def command(self) -> str:
-        choice = self.choice
-        chosen = ["--batch-size", str(choice.batch_size)]
-        chosen += ["--accumulation", str(choice.accumulation)] if self.trains else []
-        chosen += ["--checkpointing"] if choice.checkpointing else []
+        chosen = self.choice.settings
         start = ["safelocus"]
-        if choice.placement.sharded:
-            start = ["torchrun", "--nproc-per-node", str(choice.placement.count), "-m", "safelocus"]
-        output = ["-o", str(Path("runs") / self.name.split()[0])]
-        return shlex.join([*start, *self.words, *chosen, *choice.placement.options, *output])
+        if chosen.sharded:
+            start = ["torchrun", "--nproc-per-node", str(chosen.count), "-m", "safelocus"]
+        steps = ["--accumulation", str(chosen.accumulation)] if "--steps" in self.words else []
+        settings = ["--batch-size", str(chosen.batch_size), *steps, *(["--checkpointing"] * chosen.checkpointing)]
+        return shlex.join([*start, *self.words, *settings, *chosen.options, "-o", str(Path("runs") / self.words[0])])
 
     def to_json(self) -> dict[str, Any]:
-        choice = self.choice
+        chosen, need = self.choice.settings, self.choice.need
         return {
-            "fits": self.problem is None,
-            "placement": choice.placement.label,
-            "batch_size": choice.batch_size,
-            "accumulation": choice.accumulation,
-            "checkpointing": choice.checkpointing,
-            "bytes": choice.need.total,
-            "standing": dict(choice.need.standing),
-            "phases": {name: peak.total for name, peak in choice.need.phases.items()},
-            "host": dict(choice.need.host),
-            "seconds": self.duration.seconds,
-            "command": self.command if self.problem is None else None,
-            "problem": self.problem,
-        }
+            "fits": self.problem is None, "placement": chosen.label, "batch_size": chosen.batch_size,
+            "accumulation": chosen.accumulation, "checkpointing": chosen.checkpointing, "bytes": need.total,
+            "host": sum(need.host.values()), "seconds": self.seconds, "problem": self.problem,
+            "command": None if self.problem else self.command,
+        }  # fmt: skip
 
 
 def _stage(
-    name: str,
-    words: list[str],
-    choose: "Callable[[], Choice]",
-    time: "Callable[[Choice], Duration]",
-    *,
-    trains: bool = False,
-) -> _Stage:
+    name: str, words: list[str], stage: "Scoring | Answering | Training", number: int, choose: "Callable[[], Choice]"
+) -> _Planned:  # fmt: skip
     from safelocus.resources import DoesNotFit
 
     problem = None
@@ -177,62 +132,28 @@ def _stage(
         choice = choose()
     except DoesNotFit as error:
         choice, problem = error.smallest, str(error)
-    return _Stage(name=name, choice=choice, duration=time(choice), words=words, problem=problem, trains=trains)
+    seconds = stage.seconds(choice.settings, choice.device, number)
+    return _Planned(name=name, choice=choice, seconds=seconds, words=words, problem=problem)
 
 
-def _unusual(max_new_tokens: int) -> list[str]:
-    return [] if max_new_tokens == 256 else ["--max-new-tokens", str(max_new_tokens)]
-
-
-def _yes(value: bool) -> str:
-    return "yes" if value else "no"
-
-
-def _bytes(part: "Mapping[str, int | Peak]") -> dict[str, int]:
-    return {name: size if isinstance(size, int) else size.total for name, size in part.items()}
-
-
-def _grid(subject: "Subject", device: "Device", stages: list[_Stage]) -> "Grid":
+def _grid(subject: "Subject", where: "Device", found: list[_Planned]) -> "Grid":
     from safelocus.report.grid import Grid
-    from safelocus.resources import in_bytes
-    from safelocus.resources.duration import in_words
+    from safelocus.resources import in_bytes, in_words
 
-    def cells(kind: str) -> list[tuple[str, ...]]:
-        parts = [_bytes(getattr(stage.choice.need, kind)) for stage in stages]
-        names = list(dict.fromkeys(name for part in parts for name in part))
-        mark = {"standing": "", "phases": "then ", "host": "on the CPU: "}[kind]
-        return [(f"{mark}{name}", *(in_bytes(part[name]) if name in part else "" for part in parts)) for name in names]
-
-    rows = [*cells("standing"), *cells("phases")]
-    sections = (len(rows),)
-    rows += [
-        ("needed", *(in_bytes(stage.choice.need.total) for stage in stages)),
-        ("fits", *(_yes(stage.problem is None) for stage in stages)),
-        ("placement", *(stage.choice.placement.label for stage in stages)),
-        ("batch size", *(str(stage.choice.batch_size) for stage in stages)),
-        ("passes per step", *(str(stage.choice.accumulation) if stage.trains else "" for stage in stages)),
-        ("checkpointing", *(_yes(stage.choice.checkpointing) if stage.trains else "" for stage in stages)),
-        ("time", *(in_words(stage.duration.total) for stage in stages)),
-        *cells("host"),
-    ]
-    several = f"{device.count} x " if device.count > 1 else ""
-    active = f", {subject.num_active:,} per token" if subject.num_routed else ""
+    choices = [stage.choice for stage in found]
+    several = f"{where.count} x " if where.count > 1 else ""
     return Grid(
-        title=f"{subject.name}: {subject.num_weights:,} weights{active}, {str(subject.dtype).removeprefix('torch.')}",
-        headings=("bytes", *(stage.name.replace(" --", " ") for stage in stages)),
-        rows=tuple(rows),
-        caption=f"{several}{device.label}: {in_bytes(device.free)} of {in_bytes(device.memory)} free, of which 90 % "
-        'are used. "then": one after another, so the largest counts',
-        sections=sections,
+        title=f"{subject.name}: {subject.num_weights:,} weights, {str(subject.dtype).removeprefix('torch.')}",
+        headings=("", *(stage.name.replace(" --", " ") for stage in found)),
+        rows=(
+            ("bytes needed", *(in_bytes(choice.need.total) for choice in choices)),
+            ("on the CPU", *(in_bytes(sum(choice.need.host.values())) for choice in choices)),
+            ("fits", *("no" if stage.problem else "yes" for stage in found)),
+            ("placement", *(choice.settings.label for choice in choices)),
+            ("batch size", *(str(choice.settings.batch_size) for choice in choices)),
+            ("passes per step", *(str(choice.settings.accumulation) for choice in choices)),
+            ("checkpointing", *("yes" if choice.settings.checkpointing else "no" for choice in choices)),
+            ("time", *(in_words(stage.seconds) for stage in found)),
+        ),
+        caption=f"{several}{where.label}: {in_bytes(where.free)} of {in_bytes(where.memory)} free, 90 % of it are used",
     )
-
-
-def _document(subject: "Subject", device: "Device", stages: list[_Stage]) -> dict[str, Any]:
-    return {
-        "model": subject.name,
-        "num_weights": subject.num_weights,
-        "num_active": subject.num_active,
-        "dtype": str(subject.dtype).removeprefix("torch."),
-        "device": {"name": device.label, "count": device.count, "memory": device.memory, "free": device.free},
-        "stages": {stage.name: stage.to_json() for stage in stages},
-    }

@@ -14,7 +14,6 @@ from safelocus.cli.output import note
 
 if TYPE_CHECKING:
     from safelocus.evaluation.tasks import TaskExample
-    from safelocus.model.target import Dtype
     from safelocus.prompts import Example, PromptSet
     from safelocus.resources import Choice, Device, Lengths, Subject, Training
 
@@ -46,24 +45,23 @@ class Model:
     def of(cls, given: ModelOptions) -> Self:
         return cls(name=given.model, **given.part(PlaceOptions))
 
-    def subject(self) -> "Subject":
-        from safelocus.resources import Subject
+    @property
+    def placement(self) -> dict[str, Any]:
+        return {"sharded": self.shard, "offload": self.offload}
 
-        return Subject.load(
-            self.name, dtype=self._dtype(), layout=self.layout, skip_unknown=self.skip_unknown,
-            revision=self.revision, trust_remote_code=self.trust_remote_code,
-        )  # fmt: skip
+    def subject(self) -> "Subject":
+        return self._load(self.name, layout=self.layout, skip_unknown=self.skip_unknown, revision=self.revision)
 
     def reader(self, name: str | None) -> "Subject | None":
         """The guard, in the same dtype."""
+        return self._load(name) if name else None
+
+    def _load(self, name: str, **options: Any) -> "Subject":
+        from safelocus.model.target import dtype_on
         from safelocus.resources import Subject
 
-        return Subject.load(name, dtype=self._dtype(), trust_remote_code=self.trust_remote_code) if name else None
-
-    def _dtype(self) -> "Dtype":
-        from safelocus.model.target import dtype_on
-
-        return dtype_on(self.device, self.dtype)
+        dtype = dtype_on(self.device, self.dtype)
+        return Subject.load(name, dtype=dtype, trust_remote_code=self.trust_remote_code, **options)
 
     def devices(self) -> "Device":
         """Of one process: its own accelerator, or its part of the CPU's memory."""
@@ -72,10 +70,11 @@ class Model:
         from safelocus import distributed
         from safelocus.resources import find_device
 
-        found = find_device(self.device or ("auto" if distributed.world_size() == 1 else None))
-        if distributed.world_size() > 1 and found.is_cpu:
-            found = replace(found, free=found.free // int(os.environ.get("LOCAL_WORLD_SIZE", distributed.world_size())))
-        return replace(found, count=distributed.world_size()) if self.shard else found
+        size = distributed.world_size()
+        found = find_device(self.device or ("auto" if size == 1 else None))
+        if size > 1 and found.is_cpu:
+            found = replace(found, free=found.free // int(os.environ.get("LOCAL_WORLD_SIZE", size)))
+        return replace(found, count=size) if self.shard else found
 
     def lengths(
         self, prompts: "Sequence[Example | TaskExample]" = (), *, response: int = 256, rows: "Sequence[PromptSet]" = (),
@@ -104,6 +103,7 @@ class Model:
             prompt=max((size for size in sizes if size <= room), default=64),
             response=max((answer for _, answer in found[1:]), default=response),
             row=min(found[0][0] if found else max_length, max_length),
+            answer=min(found[0][1], max_length) if found else None,
             retained=None if retained is None else min(retained, max_length),
         )
 
@@ -116,54 +116,36 @@ def agreed(choose: Callable[[], T]) -> T:
 
 
 def scoring_settings(
-    model: Model,
-    prompts: "PromptSet",
-    *,
-    guard: str | None,
-    max_new_tokens: int,
-    batch_size: int | None,
-    accumulate_on: str | None,
-    default: int = 8,
-    quiet: bool = False,
-) -> "tuple[int, str | None, str | None]":
+    model: Model, prompts: "PromptSet", *, guard: str | None, max_new_tokens: int, batch_size: int | None,
+    accumulate_on: str | None, quiet: bool = False,
+) -> "tuple[int, str | None, str | None]":  # fmt: skip
     """(batch size, device of the fp32 sums, device): those given, and for the rest what fits.
 
     Raises:
         ResourceError: nothing fits; or, with a batch size given, the weights alone do not.
     """
     from safelocus import distributed
-    from safelocus.resources import Scoring, choose_scoring
+    from safelocus.resources import Scoring, choose
 
     def make() -> "Choice":
         asked = [replace(example, system=None) for example in prompts.examples]
         lengths = model.lengths(asked, response=0 if guard is None else max_new_tokens)
         scoring = Scoring(target=model.subject(), guard=model.reader(guard), lengths=lengths)
         sums = "the weights'" if (model.shard or model.offload) and accumulate_on is None else accumulate_on
-        return choose_scoring(
-            scoring, model.devices(), most=max(len(prompts) // distributed.world_size(), 1), batch_size=batch_size,
-            accumulate_on=sums, sharded=model.shard, offload=model.offload,
+        most = max(len(prompts) // distributed.world_size(), 1)
+        return choose(
+            scoring, model.devices(), most=most, batch_size=batch_size, accumulate_on=sums, **model.placement
         )  # fmt: skip
 
-    choice = choose("scoring", make, otherwise=f"batch size {batch_size or default}", quiet=quiet)
-    if choice is None:
-        return batch_size or default, accumulate_on, model.device
-    sums = "cpu" if choice.placement.sums_on_cpu else accumulate_on
-    return choice.batch_size, sums, _device(model, choice)
+    size, device, choice = _settled("scoring", model, make, batch_size or 8, quiet=quiet)
+    return size, "cpu" if choice is not None and choice.settings.sums_on_cpu else accumulate_on, device
 
 
 def answering_settings(
-    model: Model,
-    sets: "Sequence[Sequence[Example | TaskExample]]",
-    *,
-    judges: Sequence[str],
-    max_new_tokens: int,
-    batch_size: int | None,
-    texts: "PromptSet | None" = None,
-    num_disturbed: int = 0,
-    num_scores: int = 0,
-    source: str | None = None,
-    quiet: bool = False,
-) -> "tuple[int, str | None]":
+    model: Model, sets: "Sequence[Sequence[Example | TaskExample]]", *, judges: Sequence[str], max_new_tokens: int,
+    batch_size: int | None, texts: "PromptSet | None" = None, num_disturbed: int = 0, num_scores: int = 0,
+    source: str | None = None, quiet: bool = False,
+) -> "tuple[int, str | None]":  # fmt: skip
     """(batch size, device) of `evaluate` and `verify`: those given, and for the rest what fits.
 
     Args:
@@ -177,93 +159,66 @@ def answering_settings(
     """
     from safelocus import distributed
     from safelocus.model.generation import room_for_prompt
-    from safelocus.resources import Answering, choose_answering
+    from safelocus.resources import Answering, choose
 
     asked = [example for part in sets for example in part]
 
     def make() -> "Choice":
         subject = model.subject()
         readers = [model.reader(name.removeprefix("guard:")) for name in judges if name.startswith("guard:")]
+        lengths = model.lengths(
+            asked, response=max_new_tokens, rows=[] if texts is None else [texts],
+            max_length=room_for_prompt(subject.config, 0),
+        )  # fmt: skip
         answering = Answering(
-            target=subject, guards=tuple(reader for reader in readers if reader is not None),
-            lengths=model.lengths(
-                asked, response=max_new_tokens, rows=[] if texts is None else [texts],
-                max_length=room_for_prompt(subject.config, 0),
-            ),
+            target=subject, guards=tuple(reader for reader in readers if reader is not None), lengths=lengths,
             reads_rows=texts is not None, num_disturbed=num_disturbed, num_scores=num_scores,
             source=model.reader(source),
         )  # fmt: skip
         number = max(len(asked), len(texts or ())) or ANSWERED  # the tasks of other libraries are not counted
-        return choose_answering(
-            answering, model.devices(), most=-(-number // distributed.world_size()), batch_size=batch_size,
-            sharded=model.shard, offload=model.offload,
-        )  # fmt: skip
+        most = -(-number // distributed.world_size())
+        return choose(answering, model.devices(), most=most, batch_size=batch_size, **model.placement)
 
-    choice = choose("answering", make, otherwise=f"batch size {batch_size or ANSWERED}", quiet=quiet)
-    if choice is None:
-        return batch_size or ANSWERED, model.device
-    return choice.batch_size, _device(model, choice)
-
-
-def training_settings(
-    model: Model,
-    make_stage: "Callable[[Subject, Subject | None], Training]",
-    *,
-    guard: str | None,
-    rows: int,
-    batch_size: int | None,
-    accumulation: int | None,
-    checkpointing: bool | None,
-    quiet: bool = False,
-) -> tuple[int, int, bool, str | None]:
-    """(batch size, accumulation, checkpointing, device): those given, and for the rest what fits.
-
-    Args:
-        make_stage: from the model and the guard.
-        rows: of an optimizer step, where neither batch size nor accumulation is given; never changed.
-    """
-    from safelocus import distributed
-    from safelocus.resources import choose_training
-
-    given = batch_size is not None or accumulation is not None
-    size, passes = batch_size or rows, accumulation or 1
-
-    def make() -> "Choice":
-        return choose_training(
-            make_stage(model.subject(), model.reader(guard)), model.devices(), batch_size=size, accumulation=passes,
-            checkpointing=checkpointing, given=given, sharded=model.shard, offload=model.offload,
-            processes=distributed.world_size(),
-        )  # fmt: skip
-
-    choice = choose("training", make, otherwise=f"batch size {size}", quiet=quiet)
-    if choice is None:
-        return size, passes, bool(checkpointing), model.device
-    return choice.batch_size, choice.accumulation, choice.checkpointing, _device(model, choice)
+    return _settled("answering", model, make, batch_size or ANSWERED, quiet=quiet)[:2]
 
 
 def settle(given: Train, make_stage: "Callable[[Subject, Subject | None], Training]") -> Train:
-    """Options of a training, with batches and device: those given, those of a run to resume, what fits."""
+    """Options of a training, with batches and device: those given, those of a run to resume, what fits.
+
+    Args:
+        make_stage: from the model and the guard.
+    """
     from safelocus.prompts import read_prompts
+    from safelocus.resources import choose_training
 
     given = resumed(given, "batch_size", "accumulation", "checkpointing", "score_batch_size")
-    batch_size, accumulation, checkpointing, device = training_settings(
-        Model.of(given), make_stage, guard=given.guard, rows=given.rows, quiet=given.json, batch_size=given.batch_size,
-        accumulation=given.accumulation, checkpointing=given.checkpointing,
-    )  # fmt: skip
-    given = replace(
-        given, batch_size=batch_size, accumulation=accumulation, checkpointing=checkpointing, device=device
+    model, size, passes = Model.of(given), given.batch_size or given.rows, given.accumulation or 1
+    is_given = given.batch_size is not None or given.accumulation is not None
+
+    def make() -> "Choice":
+        return choose_training(
+            make_stage(model.subject(), model.reader(given.guard)), model.devices(), batch_size=size,
+            accumulation=passes, checkpointing=given.checkpointing, given=is_given, **model.placement,
+        )  # fmt: skip
+
+    batch_size, device, choice = _settled("training", model, make, size, quiet=given.json)
+    settled = replace(
+        given, batch_size=batch_size, device=device, accumulation=choice.settings.accumulation if choice else passes,
+        checkpointing=choice.settings.checkpointing if choice else bool(given.checkpointing),
     )  # fmt: skip
     if given.prompts is None:
-        return given
+        return settled
     score_batch_size, _, device = scoring_settings(
-        Model.of(given), read_prompts(given.prompts), guard=given.guard, max_new_tokens=given.max_new_tokens,
+        Model.of(settled), read_prompts(given.prompts), guard=given.guard, max_new_tokens=given.max_new_tokens,
         batch_size=given.score_batch_size, accumulate_on="the weights'", quiet=given.json,
     )  # fmt: skip
-    return replace(given, score_batch_size=score_batch_size, device=device)
+    return replace(settled, score_batch_size=score_batch_size, device=device)
 
 
-def choose(what: str, make: "Callable[[], Choice]", *, otherwise: str, quiet: bool = False) -> "Choice | None":
-    """A choice, the same in all processes and said in a line; None, with a remark, where there can be no plan."""
+def _settled(
+    what: str, model: Model, make: "Callable[[], Choice]", otherwise: int, *, quiet: bool
+) -> "tuple[int, str | None, Choice | None]":
+    """(batch size, device, choice), the same in all processes and said in a line; a remark where there is no plan."""
     from safelocus.errors import LayoutError, PlanError, ResourceError
     from safelocus.resources import in_bytes
 
@@ -279,17 +234,14 @@ def choose(what: str, make: "Callable[[], Choice]", *, otherwise: str, quiet: bo
     if isinstance(found, ResourceError):
         raise found
     if isinstance(found, Exception):
-        note(f"{what}: {otherwise}; no plan: {str(found).splitlines()[0]}")
-        return None
+        note(f"{what}: batch size {otherwise}; no plan: {str(found).splitlines()[0]}")
+        return otherwise, model.device, None
     if not quiet:
         note(f"{what}: {found.sentence}")
     if not found.fits:
         note(f"[bold]mind:[/] by the plan that does not fit into {in_bytes(found.room)}, but it was asked for")
-    return found
-
-
-def _device(model: Model, choice: "Choice") -> str | None:
-    return "auto" if choice.placement.count > 1 and not choice.placement.sharded else model.device
+    is_spread = found.settings.count > 1 and not found.settings.sharded
+    return found.settings.batch_size, "auto" if is_spread else model.device, found
 
 
 def resumed(given: Run, *names: str) -> Run:

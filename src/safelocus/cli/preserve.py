@@ -154,12 +154,14 @@ def _read(given: Preserve) -> _Material:
 
 def _stage(given: Preserve, material: _Material) -> "Callable[[Subject, Subject | None], Training]":
     def stage(subject: "Subject", reader: "Subject | None") -> "Training":
+        from safelocus import distributed
         from safelocus.resources import Training
 
         return Training(
             target=subject, num_selected=planning.num_selected(given.selection, given.ratio, subject),
             kind="lora" if given.lora else "full", lora_rank=given.lora_rank, guard=reader,
-            batch=given.batch_size or given.rows, lengths=planning.Model.of(given).lengths(
+            most=given.batch_size or given.rows, processes=distributed.world_size(),
+            lengths=planning.Model.of(given).lengths(
                 response=given.max_new_tokens, rows=[material.rows], max_length=given.max_length
             ),
         )  # fmt: skip

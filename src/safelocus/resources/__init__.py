@@ -3,42 +3,12 @@
 Device + Subject (configuration) -> rehearsal -> Need -> Choice
 """
 
-from safelocus.resources.choosing import (
-    Choice,
-    DoesNotFit,
-    Placement,
-    choose_answering,
-    choose_scoring,
-    choose_training,
-    in_bytes,
-)
+from safelocus.resources.choosing import Choice, DoesNotFit, choose, choose_training, in_bytes, in_words
 from safelocus.resources.devices import Device, find_device
-from safelocus.resources.duration import Duration, answering_duration, scoring_duration, training_duration
-from safelocus.resources.memory import Answering, Scoring, Training
-from safelocus.resources.need import Lengths, Need
-from safelocus.resources.rehearsal import Peak, Rehearsal
-from safelocus.resources.subject import Subject
+from safelocus.resources.rehearsal import Pass, Subject, Trial
+from safelocus.resources.stages import Answering, Lengths, Need, Scoring, Settings, Training
 
 __all__ = [
-    "Answering",
-    "Choice",
-    "Device",
-    "DoesNotFit",
-    "Duration",
-    "Lengths",
-    "Need",
-    "Peak",
-    "Placement",
-    "Rehearsal",
-    "Scoring",
-    "Subject",
-    "Training",
-    "answering_duration",
-    "choose_answering",
-    "choose_scoring",
-    "choose_training",
-    "find_device",
-    "in_bytes",
-    "scoring_duration",
-    "training_duration",
-]
+    "Answering", "Choice", "Device", "DoesNotFit", "Lengths", "Need", "Pass", "Scoring", "Settings", "Subject",
+    "Training", "Trial", "choose", "choose_training", "find_device", "in_bytes", "in_words",
+]  # fmt: skip

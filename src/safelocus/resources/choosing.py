@@ -1,58 +1,23 @@
 """Which settings fit a device, and which of them are taken.
 
-Scoring: the largest batch (a power of two) that fits, the fp32 sums beside the weights if that leaves room for a batch
-of a few prompts, else on the CPU; one device before several. Answering: the largest batch that fits.
+Scoring and answering: the largest batch that fits; the fp32 sums beside the weights, and one device, if that leaves
+room for a few prompts, else the sums on the CPU or several devices.
 
 Training: rows per step never change. What may change is how many of them are in memory at once: first activations are
 checkpointed (the same numbers, a third more time), then batches are divided into passes.
-
-Input: a stage's memory (`memory`) and a `Device`. Output: a `Choice`, with what it needs and why it was made.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from safelocus.errors import ResourceError
-from safelocus.resources.devices import Device, host_free
-from safelocus.resources.memory import Answering, Scoring, Training
-from safelocus.resources.need import Need
-from safelocus.resources.passes import LARGE
+from safelocus.resources.devices import Device, host_memory
+from safelocus.resources.stages import Answering, Need, Scoring, Settings, Training
 
 MARGIN = 0.9  # of what is free: allocators leave gaps, kernels take work space
+LARGEST = 32  # prompts at a time
+_LARGEST_ON_CPU = 8  # prompts scored at a time; a core is busy with few already
 _FEW = 4  # prompts at a time, for which nothing is moved off the device
-_LARGEST, _LARGEST_ON_CPU = 32, 8  # prompts scored at a time; a core is busy with few already
-ANSWERED = 32  # prompts answered at a time, on any device
-
-
-@dataclass(frozen=True, kw_only=True)
-class Placement:
-    """Where things lie.
-
-    Attributes:
-        count: devices that share one model.
-        sharded: by rows, over as many processes (FSDP2); else by layers, in one process.
-        sums_on_cpu: whether scoring adds up gradients on the CPU.
-        offload: whether weights lie in the host's memory, and come layer by layer.
-    """
-
-    count: int = 1
-    sharded: bool = False
-    sums_on_cpu: bool = False
-    offload: bool = False
-
-    @property
-    def label(self) -> str:
-        where = "one device"
-        if self.count > 1:
-            where = f"{self.count} processes, sharded" if self.sharded else f"{self.count} devices"
-        where = f"{where}, weights on the host" if self.offload else where
-        return f"{where}, sums on the CPU" if self.sums_on_cpu else where
-
-    @property
-    def options(self) -> list[str]:
-        """Of the command line."""
-        spread = [] if self.count == 1 else ["--shard"] if self.sharded else ["--device", "auto"]
-        return spread + ["--offload"] * self.offload + ["--accumulate-on", "cpu"] * self.sums_on_cpu
 
 
 class DoesNotFit(ResourceError):
@@ -65,24 +30,10 @@ class DoesNotFit(ResourceError):
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
-    """Settings, and what they need.
-
-    Attributes:
-        device: that they are for.
-        placement: on it, or on several.
-        batch_size: prompts or rows at a time.
-        accumulation: passes per optimizer step.
-        checkpointing: whether activations are computed twice.
-        wide: whether a weight has more than 16 bits.
-        need: bytes on each device.
-    """
+    """Settings for a device, and the bytes that they need there."""
 
     device: Device
-    placement: Placement
-    batch_size: int
-    accumulation: int = 1
-    checkpointing: bool = False
-    wide: bool = False
+    settings: Settings
     need: Need
 
     @property
@@ -92,43 +43,43 @@ class Choice:
 
     @property
     def fits(self) -> bool:
-        return self.need.total <= self.room and self._host_fits
-
-    @property
-    def _host_fits(self) -> bool:
-        return not self.device.is_here or sum(self.need.host.values()) <= MARGIN * host_free()
+        on_host = sum(self.need.host.values())
+        return self.need.total <= self.room and (not self.device.is_here or on_host <= MARGIN * host_memory()[1])
 
     @property
     def sentence(self) -> str:
         """What was chosen and why, in one line."""
-        settings = [f"batch size {self.batch_size}"]
-        settings += [f"{self.accumulation} passes per step"] if self.accumulation > 1 else []
-        settings += ["activations computed twice"] if self.checkpointing else []
-        settings += [self.placement.label] if self.placement != Placement() else []
-        parts = [
-            *self.need.standing.items(),
-            (self.need.largest_phase, self.need.phases[self.need.largest_phase].total),
-        ]
-        items = ", ".join(f"{name} {in_bytes(size)}" for name, size in _joined(parts) if size)
+        chosen = self.settings
+        settings = [f"batch size {chosen.batch_size}"]
+        settings += [f"{chosen.accumulation} passes per step"] if chosen.accumulation > 1 else []
+        settings += ["activations computed twice"] * chosen.checkpointing
+        settings += [chosen.label] if chosen.label != "one device" else []
         room = f"{in_bytes(self.need.total)} of {in_bytes(self.device.free)} free on {self.device.label}"
-        return f"{', '.join(settings)}: {room} ({items})"
+        return f"{', '.join(settings)}: {room} ({self.parts})"
+
+    @property
+    def parts(self) -> str:
+        """The bytes, part by part."""
+        largest = max(self.need.phases.items(), key=lambda item: item[1])
+        items = (*self.need.standing.items(), largest)
+        return ", ".join(f"{name} {in_bytes(size)}" for name, size in items if size)
 
 
-def choose_scoring(
-    scoring: Scoring,
+def choose(
+    stage: Scoring | Answering,
     device: Device,
     *,
-    most: int = LARGE,
+    most: int = LARGEST,
     batch_size: int | None = None,
     accumulate_on: str | None = None,
     sharded: bool = False,
     offload: bool = False,
 ) -> Choice:
-    """Settings for scoring.
+    """Settings for scoring or answering.
 
     Args:
         device: or several alike, which are used where one does not do; with `sharded` all are.
-        most: prompts at a time, at most; no more are ever taken than keep a device of this kind busy.
+        most: prompts at a time, at most.
         batch_size, accumulate_on: given by the user, and not changed.
         offload: keep the weights on the host. Slow, so nothing chooses it by itself.
 
@@ -137,55 +88,24 @@ def choose_scoring(
 
     Example:
         >>> from safelocus.resources import Subject, find_device
-        >>> choice = choose_scoring(Scoring(target=Subject.load("organism:dense")), find_device("24GB"))
-        >>> choice.batch_size, choice.placement.label
+        >>> choice = choose(Scoring(target=Subject.load("organism:dense")), find_device("24GB"))
+        >>> choice.settings.batch_size, choice.settings.label
         (32, 'one device')
     """
-    found: list[Choice] = []
-    most = min(most, _LARGEST_ON_CPU if device.is_cpu else _LARGEST)
-    for placement in _placements(device, sharded, offload):
-        if accumulate_on is not None and placement.sums_on_cpu != (accumulate_on == "cpu" and not device.is_cpu):
-            continue
-        sizes = [batch_size] if batch_size else list(_powers(most))
-        needs = ((size, scoring.need(size, sums_on_cpu=placement.sums_on_cpu)) for size in sizes)
-        found.append(_fitting(_choice(device, placement, need, scoring, batch_size=size) for size, need in needs))
-    return _first(found, _FEW if batch_size is None else 1, given=batch_size is not None)
-
-
-def choose_answering(
-    answering: Answering,
-    device: Device,
-    *,
-    most: int = ANSWERED,
-    batch_size: int | None = None,
-    sharded: bool = False,
-    offload: bool = False,
-) -> Choice:
-    """Settings for answering and judging.
-
-    Args:
-        most: prompts at a time, at most.
-        batch_size: given by the user, and not changed.
-        sharded, offload: as for scoring.
-
-    Raises:
-        DoesNotFit: as for scoring.
-
-    Example:
-        >>> from safelocus.resources import Subject, find_device
-        >>> choice = choose_answering(Answering(target=Subject.load("organism:dense")), find_device("24GB"), most=20)
-        >>> choice.batch_size
-        20
-    """
-    found: list[Choice] = []
-    most = min(most, ANSWERED)
-    for placement in _placements(device, sharded, offload):
-        if placement.sums_on_cpu:
-            continue
-        sizes = [batch_size] if batch_size else list(dict.fromkeys([most, *_powers(most)]))
-        needs = ((size, answering.need(size)) for size in sizes)
-        found.append(_fitting(_choice(device, placement, need, answering, batch_size=size) for size, need in needs))
-    return _first(found, _FEW if batch_size is None else 1, given=batch_size is not None)
+    can_move = isinstance(stage, Scoring) and not device.is_cpu
+    most = min(most, _LARGEST_ON_CPU if isinstance(stage, Scoring) and device.is_cpu else LARGEST)
+    sizes = [batch_size] if batch_size else [most, *(1 << n for n in range(5, -1, -1) if 1 << n < most)]
+    counts = [device.count] if sharded else [1] if offload else sorted({1, device.count})
+    sums = [False, True] if can_move and accumulate_on is None else [can_move and accumulate_on == "cpu"]
+    places = [
+        Settings(batch_size=1, count=count, sums_on_cpu=on_cpu, sharded=sharded, offload=offload and not device.is_cpu)
+        for count in counts
+        for on_cpu in sums
+    ]
+    few = min(_FEW, sizes[0])
+    ways = [replace(place, batch_size=size) for place in places for size in sizes if size >= few]
+    ways += [replace(place, batch_size=size) for size in sizes if size < few for place in places]
+    return _first(stage, device, ways, given=batch_size is not None)
 
 
 def choose_training(
@@ -198,7 +118,6 @@ def choose_training(
     given: bool = False,
     sharded: bool = False,
     offload: bool = False,
-    processes: int = 1,
 ) -> Choice:
     """Settings for training with `batch_size * accumulation` rows per step.
 
@@ -206,116 +125,53 @@ def choose_training(
         given: whether batch size and accumulation were given by the user, and are not changed.
         checkpointing: the user's; None to choose.
         sharded, offload: as for scoring.
-        processes: that share the rows of every batch.
 
     Raises:
         DoesNotFit: nothing fits; or, with all settings given, the weights alone do not.
     """
     divisors = [1] if given else [2**n for n in range(12) if batch_size % 2**n == 0]
+    counts = [device.count] if sharded else [1] if offload else sorted({1, device.count})
     ways = [
-        (divisor, twice)
+        Settings(
+            batch_size=batch_size // divisor, accumulation=accumulation * divisor, checkpointing=twice, count=count,
+            sharded=sharded, offload=offload and not device.is_cpu,
+        )
+        for count in counts
         for divisor in divisors
         for twice in ((False, True) if checkpointing is None and divisor == 1 else (checkpointing is not False,))
-    ]
-
-    def choose(placement: Placement, divisor: int, twice: bool) -> Choice:
-        rows, passes = batch_size // divisor, accumulation * divisor
-        need = training.need(-(-rows // processes), checkpointing=twice, accumulation=passes)
-        choice = _choice(device, placement, need, training, batch_size=rows, accumulation=passes)
-        return replace(choice, checkpointing=twice)
-
-    placements = [placement for placement in _placements(device, sharded, offload) if not placement.sums_on_cpu]
-    found = [_fitting(choose(placement, *way) for way in ways) for placement in placements]
-    return _first(found, 1, given=given, training=True)
+    ]  # fmt: skip
+    return _first(training, device, ways, given=given)
 
 
-def _placements(device: Device, sharded: bool, offload: bool) -> list[Placement]:
-    if sharded or offload:
-        return [Placement(count=device.count if sharded else 1, sharded=sharded, offload=offload and not device.is_cpu)]
-    counts = [1] if device.count == 1 else [1, device.count]
-    ways = (False,) if device.is_cpu else (False, True)
-    return [Placement(count=count, sums_on_cpu=sums) for count in counts for sums in ways]
+def _first(
+    stage: Scoring | Answering | Training, device: Device, ways: Sequence[Settings], *, given: bool
+) -> Choice:  # fmt: skip
+    """The first that fits; only those are rehearsed in which what stands does."""
+    layers = 2 * stage.target.largest_layer * stage.target.dtype.itemsize  # one is used while the next one comes
 
+    def choice(way: Settings, need: Need) -> Choice:
+        return Choice(device=device, settings=way, need=need.on(device, way, layers))
 
-def _choice(
-    device: Device, placement: Placement, need: Need, stage: Scoring | Answering | Training, **settings: int
-) -> Choice:
-    if device.is_cpu:
-        need = need.on_host()
-    layers = 2 * stage.target.largest_layer * stage.target.weight_bytes  # one is used while the next one comes
-    if placement.offload:
-        need = need.offloaded(gathered=layers)
-    elif placement.count > 1:
-        need = need.spread(placement.count, gathered=layers if placement.sharded else None)
-    wide = stage.target.weight_bytes > 2
-    return Choice(device=device, placement=placement, need=need, wide=wide, **settings)  # type: ignore[arg-type]
-
-
-def _fitting(choices: Iterable[Choice]) -> Choice:
-    """The first that fits, and none after it is made; else the last."""
-    for choice in choices:
-        if choice.fits:
-            break
-    return choice
-
-
-def _first(found: list[Choice], least: int, *, given: bool, training: bool = False) -> Choice:
-    """The first that fits with a batch of some size, else the first that fits at all."""
-    fitting = [choice for choice in found if choice.fits]
-    for choice in fitting:
-        if choice.batch_size >= least:
-            return choice
-    if fitting:
-        return max(fitting, key=lambda choice: choice.batch_size)
-    if given and (
-        possible := [choice for choice in found if choice.need.standing.get("weights", 0) <= choice.device.free]
-    ):
-        return possible[0]  # the user's word against an estimate: warned, not refused
-    smallest = min(found, key=lambda choice: choice.need.total)
-    raise DoesNotFit(_advice(smallest, training=training), smallest)
-
-
-def _advice(choice: Choice, *, training: bool) -> str:
-    """What does not fit, and what would."""
-    need, device = choice.need, choice.device
-    items = ", ".join(f"{name} {in_bytes(size)}" for name, size in _joined([*need.standing.items()]) if size)
-    ways = []
-    if "weights" in need.standing and choice.room > 0:
-        shared = sum(size for name, size in need.standing.items() if not name.startswith("guard"))
-        left = choice.room - (need.total - shared)
-        if left > 0 and (number := -(-shared // left) * choice.placement.count) > choice.placement.count:
-            ways.append(f"{number} devices like it (--device auto, or torchrun --nproc-per-node {number} ... --shard)")
-    ways.append("--dtype bfloat16" if choice.wide else "")
-    ways.append("" if device.is_cpu or choice.placement.offload else "--offload, which is slow")
-    if training:
-        ways.append("a smaller --max-length, or --lora (preserve)")
-    else:
-        ways.append("fewer --max-new-tokens" if "generation" in need.phases else "")
-        ways.append("" if device.is_cpu else "--device cpu")
-    where = f"{choice.placement.label} of " if choice.placement.count > 1 else ""
-    phase = f"{need.largest_phase} {in_bytes(need.phases[need.largest_phase].total)}"
-    return (
-        f"does not fit: at least {in_bytes(need.total)} are needed on {where}{device.label}, "
-        f"{in_bytes(choice.room)} can be used ({items}, {phase}). "
-        f"What would help: {'; '.join(way for way in ways if way)}. `safelocus plan` shows every part"
+    hopeful = [way for way in ways if given or choice(way, stage.standing(way)).fits]
+    tried = []
+    for way in hopeful or ways[-1:]:
+        tried.append(choice(way, stage.need(way)))
+        if tried[-1].fits:
+            return tried[-1]
+    for attempt in tried if given else ():
+        if attempt.need.standing.get("weights", 0) <= device.free:
+            return attempt  # the user's word against an estimate: warned, not refused
+    smallest = min(tried, key=lambda attempt: attempt.need.total)
+    shorter = (
+        "a smaller --max-length, or --lora (preserve)" if isinstance(stage, Training) else "fewer --max-new-tokens"
     )
-
-
-def _joined(items: list[tuple[str, int]]) -> Iterator[tuple[str, int]]:
-    """Parts of one thing ("selected: moments") added up."""
-    sums: dict[str, int] = {}
-    for name, size in items:
-        key = name.partition(":")[0]
-        sums[key] = sums.get(key, 0) + size
-    return iter(sums.items())
-
-
-def _powers(most: int) -> Iterator[int]:
-    """Powers of two, the largest first, none above `most`."""
-    size = 1 << max(most, 1).bit_length() - 1
-    while size:
-        yield size
-        size >>= 1
+    wide = "--dtype bfloat16; " if stage.target.dtype.itemsize > 2 else ""
+    elsewhere = "" if device.is_cpu else "several devices (--device auto, --shard); --offload or --device cpu (slow); "
+    raise DoesNotFit(
+        f"does not fit: at least {in_bytes(smallest.need.total)} are needed on {device.label} "
+        f"({smallest.settings.label}), {in_bytes(smallest.room)} can be used ({smallest.parts}). "
+        f"What would help: {wide}{elsewhere}{shorter}", smallest,
+    )  # fmt: skip
 
 
 def in_bytes(size: float) -> str:
@@ -326,3 +182,16 @@ def in_bytes(size: float) -> str:
     """
     value, unit = (size / 1e9, "GB") if size >= 1e9 else (size / 1e6, "MB")
     return f"{value:,.0f} {unit}" if value >= 100 else f"{value:.1f} {unit}"
+
+
+def in_words(seconds: float) -> str:
+    """A rough time.
+
+    >>> in_words(0.2), in_words(95), in_words(9000)
+    ('a second', '2 minutes', '2.5 hours')
+    """
+    if seconds < 90:
+        return f"{seconds:.0f} seconds" if seconds >= 1.5 else "a second"
+    if seconds < 5400:
+        return f"{seconds / 60:.0f} minutes"
+    return f"{seconds / 3600:.1f} hours" if seconds < 2 * 86400 else f"{seconds / 86400:.0f} days"

@@ -1,154 +1,340 @@
-"""Rehearse a pass on tensors without data, and count the bytes that would be alive.
+"""A model without weights, whose passes are rehearsed: its own code runs on fake tensors, and bytes and operations are
+counted.
 
-The model is built from its configuration on torch's meta device, where every operation knows its shapes and computes
-nothing. The model's own code runs forward and backward; each storage that an operation makes is counted until it is
-freed. So nothing here knows of architectures: attention, experts, checkpointing, adapters cost what their code keeps.
+The model is built from its configuration under torch's `FakeTensorMode`, where every operation knows its shapes and
+computes nothing. Each storage that an operation makes is counted from then until it is freed. So nothing here knows of
+architectures: attention, experts, checkpointing, adapters cost what their code keeps.
 
-Layers alike are run once, and stand for all others of their kind: what one keeps in the forward pass is counted as
-often as there are such layers, until its backward pass is over; so are gradients that wait for those of another pass.
+Layers alike cost alike, so few of them are run: two of each kind (the first differs, as nothing comes before it), and
+then three of one kind at a time.
 
-Input: a configuration and a dtype. Output: `Peak`, bytes beside the weights. Milliseconds, whatever the model's size.
+    f(n_1, .., n_K) = f(2, .., 2) + sum_k (n_k - 2) (f(2, .., 3, .., 2) - f(2, .., 2))
+
+for operations, and for the most bytes in each part of a pass; the peak is the largest of these.
+
+Input: a configuration. Output: a `Subject`, and a `Trial` of any passes.
 """
 
+import logging
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
+from torch._subclasses import FakeTensorMode
+from torch.nn.functional import cross_entropy
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
+from torch.utils.flop_counter import flop_registry
 
 from safelocus.errors import PlanError
+from safelocus.model.auto import auto_class
+from safelocus.model.forcing import logits_at
+from safelocus.model.layout import Layout
 from safelocus.model.layout.sizes import text_config
+from safelocus.model.target import Dtype, load_config
 
 _FAILURES = (ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, RuntimeError, TypeError)
+_TORCH_LOG = logging.getLogger("torch._subclasses.fake_tensor")
 _ITEM = torch.ops.aten._local_scalar_dense.default
+_DEVICE = torch.ops.prim.device.default
 _GROUPED = torch.ops.aten._grouped_mm.default
-_FUSED_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+T = TypeVar("T")
+Trained = Literal["nothing", "inputs", "eligible", "adapter", "all"]
+_TRANSFER = 3 * (256 << 20)  # bytes of the vocabulary transfer, which works in chunks (objective.transfer)
 
 
-@dataclass(frozen=True)
-class Peak:
-    """Most bytes alive at once during a pass, beside the weights.
+class Pass(NamedTuple):
+    """`rows` of `length` tokens, forward and, where anything is trained, backward; logits at so many positions of all.
+
+    Kinds: "plain", cross entropy along the logits; "packed", openings behind one prompt; "weighted", the loss of
+    `TextObjective`; "fused", the head and loss of TRL.
+    """
+
+    rows: int
+    length: int
+    logits: int
+    kind: Literal["plain", "packed", "weighted", "fused"] = "plain"
+
+
+class Trial(NamedTuple):
+    """The most bytes alive at once, beside the weights, and floating-point operations."""
+
+    peak: int
+    operations: int
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Subject:
+    """A model without its weights.
 
     Attributes:
-        activations: kept for the backward pass, or used for a moment.
-        logits: everything as wide as the vocabulary.
-        gradients: of weights, until they are freed.
+        name: folder, hub id or `organism:NAME`.
+        config: of transformers.
+        layout: of its tensors.
+        dtype: its weights will have.
     """
 
-    activations: int = 0
-    logits: int = 0
-    gradients: int = 0
+    name: str
+    config: Any = field(repr=False)
+    layout: Layout = field(repr=False)
+    dtype: torch.dtype
+    _mode: FakeTensorMode = field(default_factory=FakeTensorMode, repr=False)
+    _known: dict[Any, Any] = field(default_factory=dict, repr=False)  # models by adapter, trials by what was tried
+
+    @classmethod
+    def load(
+        cls, name: str, *, dtype: Dtype = "auto", layout: Path | None = None, skip_unknown: bool = False,
+        revision: str | None = None, trust_remote_code: bool = False,
+    ) -> "Subject":  # fmt: skip
+        """Read the configuration.
+
+        Raises:
+            ModelError, LayoutError: as for `load`.
+
+        Example:
+            >>> Subject.load("organism:dense").num_weights
+            1267328
+        """
+        config = load_config(name, revision=revision, trust_remote_code=trust_remote_code)
+        return cls.of(name, config, dtype=dtype, layout=layout, skip_unknown=skip_unknown)
+
+    @classmethod
+    def of(
+        cls, name: str, config: Any, *, dtype: Dtype = "auto", layout: Path | None = None, skip_unknown: bool = False
+    ) -> "Subject":
+        """Of a configuration at hand; "auto" is the dtype that it names, else fp32, as loading does."""
+        kind = (getattr(config, "dtype", None) or text_config(config).dtype) if dtype == "auto" else dtype
+        kind = getattr(torch, kind) if isinstance(kind, str) else kind
+        found = Layout.from_config(config, file=layout, skip_unknown=skip_unknown)
+        return cls(name=name, config=config, layout=found, dtype=kind or torch.float32)
 
     @property
-    def total(self) -> int:
-        return self.activations + self.logits + self.gradients
+    def num_weights(self) -> int:
+        return self.layout.num_weights
 
+    @property
+    def num_bytes(self) -> int:
+        """Of all weights."""
+        return self.num_weights * self.dtype.itemsize
 
-class Rehearsal:
-    """A model without data, ready to be rehearsed.
+    @property
+    def largest_tensor(self) -> int:
+        """Weights of the largest eligible tensor."""
+        return max(self.layout.tensors[name].num_weights for name in self.layout.eligible_tensors)
 
-    Args:
-        config: of a transformers model.
-        auto: the class that makes the model, `AutoModelForCausalLM` or the like.
-        dtype: of the weights.
-        wrap: changes the model, to put an adapter on it for example.
-    """
+    @property
+    def largest_layer(self) -> int:
+        """Weights of the largest layer, or of embedding and head where these are larger."""
+        sizes: dict[Any, int] = {}
+        for tensor in self.layout.tensors.values():
+            sizes[tensor.stack, tensor.layer] = sizes.get((tensor.stack, tensor.layer), 0) + tensor.num_weights
+        return max(sizes.values())
 
-    def __init__(self, config: Any, auto: Any, *, dtype: torch.dtype, wrap: Callable[[Any], Any] | None = None) -> None:
-        with _errors(), torch.device("meta"):
-            model = auto.from_config(config, dtype=dtype)
-        self._repeated = _shorten(model, config)
-        self.model: Any = (model if wrap is None else wrap(model)).eval()
-        self.vocabulary = int(text_config(config).vocab_size)
-        self._shapes = {tuple(parameter.shape) for parameter in self.model.parameters() if parameter.dim() > 1}
+    def num_adapted(self, rank: int) -> int:
+        """Weights of an adapter."""
+        return sum(p.numel() for name, p in self._model(rank).named_parameters() if "lora_" in name)
 
-    def peak(
+    def cache(self, length: int) -> int:
+        """Bytes of the keys and values of one sequence of so many tokens, and of the states of linear layers."""
+
+        def cached(model: Any) -> dict[str, int]:
+            with self._rehearsing(model) as meter, torch.no_grad():
+                made = model(**_inputs(self.config, 1, length), use_cache=True)
+                kept = made.past_key_values if "past_key_values" in made else made.cache_params  # Mamba's
+                del made
+                return {"cache": meter.now if kept is not None else 0}
+
+        return self._once(("cache", length), lambda: self._extrapolated(self._model(), cached)["cache"])
+
+    def rehearse(
         self,
-        work: Callable[[Any], Tensor | Iterator[Tensor] | None],
-        *,
-        trained: Callable[[str], bool] = lambda _: True,
+        *passes: Pass,
+        trained: Trained = "nothing",
+        rank: int = 0,
         checkpointing: bool = False,
-        keep_gradients: bool = False,
-    ) -> Peak:
-        """Run `work(model)`; where it returns a scalar, back-propagate it.
+        again: bool = False,
+    ) -> Trial:
+        """Run the passes one after another.
 
         Args:
-            work: the pass; or several, each back-propagated before the next begins, where it yields scalars.
-            trained: whether the weights of a name get gradients; default: all do.
+            trained: what gets gradients. Those of eligible weights are used and freed one by one, those of an adapter
+                and of all weights are kept to the end.
+            rank: of a LoRA adapter to put on first; 0: none.
             checkpointing: of activations.
-            keep_gradients: keep each weight's gradient to the end; else it is freed the moment it is complete.
+            again: gradients of earlier passes are there already.
 
         Raises:
             PlanError: the model's code does not run without data.
         """
-        meter = _Meter(self.vocabulary, self._shapes)
-        meter.ignore(self.model)
-        for name, parameter in self.model.named_parameters():
-            parameter.requires_grad_(trained(name))
-        freed = [] if keep_gradients else [p for p in self.model.parameters() if p.requires_grad]
-        handles = [parameter.register_post_accumulate_grad_hook(_free) for parameter in freed]
-        for layer, times in self._repeated.items():
-            handles += _Others(meter, layer, times, keep_gradients).watch()
-        # the first layer's backward pass has an end only if its input has a gradient
-        embedding = self.model.get_input_embeddings()
-        handles.append(
-            embedding.register_forward_hook(lambda _m, _a, out: out.requires_grad_() if out.is_leaf else out)
-        )
+        asked = (passes, trained, rank, checkpointing, again)
+        return self._once(asked, lambda: self._rehearsed(*asked))
+
+    def _once(self, key: Any, make: Callable[[], T]) -> T:
+        if key not in self._known:
+            self._known[key] = make()
+        found: T = self._known[key]
+        return found
+
+    def _rehearsed(
+        self, passes: tuple[Pass, ...], trained: str, rank: int, checkpointing: bool, again: bool
+    ) -> Trial:  # fmt: skip
+        model, handles = self._model(rank), []
+        eligible = set(self.layout.eligible_tensors) if trained == "eligible" else set()
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(trained == "all" or name in eligible or (trained == "adapter" and "lora_" in name))
+            if name in eligible:
+                handles.append(parameter.register_post_accumulate_grad_hook(_free))
+        if checkpointing:
+            model.activation_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
+        model.train(trained not in ("nothing", "inputs"))  # dropout keeps masks
         try:
-            with _errors(), _checkpointing(self.model, checkpointing), _as_on_a_device(), meter:
-                made = work(self.model)
-                for loss in made if isinstance(made, Iterator) else () if made is None else (made,):
-                    meter.is_backward = True
-                    loss.backward()
-                    meter.is_backward = False
+            found = self._extrapolated(model, lambda model: self._measured(model, passes, trained != "nothing", again))
         finally:
             for handle in handles:
                 handle.remove()
-            self.model.zero_grad(set_to_none=True)
-        return Peak(
-            activations=meter.at_peak["activations"],
-            logits=meter.at_peak["logits"],
-            gradients=meter.at_peak["gradients"],
-        )
+            if checkpointing:
+                model.activation_checkpointing_disable()
+            model.eval()
+        return Trial(operations=found.pop("operations"), peak=max(found.values()))
 
-    def cache(self, length: int) -> int:
-        """Bytes of the keys and values of one sequence of so many tokens, in all layers."""
-        given = inputs(1, length)
-        if self.model.config.is_encoder_decoder:
-            given["decoder_input_ids"] = given["input_ids"]
-        with _errors(), torch.no_grad(), _as_on_a_device(), _Meter(self.vocabulary, self._shapes):
-            made = self.model(**given, use_cache=True)
-        cached = made.past_key_values if "past_key_values" in made else made.cache_params  # Mamba's
-        parts = (
-            [cached.self_attention_cache, cached.cross_attention_cache]
-            if hasattr(cached, "cross_attention_cache")
-            else [cached]
-        )
-        sizes = [
-            sum(t.nbytes for t in tree_iter(vars(layer)) if isinstance(t, Tensor)) for p in parts for layer in p.layers
-        ]
-        copies = [1 + times for times in self._repeated.values()]
-        if len(copies) == len(sizes):
-            return sum(size * number for size, number in zip(sizes, copies, strict=True))
-        return round(sum(sizes) * sum(copies) / max(len(copies), 1))
+    def _measured(self, model: Any, passes: tuple[Pass, ...], backward: bool, again: bool) -> dict[Any, int]:
+        """Operations, and the most bytes in each part of each pass."""
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        try:
+            with self._rehearsing(model) as meter, torch.set_grad_enabled(backward), meter.parts(model, trained):
+                for parameter in trained if again else ():
+                    parameter.grad = torch.empty_like(parameter)
+                for meter.number, each in enumerate(passes):
+                    meter.part = "forward"
+                    logits, loss = _run(model, each)
+                    meter.part = "head"
+                    if loss.requires_grad:
+                        loss.backward()
+                    del logits, loss
+        finally:
+            model.zero_grad(set_to_none=True)
+        return {**meter.peaks, "operations": meter.operations}
+
+    def _extrapolated(self, model: Any, measure: Callable[[Any], Mapping[Any, int]]) -> Counter[Any]:
+        """What all layers take, from few of them; where the code does not run with few, they all run."""
+        kinds = _kinds(model, self.config)
+        two = {layer for layers in kinds for layer in layers[:2]}
+        try:
+            with _only(model, two):
+                base = Counter(measure(model))
+            found = base.copy()
+            for layers in kinds:
+                if len(layers) > 2:
+                    with _only(model, two | {layers[2]}):
+                        more = measure(model)
+                    for name, value in more.items():
+                        found[name] += (len(layers) - 2) * (value - base[name])
+        except PlanError:
+            return Counter(measure(model))
+        return found
+
+    @contextmanager
+    def _rehearsing(self, model: nn.Module) -> Iterator["_Meter"]:
+        meter = _Meter(model)
+        with _errors(), self._mode, meter:
+            yield meter
+
+    def _model(self, rank: int = 0) -> Any:
+        return self._once(rank, lambda: self._built(rank))
+
+    def _built(self, rank: int) -> Any:
+        from safelocus.training.lora import Lora
+
+        with _errors(), self._mode:
+            model = auto_class(self.config).from_config(self.config, dtype=self.dtype)
+        if rank:  # without data of its own; PEFT moves what it adds, which fake tensors do not let it
+            with torch.device("meta"):
+                model = Lora(rank=rank).wrap(model)
+            with self._mode:
+                for module in model.modules():
+                    for name, weight in module.named_parameters(recurse=False):
+                        if weight.is_meta:
+                            setattr(module, name, nn.Parameter(torch.empty(weight.shape, dtype=weight.dtype)))
+        return model.eval()
 
 
-def inputs(batch: int, length: int) -> dict[str, Tensor]:
-    """Token ids and mask [B, L] without data."""
-    ids = torch.zeros((batch, length), dtype=torch.long, device="meta")
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+def _kinds(model: nn.Module, config: Any) -> list[list[nn.Module]]:
+    """Layers alike: of one list, class, shapes and, where the configuration tells, type."""
+    types = list(getattr(text_config(config), "layer_types", None) or ())
+    kinds: dict[Any, list[nn.Module]] = {}
+    for stack in _stacks(model):
+        for number, layer in enumerate(stack):
+            shapes = tuple((name, tuple(parameter.shape)) for name, parameter in layer.named_parameters())
+            own = types[number] if len(types) == len(stack) else None
+            kinds.setdefault((stack, type(layer), shapes, own), []).append(layer)
+    return list(kinds.values())
+
+
+def _stacks(model: nn.Module) -> list[nn.ModuleList]:
+    """The outermost lists of modules."""
+    found: dict[str, nn.ModuleList] = {}
+    for name, part in model.named_modules():
+        if isinstance(part, nn.ModuleList) and not any(name.startswith(f"{outer}.") for outer in found):
+            found[name] = part
+    return list(found.values())
+
+
+@contextmanager
+def _only(model: nn.Module, kept: set[nn.Module]) -> Iterator[None]:
+    """The model with these layers alone."""
+    stacks = _stacks(model)
+    whole = [stack._modules for stack in stacks]
+    for stack in stacks:
+        stack._modules = {str(n): layer for n, layer in enumerate(m for m in stack if m in kept)}
+    try:
+        yield
+    finally:
+        for stack, layers in zip(stacks, whole, strict=True):
+            stack._modules = layers
+
+
+def _run(model: Any, asked: Pass) -> tuple[Tensor | None, Tensor]:
+    """(logits, loss); stages hold on to their logits for longer than the loss needs them."""
+    given = _inputs(model.config, asked.rows, asked.length, -(-asked.logits // asked.rows))
+    if asked.kind == "fused":
+        from trl.trainer.utils import add_fused_lm_head
+
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        if "forward" not in vars(base):
+            add_fused_lm_head(base, outputs=("log_probs", "entropy", "is_top1"))
+        return None, model(**given, labels=given["input_ids"], fused_lm_head=True).loss
+    if asked.kind == "packed":
+        given["attention_mask"] = torch.zeros(asked.rows, 1, asked.length, asked.length, dtype=model.dtype)
+        given["position_ids"] = torch.zeros_like(given["input_ids"])
+    index = torch.zeros(asked.logits, dtype=torch.long)
+    logits = logits_at(model, given, index)
+    if asked.kind == "weighted":  # by a gradient of the same size, made in chunks
+        slope = torch.empty_like(logits)
+        torch.empty(min(16 * logits.numel(), _TRANSFER), dtype=torch.uint8)
+        return logits, torch.einsum("nv,nv->n", logits, slope).float().sum()
+    return logits, cross_entropy(logits.float(), index, reduction="sum")
+
+
+def _inputs(config: Any, rows: int, length: int, answer: int = 0) -> dict[str, Tensor]:
+    ids = torch.zeros((rows, length), dtype=torch.long)
+    given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    return given | ({"decoder_input_ids": ids[:, : answer or length]} if config.is_encoder_decoder else {})
+
+
+def _free(parameter: Tensor) -> None:
+    parameter.grad = None
 
 
 @contextmanager
 def _errors() -> Iterator[None]:
-    """Code that looks at values, or an operation without a meta kernel: other people's code fails in any way."""
+    """Code that looks at values, or an operation without a fake kernel: other people's code fails in any way."""
+    was_disabled, _TORCH_LOG.disabled = _TORCH_LOG.disabled, True  # it prints a traceback of what is said below
     try:
         yield
     except _FAILURES as error:
@@ -156,179 +342,81 @@ def _errors() -> Iterator[None]:
             f"the model's code does not run without data ({type(error).__name__}: {str(error).splitlines()[0]:.200}), "
             "so its memory cannot be told. Give the settings yourself: --batch-size"
         ) from error
-
-
-def _free(parameter: Tensor) -> None:
-    parameter.grad = None
-
-
-class _Others:
-    """The layers that one stands for: what they hold while it is alive in their place."""
-
-    def __init__(self, meter: "_Meter", layer: nn.Module, times: int, keep_gradients: bool) -> None:
-        self._meter, self._layer, self._times, self._keep = meter, layer, times, keep_gradients
-        self._began = self._num_passes = self._waiting = 0
-        self._gradients = sum(p.nbytes for p in layer.parameters() if p.requires_grad)
-
-    def watch(self) -> list[Any]:
-        """Hooks, to be removed."""
-        if not self._times:
-            return []
-        return [
-            self._layer.register_forward_pre_hook(self._before, with_kwargs=True),
-            self._layer.register_forward_hook(self._after, with_kwargs=True),
-        ]
-
-    def _before(self, _: nn.Module, args: Any, kwargs: Any) -> None:
-        self._began = self._meter.now
-
-    def _after(self, _: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        states = next((v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.requires_grad), None)
-        computed_once_more = self._meter.is_backward
-        if states is None or computed_once_more or not torch.is_grad_enabled():
-            return
-        kept = self._times * (self._meter.now - self._began)
-        self._meter.add("activations", kept)
-        self._num_passes += 1
-        states.register_hook(lambda _: self._done(kept))
-
-    def _done(self, kept: int) -> None:
-        """The backward pass is through; gradients are complete when it is through for every forward pass."""
-        self._meter.add("activations", -kept)
-        self._num_passes -= 1
-        waiting = self._times * self._gradients if self._num_passes or self._keep else 0
-        self._meter.add("gradients", waiting - self._waiting)
-        self._waiting = waiting
+    finally:
+        _TORCH_LOG.disabled = was_disabled
 
 
 class _Meter(TorchDispatchMode):
-    """Counts the bytes of storages from when an operation makes them until they are freed."""
+    """Counts operations, and the bytes of storages from when an operation makes them until they are freed.
 
-    def __init__(self, vocabulary: int, weight_shapes: set[tuple[int, ...]]) -> None:
+    Parts of a pass: forward; backward through the head, through the layers, through the embedding. In each the most
+    bytes are affine in the number of layers, but not over all: activations dwindle while gradients pile up.
+
+    (`FlopCounterMode` would keep what is counted alive; `MemTracker` takes seconds to import.)
+    """
+
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.alive: Counter[str] = Counter()
-        self.at_peak: Counter[str] = Counter()
-        self.now = 0
-        self.is_backward = False
-        self._peak = 0
-        self._vocabulary, self._weight_shapes = vocabulary, weight_shapes
-        self._known: dict[int, tuple[str, int]] = {}
-        self._watched: dict[int, weakref.ref[Any]] = {}
+        self.now = self.number = self.operations = 0
+        self.part = ""
+        self.peaks: dict[Any, int] = {}
+        self._seen = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
 
-    def ignore(self, model: nn.Module) -> None:
-        """What is there before is not counted."""
-        for tensor in (*model.parameters(), *model.buffers()):
-            self._known[tensor.untyped_storage()._cdata] = ("", 0)
+    @contextmanager
+    def parts(self, model: Any, trained: list[nn.Parameter]) -> Iterator[None]:
+        """Notice when a backward pass comes to the layers and to the embedding."""
+
+        def embedded(_module: Any, _given: Any, output: Tensor) -> Tensor:
+            if torch.is_grad_enabled():
+                output = output.requires_grad_() if output.is_leaf else output
+                output.register_hook(lambda _: setattr(self, "part", "embedding"))
+            return output
+
+        handles = [p.register_post_accumulate_grad_hook(lambda _: setattr(self, "part", "layers")) for p in trained]
+        handles.append(model.get_input_embeddings().register_forward_hook(embedded))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing is compiled here, and torch's guard against it takes as long as the rest
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is _ITEM and args[0].is_meta:  # "is nothing padded?" No: the costlier way
+        kwargs = kwargs or {}
+        if func is _DEVICE:  # half of all that is asked
+            return args[0].fake_device
+        if func is _ITEM:  # "is nothing padded?" No: the costlier way
             return args[0].dtype != torch.bool and 0
-        # experts: on meta of bf16 alone, elsewhere of any type
-        result = _grouped(*args[:3]) if func is _GROUPED else func(*args, **(kwargs or {}))
+        if func is _GROUPED:  # experts; the fake kernel takes bf16 alone
+            result = _grouped(*args[:3])
+            self.operations += 2 * args[0].numel() * args[1].shape[-1]
+        else:
+            result = func(*args, **kwargs)
+            if func.overloadpacket in flop_registry:
+                self.operations += flop_registry[func.overloadpacket](*args, **kwargs, out_val=result)
         for value in (result,) if isinstance(result, Tensor) else tree_iter(result):
             if isinstance(value, Tensor):
-                self._count(value)
+                self._count(value.untyped_storage())
         return result
 
-    def _count(self, tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()
-        key = storage._cdata
-        if key in self._known:
-            return
-        kind, size = self._kind(tensor), storage.nbytes()
-        self._known[key] = (kind, size)
-        self._watched[key] = weakref.ref(storage, lambda _: self._forget(key))
-        self.add(kind, size)
+    def _count(self, storage: Any) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self._seen:
+            self._seen.add(key)
+            self.now += size
+            part = self.number, self.part
+            self.peaks[part] = max(self.peaks.get(part, 0), self.now)
+            weakref.finalize(storage, self._forget, key, size).atexit = False
 
-    def add(self, kind: str, size: int) -> None:
-        """Count so many bytes more (or less)."""
-        self.alive[kind] += size
-        self.now += size
-        if self.now > self._peak:
-            self._peak, self.at_peak = self.now, self.alive.copy()
-
-    def _kind(self, tensor: Tensor) -> str:
-        if self.is_backward and tuple(tensor.shape) in self._weight_shapes:
-            return "gradients"
-        return "logits" if tensor.dim() > 1 and tensor.shape[-1] == self._vocabulary else "activations"
-
-    def _forget(self, key: int) -> None:
-        kind, size = self._known.pop(key)
-        del self._watched[key]
-        self.add(kind, -size)
-
-
-@contextmanager
-def _as_on_a_device() -> Iterator[None]:
-    """On meta, torch would take attention apart and keep every [L, L], where devices fuse it; and knows no autocast.
-
-    Replaced in their modules: modes of torch do not reach what checkpointing computes once more.
-    """
-    autocast, enabled = torch.autocast, torch.is_autocast_enabled
-    torch.nn.functional.scaled_dot_product_attention = _attention  # type: ignore[assignment]
-    torch.autocast = lambda device_type, *given, **options: (  # type: ignore[assignment, misc]
-        nullcontext() if device_type == "meta" else autocast(device_type, *given, **options)
-    )
-    torch.is_autocast_enabled = lambda *device: device != ("meta",) and enabled(*device)
-    try:
-        yield
-    finally:
-        torch.nn.functional.scaled_dot_product_attention = scaled_dot_product_attention
-        torch.autocast, torch.is_autocast_enabled = autocast, enabled  # type: ignore[misc]
-
-
-def _attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    **options: Any,
-) -> Tensor:
-    biased = attn_mask is not None and attn_mask.requires_grad
-    if biased or query.shape[-1] != value.shape[-1] or query.shape[1] != key.shape[1]:
-        return scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, **options)
-    options.pop("enable_gqa", None)
-    if attn_mask is not None and attn_mask.dtype == torch.bool:
-        attn_mask = torch.empty(attn_mask.shape, dtype=query.dtype, device=attn_mask.device)
-    output: Tensor = _FUSED_ATTENTION(query, key, value, dropout_p, is_causal, attn_mask=attn_mask, **options)[0]
-    return output
+    def _forget(self, key: int, size: int) -> None:
+        self._seen.discard(key)
+        self.now -= size
 
 
 def _grouped(left: Tensor, right: Tensor, *offsets: Tensor) -> Tensor:
     """[S, in] x [E, in, out] -> [S, out]; [out, S] x [S, in] -> [E, out, in], the gradient of the experts' weights."""
     rows = left.shape[:1] if right.dim() == 3 else (offsets[0].shape[0], left.shape[0])
     return left.new_empty(*rows, right.shape[-1])
-
-
-def _shorten(model: nn.Module, config: Any) -> dict[nn.Module, int]:
-    """Keep one layer of each kind: layer -> how many others like it were left out."""
-    kinds = list(getattr(text_config(config), "layer_types", None) or [])
-    repeated: dict[nn.Module, int] = {}
-    lists = [(name, part) for name, part in model.named_modules() if isinstance(part, nn.ModuleList) and len(part)]
-    outer = [(name, part) for name, part in lists if not any(name.startswith(f"{other}.") for other, _ in lists)]
-    for name, layers in outer:
-        first: dict[Any, nn.Module] = {}
-        for number, layer in enumerate(layers):
-            shapes = tuple((own, tuple(parameter.shape)) for own, parameter in layer.named_parameters())
-            kind = (type(layer), shapes, kinds[number] if len(kinds) == len(layers) else None)
-            own = first.setdefault(kind, layer)
-            repeated[own] = repeated.get(own, -1) + 1
-        parent, _, attribute = name.rpartition(".")
-        setattr(model.get_submodule(parent), attribute, nn.ModuleList(first.values()))
-    return repeated
-
-
-@contextmanager
-def _checkpointing(model: Any, enabled: bool) -> Iterator[None]:
-    if not enabled:
-        yield
-        return
-    model.activation_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
-    model.train()
-    try:
-        yield
-    finally:
-        model.activation_checkpointing_disable()
-        model.eval()
