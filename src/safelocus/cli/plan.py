@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan(ModelArgument, RatioOption, AnswerOption, OffloadOption, DtypeOption, HubOptions, ConfigOptions):
+class PlanOptions(ModelArgument, RatioOption, AnswerOption, OffloadOption, DtypeOption, HubOptions, ConfigOptions):
     device: str | None = option(
         "cpu, cuda:0, auto (this machine); H200, RTX 4090, 24GB, 2x80GB, ... (any).", shown="what models are loaded to"
     )
@@ -32,7 +32,7 @@ class Plan(ModelArgument, RatioOption, AnswerOption, OffloadOption, DtypeOption,
 
 
 @command
-def plan(given: Plan) -> None:
+def plan(given: PlanOptions) -> None:
     """Say what memory and time each stage needs, from the configuration alone, and which settings fit."""
     from safelocus.model.target import dtype_on
     from safelocus.resources import Subject, find_device
@@ -58,7 +58,7 @@ def plan(given: Plan) -> None:
     note("Times are rough, within a factor of three; measuring before and after is not in them. docs/plan.md")
 
 
-def _stages(given: Plan, subject: "Subject", reader: "Subject | None", where: "Device") -> "list[_Planned]":
+def _stages(given: PlanOptions, subject: "Subject", reader: "Subject | None", where: "Device") -> "list[_Planned]":
     from safelocus.prompts import read_prompts
     from safelocus.resources import Answering, Lengths, Scoring, Training, choose, choose_training
 
