@@ -11,7 +11,7 @@ import typer
 from typer.testing import CliRunner
 
 import safelocus as sl
-from safelocus.cli import enhance, evaluate, options, patch, preserve, score, select, stability, verify
+from safelocus.cli import app, enhance, evaluate, options, patch, preserve, score, select, stability, verify
 from safelocus.cli.command import Options, RunOptions, argument, command, flag, option
 from safelocus.enhancement.run import enhancer, run_enhancement
 from safelocus.patch import diff
@@ -111,3 +111,10 @@ def test_what_is_resolved_repeats_the_run(cut, tmp_path):
 def test_groups_that_are_passed_on_are_what_the_library_takes(group, verbs):
     taken = {name for verb in verbs for name in signature(verb).parameters}
     assert {field.name for field in fields(group)} <= taken
+
+
+def test_a_run_is_named_as_its_command():
+    """So that `--config` takes the run.toml of the same command."""
+    registered = {each.callback.__name__: signature(each.callback.__wrapped__) for each in app.registered_commands}
+    kinds = {name: next(iter(known.parameters.values())).annotation for name, known in registered.items()}
+    assert {name: kind.command_name for name, kind in kinds.items()} == {name: name for name in kinds}

@@ -8,7 +8,7 @@
     def shorten(given: Shorten) -> None:           # `safelocus shorten --share 0.3 -o DIR`; its docstring is the help
         shortened = library.shorten(target, **given.part(Shorten))
 
-The name of a command is that of its dataclass, and so is the name in `run.toml`.
+The name of a command is that of its function, and so is the name in `run.toml`.
 """
 
 from collections.abc import Callable
@@ -17,7 +17,7 @@ from functools import wraps
 from inspect import Parameter, Signature, get_annotations, signature
 from pathlib import Path
 from types import NoneType
-from typing import Annotated, Any, TypeVar, get_args, get_type_hints
+from typing import Annotated, Any, ClassVar, TypeVar, get_args, get_type_hints
 
 import typer
 
@@ -52,6 +52,8 @@ def argument(help: str) -> Any:
 class Options:
     """What was given on the command line."""
 
+    command_name: ClassVar[str]  # set by `command`
+
     def part(self, group: "type[Options]") -> dict[str, Any]:
         """The options of a group by name, as a function of the library takes them."""
         return {field.name: getattr(self, field.name) for field in fields(group)}
@@ -63,6 +65,7 @@ T = TypeVar("T", bound=Options)
 def command(tell: Callable[[T], None]) -> Callable[..., None]:
     """A function of options as one that typer makes a command of."""
     (given,) = signature(tell).parameters.values()
+    given.annotation.command_name = tell.__name__
 
     @wraps(tell)
     def run(**options: Any) -> None:
@@ -143,7 +146,7 @@ class RunOptions(SeedOption, ConfigOptions):
         """What `run.toml` says: all but where it goes, and how it is told."""
         left_out = {"output", "overwrite", "json", "config"}
         names = [field.name for field, _ in _in_order(type(self)) if field.name not in left_out]
-        return {"command": type(self).__name__.lower()} | {name: _plain(getattr(self, name)) for name in names}
+        return {"command": self.command_name} | {name: _plain(getattr(self, name)) for name in names}
 
 
 def _plain(value: Any) -> Any:
