@@ -175,13 +175,15 @@ def verify_claims(found: Verification) -> list[Claim]:
     noisy = [setting for setting in found.settings if setting.noise is not None]
     chosen = found.verdicts["noise"].effect if "noise" in found.verdicts else None
     papers = next((s for s in noisy if s.noise == PAPERS_NOISE and s.ratio == PAPERS_RATIO), None)
+    said = "Noise of {:g} sigma on them breaks safety, on others not"
     claims = []
     if papers is not None:
         effect = effect_of(found, found.scorers[0], papers, num_looks=2)
-        claim = f"Noise of {PAPERS_NOISE} sigma on them breaks safety, on others not"
-        claims += [_broken("noise", claim, found, effect)] if effect is not None else []
+        claims += [_broken("noise", said.format(PAPERS_NOISE), found, effect)] if effect is not None else []
     if chosen is not None and chosen.setting != papers:
-        claims.append(_broken("more-noise", "... and so does stronger noise", found, chosen))
+        noise = chosen.setting.noise or 0.0
+        claim = "... and so does stronger noise" if noise > PAPERS_NOISE else said.format(noise)
+        claims.append(_broken("more-noise", claim, found, chosen))
     return claims
 
 
