@@ -79,7 +79,7 @@ def evaluate(given: Evaluate) -> None:
     given = planning.resumed(given, "batch_size")
     if given.model is not None:
         batch_size, device = planning.answering_settings(
-            planning.Model(name=given.model, **given.part(options.PlaceOptions)), [*harmful, *harmless, *tasks],
+            planning.Model(name=given.model, place=given), [*harmful, *harmless, *tasks],
             judges=given.judge or (), texts=texts[0] if texts else None, max_new_tokens=given.max_new_tokens,
             batch_size=given.batch_size, quiet=given.json,
         )  # fmt: skip

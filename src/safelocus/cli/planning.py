@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from safelocus.cli.command import RunOptions
-from safelocus.cli.options import ModelOptions, PlaceOptions, TrainOptions
+from safelocus.cli.options import LayoutOptions, ModelOptions, PlaceOptions, TrainOptions
 from safelocus.cli.output import note
 
 if TYPE_CHECKING:
@@ -30,27 +30,18 @@ class Model:
     """What of a command's options says which model, and where."""
 
     name: str
-    dtype: Any = "auto"
-    device: str | None = None
-    layout: Path | None = None
-    skip_unknown: bool = False
-    system: str | None = None
-    template: str | None = None
-    revision: str | None = None
-    trust_remote_code: bool = False
-    shard: bool = False
-    offload: bool = False
+    place: PlaceOptions
 
     @classmethod
     def of(cls, given: ModelOptions) -> Self:
-        return cls(name=given.model, **given.part(PlaceOptions))
+        return cls(name=given.model, place=given)
 
     @property
     def placement(self) -> dict[str, Any]:
-        return {"sharded": self.shard, "offload": self.offload}
+        return {"sharded": self.place.shard, "offload": self.place.offload}
 
     def subject(self) -> "Subject":
-        return self._load(self.name, layout=self.layout, skip_unknown=self.skip_unknown, revision=self.revision)
+        return self._load(self.name, **self.place.part(LayoutOptions))
 
     def reader(self, name: str | None) -> "Subject | None":
         """The guard, in the same dtype."""
@@ -60,8 +51,8 @@ class Model:
         from safelocus.model.target import dtype_on
         from safelocus.resources import Subject
 
-        dtype = dtype_on(self.device, self.dtype)
-        return Subject.load(name, dtype=dtype, trust_remote_code=self.trust_remote_code, **options)
+        dtype = dtype_on(self.place.device, self.place.dtype)
+        return Subject.load(name, dtype=dtype, trust_remote_code=self.place.trust_remote_code, **options)
 
     def devices(self) -> "Device":
         """Of one process: its own accelerator, or its part of the CPU's memory."""
@@ -71,10 +62,10 @@ class Model:
         from safelocus.resources import find_device
 
         size = distributed.world_size()
-        found = find_device(self.device or ("auto" if size == 1 else None))
+        found = find_device(self.place.device or ("auto" if size == 1 else None))
         if size > 1 and found.is_cpu:
             found = replace(found, free=found.free // int(os.environ.get("LOCAL_WORLD_SIZE", size)))
-        return replace(found, count=size) if self.shard else found
+        return replace(found, count=size) if self.place.shard else found
 
     def lengths(
         self, prompts: "Sequence[Example | TaskExample]" = (), *, response: int = 256, rows: "Sequence[PromptSet]" = (),
@@ -86,9 +77,9 @@ class Model:
         from safelocus.model.target import load_config, load_tokenizer
         from safelocus.resources import Lengths
 
-        hub: dict[str, Any] = {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
+        hub: dict[str, Any] = {"revision": self.place.revision, "trust_remote_code": self.place.trust_remote_code}
         room = room_for_prompt(load_config(self.name, **hub), response)
-        chat = chat_format(load_tokenizer(self.name, **hub), system=self.system, template=self.template)
+        chat = chat_format(load_tokenizer(self.name, **hub), system=self.place.system, template=self.place.template)
 
         def longest(part: "PromptSet") -> tuple[int, int]:
             examples = sorted(part.examples, key=lambda e: len(e.prompt) + len(e.response or ""))[-_MOST_ROWS:]
@@ -131,7 +122,7 @@ def scoring_settings(
         asked = [replace(example, system=None) for example in prompts.examples]
         lengths = model.lengths(asked, response=0 if guard is None else max_new_tokens)
         scoring = Scoring(target=model.subject(), guard=model.reader(guard), lengths=lengths)
-        sums = "the weights'" if (model.shard or model.offload) and accumulate_on is None else accumulate_on
+        sums = "the weights'" if (model.place.shard or model.place.offload) and accumulate_on is None else accumulate_on
         most = max(len(prompts) // distributed.world_size(), 1)
         return choose(
             scoring, model.devices(), most=most, batch_size=batch_size, accumulate_on=sums, **model.placement
@@ -235,13 +226,13 @@ def _settled(
         raise found
     if isinstance(found, Exception):
         note(f"{what}: batch size {otherwise}; no plan: {str(found).splitlines()[0]}")
-        return otherwise, model.device, None
+        return otherwise, model.place.device, None
     if not quiet:
         note(f"{what}: {found.sentence}")
     if not found.fits:
         note(f"[bold]mind:[/] by the plan that does not fit into {in_bytes(found.room)}, but it was asked for")
     is_spread = found.settings.count > 1 and not found.settings.sharded
-    return found.settings.batch_size, "auto" if is_spread else model.device, found
+    return found.settings.batch_size, "auto" if is_spread else model.place.device, found
 
 
 def resumed(given: Run, *names: str) -> Run:

@@ -34,10 +34,7 @@ _LONGEST_PERIOD, _NUM_TURNS, _LOOP_LENGTH, _LOOP_SHARE = 300, 5, 40, 0.5
 _NGRAM, _MANY_WORDS, _DISTINCT = 4, 60, 0.25
 _NUM_WORDS, _IMPLAUSIBLE, _LONG_WORD = 8, 0.4, 35
 _NUM_SCRIPTS, _SWITCHES = 4, 0.5
-_NUM_PAIRS, _SALAD = (
-    30,
-    -0.35,
-)  # pairs from which the order of words is judged; mean log-ratio below which it makes no sense
+_NUM_PAIRS, _SALAD = 30, -0.35  # pairs from which word order is judged; mean log-ratio below which it makes no sense
 _VARIED, _COMPRESSIBLE, _LONG = 0.75, 0.2, 400  # distinct runs; what zlib leaves of so many bytes that say little
 _NUM_DRIFT = 20  # words of another script that follow in mid-sentence
 
@@ -50,6 +47,7 @@ _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 _SCRIPTS = {"HIRAGANA": "CJK", "KATAKANA": "CJK"}
 
 
+@lru_cache(maxsize=8192)  # every judge asks, of the same responses
 def incoherence(text: str) -> str | None:
     """Why `text` is incoherent, in a few words; None where it is not.
 

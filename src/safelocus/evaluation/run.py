@@ -96,10 +96,7 @@ def evaluate(
     texts = _prompt_sets(perplexity)
     sets = [(HARMFUL, prompts) for prompts in _prompt_sets(harmful)]
     sets += [(HARMLESS, prompts) for prompts in _prompt_sets(harmless)]
-    readers = [judge for judge in judges if isinstance(judge, RefusalReader)]
-    reader: RefusalMatcher | RefusalReader = (readers or [RefusalReader()])[0]
-    if judges and isinstance(judges[0], RefusalMatcher):
-        reader = judges[0]
+    reader = _reader(judges)
     judges = tuple(judges) or (reader,)
     _check(responder, sets, tasks, judges)
     wanted = [*suites, *(["perplexity"] if texts else []), *(["the divergence from an original"] if original else [])]
@@ -121,29 +118,9 @@ def evaluate(
     distributed.check_same(Identity.of({**inputs, "the judges": [judge.name for judge in judges]}).parts)
     model = responder.identity() if checkpoint is not None else {}
     claim(checkpoint, {"the model": model, "the judges": judges, **inputs})
-    items = [
-        _Item(set=name, source=prompts.source, example=example, max_new_tokens=max_new_tokens, task=None)
-        for name, prompts in sets
-        for example in prompts
-    ]
-    items += [
-        _Item(
-            set=UTILITY,
-            source=task.name,
-            example=example,
-            max_new_tokens=min(max_new_tokens, task.max_new_tokens or max_new_tokens),
-            task=task,
-        )
-        for task in tasks
-        for example in task
-    ]
-    replies = collect(
-        responder,
-        [item.request for item in items],
-        Journal(checkpoint, "responses"),
-        batch_size=batch_size,
-        progress=progress,
-    )
+    items = _items(sets, tasks, max_new_tokens)
+    asked = [item.request for item in items]
+    replies = collect(responder, asked, Journal(checkpoint, "responses"), batch_size=batch_size, progress=progress)
     rows = [_row(item, replies[item.request.key]) for item in items]
     _find_refusals(rows, reader)
     verdicts = Journal(checkpoint, "verdicts")
@@ -176,6 +153,13 @@ def evaluate(
             "versions": versions(),
         },
     )
+
+
+def _reader(judges: Sequence[Judge]) -> RefusalMatcher | RefusalReader:
+    """Who finds refusals: the matcher where it is the first judge, else the reader that was given, or its own."""
+    if judges and isinstance(judges[0], RefusalMatcher):
+        return judges[0]
+    return next((judge for judge in judges if isinstance(judge, RefusalReader)), None) or RefusalReader()
 
 
 def _prompt_sets(prompts: Prompts) -> list[PromptSet]:
@@ -223,6 +207,22 @@ class _Item:
     def request(self) -> Request:
         example = self.example
         return Request(prompt=example.prompt, system=example.system, max_new_tokens=self.max_new_tokens)
+
+
+def _items(sets: Sequence[tuple[str, PromptSet]], tasks: Sequence[Task], max_new_tokens: int) -> list[_Item]:
+    items = [
+        _Item(set=name, source=prompts.source, example=example, max_new_tokens=max_new_tokens, task=None)
+        for name, prompts in sets
+        for example in prompts
+    ]
+    return items + [
+        _Item(
+            set=UTILITY, source=task.name, example=example, task=task,
+            max_new_tokens=min(max_new_tokens, task.max_new_tokens or max_new_tokens),
+        )
+        for task in tasks
+        for example in task
+    ]  # fmt: skip
 
 
 def _row(item: _Item, reply: Reply) -> Row:

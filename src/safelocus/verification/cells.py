@@ -6,7 +6,7 @@ and random draws; `Cells.pool` takes them together.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from typing import Any, Self
 
@@ -83,10 +83,7 @@ class Cell:
         return {
             "selection": self.selection,
             "scorer": self.scorer,
-            "ratio": self.setting.ratio,
-            "k": self.setting.k,
-            "intervention": self.setting.intervention,
-            "noise": self.setting.noise,
+            **asdict(self.setting),
             "seed": self.seed,
             "draw": self.draw,
             **self.observed.to_json(),
@@ -98,7 +95,7 @@ class Cell:
 
     @classmethod
     def from_line(cls, values: Mapping[str, Any]) -> Self:
-        setting = Setting(**{name: values[name] for name in ("ratio", "k", "intervention", "noise")})
+        setting = Setting(**{field.name: values[field.name] for field in fields(Setting)})
         return cls(
             selection=values["selection"],
             scorer=values["scorer"],
@@ -130,10 +127,7 @@ class Pooled:
         return {
             "selection": self.selection,
             "scorer": self.scorer,
-            "ratio": self.setting.ratio,
-            "k": self.setting.k,
-            "intervention": self.setting.intervention,
-            "noise": self.setting.noise,
+            **asdict(self.setting),
             "num_cells": self.num_cells,
             **{name: measure.to_json() for name, measure in self.measures.items()},
             "changes": {name: measure.to_json() for name, measure in self.changes.items()},
