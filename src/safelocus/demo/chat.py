@@ -1,6 +1,6 @@
 """The stages on a chat model as it is: locate, enhance (SET), apply the patch and take it out again.
 
-No guard: weights are found by refusal openings, refusals are told by their phrases. Everything that is asked and
+No guard: weights are found by refusal openings, refusals are told by the refusal reader. Everything that is asked and
 trained on is embedded (`embedded:NAME`), and nothing is measured with that was found or trained with.
 """
 

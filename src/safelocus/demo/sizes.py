@@ -100,7 +100,7 @@ class ChatSizes:
         """What these sizes leave open, in a sentence."""
         return (
             f"One seed, {self.steps} steps of {self.refusals} refusals, {self.num_harmful} harmful and "
-            f"{self.num_harmless} harmless requests, refusals told by their phrases: enough to see it happen, not to "
+            f"{self.num_harmless} harmless requests, refusals told by the reader: enough to see it happen, not to "
             "rest a claim on."
         )
 
