@@ -1,4 +1,4 @@
-"""One thread per test process (the tensors are tiny, and test processes share the cores), and the command line."""
+"""One thread per test process (the tensors are tiny, and they share the cores), one width, and the command line."""
 
 import gc
 import itertools
@@ -9,6 +9,7 @@ import signal
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ["COLUMNS"] = "120"  # consoles take the width that they find when they are made
 
 import pytest
 

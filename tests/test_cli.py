@@ -99,14 +99,13 @@ def test_select_groups(scored, tmp_path, run, granularity):
 
 
 @pytest.mark.parametrize("model", ["organism:dense", "organism:moe"])
-def test_inspect(run, model, monkeypatch):
+def test_inspect(run, model):
     code, out, _ = run("inspect", model, "--no-weights", "--json")
     assert code == 0
     summary = json.loads(out)
     with_weights = json.loads(run("inspect", model, "--json")[1])
     assert summary["num_weights"] == with_weights["num_weights"]
     assert summary["components"] == with_weights["components"]
-    monkeypatch.setenv("COLUMNS", "120")
     code, out, _ = run("inspect", model, "--tensors")
     assert "down_proj" in out
 

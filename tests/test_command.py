@@ -47,7 +47,7 @@ def cut():
         found.append(given)
 
     def run(*words):
-        result = CliRunner().invoke(app, [str(word) for word in words], env={"COLUMNS": "100"})
+        result = CliRunner().invoke(app, [str(word) for word in words])
         return found.pop() if found else result.output
 
     return run

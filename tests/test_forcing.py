@@ -4,7 +4,7 @@ from transformers import BartConfig, BartForConditionalGeneration, GPT2Config, G
 
 import tiny_models
 from safelocus.model import forcing
-from safelocus.model.forcing import teacher_force, teacher_force_several
+from safelocus.model.forcing import batches_by_length, teacher_force, teacher_force_several
 from safelocus.model.layout import Layout
 from safelocus.model.target import Target
 from safelocus.scoring.routing import RoutingCounter
@@ -145,3 +145,17 @@ def test_tokens_of_packed_rows_are_counted_once_and_padding_never():
     assert counter.tokens
     for counts in counter.tokens.values():
         assert int(counts.sum()) == run * target.model.config.num_experts_per_tok
+
+
+@pytest.mark.parametrize("size", [1, 3, 32])
+def test_batches_by_length(size):
+    lengths = [5, 100, 9, 7, 60, 49, 1, 11, 0]
+    batches = batches_by_length(lengths, size)
+    assert sorted(i for batch in batches for i in batch) == list(range(9))  # each once
+    assert all(len(batch) <= size and lengths[batch[0]] <= 2 * lengths[batch[-1]] for batch in batches)
+    flat = [lengths[i] for batch in batches for i in batch]
+    assert flat == sorted(lengths, reverse=True)
+    if size == 32:
+        assert [[lengths[i] for i in batch] for batch in batches] == [[100, 60], [49], [11, 9, 7], [5], [1], [0]]
+    assert batches_by_length([4, 4, 4, 4], 3) == [[0, 1, 2], [3]]
+    assert batches_by_length([], 3) == []

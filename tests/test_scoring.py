@@ -273,7 +273,7 @@ def test_per_prompt_scores_are_in_the_prompts_order():
         ({"method": "best"}, SafelocusError, "unknown"),
         ({}, SafelocusError, "needs an objective"),
         ({"objective": lambda t, p: torch.zeros(len(p))}, SafelocusError, "no gradient"),
-        ({"objective": lambda t, p: torch.zeros(1, 2, requires_grad=True)}, SafelocusError, r"shape \(5,\)"),
+        ({"objective": lambda t, p: torch.zeros(1, 2, requires_grad=True)}, SafelocusError, r"shape \(3,\)"),
         ({"objective": lambda t, p: 3.0}, SafelocusError, "found float"),
         (
             {"objective": lambda t, p: torch.full((len(p),), math.nan, requires_grad=True)},

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from safelocus import distributed
 from safelocus.errors import ModelError
-from safelocus.model.forcing import teacher_force
+from safelocus.model.forcing import batches_by_length, teacher_force
 from safelocus.model.generation import longest_prompt
 from safelocus.model.target import Target
 from safelocus.progress import track
@@ -70,8 +70,8 @@ def _per_token(
     room = longest_prompt(target, 0)
     found: list[tuple[float | None, int]] = [(None, len(response)) for _, response in pairs]
     fitting = [i for i, (p, r) in enumerate(pairs) if r and len(p) + len(r) <= room]
-    order = sorted(fitting, key=lambda i: (-len(pairs[i][0]) - len(pairs[i][1]), i))
-    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    lengths = [len(pairs[i][0]) + len(pairs[i][1]) for i in fitting]
+    batches = [[fitting[i] for i in batch] for batch in batches_by_length(lengths, batch_size)]
     own = distributed.share(batches, in_step=target.is_sharded)
     here: dict[int, tuple[float, int]] = {}
     for share in track(own, "reading", enabled=progress and distributed.is_main(), unit=lambda b: len(b or ())):

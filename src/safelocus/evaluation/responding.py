@@ -15,6 +15,7 @@ import torch
 from safelocus import distributed
 from safelocus.errors import ResourceError
 from safelocus.evaluation.judges.endpoint import Endpoint, Failure
+from safelocus.model.forcing import batches_by_length
 from safelocus.model.generation import generate_from, longest_prompt
 from safelocus.model.target import Target
 from safelocus.progress import track
@@ -143,7 +144,7 @@ class EndpointResponder:
         return f"{self.endpoint.model} at {self.endpoint.address}"
 
     def length(self, request: Request) -> int:
-        return len(request.prompt)
+        return 0  # requests of any length go together: nothing is padded
 
     def respond(self, requests: Sequence[Request]) -> list[Reply]:
         given = self.endpoint.parameters
@@ -186,13 +187,11 @@ def collect(
     """
     distinct = list({request.key: request for request in requests}.values())
     lengths = [responder.length(request) for request in distinct]
-    order = sorted(range(len(distinct)), key=lambda i: (-distinct[i].max_new_tokens, -lengths[i], i))
     batches: list[list[Request]] = []
-    for i in order:
-        last = batches[-1] if batches else None
-        if last is None or len(last) == batch_size or last[0].max_new_tokens != distinct[i].max_new_tokens:
-            batches.append([])
-        batches[-1].append(distinct[i])
+    for limit in sorted({request.max_new_tokens for request in distinct}, reverse=True):
+        alike = [i for i, request in enumerate(distinct) if request.max_new_tokens == limit]
+        for same in batches_by_length([lengths[i] for i in alike], batch_size):
+            batches.append([distinct[alike[i]] for i in same])
     replies = {request.key: Reply(**journal[request.key]) for request in distinct if request.key in journal}
     remaining = [[request for request in batch if request.key not in replies] for batch in batches]
     in_step = isinstance(responder, TargetResponder) and responder.target.is_sharded

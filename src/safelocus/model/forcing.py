@@ -221,6 +221,16 @@ def _gather_before(head: torch.nn.Module, flat_positions: Tensor) -> Iterator[No
         handle.remove()
 
 
+def batches_by_length(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
+    """Indices in batches of like length: none is padded to over twice its own; longest first (memory peaks at once)."""
+    batches: list[list[int]] = []
+    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        if not batches or len(batches[-1]) == batch_size or lengths[batches[-1][0]] > 2 * lengths[i]:
+            batches.append([])
+        batches[-1].append(i)
+    return batches
+
+
 def pad(
     sequences: Sequence[Sequence[int]], padding: int, device: torch.device, *, left: bool = False
 ) -> tuple[Tensor, Tensor]:

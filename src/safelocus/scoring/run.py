@@ -30,7 +30,7 @@ from torch import Tensor
 
 from safelocus import distributed
 from safelocus.errors import NumericalError, PromptError, ResourceError, SafelocusError
-from safelocus.model.forcing import teacher_force
+from safelocus.model.forcing import batches_by_length, teacher_force
 from safelocus.model.generation import generate
 from safelocus.model.layout.tensor import TensorLayout
 from safelocus.model.target import Target
@@ -312,10 +312,7 @@ def _total_tokens(routing: RoutingCounter) -> dict[str, list[int]]:
 
 
 def _by_length(target: Target, texts: Sequence[str], batch_size: int) -> list[list[int]]:
-    """Indices of prompts in batches of like length, longest first: little padding, and memory peaks at once."""
-    lengths = [len(target.chat.encode_prompt(text)) for text in texts]
-    order = sorted(range(len(texts)), key=lambda i: (-lengths[i], i))
-    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    return batches_by_length([len(target.chat.encode_prompt(text)) for text in texts], batch_size)
 
 
 def _check_objective(result: Any, batch: int) -> None:
