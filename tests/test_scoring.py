@@ -278,7 +278,7 @@ def test_per_prompt_scores_are_in_the_prompts_order():
         (
             {"objective": lambda t, p: torch.full((len(p),), math.nan, requires_grad=True)},
             NumericalError,
-            "batch 1 of 1",
+            "batch 1 of 2",
         ),
         ({"batch_size": 0, "method": "random"}, SafelocusError, "at least 1"),
     ],
@@ -307,7 +307,7 @@ def test_infinite_gradient_names_tensor_and_batch():
         # finite value, infinite slope
         return torch.stack([torch.sqrt((weight - weight.detach()).abs().sum()) for _ in prompts])
 
-    with pytest.raises(NumericalError, match=r"infinite in batch 1 of 1 .* model\.layers\.0\.mlp\.up_proj\.weight"):
+    with pytest.raises(NumericalError, match=r"infinite in batch 1 of 2 .* model\.layers\.0\.mlp\.up_proj\.weight"):
         sl.score(dense(), PROMPTS, objective=explode, progress=False)
 
 
