@@ -61,11 +61,13 @@ def table() -> tuple[str, int]:
     kinds = model_types()
     found = {model_type: understood(model_type) for model_type in sorted(kinds)}
     number = sum(verdict == "understood" for verdict, _ in found.values())
+    outside = sum("its class fails" in why or "no class" in why or "no default" in why for _, why in found.values())
     failed = sum(verdict == "failed" for verdict, _ in found.values())
     rows = [f"| `{name}` | {kinds[name]} | {verdict} | {why} |" for name, (verdict, why) in found.items()]
     head = (
         f"transformers {transformers.__version__}: {number} of {len(found)} model types understood, "
-        f"{len(found) - number - failed} refused, {failed} failed.\n\n| type | reads | | |\n|---|---|---|---|\n"
+        f"{len(found) - number - failed} refused ({outside} because transformers itself builds no such model by default, or "
+        f"none that writes text), {failed} failed.\n\n| type | reads | | |\n|---|---|---|---|\n"
     )
     return head + "\n".join(rows) + "\n", failed
 

@@ -14,9 +14,10 @@ from tiny_targets import PROMPTS, byte_level
 
 RECURRENT = (
     "qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "lfm2", "lfm2_moe", "granitemoehybrid", "falcon_h1", "nemotron_h",
-    "bamba", "olmo_hybrid", "jamba", "minimax", "zamba2", "mamba", "falcon_mamba", "mamba2",
+    "bamba", "olmo_hybrid", "jamba", "minimax", "zamba2", "mamba", "falcon_mamba", "mamba2", "kimi_linear",
+    "bailing_hybrid", "recurrent_gemma",
 )  # fmt: skip
-OTHERS = ("gemma3n_text", "afmoe", "dots1", "diffllama", "doge", "jetmoe", "longcat_flash", "dbrx")
+OTHERS = ("gemma3n_text", "afmoe", "dots1", "diffllama", "doge", "jetmoe", "longcat_flash", "dbrx", "axk2", "mimo_v2_flash", "aria_text")
 OBJECTIVE = sl.Refusal(refusals=["I'm sorry"], compliances=["Sure"])
 
 

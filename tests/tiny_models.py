@@ -80,6 +80,15 @@ LATENT = {
     "topk_group": 1,
     "first_k_dense_replace": 1,
 }
+KIMI = {
+    **LATENT,
+    "q_lora_rank": None,
+    "layer_types": ["full_attention", "linear_attention"],
+    "mlp_layer_types": ["dense", "sparse"],
+    "linear_num_heads": 6,
+    "linear_head_dim": 5,
+}
+INDEXER = {"index_topk": 64, "index_head_dim": 6, "index_n_heads": 2}
 
 GEMMA4 = {
     **LLAMA,
@@ -206,6 +215,20 @@ _MODELS: dict[str, tuple[str, dict[str, Any]]] = {
          "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
          "ffn_config": {"hidden_size": 24, "ffn_hidden_size": 12, "moe_num_experts": 5, "moe_top_k": 2}},
     ),
+    "kimi_linear": ("kimi_linear", KIMI),
+    "bailing_hybrid": ("bailing_hybrid", {**KIMI, "num_expert_group": 1, "topk_group": 1}),
+    "axk2": ("axk2", {**LATENT, **INDEXER, "layer_types": ["indexed_attention"] * 2, "gated_norm_rank": 3}),
+    "mimo_v2_flash": (
+        "mimo_v2_flash",
+        {**MOE, "n_routed_experts": 5, "v_head_dim": 6, "layer_types": ["full_attention", "sliding_attention"]},
+    ),
+    "aria_text": ("aria_text", {**LLAMA, "moe_num_experts": 5, "moe_topk": 2, "moe_num_shared_experts": 2}),
+    "recurrent_gemma": ("recurrent_gemma", {**SQUARE, "lru_width": 24, "block_types": ["attention", "recurrent"]}),
+    "modernbert-decoder": ("modernbert-decoder", {**SQUARE, "global_attn_every_n_layers": 1}),
+    "moshi": ("moshi", {**SQUARE, "ffn_dim": 40, "num_key_value_heads": 4}),
+    "bert": ("bert", {**SQUARE, "is_decoder": True}),
+    "openai-gpt": ("openai-gpt", GPT2),
+    "gpt_neox_japanese": ("gpt_neox_japanese", SQUARE),
     "gpt2": ("gpt2", GPT2),
     "gpt_bigcode": ("gpt_bigcode", GPT2),
     "gpt_bigcode_multi_head": ("gpt_bigcode", {**GPT2, "multi_query": False}),

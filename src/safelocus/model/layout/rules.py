@@ -17,10 +17,11 @@ A family is a TOML file (`families/*.toml`, or the user's own):
     "(model.|)embed_tokens.weight" = "embedding"
 
 The first rule whose pattern is the whole name wins: the family's own before those it extends, and
-[layer] before [model]. A pattern knows {layer}, {expert} (numbers), {stack} (encoder | decoder),
+[layer] before [model]. A pattern knows {layer}, {expert} (numbers), {stack} (encoder, decoder, ...),
 (a|b), `*` (within one dotted segment) and `**` (anything). A rule is a component, or a table of
-`component` or `parts`, `axes`, `shared_expert` and `when` (a condition on the configuration), or a
-list of such tables of which the first whose condition holds counts.
+`component` or `parts`, `axes`, `shared_expert`, `block` (a name for one MLP whose tensors lie in
+several modules) and `when` (a condition on the configuration), or a list of such tables of which
+the first whose condition holds counts.
 
 `axes` says how each axis of the tensor divides, outermost first: roles as in `tensor`, a
 tensor's axis of several roles in parentheses, with `role=size` where the size is not the usual one
@@ -43,13 +44,13 @@ from pathlib import Path
 from typing import Any
 
 from safelocus.errors import LayoutError
-from safelocus.model.layout.sizes import Sizes, sizes_of, text_config
+from safelocus.model.layout.sizes import Sizes, listed_by_layer, sizes_of, text_config
 from safelocus.model.layout.tensor import COMPONENTS, ELIGIBLE, ROLES, TensorLayout
 
 _PLACEHOLDERS = {
     "{layer}": r"(?P<layer>\d+)",
     "{expert}": r"(?P<expert>\d+)",
-    "{stack}": r"(?P<stack>encoder|decoder)",
+    "{stack}": r"(?P<stack>encoder|decoder|local_encoder|global_transformer|local_decoder|L_module|H_module)",
     "**": r".*",
     "*": r"[^.]*",
 }
@@ -65,15 +66,16 @@ class Rule:
     parts: dict[str, str] | list[str] | None  # component -> extent, or components of equal extents
     axes: tuple[tuple[tuple[str, str | None], ...], ...] | None  # per axis of the tensor: (role, size)
     shared_expert: bool
+    block: str | None
     when: str | None
 
     @classmethod
     def parse(cls, pattern: str, value: Any, *, where: str) -> Rule:
         table = {"component": value} if isinstance(value, str) else value
-        if not isinstance(table, dict) or unknown_keys(table, "component parts axes shared_expert when"):
+        if not isinstance(table, dict) or unknown_keys(table, "component parts axes shared_expert block when"):
             raise LayoutError(
                 f'{where}: rule "{pattern}" is neither a component nor a table of component, parts, axes, '
-                f"shared_expert and when: {value!r}"
+                f"shared_expert, block and when: {value!r}"
             )
         component, parts = table.get("component"), table.get("parts")
         if (component is None) == (parts is None):
@@ -94,6 +96,7 @@ class Rule:
             parts=parts,
             axes=axes,
             shared_expert=bool(table.get("shared_expert", False)),
+            block=table.get("block"),
             when=table.get("when"),
         )
 
@@ -128,7 +131,7 @@ class Rule:
             axes=roles,
             source=tuple(number for number, axis in enumerate(axes) for _ in axis),
             parts=parts,
-            block=name.removesuffix(".weight").rpartition(".")[0],
+            block=f"{stack} {layer} {self.block}" if self.block else name.removesuffix(".weight").rpartition(".")[0],
         )
 
     def _divide(
@@ -206,17 +209,16 @@ class Family:
 
     def sizes_for(self, config: Any) -> Sizes:
         """`sizes_of` the configuration with the family's own, and those of each layer where they differ."""
-        sizes = self._sizes(config)
         text = text_config(config)
-        if getattr(text, "is_heterogeneous", False):
-            sizes.layers = [self._sizes(layer) for layer in text.per_layer_config]
-            kinds = getattr(text, "layer_types", None) or [None] * len(sizes.layers)
-            for layer, kind in zip(sizes.layers, kinds, strict=True):
-                layer["sliding"] = kind == "sliding_attention"
+        layers = text.per_layer_config if getattr(text, "is_heterogeneous", False) else None
+        listed = listed_by_layer(text) or [{}] * len(layers or ())
+        sizes = self._sizes(config, listed[0] if listed else {})
+        if listed:
+            sizes.layers = [self._sizes(config if layers is None else layers[n], more) for n, more in enumerate(listed)]
         return sizes
 
-    def _sizes(self, config: Any) -> Sizes:
-        sizes = sizes_of(config)
+    def _sizes(self, config: Any, more: dict[str, Any]) -> Sizes:
+        sizes = Sizes(sizes_of(config) | more)
         for name, expression in self.sizes.items():
             sizes[name] = sizes.evaluate(expression)
         return sizes

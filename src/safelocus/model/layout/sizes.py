@@ -98,6 +98,18 @@ def sizes_of(config: Any) -> Sizes:
     return sizes
 
 
+def listed_by_layer(config: Any) -> list[dict[str, Any]]:
+    """What a configuration lists per layer: numbers by their name, kinds (`layer_types`) as conditions by theirs."""
+    num_layers = getattr(config, "num_hidden_layers", None)
+    lists = {k: v for k, v in vars(config).items() if isinstance(v, list) and v and len(v) == num_layers}
+    kinds = {kind for values in lists.values() for kind in values if isinstance(kind, str)}
+    return [
+        {kind: any(values[layer] == kind for values in lists.values()) for kind in kinds}
+        | {name: values[layer] for name, values in lists.items() if isinstance(values[layer], int)}
+        for layer in range(num_layers if lists and num_layers else 0)
+    ]
+
+
 def _number(config: Any, key: str) -> int | None:
     try:
         value = getattr(config, key, None)  # not vars(): properties and renamed attributes count
