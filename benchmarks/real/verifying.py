@@ -20,7 +20,7 @@ from safelocus.model.target import Target
 from safelocus.scoring.scores import Scores
 
 TABLE = "verify"
-NOISES = (0.38, 1.0, 0.1, 0.2, 2.0, 3.0)
+NOISES = (0.38, 1.0, 0.1, 0.2, 0.3)
 RATIO = 0.01
 NUM = 100
 
