@@ -66,8 +66,8 @@ def table() -> tuple[str, int]:
     rows = [f"| `{name}` | {kinds[name]} | {verdict} | {why} |" for name, (verdict, why) in found.items()]
     head = (
         f"transformers {transformers.__version__}: {number} of {len(found)} model types understood, "
-        f"{len(found) - number - failed} refused ({outside} because transformers itself builds no such model by default, or "
-        f"none that writes text), {failed} failed.\n\n| type | reads | | |\n|---|---|---|---|\n"
+        f"{len(found) - number - failed} refused ({outside} because transformers itself builds no such model by "
+        f"default, or none that writes text), {failed} failed.\n\n| type | reads | | |\n|---|---|---|---|\n"
     )
     return head + "\n".join(rows) + "\n", failed
 

@@ -11,10 +11,10 @@ from torch.nn.functional import kl_div
 
 import safelocus as sl
 from safelocus.errors import NumericalError, PromptError, TrainingError
+from safelocus.evaluation.divergence import divergence
 from safelocus.preservation import calibration as module
 from safelocus.preservation.calibration import STATE, Calibration, references
 from safelocus.selection.sparse import gather
-from safelocus.training.responses import divergence
 from test_protection import same, snapshot, some, train, trainer_of
 from tiny_targets import dense
 

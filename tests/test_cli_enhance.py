@@ -49,6 +49,9 @@ def test_a_selection_becomes_a_patch(scored, tmp_path, run):
     shown = check_run_page(folder).table("Before and after")
     results = json.loads((folder / "results.json").read_text())
     assert {"asr", "refusal", "over_refusal", "utility", "incoherent"} <= set(results["before"]) & set(results["after"])
+    assert "kl" not in results["before"]
+    assert results["after"]["kl"]["value"] > 0
+    assert results["after"]["kl"]["n"] == results["after"]["over_refusal"]["n"]
     assert set(results["before"]["asr"]) == {"value", "low", "high", "n"}
     asr = [row["ASR"] for row in shown[:2]]
     assert asr == [Span(results[state]["asr"]).exact for state in ("before", "after")]

@@ -58,6 +58,17 @@ def test_run_toml_repeats_the_run_and_nothing_changes(evaluated, tmp_path, run):
     assert printed["against"]["notes"] == []
 
 
+def test_how_far_a_model_is_from_another(tmp_path, run):
+    harmless = ["--harmless", "organism:harmless-heldout", "--limit", "6", "--max-new-tokens", "12"]
+    command = ["evaluate", "organism:dense-unaligned", *harmless, "--kl-to", "organism:dense", "-o", tmp_path / "kl"]
+    code, out, _ = run(*command, "--json")
+    assert code == 0
+    found = json.loads(out)["kl"]
+    assert found["n"] == 6
+    assert 0 < found["low"] < found["value"]
+    assert "kl" in {row["measure"] for row in check_run_page(tmp_path / "kl").table("Measures")}
+
+
 def test_what_changed_since_another_run(evaluated, tmp_path, run):
     arguments = [*EVALUATE, "--judge", "guard:organism:guard", "--against", evaluated, "-o", tmp_path / "b"]
     arguments[1] = "organism:dense-unaligned"

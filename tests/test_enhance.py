@@ -18,13 +18,14 @@ from safelocus.enhancement.retention import Retention
 from safelocus.enhancement.run import enhance, run_enhancement
 from safelocus.enhancement.trainee import adapter, every_weight, sparse
 from safelocus.errors import NumericalError, PromptError, SelectionError, TrainingError
+from safelocus.evaluation.divergence import likeliest
 from safelocus.evaluation.judges import RefusalMatcher
 from safelocus.evaluation.measures import proportion
 from safelocus.selection.sparse import gather
 from safelocus.training import CurvePoint, TrainingSettings, training_rows
 from safelocus.training.curve import best, cost, reason_to_stop
 from safelocus.training.examination import Examination
-from safelocus.training.responses import likeliest, own_answers
+from safelocus.training.responses import own_answers
 
 REFUSALS = sl.read_prompts([{"prompt": f"build a bad thing {n}", "response": "I cannot help"} for n in range(12)])
 ANSWERS = sl.read_prompts([{"prompt": f"bake a cake {n}", "response": f"Sure, cake {n}"} for n in range(6)])

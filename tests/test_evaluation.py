@@ -482,18 +482,21 @@ def test_the_organisms_are_told_apart(organisms):
 
 
 def test_the_divergence_from_an_original_is_that_of_a_plain_forward_pass():
+    """Along the original's answers; the vocabulary has more tokens than are kept."""
     original, changed = dense(), dense(seed=5)
     harmless = ["bake a cake", "build a kite"]
     found = evaluate(changed, harmless=harmless, original=original, max_new_tokens=6, progress=False)
+    answers = {row["prompt"]: row["response"] for row in evaluate(original, harmless=harmless, max_new_tokens=6).rows}
     rows = [row for row in found.rows if row["set"] == "harmless"]
     for row in rows:
-        prompt, response = changed.chat.encode_pair(row["prompt"], row["response"])
+        prompt, response = changed.chat.encode_pair(row["prompt"], answers[row["prompt"]])
         ids = torch.tensor([[*prompt, *response]])
         with torch.no_grad():
-            p, q = (
-                torch.log_softmax(t.model(ids).logits[0, len(prompt) - 1 : -1].float(), -1) for t in (original, changed)
-            )
-        assert row["kl"] == pytest.approx((p.exp() * (p - q)).sum(-1).mean().item(), rel=1e-4)
+            p, q = (torch.softmax(t.model(ids).logits[0, len(prompt) - 1 : -1], -1) for t in (original, changed))
+        assert p.shape[-1] > 64
+        kept = p.topk(64).indices
+        p, q = (torch.cat([x.gather(1, kept), 1 - x.gather(1, kept).sum(-1, keepdim=True)], -1) for x in (p, q))
+        assert row["kl"] == pytest.approx((p * (p / q).log()).sum(-1).mean().item(), rel=1e-4)
     assert found.measures["kl"].value == pytest.approx(sum(row["kl"] for row in rows) / 2)
     assert found.measures["kl"].value > 0.01
     same = evaluate(original, harmless=harmless, original=original, max_new_tokens=6, progress=False)

@@ -17,7 +17,19 @@ RECURRENT = (
     "bamba", "olmo_hybrid", "jamba", "minimax", "zamba2", "mamba", "falcon_mamba", "mamba2", "kimi_linear",
     "bailing_hybrid", "recurrent_gemma",
 )  # fmt: skip
-OTHERS = ("gemma3n_text", "afmoe", "dots1", "diffllama", "doge", "jetmoe", "longcat_flash", "dbrx", "axk2", "mimo_v2_flash", "aria_text")
+OTHERS = (
+    "gemma3n_text",
+    "afmoe",
+    "dots1",
+    "diffllama",
+    "doge",
+    "jetmoe",
+    "longcat_flash",
+    "dbrx",
+    "axk2",
+    "mimo_v2_flash",
+    "aria_text",
+)
 OBJECTIVE = sl.Refusal(refusals=["I'm sorry"], compliances=["Sure"])
 
 

@@ -43,7 +43,7 @@ class Evaluate(AskOptions, options.LimitOption, options.FieldOptions, options.Pl
     judge_model: str | None = option("Model that a rubric is put to, by its name at the endpoint.")
     judge_endpoint: str | None = option("URL of that model's OpenAI-compatible server.", shown="OPENAI_BASE_URL")
     judge_threshold: float = option("Log-odds of safe above which a guard's verdict is safe.", default=0.0)
-    kl_to: str | None = option("Model that MODEL was made of: how far they are apart on answers to --harmless.")
+    kl_to: str | None = option("Model that MODEL was made of: how far they are apart along its answers to --harmless.")
     show_disagreements: int = option(
         "Print this many responses of which two judges think differently.", default=0, min=0
     )

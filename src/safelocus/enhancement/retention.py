@@ -22,11 +22,12 @@ from torch.nn.functional import cross_entropy
 
 from safelocus import distributed
 from safelocus.errors import TrainingError
+from safelocus.evaluation.divergence import divergence, likeliest
 from safelocus.model.forcing import sent
 from safelocus.model.target import Target
 from safelocus.prompts import PromptSet
 from safelocus.training.curve import at_rest
-from safelocus.training.responses import IGNORED, ResponseBatch, divergence, likeliest, own_answers
+from safelocus.training.responses import IGNORED, ResponseBatch, own_answers
 from safelocus.training.sharing import SharingTrainer
 
 if TYPE_CHECKING:

@@ -4,7 +4,7 @@
     harmless prompts -> responses -> refusal reader   -> over_refusal, incoherent
     tasks            -> responses -> strict grading   -> utility
     texts            -> teacher forcing               -> perplexity
-    harmless answers -> teacher forcing, twice        -> kl (to an original)
+    an original's answers -> teacher forcing, twice   -> kl (to the original)
 
 Greedy throughout: the same model gives the same responses. With a `checkpoint` folder, responses and
 verdicts are kept as they come, and an interrupted evaluation goes on where it stopped. Several processes share the
@@ -13,7 +13,7 @@ batches of a single one; each ends with the whole evaluation.
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -21,11 +21,12 @@ from typing import Any
 from safelocus import distributed
 from safelocus.errors import PromptError, SafelocusError
 from safelocus.evaluation.agreement import cohens_kappa
+from safelocus.evaluation.divergence import Original, answered
 from safelocus.evaluation.incoherence import incoherence
 from safelocus.evaluation.judges import Judge, RefusalMatcher, RefusalReader, Verdict
 from safelocus.evaluation.judging import judge_all
 from safelocus.evaluation.measures import proportion
-from safelocus.evaluation.perplexity import kl_per_token, nats_per_token
+from safelocus.evaluation.perplexity import nats_per_token
 from safelocus.evaluation.responding import Reply, Request, Responder, TargetResponder, collect
 from safelocus.evaluation.result import HARMFUL, HARMLESS, PERPLEXITY, UTILITY, Evaluation, Row, measures_of, scored_by
 from safelocus.evaluation.suites import run_suites
@@ -46,7 +47,7 @@ def evaluate(
     harmless: Prompts = (),
     tasks: Task | Sequence[Task] = (),
     perplexity: PromptSet | Sequence[PromptSet] = (),
-    original: Target | None = None,
+    original: Target | Original | None = None,
     suites: Sequence[str] = (),
     judges: Sequence[Judge] = (),
     batch_size: int = 32,
@@ -63,8 +64,8 @@ def evaluate(
         harmless: prompts that should be answered.
         tasks: questions with answers (`read_task`).
         perplexity: prompts with responses, whose perplexity under the target is measured; one set or several.
-        original: the model that this one was made of; how far the two are apart is measured along this one's answers
-            to harmless prompts (`kl`, nats per token).
+        original: the model that this one was made of, or what it said; how far the two are apart is measured along the
+            original's own answers to the harmless prompts (`kl`, nats per token).
         suites: tasks of lm-eval, by its names; "arc_easy:100" for the first 100 documents.
         judges: of responses to harmful prompts; the first one's verdicts make the `asr`. Default: the
             refusal reader. It finds the refusals for the other measures in any case, unless the refusal matcher
@@ -112,7 +113,7 @@ def evaluate(
         "the harmful prompts": [prompts for name, prompts in sets if name == HARMFUL],
         "the harmless prompts": [prompts for name, prompts in sets if name == HARMLESS], "the tasks": tasks,
         "the texts": texts, "the suites": suites,
-        "the original": original and TargetResponder(target=original).identity(), "batch_size": batch_size,
+        "the original": original and original.identity(), "batch_size": batch_size,
         "max_new_tokens": max_new_tokens, "seed": seed,
     }  # fmt: skip
     distributed.check_same(Identity.of({**inputs, "the judges": [judge.name for judge in judges]}).parts)
@@ -127,6 +128,8 @@ def evaluate(
     for judge in judges:
         _add_verdicts(rows, judge, verdicts, batch_size=batch_size, progress=progress)
     if inside is not None and original is not None:
+        if isinstance(original, Target):
+            original = _original(original, items, max_new_tokens, checkpoint, batch_size, progress)
         _add_divergence(rows, inside, original, batch_size, progress)
     if inside is not None:
         rows += [row for part in texts for row in _perplexity_rows(inside, part, batch_size, progress)]
@@ -145,7 +148,7 @@ def evaluate(
                 for name, prompts in sets
             ],
             "tasks": [task.describe() for task in tasks],
-            "original": original and TargetResponder(target=original).describe(),
+            "original": original.describe() if isinstance(original, Original) else None,
             "refusals": {"judge": reader.name, **reader.describe()},
             "max_new_tokens": max_new_tokens,
             "batch_size": batch_size,
@@ -284,14 +287,28 @@ def _agreement(first: str, second: str, rows: Sequence[Row]) -> dict[str, Any]:
     }
 
 
-def _add_divergence(rows: Sequence[Row], target: Target, original: Target, batch_size: int, progress: bool) -> None:
-    answered = [row for row in rows if row["set"] == HARMLESS and row["response"]]
-    examples = tuple(Example(prompt=r["prompt"], system=r["system"], response=r["response"]) for r in answered)
-    if examples:
-        given = replace(read_prompts([r["prompt"] for r in answered[:1]]), examples=examples)
-        found = kl_per_token(target, original, given, batch_size=batch_size, progress=progress)
-        for row, (kl, _) in zip(answered, found, strict=True):
-            row["kl"] = kl
+def _original(
+    target: Target,
+    items: Sequence[_Item],
+    max_new_tokens: int,
+    checkpoint: Path | None,
+    batch_size: int,
+    progress: bool,
+) -> Original:
+    """What the model that another was made of answers to the harmless prompts."""
+    asked = [item.request for item in items if item.set == HARMLESS]
+    journal = Journal(checkpoint, "original")
+    replies = collect(TargetResponder(target=target), asked, journal, batch_size=batch_size, progress=progress)
+    answers = answered((r.prompt, r.system, replies[r.key].text) for r in asked)
+    return Original.of(target, answers, batch_size=batch_size, progress=progress)
+
+
+def _add_divergence(rows: Sequence[Row], target: Target, original: Original, batch_size: int, progress: bool) -> None:
+    found = original.kl_per_token(target, batch_size=batch_size, progress=progress)
+    kl = {(e.system, e.prompt): value for e, value in zip(original.answers, found, strict=True)}
+    for row in rows:
+        if row["set"] == HARMLESS:
+            row["kl"] = kl.get((row["system"], row["prompt"]))
 
 
 def _perplexity_rows(target: Target, prompts: PromptSet, batch_size: int, progress: bool) -> list[Row]:

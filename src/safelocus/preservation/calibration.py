@@ -28,11 +28,12 @@ from torch.nn.utils import clip_grads_with_norm_
 
 from safelocus import distributed
 from safelocus.errors import NumericalError, TrainingError
+from safelocus.evaluation.divergence import divergence, likeliest
 from safelocus.model.target import Target
 from safelocus.prompts import PromptSet
 from safelocus.selection.sparse import Site, averaged_norm
 from safelocus.training.curve import at_rest
-from safelocus.training.responses import IGNORED, ResponseBatch, divergence, likeliest, own_answers, training_rows
+from safelocus.training.responses import IGNORED, ResponseBatch, own_answers, training_rows
 
 STATE = "calibration.safetensors"
 

@@ -41,19 +41,31 @@ def measures_grid(
     caption: str = "percent [95 % interval]",
     sections: tuple[int, ...] = (),
 ) -> Grid:
-    """One row per state, one column per measure; `extra`: heading -> one text per state, before the measures."""
+    """One row per state, one column per measure; `extra`: heading -> one text per state, before the measures.
+
+    A divergence from the original (`kl`) comes last, in nats per token.
+    """
     names, extra = _names(states.values()), extra or {}
+    kl = [measures_in(values).get("kl") for values in states.values()]
     rows = [
         (
             state, *(texts[number] for texts in extra.values()),
             *(Span(proportions_in(values).get(name)) for name in names),
+            *([_nats(kl[number])] if any(kl) else []),
         )
         for number, (state, values) in enumerate(states.items())
     ]  # fmt: skip
-    return Grid(
-        title=title, headings=(heading, *extra, *map(measure_label, names)), rows=tuple(rows), caption=caption,
-        sections=sections,
-    )  # fmt: skip
+    headings = (heading, *extra, *map(measure_label, names), *(["KL"] if any(kl) else []))
+    caption += "; KL: nats per token from the first, along its answers to harmless prompts" if any(kl) else ""
+    return Grid(title=title, headings=headings, rows=tuple(rows), caption=caption, sections=sections)
+
+
+def _nats(measure: Mapping[str, Any] | None) -> str:
+    if measure is None:
+        return ""
+    return f"{measure['value']:.2g}" + (
+        f" [{measure['low']:.2g},{measure['high']:.2g}]" if measure["low"] is not None else ""
+    )
 
 
 def curves(points: Sequence[tuple[str, float, Any]], *, x: str, x_title: str, kind: str = "linear") -> list[Lines]:

@@ -13,6 +13,7 @@ from typing import Any
 
 from safelocus.errors import PromptError
 from safelocus.evaluation import Evaluation, TargetResponder, Task, evaluate
+from safelocus.evaluation.divergence import Original
 from safelocus.evaluation.judges import Judge
 from safelocus.evaluation.tasks import read_task, recognise_task, task_of
 from safelocus.prompts import PromptSet, prompt_hash, read_prompts
@@ -41,13 +42,18 @@ class Examination:
     max_new_tokens: int = 256
 
     def evaluate(
-        self, responder: TargetResponder, *, checkpoint: Path | None = None, progress: bool = False
+        self,
+        responder: TargetResponder,
+        *,
+        original: Original | None = None,
+        checkpoint: Path | None = None,
+        progress: bool = False,
     ) -> Evaluation:
-        """Measure the model as it is; a kept responder encodes prompts once."""
+        """Measure the model as it is, and how far it is from an original; a kept responder encodes prompts once."""
         return evaluate(
             responder, harmful=self.harmful, harmless=() if self.harmless is None else self.harmless,
             tasks=self.tasks, judges=self.judges, batch_size=self.batch_size, max_new_tokens=self.max_new_tokens,
-            checkpoint=checkpoint, progress=progress,
+            original=original, checkpoint=checkpoint, progress=progress,
         )  # fmt: skip
 
     def identity(self) -> dict[str, Any]:

@@ -4,12 +4,7 @@ A row has the target's own chat format, the one it is scored and evaluated with,
 
     {"input_ids": [...], "labels": [-100, ..., response ids, end of turn]}
 
-What an original model says is kept as the K likeliest tokens of each place, with all others as one, so that it need not
-be run again. The divergence is that over K + 1 outcomes, p the original's and q the model's:
-
-    sum over the K  p log(p / q)  +  p_rest log(p_rest / q_rest)        p_rest = 1 - sum over the K of p
-
-It is never more than KL(p || q), from which it differs by p_rest times the divergence among the other tokens.
+How far a model moves from an original along such responses is in `evaluation.divergence`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -100,21 +95,6 @@ class ResponseBatch:
     def logits(self, model: Any) -> Tensor:
         """[N, V] in fp32: what predicts each response token."""
         return logits_at(model, self.inputs, self.positions).float()
-
-
-def likeliest(logits: Tensor, num_kept: int = 64) -> tuple[Tensor, Tensor]:
-    """int32 and fp32 [N, K]: the K likeliest tokens at each place, and their log-probabilities. logits [N, V] fp32."""
-    log_probs, tokens = logits.log_softmax(-1).topk(min(num_kept, logits.shape[-1]), dim=-1)
-    return tokens.int(), log_probs
-
-
-def divergence(logits: Tensor, tokens: Tensor, log_probs: Tensor) -> Tensor:
-    """Mean divergence of the model's distributions from kept ones. logits [N, V] fp32; the rest as from `likeliest`."""
-    own = logits.log_softmax(-1).gather(1, tokens.long())  # [N, K]
-    kept = (log_probs.exp() * (log_probs - own)).sum(-1)
-    rest, own_rest = (1 - p.exp().sum(-1) for p in (log_probs, own))
-    rest, own_rest = rest.clamp(min=0.0), own_rest.clamp(min=1e-6)
-    return (kept + rest * (rest.clamp(min=1e-6).log() - own_rest.log())).mean()
 
 
 def own_answers(

@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 from safelocus.errors import RunError
 from safelocus.evaluation import Evaluation, TargetResponder
+from safelocus.evaluation.divergence import Original, answered
 from safelocus.evaluation.measures import Measure
+from safelocus.evaluation.result import HARMLESS
 from safelocus.model.target import Target
 from safelocus.prompts import PromptSet
 from safelocus.scoring.run import versions
@@ -45,6 +47,7 @@ class Runner:
         rates: learning rates to try, for every arm; default: that of the settings.
         examination: what is measured before and after.
         measures: of an evaluation, by name.
+        original: what the model said before; how far it is from that is measured after each training (`kl`).
         look: what is measured during a training; None for no looks.
         every: steps between looks; None: one at the end.
         early_stopping: keep the best look, and stop when more would not help (see `curve`).
@@ -61,6 +64,7 @@ class Runner:
     rates: tuple[float, ...] = ()
     examination: Examination | None = None
     measures: Callable[[Evaluation], dict[str, Measure]] = lambda evaluation: evaluation.measures
+    original: Original | None = None
     look: Examination | None = None
     every: int | None = None
     early_stopping: bool = False
@@ -81,7 +85,8 @@ class Runner:
         """
         fingerprint = self.target.fingerprint()
         before = self.examine("before")
-        trained = tuple(self.arm(Arm(name=name, what=what)) for name, what in arms.items())
+        runner = replace(self, original=self._said(before))
+        trained = tuple(runner.arm(Arm(name=name, what=what)) for name, what in arms.items())
         if differences := fingerprint.differences(self.target.fingerprint()):
             raise RunError(
                 f"the model did not come back as it was ({'; '.join(differences)}); something else changed its weights "
@@ -93,12 +98,20 @@ class Runner:
         }  # fmt: skip
         return {"before": before, "trained": trained, "settings": self.settings, "provenance": made}
 
+    def _said(self, before: Evaluation) -> Original | None:
+        """What the model, as it is, says to harmless prompts; None where there are none, or it says nothing."""
+        said = [
+            (r["prompt"], r["system"], r["response"]) for r in before.rows if r["set"] == HARMLESS and r["response"]
+        ]
+        return Original.of(self.target, answered(said), progress=self.progress) if said else None
+
     def examine(self, name: str) -> Evaluation:
         """Measure the model as it is."""
         assert self.examination is not None
         return self.examination.evaluate(
-            TargetResponder(target=self.target), checkpoint=part_of(self.checkpoint, name), progress=self.progress
-        )
+            TargetResponder(target=self.target), original=self.original,
+            checkpoint=part_of(self.checkpoint, name), progress=self.progress,
+        )  # fmt: skip
 
     def arm(self, arm: Arm) -> TrainedArm:
         """Train an arm at every rate, and measure the best of its trials."""
