@@ -159,6 +159,10 @@ def _responder(given: Evaluate) -> "Responder":
         return TargetResponder(target=load(given.model, **given.part(options.PlaceOptions)))
     assert given.endpoint_model is not None
     endpoint = Endpoint(base_url=given.endpoint, model=given.endpoint_model)
+    if given.thinking is not None:  # as vLLM and SGLang hand it to their chat templates
+        switches = dict.fromkeys(("enable_thinking", "thinking"), given.thinking == "on")
+        asked = {"extra_body": {"chat_template_kwargs": switches}}
+        endpoint = replace(endpoint, parameters={**endpoint.parameters, **asked})
     return EndpointResponder(endpoint=endpoint, system=given.system, seed=given.seed)
 
 

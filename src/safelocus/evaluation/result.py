@@ -11,8 +11,8 @@
 
 and, where there are several, `asr@JUDGE` for each judge and `utility@TASK` for each task. An incoherent
 response is unscorable: it leaves the ASR's denominator, but it is no refusal either, so it lowers `refusal`.
-A request that failed (no response at all) is in no denominator. A prompt that stands in two harmful files
-counts once in the pooled figures.
+A request that failed (no response at all) is in no denominator, nor is one whose thought did not end. A prompt that
+stands in two harmful files counts once in the pooled figures.
 
 All measures are computed from `rows`, so a loaded evaluation can be cut in other ways (`Evaluation.by`).
 """
@@ -43,7 +43,8 @@ class Evaluation:
     Attributes:
         measures: name -> measure.
         rows: one per response. All have `set` (harmful, harmless, utility, perplexity), `source`, `prompt`,
-            `system`, `category`, `response`, `finished`, `failure`; those of prompts also `refused`, `partial`,
+            `system`, `category`, `response`, `finished`, `failure`, and `thought` where there is one (with no response
+            where it did not end); those of prompts also `refused`, `partial`,
             `incoherent` (the reason) and `judgements` (judge -> verdict, score, explanation); those of tasks `answer`,
             `extracted`, `correct`; harmless ones `kl` where there is
             an original; those of perplexity `nll` (nats per token) and `num_tokens`.
@@ -65,11 +66,18 @@ class Evaluation:
 
     @property
     def counts(self) -> dict[str, dict[str, Any]]:
-        """Per set, how many prompts, and how many of them were failed, incoherent, unfinished or unscorable."""
+        """Per set, how many prompts, and how many of them were failed, incoherent, unfinished or unscorable.
+
+        How many thoughts did not end stands there where some did not.
+        """
         found = {}
         for name in dict.fromkeys(row["set"] for row in self.rows):
             rows = [row for row in self.rows if row["set"] == name]
-            entry: dict[str, Any] = {"num_prompts": len(rows), "num_failed": sum(bool(r["failure"]) for r in rows)}
+            failed = [row for row in rows if row["failure"]]
+            thoughts = sum(map(in_thought, failed))
+            entry: dict[str, Any] = {"num_prompts": len(rows), "num_failed": len(failed) - thoughts}
+            if thoughts:
+                entry["num_unfinished_thoughts"] = thoughts
             if name != PERPLEXITY:
                 entry["num_unfinished"] = sum(r["failure"] is None and not r["finished"] for r in rows)
             if name in (HARMFUL, HARMLESS):
@@ -133,6 +141,11 @@ class Evaluation:
             agreement=results["agreement"],
             provenance=results["provenance"],
         )
+
+
+def in_thought(row: Row) -> bool:
+    """Whether there is no response because the thought did not end."""
+    return row["response"] is None and row.get("thought") is not None
 
 
 def scored_by(row: Row, first: str, second: str) -> tuple[str, str] | None:
