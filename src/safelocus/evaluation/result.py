@@ -193,6 +193,26 @@ def outcomes(rows: Sequence[Row], judge_names: Sequence[str]) -> dict[str, dict[
     return dict(sorted(found.items(), key=lambda item: order.index(item[0].partition("@")[0])))
 
 
+def measure_names(
+    *, judges: Sequence[str] | None, harmless: bool, tasks: Sequence[str], perplexity: bool, kl: bool
+) -> list[str]:
+    """The measures that an evaluation will have, before it is made.
+
+    Args:
+        judges: by their names there; none of them named is the refusal reader, None is no harmful prompts.
+        harmless: whether there are harmless prompts.
+        tasks: by their names there.
+    """
+    names = []
+    if judges is not None:
+        names += ["asr", *([f"asr@{judge}" for judge in judges] if len(judges) > 1 else []), "refusal"]
+        names += ["partial"] if judges[:1] != ["refusal"] else []  # the matcher cannot tell
+    names += ["over_refusal"] if harmless else []
+    names += ["utility", *([f"utility@{task}" for task in tasks] if len(tasks) > 1 else [])] if tasks else []
+    names += ["incoherent"] if judges is not None or harmless else []
+    return names + [PERPLEXITY] * perplexity + ["kl"] * kl
+
+
 def measures_of(rows: Sequence[Row], judge_names: Sequence[str], *, seed: int = 0) -> dict[str, Measure]:
     """All measures that the rows allow."""
     found = {name: rate(values.values()) for name, values in outcomes(rows, judge_names).items()}
