@@ -2,17 +2,21 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+import trl
 
 import safelocus as sl
 from safelocus.errors import ModelError, PromptError
 from safelocus.evaluation import TargetResponder, Task, TaskExample, evaluate
-from safelocus.evaluation.judges import GuardJudge, RefusalMatcher, RefusalReader, Verdict
+from safelocus.evaluation.judges import Endpoint, GuardJudge, RefusalMatcher, RefusalReader, Verdict
+from safelocus.evaluation.judges.endpoint import Answer
 from safelocus.evaluation.suites import run_suites
 from safelocus.model.chat import chat_format
+from safelocus.model.chat.template import apply
 from safelocus.model.generation import Response, generate
 from safelocus.model.thought import MARKERS, answer_of, left_open, split
 from safelocus.objective import Refusal
@@ -160,6 +164,41 @@ def test_prompts_open_a_thought_or_not_and_answers_that_are_given_stand_outside(
     saved = json.loads(json.dumps(form.to_json()))
     again = chat_format(form.tokenizer, system=saved["system"], thinking=saved["thinking"], **saved["template_kwargs"])
     assert again == form
+
+
+FIELD = Path(trl.__file__).parent / "chat_templates"  # as models of the field have them
+KNOWN = [
+    "deepseek_r1_distill", "deepseekv3", "gemma4_v5", "glm4moe", "gptoss", "muse_glimmer", "nemotron_3_nano",
+    "nemotron_3_ultra", "qwen3", "qwen3_5_think", "qwen3_8",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_templates_of_the_field(name):
+    """A conversation that the template itself finishes, thought and all, comes apart where it was put together."""
+    if not (file := FIELD / f"{name}.jinja").is_file():
+        pytest.skip("this version of trl has no such template")
+    tokenizer = tokenizer_of(file.read_text(encoding="utf-8"))
+    form = chat_format(tokenizer, thinking=True)
+    closed = form.render("Hello", closed=True)
+    assert closed.startswith(form.render("Hello"))
+    assert left_open(closed.rpartition("Hello")[2], form.markers) is None
+    turns = [
+        {"role": "user", "content": "Hello"},
+        {"role": "assistant", "content": HELP, "reasoning_content": THOUGHT, "reasoning": THOUGHT, "thinking": THOUGHT},
+    ]
+    whole = apply(tokenizer, turns, form.template_kwargs, generation=False)
+    if THOUGHT not in whole:  # dropped from finished conversations
+        assert name.startswith("deepseek")
+        whole = f"{form.render('Hello')}{THOUGHT}\n</think>\n\n{HELP}"
+    before, _, written = whole.partition(form.render("Hello"))
+    assert before == ""
+    written = written.partition(HELP)[0] + HELP
+    found = form.split(written)
+    assert (found.thought, written[found.start :].strip()) == (THOUGHT, HELP)
+    off = chat_format(tokenizer, thinking=False)
+    assert left_open(off.render("Hello").rpartition("Hello")[2], off.markers) is None
+    assert off.render("Hello", closed=True) == off.render("Hello")
 
 
 def test_a_plain_template_may_open_a_thought():
@@ -471,3 +510,23 @@ def test_scoring_says_how_many_thoughts_did_not_end(folder, run, monkeypatch):
     rows = [json.loads(line) for line in (folder / "one" / "responses.jsonl").read_text().splitlines()]
     assert [row.get("in_thought", False) for row in rows] == [True, False]
     assert all(row["thought"] for row in rows)
+
+
+def test_a_server_is_told_whether_to_think(folder, run, monkeypatch):
+    asked = []
+
+    def ask(self, conversations):
+        asked.append(self.parameters.get("extra_body"))
+        return [Answer(text=HELP, complete=True, prompt_tokens=1, completion_tokens=1) for _ in conversations]
+
+    monkeypatch.setattr(Endpoint, "ask", ask)
+    server = ["--endpoint", "http://localhost:1/v1", "--endpoint-model", "m", "-p", folder / "prompts.txt"]
+    for thinking in ("on", "off"):
+        assert run("evaluate", *server, "--thinking", thinking, "-o", folder / thinking)[0] == 0
+        switches = dict.fromkeys(("enable_thinking", "thinking"), thinking == "on")
+        assert asked.pop() == {"chat_template_kwargs": switches}
+        results = json.loads((folder / thinking / "results.json").read_text())
+        parameters = results["provenance"]["responder"]["parameters"]
+        assert parameters["extra_body"] == {"chat_template_kwargs": switches}
+    assert run("evaluate", *server, "-o", folder / "silent")[0] == 0
+    assert asked == [None]
