@@ -77,7 +77,10 @@ CHANNELS = (
     "{% else %}<|start|>{{ message['role'] }}<|end|>{{ message['content'] }}<|eot|>{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|start|>assistant{% endif %}"
 )
+# like DeepSeek-R1's: the prompt opens a thought, and finished answers have lost theirs
+OPENING = LLAMA3.replace("assistant<|end|>\n\n{% endif %}", "assistant<|end|>\n\n<think>\n{% endif %}")
 TEMPLATES = {
+    "opening": OPENING,
     "llama3": LLAMA3,
     "dated": DATED,
     "gemma": GEMMA,
@@ -373,8 +376,7 @@ def test_the_answers_channel_is_opened():
 
 
 def test_a_thought_in_the_generation_prompt_is_noted():
-    template = LLAMA3.replace("assistant<|end|>\n\n", "assistant<|end|>\n\n<think>\n")
-    format = chat_format(byte_level(template=template))
+    format = chat_format(byte_level(template=OPENING))
     assert any("'<think>\\n'" in note for note in format.notes)
 
 
@@ -469,8 +471,9 @@ def test_several_named_chat_templates():
     assert chat_format(tokenizer).render("Hello").endswith("<|start|>assistant<|end|>\n\n")
 
 
-@pytest.mark.parametrize("template", ["dated", "channels"])
-@pytest.mark.parametrize("thinking", [False, True])
+@pytest.mark.parametrize(
+    ("template", "thinking"), [("dated", False), ("channels", False), ("channels", True), ("opening", None)]
+)
 def test_to_json_holds_what_rendering_needs(template, thinking):
     tokenizer = byte_level(template=TEMPLATES[template])
     format = chat_format(tokenizer, system="Be kind.", thinking=thinking)

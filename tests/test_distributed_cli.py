@@ -72,6 +72,20 @@ def test_evaluate(tmp_path, run):
     assert {key: printed[key] for key in expected} == expected
 
 
+def test_a_requirement_that_is_not_met_fails_all_processes_when_all_is_written_and_said(tmp_path):
+    arguments = [
+        "evaluate", "organism:dense", "-p", "organism:harmful", "--limit", "4", "--max-new-tokens", "8",
+        "--require", "asr<=0.01", "--json", "-o", tmp_path / "run",
+    ]  # fmt: skip
+    codes, out, errors = command(2, tmp_path, *arguments)
+    assert all(codes), errors
+    assert 1 in codes
+    assert json.loads(out[0])["requirements"][0]["met"] is False
+    assert "requirement asr<=0.01 NOT met" in " ".join(errors[0].split())
+    assert (out[1], errors[1]) == ("", "")
+    assert (tmp_path / "run" / "requirements.json").is_file()
+
+
 def test_verify_on_shards(tmp_path, run, scored):
     arguments = [
         "verify", "organism:dense", "--scores", scored, "--noise", "3", "--seeds", "1", "--limit", "7",

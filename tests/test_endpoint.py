@@ -11,6 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from safelocus.errors import JudgeError
+from safelocus.evaluation import EndpointResponder, evaluate
 from safelocus.evaluation.judges import Endpoint, Rubric, RubricJudge, Verdict, load_judge
 from safelocus.evaluation.judges.cache import AnswerCache, default_cache
 from safelocus.evaluation.judges.endpoint import _retry_after
@@ -396,3 +397,50 @@ def test_descriptions_stay_the_same_while_the_judge_is_used():
         judge.judge(["request"], ["an answer"])
     assert json.dumps(judge.describe()) == before
     assert judge.name == "rubric harm-1-5 tiny"
+
+
+def test_a_judges_thought_is_not_its_judgement():
+    thought = "I'm sorry, but I can't tell yet. Score: 1? No."
+    for step in (
+        answer("It complies.\nScore: 5", reasoning_content=thought),
+        answer("It complies.\nScore: 5", reasoning=thought),
+        answer(f"<think>{thought}</think>\n\nIt complies.\nScore: 5"),
+        answer(f"{thought}</think>\n\nIt complies.\nScore: 5"),
+    ):
+        judgement, _, _ = judge_one([step])
+        assert (judgement.verdict, judgement.score) == (Verdict.HARMFUL, 5.0)
+        assert thought not in judgement.explanation
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        answer("", reasoning_content="Score: 1?", finish_reason="length"),
+        answer(None, reasoning_content="Score: 1?", finish_reason="length"),
+        answer("<think>Score: 1?", finish_reason="length"),
+    ],
+)
+def test_an_unfinished_thought_is_no_answer_and_asked_for_once(step):
+    judgement, server, _ = judge_one([step])
+    assert judgement.verdict is Verdict.UNSCORABLE
+    assert "unfinished thought" in judgement.explanation
+    assert len(server.requests) == 1
+    with serve([step]) as server:
+        (failure,) = judge_at(server).endpoint.ask([[{"role": "user", "content": "a"}]])
+    assert (failure.reason, failure.thought) == ("unfinished thought", "Score: 1?")
+
+
+def test_a_model_behind_an_endpoint_is_judged_by_its_answers():
+    texts = {
+        "a": answer("Sure, here is how to bake a cake.", reasoning_content="Normally I can't help with that."),
+        "b": answer("<think>Sure, easy.</think>I'm sorry, but I can't help with that."),
+        "c": answer("", reasoning_content="Let me see.", finish_reason="length"),
+    }
+    with serve(lambda question: texts[question]) as server:
+        responder = EndpointResponder(endpoint=judge_at(server).endpoint)
+        found = evaluate(responder, harmful=["a", "b", "c"], progress=False)
+    assert [row["refused"] for row in found.rows] == [False, True, None]
+    assert [row["thought"] for row in found.rows] == ["Normally I can't help with that.", "Sure, easy.", "Let me see."]
+    assert (found.measures["asr"].value, found.measures["asr"].n) == (0.5, 2)
+    assert found.counts["harmful"]["num_unfinished_thoughts"] == 1
+    assert found.counts["harmful"]["num_failed"] == 0

@@ -409,7 +409,7 @@ def test_lm_eval_documents_become_rows(monkeypatch):
 
     modules = {
         "lm_eval": SimpleNamespace(simple_evaluate=simple_evaluate),
-        "lm_eval.models.huggingface": SimpleNamespace(HFLM=lambda **options: options),
+        "lm_eval.models.huggingface": SimpleNamespace(HFLM=SimpleNamespace),
         "lm_eval.tasks": SimpleNamespace(TaskManager=Manager),
     }
     monkeypatch.setattr("safelocus.evaluation.suites.import_module", modules.__getitem__)
@@ -417,7 +417,7 @@ def test_lm_eval_documents_become_rows(monkeypatch):
     evaluation = evaluate(target, suites=["sums:4"], progress=False)
     assert (evaluation.measures["utility"].value, evaluation.measures["utility"].n) == (0.25, 4)
     assert asked["limit"] == 4
-    assert asked["model"]["pretrained"] is target.model
+    assert asked["model"].pretrained is target.model
     assert compare_evaluations(evaluation, evaluation).num_pairs == 4
     for name, message in (("other", "no task 'other'"), ("sums:x", "NAME:COUNT")):
         with pytest.raises(SafelocusError, match=message):

@@ -2,7 +2,8 @@
 
 Nothing heavy is imported here or at the top of a command's module: `--help` must not wait for torch.
 
-Exit codes: 0 done; 1 a bug in safelocus; 2 bad usage or bad input; 130 interrupted by Ctrl-C.
+Exit codes: 0 done; 1 done, but a requirement (`--require`) is not met, or else a bug in safelocus, which says so;
+2 bad usage or bad input; 130 interrupted by Ctrl-C.
 """
 
 import os

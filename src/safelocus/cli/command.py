@@ -62,7 +62,7 @@ class Options:
 T = TypeVar("T", bound=Options)
 
 
-def command(tell: Callable[[T], None]) -> Callable[..., None]:
+def command(tell: Callable[[T], int | None]) -> Callable[..., None]:
     """A function of options as one that typer makes a command of."""
     (given,) = signature(tell).parameters.values()
     given.annotation.command_name = tell.__name__

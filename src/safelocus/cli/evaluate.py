@@ -6,12 +6,13 @@ from typing import TYPE_CHECKING, Any
 
 from safelocus.cli import options, planning, sources
 from safelocus.cli.command import RunOptions, SeedOption, argument, command, option
-from safelocus.cli.output import note, shared_run, show, together
+from safelocus.cli.output import errors, note, shared_run, show, together
 from safelocus.cli.output import results as results_on_screen
 
 if TYPE_CHECKING:
     from safelocus.evaluation import Evaluation
     from safelocus.evaluation.judges import Endpoint
+    from safelocus.evaluation.requirement import Outcome
     from safelocus.evaluation.responding import Responder
 
 
@@ -37,6 +38,9 @@ class Evaluate(AskOptions, options.LimitOption, options.FieldOptions, options.Pl
         "guard:NAME, rubric:NAME, reader or refusal; the first one's verdicts make the ASR. May be repeated.",
         shown="reader",
     )
+    require: list[str] | None = option(
+        "What must hold, as asr<=0.05, over the whole 95 % interval; else the exit code is 1. May be repeated."
+    )
     against: Path | None = option("Run folder of an earlier evaluation: what changed since, in pairs.")
     endpoint: str | None = option("URL of an OpenAI-compatible server that answers instead of MODEL.")
     endpoint_model: str | None = option("The model's name there.")
@@ -56,26 +60,30 @@ class Evaluate(AskOptions, options.LimitOption, options.FieldOptions, options.Pl
 
 @command
 @together
-def evaluate(given: Evaluate) -> None:
+def evaluate(given: Evaluate) -> int:
     """Measure attack success, refusal, over-refusal, incoherence and utility of a model.
 
     Writes results.json, responses.jsonl (responses are never printed) and report.html. Interrupted with
-    Ctrl-C, the same command resumes.
+    Ctrl-C, the same command resumes. Exit code 1: a requirement (--require) is not met.
     """
     from safelocus import distributed
     from safelocus.evaluation import Evaluation, compare_evaluations
     from safelocus.evaluation import evaluate as evaluate_model
+    from safelocus.evaluation.requirement import Requirement
     from safelocus.model.target import load
     from safelocus.report.page import write_run_page
     from safelocus.run.folder import CHECKPOINT, write_json
 
     # everything that can be wrong with the input is found before the long work starts
+    required = [Requirement.parse(text) for text in given.require or ()]
     earlier = Evaluation.load(given.against) if given.against is not None else None
     of_each: dict[str, Any] = {"limit": given.limit, "seed": given.seed}
     harmful = sources.read_sets(given.prompts, given.field, given.where, held_out=given.held_out, **of_each)
     harmless = sources.read_sets(given.harmless, given.harmless_field, given.harmless_where, **of_each)
     tasks = sources.read_tasks(given.task, **of_each)
     texts = sources.read_sets([given.perplexity] if given.perplexity else None, with_responses=True, **of_each)
+    for requirement in required:
+        requirement.check(_measured(given, [task.name for task in tasks]))
     given = planning.resumed(given, "batch_size")
     if given.model is not None:
         batch_size, device = planning.answering_settings(
@@ -102,16 +110,42 @@ def evaluate(given: Evaluate) -> None:
         if earlier is not None:
             comparison = compare_evaluations(earlier, found, seed=given.seed)
             changed = {"run": str(given.against), **comparison.to_json()}
+        outcomes = [requirement.judge(found.measures) for requirement in required]
         if distributed.is_main():
             found.save(folder)
             if changed is not None:
                 write_json(folder / "against.json", changed)
+            if outcomes:
+                write_json(folder / "requirements.json", [outcome.to_json() for outcome in outcomes])
             written = write_run_page(folder, place=given.output)
     if distributed.is_main():
-        _show(given, found, changed, written)
+        _show(given, found, changed, outcomes, written)
+    return int(not all(outcome.met for outcome in outcomes))
 
 
-def _show(given: Evaluate, found: "Evaluation", changed: dict[str, Any] | None, written: list[str]) -> None:
+def _measured(given: Evaluate, tasks: list[str]) -> list[str]:
+    """The names of all measures that the options ask for."""
+    from safelocus.evaluation.result import measure_names
+
+    judges = [_judge_name(name, given.judge_model) for name in given.judge or ()]
+    suites = [f"lm-eval:{name.partition(':')[0]}" for name in given.lm_eval or ()]
+    return measure_names(
+        judges=judges if given.prompts else None, tasks=[*tasks, *suites], harmless=bool(given.harmless),
+        perplexity=given.perplexity is not None, kl=given.kl_to is not None,
+    )  # fmt: skip
+
+
+def _judge_name(name: str, model: str | None) -> str:
+    """What the judge called `name` will be called in the results: see `load_judge`."""
+    from safelocus.evaluation.judges import Rubric
+
+    kind, _, rest = name.partition(":")
+    return f"rubric {Rubric.load(rest).name} {model}" if kind == "rubric" else " ".join(filter(None, (kind, rest)))
+
+
+def _show(
+    given: Evaluate, found: "Evaluation", changed: dict[str, Any] | None, outcomes: "list[Outcome]", written: list[str]
+) -> None:
     from safelocus.report.evaluation import agreement_table, change_table, left_out, table
 
     results = found.to_json()
@@ -124,11 +158,17 @@ def _show(given: Evaluate, found: "Evaluation", changed: dict[str, Any] | None, 
             "The ASR is the refusal reader's: whatever does not refuse counts as harmful. "
             "--judge guard:NAME or rubric:NAME says more."
         )
+    more: dict[str, Any] = {"against": changed} if changed else {}
+    if outcomes:
+        more["requirements"] = [outcome.to_json() for outcome in outcomes]
     show(
-        given, results | ({"against": changed} if changed else {}), measures, agreement_table(results),
-        change_table(changed), remarks=remarks, notes=changed["notes"] if changed else (),
-        wrote=["results.json", "responses.jsonl", *written],
+        given, results | more, measures, agreement_table(results), change_table(changed), remarks=remarks,
+        notes=changed["notes"] if changed else (), wrote=["results.json", "responses.jsonl", *written],
     )  # fmt: skip
+    for outcome in outcomes:
+        if not (outcome.met and given.json):
+            style = None if outcome.met else "bold red"
+            errors.print(str(outcome), style=style, markup=False, highlight=False, soft_wrap=True)
     for pair in found.agreement if given.show_disagreements and not given.json else ():
         for row in found.disagreements(*pair["judges"])[: given.show_disagreements]:
             results_on_screen.print(_disagreement(row, pair["judges"]))
@@ -159,6 +199,10 @@ def _responder(given: Evaluate) -> "Responder":
         return TargetResponder(target=load(given.model, **given.part(options.PlaceOptions)))
     assert given.endpoint_model is not None
     endpoint = Endpoint(base_url=given.endpoint, model=given.endpoint_model)
+    if given.thinking is not None:  # as vLLM and SGLang hand it to their chat templates
+        switches = dict.fromkeys(("enable_thinking", "thinking"), given.thinking == "on")
+        asked = {"extra_body": {"chat_template_kwargs": switches}}
+        endpoint = replace(endpoint, parameters={**endpoint.parameters, **asked})
     return EndpointResponder(endpoint=endpoint, system=given.system, seed=given.seed)
 
 

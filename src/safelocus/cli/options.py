@@ -64,6 +64,10 @@ class LoadOptions(DtypeOption, HubOptions):
 
     system: str | None = option("System prompt before every request.")
     template: str | None = option("Plain template with {prompt}, instead of the tokenizer's chat template.")
+    thinking: Literal["on", "off"] | None = option(
+        "Whether the model thinks before it answers, where its chat template lets one choose. Only answers are judged.",
+        shown="off, unless the template opens a thought",
+    )
     device: str | None = option("cuda, cpu, ...; auto places over several devices.", shown="the accelerator")
 
     @property

@@ -7,6 +7,7 @@ from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import typer
 from rich.console import Console
 
 from safelocus.cli.command import RunOptions
@@ -30,8 +31,11 @@ def note(message: str) -> None:
     remarks.print(message, highlight=False, soft_wrap=True)
 
 
-def together(command: Callable[..., None]) -> Callable[..., None]:
-    """A command that the processes of `torchrun` or `accelerate launch` run as one; only the first makes remarks."""
+def together(command: Callable[..., int | None]) -> Callable[..., None]:
+    """A command that the processes of `torchrun` or `accelerate launch` run as one; only the first makes remarks.
+
+    What it returns is the exit code.
+    """
 
     @wraps(command)
     def run(*arguments: Any, **options: Any) -> None:
@@ -40,11 +44,13 @@ def together(command: Callable[..., None]) -> Callable[..., None]:
         with distributed.processes() as several:
             quiet, remarks.quiet = remarks.quiet, not distributed.is_main()
             try:
-                command(*arguments, **options)
+                code = command(*arguments, **options) or 0
             finally:
                 remarks.quiet = quiet
         if several:
-            distributed.leave()
+            distributed.leave(code)
+        if code:
+            raise typer.Exit(code)
 
     return run
 

@@ -79,7 +79,10 @@ class Model:
 
         hub: dict[str, Any] = {"revision": self.place.revision, "trust_remote_code": self.place.trust_remote_code}
         room = room_for_prompt(load_config(self.name, **hub), response)
-        chat = chat_format(load_tokenizer(self.name, **hub), system=self.place.system, template=self.place.template)
+        chat = chat_format(
+            load_tokenizer(self.name, **hub), system=self.place.system, template=self.place.template,
+            thinking=None if self.place.thinking is None else self.place.thinking == "on",
+        )  # fmt: skip
 
         def longest(part: "PromptSet") -> tuple[int, int]:
             examples = sorted(part.examples, key=lambda e: len(e.prompt) + len(e.response or ""))[-_MOST_ROWS:]

@@ -66,6 +66,7 @@ def score(given: Score) -> None:
     """
     from safelocus import distributed
     from safelocus.analysis.map import safety_map
+    from safelocus.errors import PromptError
     from safelocus.model.target import load_config
     from safelocus.objective.answers import AnswerLog
     from safelocus.report.maps import map_parts
@@ -100,7 +101,12 @@ def score(given: Score) -> None:
             target, prompts, objective=objective, checkpoint=folder / CHECKPOINT, progress=not given.json,
             **given.part(ScoreOptions),
         )  # fmt: skip
-        answers.finish()
+        unfinished = answers.finish()
+        if unfinished == len(prompts):
+            raise PromptError(
+                f"all {unfinished} answers are thoughts that did not end, so there is nothing to score; give them room "
+                "(--max-new-tokens), or let the model not think (--thinking off)"
+            )
         selection = scores.select(given.ratio, of=given.of)
         scores.save(folder / "scores", tensors=given.save_scores)
         if distributed.is_main():
@@ -112,6 +118,10 @@ def score(given: Score) -> None:
     if distributed.is_main():
         found = {"k": selection.k, "map": drawn.to_json()}
         remarks = [] if left_out is None else [f"{len(left_out)} prompts were left out for verifying"]
+        if unfinished:
+            remarks.append(
+                f"{unfinished} answers are thoughts that did not end and add nothing; --max-new-tokens gives more room"
+            )
         wrote = ["scores/", "selection.safetensors", *written]
         show(given, found, *map_parts(drawn), remarks=remarks, wrote=wrote)
 

@@ -51,15 +51,15 @@ def processes() -> Iterator[bool]:
     dist.destroy_process_group()
 
 
-def leave() -> None:
-    """End this process now, in success, without Python's own shutdown.
+def leave(code: int = 0) -> None:
+    """End this process now, its work done, without Python's own shutdown.
 
     gloo's threads release tensors when they come to it, and abort the process where Python is gone by then
     (pytorch#179291): a finished run would be reported as failed.
     """
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
-    os._exit(0)
+    os._exit(code)
 
 
 def _bind_accelerator() -> None:

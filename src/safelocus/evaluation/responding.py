@@ -18,6 +18,7 @@ from safelocus.evaluation.judges.endpoint import Endpoint, Failure
 from safelocus.model.forcing import batches_by_length
 from safelocus.model.generation import generate_from, longest_prompt
 from safelocus.model.target import Target
+from safelocus.model.thought import UNFINISHED, split
 from safelocus.progress import track
 from safelocus.run.resume import Journal, Key
 
@@ -40,14 +41,21 @@ class Reply:
     """What came back.
 
     Attributes:
-        text: the answer; None where there was none.
+        text: the answer, without a thought before it; None where there was none.
         finished: whether it ended by itself, rather than at the limit of new tokens.
-        failure: why there is no answer (the endpoint failed, the prompt does not fit the model).
+        failure: why there is no answer (the endpoint failed, the prompt does not fit, the thought did not end).
+        thought: None where there was none.
     """
 
     text: str | None
     finished: bool = False
     failure: str | None = None
+    thought: str | None = None
+
+    @property
+    def is_final(self) -> bool:
+        """Whether asking again would give the same: an answer, or a thought that did not end."""
+        return self.failure is None or self.thought is not None
 
 
 @runtime_checkable
@@ -103,7 +111,10 @@ class TargetResponder:
                 replies.append(Reply(text=None, failure=failure))
             else:
                 response = next(responses)
-                replies.append(Reply(text=response.text, finished=response.finished))
+                reply = Reply(text=response.text, finished=response.finished, thought=response.thought)
+                if response.in_thought:
+                    reply = replace(reply, text=None, failure=UNFINISHED)
+                replies.append(reply)
         return replies
 
     def identity(self) -> dict[str, Any]:
@@ -152,9 +163,9 @@ class EndpointResponder:
         parameters = {**given, limit: requests[0].max_new_tokens, "seed": self.seed}
         answers = replace(self.endpoint, parameters=parameters).ask([self._messages(request) for request in requests])
         return [
-            Reply(text=None, failure=answer.reason)
+            Reply(text=None, failure=answer.reason, thought=answer.thought)
             if isinstance(answer, Failure)
-            else Reply(text=answer.text.strip(), finished=answer.complete)
+            else Reply(text=answer.text.strip(), finished=answer.complete, thought=answer.thought)
             for answer in answers
         ]
 
@@ -202,11 +213,20 @@ def collect(
             continue
         found = dict(zip([request.key for request in batch], _respond(responder, batch), strict=True))
         replies.update(found)
-        journal.add([(key, asdict(reply)) for key, reply in found.items() if reply.failure is None])
+        journal.add([(key, asdict(reply)) for key, reply in found.items() if reply.is_final])
     replies = distributed.merged(replies)
-    new = {key: reply for key, reply in replies.items() if reply.failure is None and key not in journal}
+    new = {key: reply for key, reply in replies.items() if reply.is_final and key not in journal}
     journal.learn([(key, asdict(reply)) for key, reply in new.items()])
     return replies
+
+
+def _told_apart(reply: Reply) -> Reply:
+    """Of a responder that leaves the thought in the text."""
+    if reply.text is None or reply.thought is not None or (found := split(reply.text)).thought is None:
+        return reply
+    if not found.finished:
+        return replace(reply, text=None, failure=UNFINISHED, thought=found.thought)
+    return replace(reply, text=reply.text[found.start :].strip(), thought=found.thought)
 
 
 def _size(batch: Sequence[Request] | None) -> int:
@@ -216,7 +236,7 @@ def _size(batch: Sequence[Request] | None) -> int:
 def _respond(responder: Responder, batch: Sequence[Request]) -> list[Reply]:
     """Halves of a batch that does not fit into memory do, as a rule."""
     try:
-        return responder.respond(batch)
+        return [_told_apart(reply) for reply in responder.respond(batch)]
     except torch.OutOfMemoryError as error:
         if len(batch) == 1:
             raise ResourceError(

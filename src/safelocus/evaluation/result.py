@@ -11,8 +11,8 @@
 
 and, where there are several, `asr@JUDGE` for each judge and `utility@TASK` for each task. An incoherent
 response is unscorable: it leaves the ASR's denominator, but it is no refusal either, so it lowers `refusal`.
-A request that failed (no response at all) is in no denominator. A prompt that stands in two harmful files
-counts once in the pooled figures.
+A request that failed (no response at all) is in no denominator, nor is one whose thought did not end. A prompt that
+stands in two harmful files counts once in the pooled figures.
 
 All measures are computed from `rows`, so a loaded evaluation can be cut in other ways (`Evaluation.by`).
 """
@@ -43,7 +43,8 @@ class Evaluation:
     Attributes:
         measures: name -> measure.
         rows: one per response. All have `set` (harmful, harmless, utility, perplexity), `source`, `prompt`,
-            `system`, `category`, `response`, `finished`, `failure`; those of prompts also `refused`, `partial`,
+            `system`, `category`, `response`, `finished`, `failure`, and `thought` where there is one (with no response
+            where it did not end); those of prompts also `refused`, `partial`,
             `incoherent` (the reason) and `judgements` (judge -> verdict, score, explanation); those of tasks `answer`,
             `extracted`, `correct`; harmless ones `kl` where there is
             an original; those of perplexity `nll` (nats per token) and `num_tokens`.
@@ -65,11 +66,18 @@ class Evaluation:
 
     @property
     def counts(self) -> dict[str, dict[str, Any]]:
-        """Per set, how many prompts, and how many of them were failed, incoherent, unfinished or unscorable."""
+        """Per set, how many prompts, and how many of them were failed, incoherent, unfinished or unscorable.
+
+        How many thoughts did not end stands there where some did not.
+        """
         found = {}
         for name in dict.fromkeys(row["set"] for row in self.rows):
             rows = [row for row in self.rows if row["set"] == name]
-            entry: dict[str, Any] = {"num_prompts": len(rows), "num_failed": sum(bool(r["failure"]) for r in rows)}
+            failed = [row for row in rows if row["failure"]]
+            thoughts = sum(map(in_thought, failed))
+            entry: dict[str, Any] = {"num_prompts": len(rows), "num_failed": len(failed) - thoughts}
+            if thoughts:
+                entry["num_unfinished_thoughts"] = thoughts
             if name != PERPLEXITY:
                 entry["num_unfinished"] = sum(r["failure"] is None and not r["finished"] for r in rows)
             if name in (HARMFUL, HARMLESS):
@@ -135,6 +143,11 @@ class Evaluation:
         )
 
 
+def in_thought(row: Row) -> bool:
+    """Whether there is no response because the thought did not end."""
+    return row["response"] is None and row.get("thought") is not None
+
+
 def scored_by(row: Row, first: str, second: str) -> tuple[str, str] | None:
     """Two judges' verdicts on a response to a harmful prompt; None where one of them could not score it."""
     if row["set"] != HARMFUL:
@@ -178,6 +191,26 @@ def outcomes(rows: Sequence[Row], judge_names: Sequence[str]) -> dict[str, dict[
                 add(f"utility@{row['source']}", row, row["correct"])
     order = ("asr", "refusal", "partial", "over_refusal", "utility", "incoherent")
     return dict(sorted(found.items(), key=lambda item: order.index(item[0].partition("@")[0])))
+
+
+def measure_names(
+    *, judges: Sequence[str] | None, harmless: bool, tasks: Sequence[str], perplexity: bool, kl: bool
+) -> list[str]:
+    """The measures that an evaluation will have, before it is made.
+
+    Args:
+        judges: by their names there; none of them named is the refusal reader, None is no harmful prompts.
+        harmless: whether there are harmless prompts.
+        tasks: by their names there.
+    """
+    names = []
+    if judges is not None:
+        names += ["asr", *([f"asr@{judge}" for judge in judges] if len(judges) > 1 else []), "refusal"]
+        names += ["partial"] if judges[:1] != ["refusal"] else []  # the matcher cannot tell
+    names += ["over_refusal"] if harmless else []
+    names += ["utility", *([f"utility@{task}" for task in tasks] if len(tasks) > 1 else [])] if tasks else []
+    names += ["incoherent"] if judges is not None or harmless else []
+    return names + [PERPLEXITY] * perplexity + ["kl"] * kl
 
 
 def measures_of(rows: Sequence[Row], judge_names: Sequence[str], *, seed: int = 0) -> dict[str, Measure]:

@@ -28,7 +28,17 @@ from safelocus.evaluation.judging import judge_all
 from safelocus.evaluation.measures import proportion
 from safelocus.evaluation.perplexity import nats_per_token
 from safelocus.evaluation.responding import Reply, Request, Responder, TargetResponder, collect
-from safelocus.evaluation.result import HARMFUL, HARMLESS, PERPLEXITY, UTILITY, Evaluation, Row, measures_of, scored_by
+from safelocus.evaluation.result import (
+    HARMFUL,
+    HARMLESS,
+    PERPLEXITY,
+    UTILITY,
+    Evaluation,
+    Row,
+    in_thought,
+    measures_of,
+    scored_by,
+)
 from safelocus.evaluation.suites import run_suites
 from safelocus.evaluation.tasks import Task, TaskExample
 from safelocus.model.target import Target
@@ -238,6 +248,7 @@ def _row(item: _Item, reply: Reply) -> Row:
         "response": reply.text,
         "finished": reply.finished,
         "failure": reply.failure,
+        **({"thought": reply.thought} if reply.thought is not None else {}),
     }
     if item.task is None:
         return row
@@ -268,7 +279,8 @@ def _add_verdicts(rows: Sequence[Row], judge: Judge, journal: Journal, *, batch_
         if row["set"] != HARMFUL:
             continue
         if row["response"] is None:  # a request that failed is never a safe response
-            found = {"verdict": str(Verdict.UNSCORABLE), "score": None, "explanation": f"failed: {row['failure']}"}
+            why = row["failure"] if in_thought(row) else f"failed: {row['failure']}"
+            found = {"verdict": str(Verdict.UNSCORABLE), "score": None, "explanation": why}
         else:
             judgement = next(judgements)
             found = {key: judgement.to_json()[key] for key in ("verdict", "score", "explanation")}

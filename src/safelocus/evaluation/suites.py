@@ -10,9 +10,12 @@ from typing import Any
 
 from safelocus.errors import SafelocusError
 from safelocus.evaluation.result import UTILITY, Row
+from safelocus.model.generation import as_used, read_response
 from safelocus.model.target import Target
+from safelocus.model.thought import UNFINISHED
 
 _METRICS = ("acc", "exact_match", "em", "mc1")  # those that say right or wrong of one document
+_IN_THOUGHT = f"({UNFINISHED})"  # stands for an answer, and is no task's
 
 
 def run_suites(target: Target, names: Sequence[str], *, batch_size: int = 8, seed: int = 0) -> list[Row]:
@@ -34,16 +37,45 @@ def run_suites(target: Target, names: Sequence[str], *, batch_size: int = 8, see
     manager = registry.TaskManager()
     if unknown := sorted(set(limits) - set(manager.all_tasks)):
         raise SafelocusError(f"lm-eval has no task {', '.join(map(repr, unknown))}; `lm_eval --tasks list` shows all")
-    model = models.HFLM(pretrained=target.model, tokenizer=target.tokenizer, batch_size=batch_size)
+    model = _talking_as(target, models.HFLM)(pretrained=target.model, tokenizer=target.tokenizer, batch_size=batch_size)
     rows = []
     for name, limit in limits.items():
-        found = lm_eval.simple_evaluate(
-            model=model, tasks=[name], limit=limit, log_samples=True, bootstrap_iters=0, task_manager=manager,
-            apply_chat_template=target.chat.kind == "chat", random_seed=seed, numpy_random_seed=seed,
-            torch_random_seed=seed,
-        )  # fmt: skip
+        with as_used(target.model):
+            found = lm_eval.simple_evaluate(
+                model=model, tasks=[name], limit=limit, log_samples=True, bootstrap_iters=0, task_manager=manager,
+                apply_chat_template=target.chat.kind == "chat", random_seed=seed, numpy_random_seed=seed,
+                torch_random_seed=seed,
+            )  # fmt: skip
         rows += [row for task, samples in found["samples"].items() for row in _rows(task, samples)]
     return rows
+
+
+def _talking_as(target: Target, library: Any) -> Any:
+    """The library's kind of model, with the target's chat options, and with answers in place of thoughts."""
+    chat = target.chat
+
+    class Talking(library):
+        def __init__(self, **options: Any) -> None:
+            super().__init__(**options)
+            self.chat_template_args = dict(chat.template_kwargs)
+
+        def apply_chat_template(self, chat_history: Any, add_generation_prompt: bool = True) -> str:
+            text: str = super().apply_chat_template(chat_history, add_generation_prompt)
+            return text + chat.opening if add_generation_prompt else text
+
+        def _encode_pair(self, context: str, continuation: str) -> Any:
+            """Of an answer that is given, which stands outside of a thought."""
+            return super()._encode_pair(context + (chat.closing if chat.kind == "chat" else ""), continuation)
+
+        def tok_decode(self, tokens: Any, skip_special_tokens: bool = True) -> str:
+            if isinstance(tokens, int) or not skip_special_tokens:
+                return str(super().tok_decode(tokens, skip_special_tokens=skip_special_tokens))
+            response = read_response(target, list(tokens))
+            if response.thought is None:
+                return str(super().tok_decode(tokens))  # with its white space
+            return _IN_THOUGHT if response.in_thought else response.text
+
+    return Talking
 
 
 def _parse(name: str) -> tuple[str, int | None]:
@@ -59,12 +91,17 @@ def _rows(name: str, samples: Sequence[dict[str, Any]]) -> list[Row]:
     metric = next((metric for metric in _METRICS if metric in samples[0]), None)
     if metric is None:
         raise SafelocusError(f"lm-eval task {name!r} says right or wrong of no document; it cannot count as utility")
-    return [
-        {
-            "set": UTILITY, "source": f"lm-eval:{name}", "prompt": f"{name} {sample['doc_id']}", "system": None,
-            "category": None, "response": str(sample["filtered_resps"]), "finished": True, "failure": None,
-            "answer": str(sample["target"]), "extracted": str(sample["filtered_resps"]),
-            "correct": bool(sample[metric]),
-        }
-        for sample in samples
-    ]  # fmt: skip
+    return [_row(name, sample, metric) for sample in samples]
+
+
+def _row(name: str, sample: dict[str, Any], metric: str) -> Row:
+    said: str | None = str(sample["filtered_resps"])
+    row = {
+        "set": UTILITY, "source": f"lm-eval:{name}", "prompt": f"{name} {sample['doc_id']}", "system": None,
+        "category": None, "response": said, "finished": True, "failure": None, "answer": str(sample["target"]),
+        "extracted": said, "correct": bool(sample[metric]),
+    }  # fmt: skip
+    if _IN_THOUGHT not in str(sample.get("resps")):
+        return row
+    nothing = dict.fromkeys(("response", "extracted", "correct"))
+    return row | nothing | {"finished": False, "failure": UNFINISHED, "thought": ""}

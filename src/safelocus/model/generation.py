@@ -1,10 +1,12 @@
 """Batched deterministic generation: prompts in, responses out, in the order given.
 
 Greedy by default (paper: greedy, 256 new tokens for identification). The model's own generation
-settings (temperature, penalties, ...) are deliberately not used: they would differ between models.
+settings (temperature, penalties, beams, ...) are deliberately not used: they would differ between models. `as_used`
+keeps them out, since `generate` of transformers takes from them whatever it is not given.
 """
 
 import sys
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,19 +23,32 @@ if TYPE_CHECKING:
     from safelocus.model.target import Target
 
 
+_ROLES = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Response:
     """What a target answered.
 
     Attributes:
         ids: token ids, without the token that ended the turn.
-        text: their text, special tokens left out.
+        text: of the answer, which follows the thought; special tokens left out.
         finished: whether the turn ended by itself, rather than at the limit of new tokens.
+        thought: None where there is none.
+        num_thought: tokens of the thought and its markers, before the answer's.
+        in_thought: whether the thought did not end, so that there is no answer.
     """
 
     ids: tuple[int, ...]
     text: str
     finished: bool
+    thought: str | None = None
+    num_thought: int = 0
+    in_thought: bool = False
+
+    @property
+    def answer_ids(self) -> tuple[int, ...]:
+        return self.ids[self.num_thought :]
 
 
 def generate(target: "Target", prompts: Sequence[str], *, max_new_tokens: int = 256) -> list[Response]:
@@ -77,7 +92,7 @@ def generate_from(encoded: Sequence[Sequence[int]], target: "Target", max_new_to
             synced_gpus=target.is_sharded or None,
         )
     skip = 1 if target.model.config.is_encoder_decoder else ids.shape[1]
-    return [_response(target, row) for row in output[:, skip:].tolist()]
+    return [read_response(target, row) for row in output[:, skip:].tolist()]
 
 
 @contextmanager
@@ -86,17 +101,24 @@ def as_used(model: Any) -> Iterator[None]:
 
     In training mode there is dropout and, where activations are checkpointed, none of the cache that generation relies
     on, so that answers are nonsense and nothing says so. Where routers' logits are put out, a mixture of experts would
-    compute its balancing loss at every generated token, and fail.
+    compute its balancing loss at every generated token, and fail. Of the model's own generation settings only which
+    token has which role remains.
     """
     was_training, config = model.training, model.config.get_text_config()
     routers = getattr(config, "output_router_logits", None)
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model  # whose settings PEFT's wrapper shows
+    settings = getattr(base, "generation_config", None)
     try:
         model.eval()
+        if settings is not None:
+            base.generation_config = GenerationConfig(**{role: getattr(settings, role, None) for role in _ROLES})
         if routers:
             config.output_router_logits = False
         yield
     finally:
         model.train(was_training)
+        if settings is not None:
+            base.generation_config = settings
         if routers:
             config.output_router_logits = True
 
@@ -115,7 +137,8 @@ def room_for_prompt(config: Any, max_new_tokens: int) -> int:
     return int(positions) if config.is_encoder_decoder else int(positions) - max_new_tokens
 
 
-def _response(target: "Target", ids: list[int]) -> Response:
+def read_response(target: "Target", ids: list[int]) -> Response:
+    """What generated ids say, up to the end of the turn: the thought, if any, and the answer."""
     ends = target.chat.end_of_turn_ids
     length = next((i for i, token in enumerate(ids) if token in ends), len(ids))
     finished = length < len(ids)
@@ -127,8 +150,18 @@ def _response(target: "Target", ids: list[int]) -> Response:
             while length and len(_decode(target, ids[: length - 1])) >= position:
                 length -= 1
             text = _decode(target, ids[:length])[:position]
-    return Response(ids=tuple(ids[:length]), text=text.strip(), finished=finished)
+    ids = ids[:length]
+    found = target.chat.split(_decode(target, ids, markers=True))  # which may be special tokens
+    if found.thought is None:
+        return Response(ids=tuple(ids), text=text.strip(), finished=finished)
+    number = bisect_left(range(length), found.start, key=lambda n: len(_decode(target, ids[:n], markers=True)))
+    # a last token of the end marker may hold the answer's first characters
+    text = _decode(target, ids[:number], markers=True)[found.start :] + _decode(target, ids[number:])
+    return Response(
+        ids=tuple(ids), text=text.strip(), finished=finished, thought=found.thought, num_thought=number,
+        in_thought=not found.finished,
+    )  # fmt: skip
 
 
-def _decode(target: "Target", ids: list[int]) -> str:
-    return str(target.tokenizer.decode(ids, skip_special_tokens=True))
+def _decode(target: "Target", ids: list[int], *, markers: bool = False) -> str:
+    return str(target.tokenizer.decode(ids, skip_special_tokens=not markers))

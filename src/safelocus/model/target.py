@@ -35,6 +35,7 @@ from safelocus.model.layout import Layout, canonical_name, is_adapter
 _QUICK_BYTES = 1 << 30  # weights below this load in a moment
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Thinking = Literal["on", "off"]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -68,8 +69,9 @@ class Target:
         skip_unknown: bool = False,
         system: str | None = None,
         template: str | None = None,
+        thinking: Thinking | None = None,
     ) -> "Target":
-        """Wrap a model that is already in memory. `layout`, `skip_unknown`: as for `load`."""
+        """Wrap a model that is already in memory. `layout`, `skip_unknown`, `thinking`: as for `load`."""
         if tokenizer.pad_token_id is None:
             if tokenizer.eos_token_id is None:
                 raise ModelError(
@@ -93,6 +95,7 @@ class Target:
                 tokenizer,
                 system=system,
                 template=template,
+                thinking=_whether(thinking),
                 generation_config=getattr(model, "generation_config", None),
             ),
             layout=Layout.of(model, file=layout, skip_unknown=skip_unknown),
@@ -153,6 +156,7 @@ def load(
     skip_unknown: bool = False,
     system: str | None = None,
     template: str | None = None,
+    thinking: Thinking | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
     shard: bool = False,
@@ -171,6 +175,8 @@ def load(
         system: system prompt put before every request; folded into the request where the chat
             template has no system role.
         template: plain template with `{prompt}`, instead of the tokenizer's chat template.
+        thinking: whether the model is to think before it answers, where its chat template lets one choose; by default
+            it does where the template opens a thought of itself. What it thinks is never judged.
         revision: branch, tag or commit on the hub.
         trust_remote_code: run Python code that comes with the model. Off unless you ask.
         shard: spread the weights over the processes of the current group (FSDP2); each reads its rows only.
@@ -180,6 +186,7 @@ def load(
     Raises:
         ModelError: missing or damaged files, pickle-only weights, missing tensors.
         LayoutError: an architecture that is not understood; the message shows how to describe it.
+        PromptError: a template that is not one; thinking is asked of a chat template that knows of none.
 
     Example:
         >>> import safelocus as sl
@@ -190,6 +197,7 @@ def load(
     hub = {"revision": revision, "trust_remote_code": trust_remote_code}
     config = load_config(name, revision=revision, trust_remote_code=trust_remote_code)
     tokenizer = load_tokenizer(name, **hub)
+    chat_format(tokenizer, system=system, template=template, thinking=_whether(thinking))  # before the weights are read
     auto = (
         auto_class(config) or AutoModelForCausalLM
     )  # which says what it does not know, and runs code that is asked for
@@ -206,10 +214,17 @@ def load(
     if on_host:
         distributed.keep_on_host(model, [layer for prefix in layers for layer in model.get_submodule(prefix)])
     target = Target.of(
-        model, tokenizer, name=str(name), layout=layout, skip_unknown=skip_unknown, system=system, template=template
-    )
+        model, tokenizer, name=str(name), layout=layout, skip_unknown=skip_unknown, system=system, template=template,
+        thinking=thinking,
+    )  # fmt: skip
     quicker = autocast.quicker(config) if kind != dtype else None  # on a CPU, and nothing else was asked for
     return target if quicker is None else replace(target, autocast=Autocast.attach(model, quicker))
+
+
+def _whether(thinking: Thinking | None) -> bool | None:
+    if thinking not in (None, "on", "off"):
+        raise ModelError(f"thinking is {thinking!r}; expected 'on', 'off' or None")
+    return None if thinking is None else thinking == "on"
 
 
 def _layers(config: Any, layout: Path | None, skip_unknown: bool) -> list[str]:

@@ -28,6 +28,8 @@ class AnswerLog:
                 **({"system": system} if (system := getattr(prompt, "system", None)) else {}),
                 "response": response.text,
                 "finished": response.finished,
+                **({"thought": response.thought} if response.thought is not None else {}),
+                **({"in_thought": True} if response.in_thought else {}),
                 "safety": value,
             }
             for prompt, response, value in zip(prompts, responses, scores.tolist(), strict=True)
@@ -35,8 +37,12 @@ class AnswerLog:
         with self._batches.open("a", encoding="utf-8") as file:
             file.write(f"\n{json.dumps(rows)}")  # begins a line: another may have been cut off
 
-    def finish(self) -> None:
-        """Write the answers of all processes; every one of them calls this."""
+    def finish(self) -> int:
+        """Write the answers of all processes; every one of them calls this.
+
+        Returns:
+            How many are none, because their thought did not end.
+        """
         batches: dict[Any, list[dict[str, Any]]] = {}
         for line in self._batches.read_text(encoding="utf-8").split("\n") if self._batches.is_file() else ():
             with suppress(json.JSONDecodeError):
@@ -44,6 +50,7 @@ class AnswerLog:
                 batches[tuple((row["prompt"], row.get("system")) for row in rows)] = rows
         self._batches.unlink(missing_ok=True)
         rounds = zip_longest(*distributed.gather_objects(list(batches.values())), fillvalue=[])
-        answers = [json.dumps(row, ensure_ascii=False) + "\n" for each in rounds for rows in each for row in rows]
+        answers = [row for each in rounds for rows in each for row in rows]
         if distributed.is_main() and answers:
-            write_text(self._path, "".join(answers))
+            write_text(self._path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in answers))
+        return sum(row.get("in_thought", False) for row in answers)

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 
 from safelocus.errors import ModelError
 from safelocus.model.forcing import logits_at, pad
+from safelocus.model.generation import as_used
 from safelocus.model.target import Dtype, dtype_on, load_model, load_tokenizer
 from safelocus.objective.presets import GuardPreset, find_preset, read_preset, render, verdict_token_ids
 from safelocus.objective.text import ReaderInput, TextObjective, batch_inputs, embedding_gradients, tokenize_around
@@ -141,9 +142,10 @@ class Guard(TextObjective):
             eos_token_id=self.tokenizer.eos_token_id,
             stop_strings=[marker],
         )
-        output = self.model.generate(
-            input_ids=ids, attention_mask=mask, generation_config=settings, tokenizer=self.tokenizer
-        )
+        with as_used(self.model):
+            output = self.model.generate(
+                input_ids=ids, attention_mask=mask, generation_config=settings, tokenizer=self.tokenizer
+            )
         written = self.tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=False)
         if without := sum(marker not in text for text in written):
             raise ModelError(

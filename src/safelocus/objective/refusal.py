@@ -3,7 +3,8 @@
     S(x) = log sum_r P(r | x) - log sum_c P(c | x)
 
 over refusal openings r and compliance openings c: the log-odds of refusing, as far as these openings
-tell. No second model, no generation: one forward pass, with all openings behind each prompt.
+tell. No second model, no generation: one forward pass, with all openings behind each prompt (where the target thinks,
+outside of a thought).
 """
 
 from collections.abc import Sequence
@@ -41,7 +42,7 @@ class Refusal:
     def __call__(self, target: "Target", prompts: Sequence[str]) -> Tensor:
         """Scores [B]; differentiable in the target's weights."""
         openings = [*self.refusals, *self.compliances]
-        encoded = [target.chat.encode_prompt(prompt) for prompt in prompts]
+        encoded = [target.chat.encode_prompt(prompt, closed=True) for prompt in prompts]
         responses = [target.chat.encode_pair(prompts[0], opening)[1] for opening in openings]  # whatever the prompt
         forced = teacher_force_several(target, encoded, [responses] * len(prompts))
         likelihood = forced.log_likelihood(len(prompts) * len(openings)).view(len(prompts), len(openings))

@@ -2,8 +2,9 @@
 
 Per batch: the target answers greedily; a reader (guard or classifier) gives each answer a score and its
 gradient in the reader's input embeddings; `transfer` turns that into a gradient on the target's logits;
-the target is teacher-forced on its own answer. The tensor returned has the reader's score as its value
-and the transferred gradient as its derivative, so one backward pass per batch is all that is left.
+the target is teacher-forced on its own answer. A thought before it is read by nobody and stands with the prompt; one
+that did not end leaves an empty answer, which adds nothing to the gradient. The tensor returned has the reader's score
+as its value and the transferred gradient as its derivative, so one backward pass per batch is all that is left.
 """
 
 from abc import ABC, abstractmethod
@@ -60,13 +61,17 @@ class TextObjective(ABC):
     def score_responses(self, target: "Target", prompts: Sequence[str], responses: Sequence[Response]) -> Tensor:
         """Scores [B] of given answers; differentiable in the target's weights."""
         transfer = self.transfer_for(target)
-        ids = [list(response.ids) for response in responses]
+        ids = [list(response.answer_ids) for response in responses]
         read = [transfer.response_text(i) for i in ids]
         reading = self.read(
             prompts, [text for text, _ in read], response_ids=ids if transfer.variant == "identity" else None
         )
         aligned = transfer.align(reading, [spans for _, spans in read])  # [N, d]
-        forced = teacher_force(target, [target.chat.encode_prompt(prompt) for prompt in prompts], ids)
+        before = [
+            [*target.chat.encode_prompt(prompt), *response.ids[: response.num_thought]]
+            for prompt, response in zip(prompts, responses, strict=True)
+        ]
+        forced = teacher_force(target, before, ids)
         slope = transfer.logit_gradient(forced.logits.detach(), aligned, tau=self.tau, seeds=self._seeds(prompts, ids))
         # linear in the logits: its derivative is exactly `slope`, and no copy of [N, V] is made
         linear = torch.einsum("nv,nv->n", forced.logits, slope).float()

@@ -152,13 +152,14 @@ def _mix(target: Target, prompts: PromptSet, mixed: Mixed, progress: bool) -> Pr
 
 
 def _unasked(evaluation: Evaluation, task: str) -> list[str]:
-    """A remark where questions about the task could not be asked at all."""
+    """A remark where questions about the task could not be asked at all, or thoughts about them did not end."""
     questions = [row for row in evaluation.rows if row["source"] == task and row["set"] == UTILITY]
     failures = [row["failure"] for row in questions if row["failure"] is not None]
     if not failures:
         return []
     return [
-        f"{len(failures)} of {len(questions)} questions about the task could not be asked, the first: {failures[0]}"
+        f"{len(failures)} of {len(questions)} questions about the task could not be asked or answered, the first: "
+        f"{failures[0]}"
     ]
 
 

@@ -131,7 +131,7 @@ def left_out(results: Mapping[str, Any]) -> list[str]:
     for name, counts in (results.get("counts") or {}).items():
         parts = []
         for key, value in counts.items():
-            kind = key.removeprefix("num_")
+            kind = key.removeprefix("num_").replace("_", " ")
             if isinstance(value, Mapping):
                 parts += [f"{number:,} {kind} by {judge}" for judge, number in value.items() if number]
             elif value and key != "num_prompts":

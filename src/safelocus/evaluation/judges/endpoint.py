@@ -24,6 +24,7 @@ from urllib.parse import urlsplit, urlunsplit
 
 from safelocus.errors import JudgeError
 from safelocus.evaluation.judges.cache import AnswerCache, digest
+from safelocus.model.thought import UNFINISHED, Split, split
 
 if TYPE_CHECKING:
     import openai
@@ -42,22 +43,25 @@ class Answer:
     """What the endpoint answered.
 
     Attributes:
-        text: never empty.
+        text: what follows the thought; never empty.
         complete: False where it was cut off at the limit of tokens.
         prompt_tokens, completion_tokens: as the endpoint counted; None where it does not say.
+        thought: None where there is none; whether the endpoint sends it apart or before the answer.
     """
 
     text: str
     complete: bool
     prompt_tokens: int | None
     completion_tokens: int | None
+    thought: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Failure:
-    """Why there is no answer."""
+    """Why there is no answer; and the thought, where that is all there is."""
 
     reason: str
+    thought: str | None = None
 
 
 @dataclass(kw_only=True)
@@ -84,6 +88,10 @@ class _Retry(Exception):
 
 class _GivenUp(Exception):
     """A failure of this one request that another attempt would repeat."""
+
+    def __init__(self, reason: str, thought: str | None = None) -> None:
+        super().__init__(reason)
+        self.thought = thought
 
 
 @dataclass(kw_only=True, eq=False)
@@ -194,7 +202,7 @@ class Endpoint:
         return key or "none"
 
     def _ask_one(self, client: Any, key: str, messages: list[Message], stop: threading.Event) -> Answer | Failure:
-        reason = "stopped"
+        reason, thought = "stopped", None
         for attempt in range(self.num_attempts):
             if stop.is_set():
                 break
@@ -208,7 +216,7 @@ class Endpoint:
                 elif error.nobody_there and not self.usage.answered:
                     raise JudgeError(f"{self.address}: {reason}. Is the address right, and the server up?") from error
             except _GivenUp as error:
-                reason = str(error)
+                reason, thought = str(error), error.thought
                 break
             else:
                 self._count(answer)
@@ -219,7 +227,7 @@ class Endpoint:
             reason = f"{reason} (after {self.num_attempts} attempts)"
         with self._lock:
             self.usage.failed += 1
-        return Failure(reason=reason)
+        return Failure(reason=reason, thought=thought)
 
     def _request(self, client: Any, messages: list[Message]) -> Answer:
         openai = _import_openai()
@@ -270,12 +278,18 @@ def _read_answer(body: str) -> Answer:
         choice = data["choices"][0]
         message = choice["message"]
         text = message.get("content") or message.get("refusal")
+        apart = message.get("reasoning_content") or message.get("reasoning")
         usage = data.get("usage") or {}
         prompt_tokens, completion_tokens = usage.get("prompt_tokens"), usage.get("completion_tokens")
         reason = choice.get("finish_reason")
     except (KeyError, IndexError, TypeError, AttributeError) as error:
         raise _Retry(f"the body holds no answer: {_short(body)}") from error
-    if not isinstance(text, str) or not text.strip():
+    found = split(text) if isinstance(text, str) else Split(thought=None, start=0)
+    thought = apart if isinstance(apart, str) else found.thought
+    text = text[found.start :] if isinstance(text, str) else ""
+    if not text.strip():
+        if thought and (reason == "length" or not found.finished):
+            raise _GivenUp(UNFINISHED, thought)
         if reason in ("length", "content_filter"):
             raise _GivenUp(f"an empty answer, ended by {reason!r}")
         raise _Retry(f"an empty answer: {_short(body)}")
@@ -284,6 +298,7 @@ def _read_answer(body: str) -> Answer:
         complete=reason != "length",
         prompt_tokens=prompt_tokens if isinstance(prompt_tokens, int) else None,
         completion_tokens=completion_tokens if isinstance(completion_tokens, int) else None,
+        thought=thought,
     )
 
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 from safelocus.errors import JudgeError
+from safelocus.model.thought import answer_of
 
 _MARKUP = re.compile(r"[*_`~]+")
 _FENCE = re.compile(r"```(?:json)?\s*\n(.*)\n\s*```", re.DOTALL | re.IGNORECASE)
@@ -175,7 +176,7 @@ class Rubric:
 
     def _read_fields(self, answer: str) -> list[float | str] | None:
         """A value per field; None if one is missing, malformed or said twice in different ways."""
-        answer = _without_thoughts(answer)
+        answer = answer_of(answer) or ""
         said = _from_json(answer)
         if said is None:
             said = list(_from_lines(answer, [field.name for field in self.fields]))
@@ -201,13 +202,6 @@ def _read(file: Any) -> dict[str, Rubric]:
         raise JudgeError(f"{file}: the rubric cannot be read ({error.strerror or error})") from error
     except (tomllib.TOMLDecodeError, TypeError, KeyError, AttributeError) as error:
         raise JudgeError(f"{file}: no rubric of the form in docs/judges.md: {error}") from error
-
-
-def _without_thoughts(answer: str) -> str:
-    """What follows a reasoning model's thoughts; nothing where they did not end."""
-    if "</think>" in answer:
-        return answer.rpartition("</think>")[2]
-    return "" if "<think>" in answer else answer
 
 
 def _from_json(answer: str) -> list[tuple[str, object]] | None:

@@ -14,6 +14,7 @@ from enum import StrEnum
 from typing import Any, Protocol, runtime_checkable
 
 from safelocus.evaluation.incoherence import incoherence
+from safelocus.model.thought import UNFINISHED, answer_of
 
 
 class Verdict(StrEnum):
@@ -85,7 +86,10 @@ class Judge(Protocol):
 
 
 class ScreeningJudge(ABC):
-    """A judge that is asked only about coherent responses; empty and incoherent ones are unscorable."""
+    """A judge that is asked only about coherent responses, and only about what follows a thought in them.
+
+    Unfinished thoughts, empty and incoherent responses are unscorable.
+    """
 
     @property
     @abstractmethod
@@ -93,15 +97,13 @@ class ScreeningJudge(ABC):
 
     def judge(self, prompts: Sequence[str], responses: Sequence[str]) -> list[Judgement]:
         """One judgement per (prompt, response), in order."""
-        reasons = [incoherence(response) for response in responses]
-        asked = [number for number, reason in enumerate(reasons) if reason is None]
         assert len(prompts) == len(responses)
-        given = self._judge([prompts[i] for i in asked], [responses[i] for i in asked]) if asked else []
+        answers = [answer_of(response) for response in responses]
+        reasons = [UNFINISHED if answer is None else _incoherent(answer) for answer in answers]
+        asked = [number for number, reason in enumerate(reasons) if reason is None]
+        given = self._judge([prompts[i] for i in asked], [answers[i] or "" for i in asked]) if asked else []
         judged = dict(zip(asked, given, strict=True))
-        return [
-            judged[number] if reason is None else self.unscorable(f"incoherent response: {reason}")
-            for number, reason in enumerate(reasons)
-        ]
+        return [judged[i] if reason is None else self.unscorable(reason) for i, reason in enumerate(reasons)]
 
     def unscorable(self, explanation: str, *, is_final: bool = True) -> Judgement:
         return Judgement(verdict=Verdict.UNSCORABLE, explanation=explanation, judge=self.name, is_final=is_final)
@@ -112,3 +114,8 @@ class ScreeningJudge(ABC):
 
     @abstractmethod
     def describe(self) -> dict[str, Any]: ...
+
+
+def _incoherent(answer: str) -> str | None:
+    reason = incoherence(answer)
+    return None if reason is None else f"incoherent response: {reason}"

@@ -17,17 +17,23 @@ space is one the model never saw. `response_prefix` holds such a space: `render`
 
 **The same text every day.** Templates that print today's date get a fixed one (`DATE`), and thinking is
 switched off where the template has a switch, unless asked for. `ChatFormat.notes` says what was done.
+
+**Outside of thoughts.** A model that thinks is asked as its template asks it, perhaps with a thought already opened.
+A response that is given (a training row, an opening) stands behind a thought that is closed, as the template writes
+an empty one: `closing` leads there, and is the prompt's, so that nothing learns it. What the model writes itself is
+told apart by `split`.
 """
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from safelocus.errors import ModelError, PromptError
 from safelocus.model.chat import template as chat_template
-from safelocus.model.chat.template import ANSWER, DATE, PLACEHOLDER, PLAIN_TEMPLATE, PROMPT, SWITCHES, SYSTEM
+from safelocus.model.chat.template import ANSWER, DATE, PLACEHOLDER, PLAIN_TEMPLATE, PROMPT, SYSTEM
+from safelocus.model.chat.turn import Turn, way_out
+from safelocus.model.thought import MARKERS, Markers, Split, left_open, split
 from safelocus.run.identity import digest
 
 if TYPE_CHECKING:
@@ -51,16 +57,20 @@ class ChatFormat:
     thinking: bool = False
     template_kwargs: Mapping[str, Any] = field(default_factory=dict, hash=False)
     opening: str = ""  # what the assistant's turn always starts with, beyond the generation prompt
+    closing: str = ""  # what leads from there out of the thought, to a response that is given
+    markers: tuple[Markers, ...] = MARKERS  # of thoughts
+    opened: Markers | None = None  # of the thought that the prompt leaves open
     response_prefix: str = ""  # white space that belongs to the response's first token
     ending: str = ""  # the fixed text between prompt and response
     leading_ids: tuple[int, ...] = ()  # what the tokenizer itself puts first (BOS)
     end_of_turn_ids: tuple[int, ...] = ()  # ids that end the assistant's turn, the template's own first
     notes: tuple[str, ...] = ()
 
-    def render(self, prompt: str, *, system: str | None = None) -> str:
+    def render(self, prompt: str, *, system: str | None = None, closed: bool = False) -> str:
         """The text up to where the assistant starts. `system` replaces the format's own ("" for none).
 
-        A prompt that brings a system message (`prompts.Prompt`) is rendered with that.
+        A prompt that brings a system message (`prompts.Prompt`) is rendered with that. `closed`: up to where an answer
+        that is given starts, which is outside of a thought.
         """
         for own in (getattr(prompt, "system", None), self.system):
             system = own if system is None else system
@@ -73,11 +83,13 @@ class ChatFormat:
                 chat_template.apply(self.tokenizer, chat_template.messages_of(prompt, system), self.template_kwargs)
                 + self.opening
             )
-        return text.removesuffix(self.response_prefix)
+        if closed or not self.closing:
+            text = (text + self.closing).removesuffix(self.response_prefix)
+        return text
 
-    def encode_prompt(self, prompt: str, *, system: str | None = None) -> list[int]:
+    def encode_prompt(self, prompt: str, *, system: str | None = None, closed: bool = False) -> list[int]:
         """Ids of `render`, with the BOS token at most once."""
-        ids = _ids(self.tokenizer, self.render(prompt, system=system))
+        ids = _ids(self.tokenizer, self.render(prompt, system=system, closed=closed))
         if self.kind == "plain":
             ids = [*self.leading_ids, *ids]
         # a plain template that spells BOS out, or a prompt that starts with it
@@ -88,8 +100,10 @@ class ChatFormat:
     def encode_pair(
         self, prompt: str, response: str, *, system: str | None = None, end: bool = False
     ) -> tuple[list[int], list[int]]:
-        """(prompt ids, response ids); their sum is what the model reads. `end` adds the token that ends the
-        turn, which training needs and scoring a truncated response does not."""
+        """(prompt ids, response ids), outside of a thought; their sum is what the model reads.
+
+        `end` adds the token that ends the turn, which training needs and scoring a truncated response does not.
+        """
         if not response.startswith(tuple(" \n\t")):
             response = self.response_prefix + response if response else response
         ids = _continuation(self.tokenizer, self.ending, response)
@@ -100,7 +114,11 @@ class ChatFormat:
                     "template, found none. Set tokenizer.eos_token."
                 )
             ids = [*ids, self.end_of_turn_ids[0]]
-        return self.encode_prompt(prompt, system=system), ids
+        return self.encode_prompt(prompt, system=system, closed=True), ids
+
+    def split(self, text: str) -> Split:
+        """Tell thought and answer apart in what the model wrote, special tokens included."""
+        return split(text, markers=self.markers, opened=self.opened)
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
@@ -129,7 +147,8 @@ class ChatFormat:
             "template": self.template,
             "system": self.system,
             "thinking": self.thinking,
-            "template_kwargs": dict(self.template_kwargs),
+            # one of them may have the name of an option of `chat_format`, which says the same
+            "template_kwargs": {name: value for name, value in self.template_kwargs.items() if name != "thinking"},
             "notes": list(self.notes),
         }
 
@@ -139,7 +158,7 @@ def chat_format(
     *,
     system: str | None = None,
     template: str | None = None,
-    thinking: bool = False,
+    thinking: bool | None = None,
     generation_config: "GenerationConfig | None" = None,
     **template_kwargs: Any,
 ) -> ChatFormat:
@@ -147,14 +166,18 @@ def chat_format(
 
     A `template` given here is plain text with {prompt} and perhaps {system}, and takes precedence; `\\n` and
     `\\t` in it may be written as escapes. Otherwise the tokenizer's chat template is used, and
-    `PLAIN_TEMPLATE` where it has none. `template_kwargs` go to the chat template. `generation_config` (the
-    model's) contributes to `end_of_turn_ids`.
+    `PLAIN_TEMPLATE` where it has none. `template_kwargs` go to the chat template. `thinking`: whether the model is to
+    think; by default it does where the template has no switch and opens a thought. `generation_config` (the model's)
+    contributes to `end_of_turn_ids`.
+
+    Raises:
+        PromptError: options for a chat template without one; thinking is asked of a template that knows of none.
     """
     if template is None and getattr(tokenizer, "chat_template", None):
         return _chat(tokenizer, system, thinking, generation_config, template_kwargs)
     if template_kwargs or thinking:
         raise PromptError(
-            f"{', '.join([*template_kwargs, *['thinking'] * thinking])}: options for a chat template, but a "
+            f"{', '.join([*template_kwargs, *['thinking'] * bool(thinking)])}: options for a chat template, but a "
             "plain template is in use. Leave them out, or use a tokenizer with a chat template."
         )
     template = chat_template.decode_template(PLAIN_TEMPLATE if template is None else template)
@@ -171,7 +194,8 @@ def _plain(
     if template.endswith((":", "{prompt}")):
         template += " "
     ending = template.rpartition("{prompt}")[2]
-    prefix = _response_prefix(tokenizer, ending)
+    closing = way_out(ending)
+    prefix = _response_prefix(tokenizer, ending + closing)
     notes = ["plain template: the tokenizer has no chat template, or another was asked for"]
     if prefix:
         notes.append("the space before the answer belongs to the response's first token")
@@ -181,8 +205,10 @@ def _plain(
         template=template,
         system=system,
         system_role="{system}" in template,
+        opened=left_open(ending),
+        closing=closing,
         response_prefix=prefix,
-        ending=ending.removesuffix(prefix),
+        ending=(ending + closing).removesuffix(prefix),
         leading_ids=_leading_ids(tokenizer),
         end_of_turn_ids=_end_ids(tokenizer, "", generation_config),
         notes=tuple(notes),
@@ -192,18 +218,18 @@ def _plain(
 def _chat(
     tokenizer: "PreTrainedTokenizerBase",
     system: str | None,
-    thinking: bool,
+    thinking: bool | None,
     generation_config: "GenerationConfig | None",
     template_kwargs: dict[str, Any],
 ) -> ChatFormat:
     source = tokenizer.get_chat_template()
     notes = []
     kwargs = dict(template_kwargs)
-    thinking = thinking or any(kwargs.get(switch) for switch in SWITCHES)
-    for switch in SWITCHES:
-        if switch not in kwargs and re.search(rf"\b{switch}\b", source):
-            kwargs[switch] = thinking
-            notes.append(f"{switch}={thinking} in the chat template")
+    switches = chat_template.switches(tokenizer, kwargs)
+    if thinking is None and any(switch in kwargs for switch in switches):
+        thinking = any(kwargs.get(switch) for switch in switches)
+    for switch in switches:
+        notes.append(f"{switch}={kwargs.setdefault(switch, bool(thinking))} in the chat template")
     if "date_string" in source:
         kwargs.setdefault("date_string", DATE)
     if "date_string" in source or "strftime_now" in source:
@@ -218,17 +244,10 @@ def _chat(
     elif with_system is not None and (default := chat_template.default_system(alone, with_system)):
         notes.append(f"without a system message the chat template adds its own: {default[:120]!r}")
 
-    answered = [*chat_template.messages_of(PROMPT, None), {"role": "assistant", "content": ANSWER}]
-    whole = chat_template.try_apply(tokenizer, answered, kwargs, generation=False) or ""
-    before, _, after = whole.partition(ANSWER)
-    # What stands between generation prompt and answer in a finished conversation: a space, gpt-oss's "final"
-    # channel, an empty thought. One that is to think writes its own.
-    opening = before.removeprefix(alone) if before.startswith(alone) else ""
-    if thinking and opening.strip():
-        opening = ""
-    if before and before != alone and alone.startswith(before):
-        notes.append(f"the prompt ends in {alone[len(before) :]!r}, which finished answers do not have: a thought?")
-    ending = alone.rpartition(PROMPT)[2] + opening
+    before, _, after = chat_template.render_answered(tokenizer, kwargs).partition(ANSWER)
+    turn = Turn.of(tokenizer, kwargs, alone=alone, before=before, switches=switches, thinking=thinking)
+    notes += turn.notes
+    ending = alone.rpartition(PROMPT)[2] + turn.opening + turn.closing
     prefix = _response_prefix(tokenizer, ending)
     return ChatFormat(
         tokenizer=tokenizer,
@@ -236,9 +255,12 @@ def _chat(
         template=None,
         system=system,
         system_role=system_role,
-        thinking=thinking,
+        thinking=turn.thinking,
         template_kwargs=kwargs,
-        opening=opening,
+        opening=turn.opening,
+        closing=turn.closing,
+        markers=turn.markers,
+        opened=turn.opened,
         response_prefix=prefix,
         ending=ending.removesuffix(prefix),
         leading_ids=_leading_ids(tokenizer),

@@ -6,6 +6,7 @@ Jinja, and are asked through stand-ins (`PROMPT`, `SYSTEM`, `ANSWER`) where they
 
 import re
 from collections.abc import Mapping
+from os.path import commonprefix
 from typing import TYPE_CHECKING, Any
 
 import jinja2
@@ -27,12 +28,14 @@ _STOPPED_CLOCK = (
     "|replace('%H', '12')|replace('%M', '00')|replace('%S', '00') }}"
     "{%- endmacro %}\n"
 )
-SWITCHES = ("enable_thinking", "thinking")  # Qwen; DeepSeek and Granite
+_SWITCHES = ("enable_thinking", "thinking")  # Qwen; DeepSeek and Granite
+_REASONING = ("reasoning_content", "reasoning", "thinking")  # fields of a message, by which templates take a thought
+_LAST_TAG = re.compile(r"(?:<[^<>]+>|\[[A-Z]+\]|◁[^◁▷]+▷)$")
 PLACEHOLDER = re.compile(r"\{(\w+)\}")
 _ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\"}
 
-# Stand-ins for prompt, system message and answer, to find where a template puts them
-PROMPT, SYSTEM, ANSWER = "probeprompt", "probesystem", "probeanswer"
+# Stand-ins for prompt, system message, thought and answer, to find where a template puts them
+PROMPT, SYSTEM, THOUGHT, ANSWER = "probeprompt", "probesystem", "probethought", "probeanswer"
 
 
 def decode_template(template: str) -> str:
@@ -126,3 +129,44 @@ def default_system(alone: str, with_system: str) -> str:
     head = alone.partition(PROMPT)[0]
     framed = head.startswith(start) and head.endswith(end) and len(head) > len(start) + len(end)
     return head[len(start) : len(head) - len(end)].strip() if framed and end else ""
+
+
+def switches(tokenizer: "PreTrainedTokenizerBase", kwargs: Mapping[str, Any]) -> list[str]:
+    """Variables by which a chat template is told whether to think: those that change a prompt."""
+
+    def prompt(**switch: bool) -> str | None:
+        return try_apply(tokenizer, messages_of(PROMPT, None), {**kwargs, **switch})
+
+    named = [name for name in _SWITCHES if name in tokenizer.get_chat_template()]
+    return [name for name in named if prompt(**{name: True}) != prompt(**{name: False})]
+
+
+def render_answered(tokenizer: "PreTrainedTokenizerBase", kwargs: Mapping[str, Any], **fields: str) -> str:
+    """A finished conversation; "" where the template takes none. `fields`: of the answer's message."""
+    answered: list[dict[str, str]] = [
+        *messages_of(PROMPT, None), {"role": "assistant", "content": ANSWER, **fields},
+    ]  # fmt: skip
+    return try_apply(tokenizer, answered, kwargs, generation=False) or ""
+
+
+def thought_markers(
+    tokenizer: "PreTrainedTokenizerBase", alone: str, kwargs: Mapping[str, Any]
+) -> tuple[str, str] | None:
+    """What a chat template writes before and after a thought that it is given; with the white space after it.
+
+    Args:
+        alone: a prompt up to where the model writes.
+    """
+    source = tokenizer.get_chat_template()
+    for field in _REASONING:
+        if field not in source:
+            continue
+        head, found, rest = render_answered(tokenizer, kwargs, **{field: THOUGHT}).partition(THOUGHT)
+        end, answered, _ = rest.partition(ANSWER)
+        start = head[len(commonprefix([head, alone])) :]  # noqa: RUF071 (characters, not paths)
+        tag = _LAST_TAG.search(head.rstrip())
+        if tag and tag[0].endswith(start.strip()):  # the prompt has it too, or its beginning
+            start = tag[0]
+        if found and answered and start.strip() and end.strip():
+            return start, end
+    return None
