@@ -48,6 +48,7 @@ class Target:
         chat: how prompts become token ids.
         layout: how its tensors divide into logical matrices.
         autocast: what its products are computed in, where that is not the weights' own type.
+        origin: (folder or hub id, revision) that it was loaded from; None for a model that was in memory.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Target:
     chat: ChatFormat
     layout: Layout
     autocast: Autocast | None = None
+    origin: tuple[str, str | None] | None = None
 
     @classmethod
     def of(
@@ -208,6 +210,7 @@ def load(
     target = Target.of(
         model, tokenizer, name=str(name), layout=layout, skip_unknown=skip_unknown, system=system, template=template
     )
+    target = replace(target, origin=(str(name), revision))
     quicker = autocast.quicker(config) if kind != dtype else None  # on a CPU, and nothing else was asked for
     return target if quicker is None else replace(target, autocast=Autocast.attach(model, quicker))
 
