@@ -31,6 +31,7 @@ from safelocus.model.autocast import Autocast
 from safelocus.model.chat import ChatFormat, chat_format
 from safelocus.model.fingerprint import Fingerprint
 from safelocus.model.layout import Layout, canonical_name, is_adapter
+from safelocus.model.quantised import Quantisation
 
 _QUICK_BYTES = 1 << 30  # weights below this load in a moment
 
@@ -180,7 +181,7 @@ def load(
             for a model that is larger than that. Several processes shard it too. Nothing happens without accelerator.
 
     Raises:
-        ModelError: missing or damaged files, pickle-only weights, missing tensors.
+        ModelError: missing or damaged files, pickle-only weights, missing tensors, weights quantised for good.
         LayoutError: an architecture that is not understood; the message shows how to describe it.
 
     Example:
@@ -200,11 +201,15 @@ def load(
         raise ModelError(f"{name}: a model that is sharded or offloaded has its place already; leave out the device")
     if offload and several and not shard:
         raise ModelError(f"{name}: several processes offload a model that they share; shard it too (--shard)")
+    if (quantised := Quantisation.of(config)) is not None:
+        quantised.prepare(config, name, shard=shard and several)
     layers = _layers(config, layout, skip_unknown) if offload or shard else []
     sharding = _sharding(layers, offload=offload) if shard and several else {}
     on_host = offload and not several
     kind = dtype_on(device, dtype)  # where it computes: one that waits on the host does so elsewhere
     model = load_model(auto, name, config=config, dtype=kind, device="cpu" if on_host else device, **sharding, **hub)
+    if quantised is not None:
+        model = quantised.settle(model, None if kind == "auto" else getattr(torch, kind))
     if on_host:
         distributed.keep_on_host(model, [layer for prefix in layers for layer in model.get_submodule(prefix)])
     target = Target.of(
@@ -300,7 +305,7 @@ def load_model(auto: Any, name: str | Path, *, dtype: Dtype = "auto", device: st
                 **placement,
                 **options,
             )
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
         raise ModelError(f"{name}: the weights cannot be loaded: {_first_line(error)}") from error

@@ -32,6 +32,7 @@ from safelocus.errors import ModelError
 from safelocus.model.auto import auto_class
 from safelocus.model.fingerprint import bits
 from safelocus.model.layout import Layout
+from safelocus.model.quantised import Quantisation
 from safelocus.model.target import load_config, resolve
 from safelocus.patch.rearrangement import Origin, Rearrangement
 
@@ -101,9 +102,10 @@ class Checkpoint:
 
         folder = local_folder(name, revision=revision)
         config = load_config(folder)
-        if getattr(config, "quantization_config", None) is not None:
+        if (quantised := Quantisation.of(config)) is not None:
             raise ModelError(
-                f"{name}: the weights are quantised; a patch changes single weights of a bf16, fp16 or fp32 checkpoint"
+                f"{name}: the weights in its files are quantised ({quantised.method}); single ones are changed in the "
+                "unquantised model's folder (bf16, fp16 or fp32)"
             )
         auto = auto_class(config) or AutoModelForCausalLM
         try:
