@@ -85,6 +85,50 @@ def test_a_patched_folder_loads_as_the_patched_model(tmp_path, name, dtype):
     assert same(everything(reloaded(model, tmp_path / "c")), before)
 
 
+@pytest.mark.parametrize(
+    "name", [*USUAL, *(pytest.param(name, marks=pytest.mark.slow) for name in NAMES if name not in USUAL)]
+)
+def test_a_whole_model_is_saved_in_the_form_of_its_files(tmp_path, name):
+    build(name).to(torch.bfloat16).save_pretrained(tmp_path / "a", max_shard_size="20KB")
+    model = type(build(name)).from_pretrained(tmp_path / "a", dtype=torch.float32)
+    checkpoint = Checkpoint.open(tmp_path / "a")
+    checkpoint.check_writable()
+    folder.save_like(checkpoint, model, tmp_path / "same")
+    assert contents(tmp_path / "same") == contents(tmp_path / "a")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape)).copy_(parameter.bfloat16())
+    folder.save_like(checkpoint, model, tmp_path / "b")
+    assert same(everything(type(model).from_pretrained(tmp_path / "b", dtype=torch.float32)), everything(model))
+
+
+def test_weights_that_were_not_trained_keep_their_files_values_also_in_a_narrower_type(tmp_path):
+    dense().model.save_pretrained(tmp_path / "a")
+    model = type(dense().model).from_pretrained(tmp_path / "a", dtype=torch.bfloat16)
+    name = "model.layers.0.mlp.up_proj.weight"
+    with torch.no_grad():
+        model.get_parameter(name)[0, 0] = 7.0
+    folder.save_like(Checkpoint.open(tmp_path / "a"), model, tmp_path / "b")
+    before, after = (load_file(tmp_path / place / "model.safetensors") for place in "ab")
+    assert not torch.equal(model.get_parameter(name).float(), after[name])  # the type in memory rounds
+    before[name][0, 0] = 7.0
+    assert same(after, before)
+
+
+def test_a_conversion_that_computes_is_not_written_back(tmp_path, monkeypatch):
+    from transformers.core_model_loading import MergeModulelist
+
+    moe().model.save_pretrained(tmp_path)
+    merge = MergeModulelist.convert
+
+    def doubled(self, *arguments, **options):
+        return {name: 2 * value for name, value in merge(self, *arguments, **options).items()}
+
+    monkeypatch.setattr(MergeModulelist, "convert", doubled)
+    with pytest.raises(ModelError, match=r"experts\.\w+ is computed from the files' tensors \(aten::mul\)"):
+        Checkpoint.open(tmp_path).check_writable()
+
+
 @pytest.mark.parametrize("name", ["qwen3_moe", "deepseek_v3", "gpt_neox"])
 def test_a_checkpoint_reads_and_finds_what_the_loader_makes(tmp_path, name):
     build(name).save_pretrained(tmp_path, max_shard_size="20KB")

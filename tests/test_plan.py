@@ -316,7 +316,7 @@ def test_the_plan_is_what_happens(make, stage):
         )  # fmt: skip
         need = training.need(Settings(batch_size=8, checkpointing=stage == "checkpointed"))
         if stage in ("preserve", "lora"):
-            model = Lora().wrap(target.model) if stage == "lora" else target.model
+            model = Lora().wrap(target.model, target.layout) if stage == "lora" else target.model
             peak = most_bytes(
                 lambda: fit(
                     target, rows, settings, model=model, progress=False,

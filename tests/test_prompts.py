@@ -4,6 +4,8 @@ import csv
 import dataclasses
 import json
 import re
+import shlex
+import subprocess
 import sys
 import types
 import unicodedata
@@ -306,6 +308,62 @@ def test_conversations(tmp_path, turns, expected, column, role, content):
     assert [example.system or " ", example.prompt, example.response or " "] == list(expected)
 
 
+@pytest.mark.parametrize(
+    ("roles", "later", "unread"),
+    [
+        ("sua", 0, 0),
+        ("suauaua", 2, 0),
+        ("uauau", 1, 0),  # nobody has answered yet
+        ("auaua", 1, 1),  # a greeting
+        ("uauta", 0, 1),  # what a tool says
+        ("uaaua", 0, 2),
+        ("uuaua", 0, 2),
+        ("uasua", 0, 1),
+    ],
+)
+def test_a_conversation_goes_on_while_they_take_turns(tmp_path, roles, later, unread):
+    names = {"s": "system", "u": "user", "a": "assistant", "t": "tool"}
+    turns = [{"role": names[role], "content": f"{role}{number}"} for number, role in enumerate(roles)]
+    prompts = read_rows(tmp_path, [{"messages": turns}, {"messages": []}])
+    (example,) = prompts
+    assert (len(example.later), example.unread, example.context) == (later, unread, 0)
+    first = roles.index("u")
+    expected = [(f"u{n}", f"a{n + 1}") for n in range(first + 2, first + 2 + 2 * later, 2)]
+    assert list(example.later) == expected
+    assert (f"1 conversations are asked, not {later} later ones" in prompts.describe()) == bool(later)
+    assert read_prompts(list(prompts))[0].later == example.later
+    alone = read_rows(tmp_path, [{"messages": turns[: first + 2]}])
+    assert (alone.hash == prompts.hash) == (later == 0)
+
+
+def test_a_completion_is_learned_and_the_answers_of_its_prompt_are_given(tmp_path):
+    turns = [{"role": role, "content": f"{role}{number}"} for number, role in enumerate(["user", "assistant"] * 3)]
+    for completion in (turns[3:4], "assistant3"):
+        (example,) = read_rows(tmp_path, [{"prompt": turns[:3], "completion": completion}])
+        assert (example.prompt, example.response, example.context) == ("user0", "assistant1", 1)
+        assert example.later == (("user2", "assistant3"),)
+    (example,) = read_rows(tmp_path, [{"prompt": "user0", "completion": turns[1:4]}])
+    assert (example.later, example.context) == ((("user2", "assistant3"),), 0)
+
+
+def test_calls_of_tools_and_lists_of_requests_are_no_conversations(tmp_path):
+    user, said = {"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}
+    for call in ({"role": "assistant", "tool_calls": []}, {"role": "assistant", "content": "", "tool_calls": []}):
+        (example,) = read_rows(
+            tmp_path, [{"messages": [user, said, user, call, {"role": "tool", "content": "3"}, said]}]
+        )
+        assert (example.response, example.later) == ("a", ())
+        assert example.unread
+    (example,) = read_rows(tmp_path, [{"prompt": ["one", "two"], "response": "r"}])
+    assert (example.prompt, example.response, example.later) == ("one", "r", ())
+
+
+def test_conversations_that_begin_alike_are_no_duplicates(tmp_path):
+    rows = [[("user", "hi"), ("assistant", "hello"), ("user", text), ("assistant", "a")] for text in ("x", "y", "x")]
+    rows = [{"messages": [{"role": role, "content": text} for role, text in row]} for row in rows]
+    assert (len(read_rows(tmp_path, rows)), read_rows(tmp_path, rows).num_duplicates) == (2, 1)
+
+
 def test_conversation_in_parts_and_beside_a_system_column(tmp_path):
     parts = [{"type": "text", "text": "a"}, {"type": "image"}, {"type": "text", "text": "b"}]
     (example,) = read_rows(tmp_path, [{"messages": [{"role": "user", "content": parts}], "system": "s"}])
@@ -567,14 +625,48 @@ def test_undecodable_bytes(tmp_path, mark):
     data = mark + b'[{"prompt": "a"},\n{"prompt": "caf\xe9"}]'
     (tmp_path / "a.json").write_bytes(data)
     offset = data.index(b"\xe9")
-    with pytest.raises(PromptError, match=rf"byte {offset} \(0xe9, line 2\) is not UTF-8\. Save"):
+    with pytest.raises(PromptError, match=rf"byte {offset} \(0xe9, line 2\) is not UTF-8\. It reads as WINDOWS-1252"):
         read_prompts(tmp_path / "a.json")
 
 
-def test_utf_16(tmp_path):
-    (tmp_path / "a.txt").write_bytes("Bake a cake".encode("utf-16"))
-    with pytest.raises(PromptError, match=r"byte 0 .*looks like UTF-16"):
-        read_prompts(tmp_path / "a.txt")
+@pytest.mark.parametrize(
+    ("encoding", "named"),
+    [
+        ("utf-16", "UTF-16"), ("utf-16-le", "UTF-16LE"), ("utf-16-be", "UTF-16BE"), ("utf-32", "UTF-32"),
+        ("latin-1", "WINDOWS-1252"), ("cp1252", "WINDOWS-1252"),
+    ],
+)  # fmt: skip
+def test_another_encoding_is_named_and_works(tmp_path, encoding, named):
+    text = "Bake a café, please\nand a kite, naïve"
+    (tmp_path / "a b.txt").write_bytes(text.encode(encoding))
+    with pytest.raises(PromptError, match="is not UTF-8") as error:
+        read_prompts(tmp_path / "a b.txt")
+    (command,) = re.findall(r"try: (iconv .*)", str(error.value))
+    assert command.startswith(f"iconv -f {named} -t UTF-8 ")
+    command = command.replace("> NEW.txt", f"> {shlex.quote(str(tmp_path / 'new.txt'))}")
+    subprocess.run(command, shell=True, check=True)
+    assert read_prompts(tmp_path / "new.txt").texts == text.split("\n")
+
+
+@pytest.mark.parametrize("delimiter", [",", ";", "\t", "|"])
+@pytest.mark.parametrize("name", ["a.csv", "a.tsv"])
+def test_tables_with_another_separator_than_their_ending_says(tmp_path, name, delimiter):
+    lines = [f'prompt{delimiter}"response"', f'"a{delimiter} b"{delimiter}c', f"d{delimiter}e;,"]
+    text = "\n".join(lines if delimiter not in ";," else lines[:2]) + "\n"
+    found = read_prompts(write(tmp_path / name, text))
+    assert [found[0].prompt, found[0].response] == [f"a{delimiter} b", "c"]
+
+
+def test_a_table_of_one_column_is_one(tmp_path):
+    found = read_prompts(write(tmp_path / "a.csv", '"prompt; or so"\n"a; b"\n'), field="prompt; or so")
+    assert found.texts == ["a; b"]
+
+
+def test_long_cells(tmp_path):
+    limit, long = csv.field_size_limit(), "word " * 40_000
+    found = read_prompts(write(tmp_path / "a.csv", f"prompt,response\n{long},a\n"))
+    assert found[0].prompt == long
+    assert csv.field_size_limit() == limit
 
 
 def test_empty_list():

@@ -1,5 +1,7 @@
 """Rows, settings, the loop and its learning curve, on a tiny model."""
 
+import copy
+import itertools
 import math
 from dataclasses import replace
 
@@ -10,11 +12,26 @@ import safelocus as sl
 import tiny_targets
 from safelocus.errors import NumericalError, PromptError, RunError, TrainingError
 from safelocus.evaluation.measures import proportion
+from safelocus.model.chat import chat_format
 from safelocus.model.generation import generate
 from safelocus.training import Checkpoints, Curve, CurvePoint, TrainingSettings, fit, training_rows
+from safelocus.training.responses import rows_with_remarks
+from tiny_targets import CHAT
 
 ROWS = [{"prompt": f"bake a cake {n}", "response": f"no, I can't help with {n}"} for n in range(12)]
 SETTINGS = TrainingSettings(steps=4, batch_size=2, learning_rate=1e-2)
+
+
+def conversation(first="a lamp", **changes):
+    (example,) = sl.read_prompts([{"prompt": "1", "response": first, "system": changes.pop("system", None)}])
+    example = replace(example, later=(("2", "a kite"), ("3", "no more")), **changes)
+    return sl.read_prompts([example])
+
+
+def without_system_role(tokenizer):
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no') }}{% endif %}" + CHAT
+    return tokenizer
 
 
 def rows(target, **options):
@@ -54,6 +71,63 @@ class TestRows:
         assert cut[0]["input_ids"] == whole[0]["input_ids"][:room]
         with pytest.raises(PromptError, match="longer than 2 tokens"):
             rows(target, max_length=2)
+
+    @pytest.mark.parametrize("system", [None, "be brief"])
+    @pytest.mark.parametrize("has_role", [True, False])
+    def test_every_answer_of_a_conversation_carries_loss_in_one_row(self, system, has_role):
+        chat = tiny_targets.dense().chat
+        if not has_role:
+            chat = chat_format(without_system_role(chat.tokenizer))
+        (row,), remarks = rows_with_remarks(conversation(system=system), chat)
+        assert remarks == []
+        text = chat.tokenizer.decode(row["input_ids"])
+        said = [
+            chat.tokenizer.decode([token for _, token in part])
+            for is_learned, part in itertools.groupby(
+                zip(row["labels"], row["input_ids"], strict=True), key=lambda pair: pair[0] != -100
+            )
+            if is_learned
+        ]
+        assert said == [f"{answer}<|end|>" for answer in ("a lamp", "a kite", "no more")]
+        turns = [(f"<|user|>{u}<|end|><|assistant|>{a}<|end|>") for u, a in zip("123", ("a lamp", "a kite", "no more"))]
+        whole = "<s>" + "".join(turns)
+        if system:
+            folded = whole.replace("<|user|>1", f"<|user|>{system}\n\n1")
+            whole = whole.replace("<s>", f"<s><|system|>{system}<|end|>") if has_role else folded
+        assert text == whole
+
+    def test_a_template_that_forgets_what_was_said_makes_a_row_of_each_answer(self):
+        tokenizer = copy.deepcopy(tiny_targets.byte_level())
+        tokenizer.chat_template = CHAT.replace("m['content'] }}", "m['content'].split('#')[-1] }}")
+        chat = chat_format(tokenizer)
+        rows, _ = rows_with_remarks(conversation(first="a thought#a lamp"), chat)
+        assert [chat.tokenizer.decode([t for t in row["labels"] if t != -100]) for row in rows] == [
+            "a thought#a lamp<|end|>", "a kite<|end|>no more<|end|>",
+        ]  # fmt: skip
+        assert "a thought" not in chat.tokenizer.decode(rows[1]["input_ids"])
+
+    def test_answers_that_a_prompt_holds_are_not_learned(self):
+        chat = tiny_targets.dense().chat
+        (row,), remarks = rows_with_remarks(conversation(context=2), chat)
+        assert remarks == []
+        assert chat.tokenizer.decode([t for t in row["labels"] if t != -100]) == "no more<|end|>"
+
+    def test_what_is_not_learned_is_counted(self):
+        chat = tiny_targets.dense().chat
+        turns, alone = conversation(unread=4), sl.read_prompts(ROWS[:3], field="prompt")
+        plain = chat_format(chat.tokenizer, template="User: {prompt}\nAssistant: ")
+        assert "6 of 7 answers in conversations are not learned" in rows_with_remarks(turns, plain)[1][0]
+        assert "4 of 7 answers in conversations are not learned" in rows_with_remarks(turns, chat)[1][0]
+        refusing = copy.deepcopy(chat.tokenizer)
+        refusing.chat_template = "{% if messages|length > 3 %}{{ raise_exception('no') }}{% endif %}" + CHAT
+        (remark,) = rows_with_remarks(conversation(), chat_format(refusing))[1]
+        assert "1 of 3 answers in conversations" in remark
+        size = len(chat.encode_prompt(ROWS[0]["prompt"])) + 2
+        longer = replace(alone, examples=(*alone.examples, replace(alone[0], prompt="x" * 400)))
+        rows, (left_out, cut) = rows_with_remarks(longer, chat, max_length=size)
+        assert len(rows) == 3
+        assert f"1 of 4 rows are left out: their prompts alone have {size} tokens" in left_out
+        assert f"3 of 4 rows are cut to {size} tokens" in cut
 
     def test_prompts_without_responses(self):
         with pytest.raises(PromptError, match="no example has a response"):

@@ -19,18 +19,25 @@ def inspect(given: Inspect) -> None:
     from rich.markup import escape
 
     from safelocus.model.layout import Layout
+    from safelocus.model.quantised import Quantisation
     from safelocus.model.target import load, load_config
     from safelocus.report.layout import components_grid, summary, tensors_grid
 
-    if given.no_weights:
-        config = load_config(given.model, revision=given.revision, trust_remote_code=given.trust_remote_code)
+    config = load_config(given.model, revision=given.revision, trust_remote_code=given.trust_remote_code)
+    quantised = Quantisation.of(config)
+    if given.no_weights or (quantised is not None and quantised.problem):
         layout = Layout.from_config(config, file=given.layout, skip_unknown=given.skip_unknown)
     else:
         layout = load(given.model, **given.part(HubOptions)).layout
     if given.json:
-        print_json(summary(layout) | {"layout": layout.to_json()})
+        said = None if quantised is None else {
+            "method": quantised.method, "usable": quantised.problem is None, "said": quantised.sentence,
+        }  # fmt: skip
+        print_json(summary(layout) | {"quantised": said, "layout": layout.to_json()})
         return
     results.print(components_grid(given.model, layout).rich())
+    if quantised is not None:
+        results.print(f"[bold]quantised[/]: {escape(quantised.sentence)}", highlight=False, soft_wrap=True)
     if layout.left_out:
         results.print(f"[bold red]left out[/]: {escape(layout.left_out)}", highlight=False, soft_wrap=True)
     if given.tensors:

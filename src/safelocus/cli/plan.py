@@ -34,12 +34,17 @@ class PlanOptions(ModelArgument, RatioOption, AnswerOption, OffloadOption, Dtype
 @command
 def plan(given: PlanOptions) -> None:
     """Say what memory and time each stage needs, from the configuration alone, and which settings fit."""
+    from safelocus.errors import ModelError
+    from safelocus.model.quantised import Quantisation
     from safelocus.model.target import dtype_on
     from safelocus.resources import Subject, find_device
 
     where = find_device(given.device)
     dtype = dtype_on("cpu" if where.is_cpu else given.device, given.dtype)
     subject = Subject.load(given.model, dtype=dtype, **given.part(HubOptions))
+    quantised = Quantisation.of(subject.config)
+    if quantised is not None and quantised.problem:
+        raise ModelError(f"{given.model}: {quantised.problem}")
     reader = None
     if given.guard:
         reader = Subject.load(given.guard, dtype=dtype, trust_remote_code=given.trust_remote_code)
@@ -47,7 +52,11 @@ def plan(given: PlanOptions) -> None:
     if given.json:
         about = {"name": where.label, "count": where.count, "memory": where.memory, "free": where.free}
         stages = {stage.name: stage.to_json() for stage in found}
-        print_json({"model": subject.name, "num_weights": subject.num_weights, "device": about, "stages": stages})
+        said = None if quantised is None else quantised.sentence
+        print_json(
+            {"model": subject.name, "num_weights": subject.num_weights, "quantised": said, "device": about,
+             "stages": stages}
+        )  # fmt: skip
         return
     results.print(_grid(subject, where, found).rich())
     for stage in found:
@@ -55,6 +64,8 @@ def plan(given: PlanOptions) -> None:
         results.print(f"[bold]{stage.name}[/]: {said}", highlight=False, soft_wrap=True)
         if not stage.problem:
             results.print(stage.command, markup=False, highlight=False, soft_wrap=True)
+    if quantised is not None:
+        note(f"{given.model}: {quantised.sentence}")
     note("Times are rough, within a factor of three; measuring before and after is not in them. docs/plan.md")
 
 

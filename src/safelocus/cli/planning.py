@@ -76,6 +76,7 @@ class Model:
         from safelocus.model.generation import room_for_prompt
         from safelocus.model.target import load_config, load_tokenizer
         from safelocus.resources import Lengths
+        from safelocus.training.responses import IGNORED, encode_rows
 
         hub: dict[str, Any] = {"revision": self.place.revision, "trust_remote_code": self.place.trust_remote_code}
         room = room_for_prompt(load_config(self.name, **hub), response)
@@ -85,9 +86,13 @@ class Model:
         )  # fmt: skip
 
         def longest(part: "PromptSet") -> tuple[int, int]:
-            examples = sorted(part.examples, key=lambda e: len(e.prompt) + len(e.response or ""))[-_MOST_ROWS:]
-            pairs = [chat.encode_pair(e.prompt, e.response or "", system=e.system, end=True) for e in examples]
-            return max(len(p) + len(r) for p, r in pairs), max(len(r) for _, r in pairs)
+            def size(e: "Example") -> int:
+                return sum(map(len, (e.prompt, e.response or "", *(text for turns in e.later for text in turns))))
+
+            labels = [
+                row["labels"] for e in sorted(part.examples, key=size)[-_MOST_ROWS:] for row in encode_rows(e, chat)[0]
+            ]
+            return max(map(len, labels)), max(sum(label != IGNORED for label in each) for each in labels)
 
         found = [longest(part) for part in rows]
         asked = sorted(prompts, key=lambda e: len(e.prompt) + len(e.system or ""))[-_MOST_ROWS:]

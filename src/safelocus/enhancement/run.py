@@ -24,9 +24,10 @@ from safelocus.run.identity import Identity
 from safelocus.run.resume import claim
 from safelocus.scoring.run import versions
 from safelocus.selection.selection import Selection
-from safelocus.training import TrainingSettings, training_rows
+from safelocus.training import TrainingSettings
 from safelocus.training.arm import Arm, Trial
 from safelocus.training.examination import Examination, check_apart, facts
+from safelocus.training.responses import rows_with_remarks
 from safelocus.training.runner import Runner, check_made_for, part_of
 
 Source = PromptSet | str | Path | Iterable[object]
@@ -152,7 +153,8 @@ def run_enhancement(
         "the selection": selection, "the controls": controls, "learning_rates": rates, "the examination": examination,
     }  # fmt: skip
     runner = enhancer(target, data, validation=validation, num_weights=selection.k, inputs=inputs, **how)
-    notes = [*_notes(runner), *check_apart(examination, runner.sets, allow_seen=allow_seen), *remarks]
+    notes = [*_notes(runner), *examination.only_first]
+    notes += [*check_apart(examination, runner.sets, allow_seen=allow_seen), *remarks]
     if validation is not None:
         check_apart(examination, [validation.harmful], allow_seen=allow_seen)
     runner = replace(runner, examination=examination, rates=rates)
@@ -206,14 +208,15 @@ def enhancer(
         target, sets, own=own_answers, max_new_tokens=answer_tokens,
         checkpoint=part_of(checkpoint, "retained"), progress=progress,
     )  # fmt: skip
-    rows = [training_rows(part, target.chat, max_length=settings.max_length) for part in (prompts, *kept)]
+    made = [rows_with_remarks(part, target.chat, max_length=settings.max_length) for part in (prompts, *kept)]
+    rows = [part for part, _ in made]
     retention = None
     if kept:
         retention = Retention(sets=tuple(rows[1:]), kl=retain_kl, weight=retain_weight, per_refusal=retain_rows)
     return Runner(
         target=target, rows=rows[0], settings=settings, look=validation, every=every,
         early_stopping=early_stopping and validation is not None, sets=[prompts, *kept], checkpoint=checkpoint,
-        progress=progress,
+        progress=progress, remarks=[remark for _, remarks in made for remark in remarks],
         make=lambda arm, settings: trainee_of(
             target, arm.what, settings, num_weights=num_weights, retention=retention
         ),
@@ -233,7 +236,7 @@ def enhancer(
 def _notes(runner: Runner) -> list[str]:
     """What a reader of the results should mind."""
     left_out = runner.target.layout.left_out
-    return [*([left_out] if left_out else []), *([] if runner.described["retained"] else [UNHELD])]
+    return [*([left_out] if left_out else []), *([] if runner.described["retained"] else [UNHELD]), *runner.remarks]
 
 
 def _patch(runner: Runner, selection: Selection, trial: Trial) -> Patch:

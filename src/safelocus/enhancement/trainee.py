@@ -96,7 +96,7 @@ def adapter(
     required = {parameter: parameter.requires_grad for parameter in model.parameters()}
     torch.manual_seed(settings.seed)
     try:
-        wrapped = Lora(rank=rank, modules=tuple(modules)).wrap(model)
+        wrapped = Lora(rank=rank, modules=tuple(modules)).wrap(model, target.layout)
         trained = {name: p for name, p in wrapped.named_parameters() if p.requires_grad}
 
         @torch.no_grad()

@@ -31,6 +31,7 @@ from safelocus.model.autocast import Autocast
 from safelocus.model.chat import ChatFormat, chat_format
 from safelocus.model.fingerprint import Fingerprint
 from safelocus.model.layout import Layout, canonical_name, is_adapter
+from safelocus.model.quantised import Quantisation
 
 _QUICK_BYTES = 1 << 30  # weights below this load in a moment
 
@@ -49,6 +50,7 @@ class Target:
         chat: how prompts become token ids.
         layout: how its tensors divide into logical matrices.
         autocast: what its products are computed in, where that is not the weights' own type.
+        origin: (folder or hub id, revision) that it was loaded from; None for a model that was in memory.
     """
 
     name: str
@@ -57,6 +59,7 @@ class Target:
     chat: ChatFormat
     layout: Layout
     autocast: Autocast | None = None
+    origin: tuple[str, str | None] | None = None
 
     @classmethod
     def of(
@@ -184,7 +187,7 @@ def load(
             for a model that is larger than that. Several processes shard it too. Nothing happens without accelerator.
 
     Raises:
-        ModelError: missing or damaged files, pickle-only weights, missing tensors.
+        ModelError: missing or damaged files, pickle-only weights, missing tensors, weights quantised for good.
         LayoutError: an architecture that is not understood; the message shows how to describe it.
         PromptError: a template that is not one; thinking is asked of a chat template that knows of none.
 
@@ -206,17 +209,22 @@ def load(
         raise ModelError(f"{name}: a model that is sharded or offloaded has its place already; leave out the device")
     if offload and several and not shard:
         raise ModelError(f"{name}: several processes offload a model that they share; shard it too (--shard)")
+    if (quantised := Quantisation.of(config)) is not None:
+        quantised.prepare(config, name, shard=shard and several)
     layers = _layers(config, layout, skip_unknown) if offload or shard else []
     sharding = _sharding(layers, offload=offload) if shard and several else {}
     on_host = offload and not several
     kind = dtype_on(device, dtype)  # where it computes: one that waits on the host does so elsewhere
     model = load_model(auto, name, config=config, dtype=kind, device="cpu" if on_host else device, **sharding, **hub)
+    if quantised is not None:
+        model = quantised.settle(model, None if kind == "auto" else getattr(torch, kind))
     if on_host:
         distributed.keep_on_host(model, [layer for prefix in layers for layer in model.get_submodule(prefix)])
     target = Target.of(
         model, tokenizer, name=str(name), layout=layout, skip_unknown=skip_unknown, system=system, template=template,
         thinking=thinking,
     )  # fmt: skip
+    target = replace(target, origin=(str(name), revision))
     quicker = autocast.quicker(config) if kind != dtype else None  # on a CPU, and nothing else was asked for
     return target if quicker is None else replace(target, autocast=Autocast.attach(model, quicker))
 
@@ -312,7 +320,7 @@ def load_model(auto: Any, name: str | Path, *, dtype: Dtype = "auto", device: st
                 **placement,
                 **options,
             )
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
         raise ModelError(f"{name}: the weights cannot be loaded: {_first_line(error)}") from error

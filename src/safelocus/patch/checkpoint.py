@@ -8,6 +8,8 @@ group of tensors converted, by the functions that `from_pretrained` calls. So:
     checkpoint.tensor("model.layers.0.mlp.experts.gate_up_proj")             # as in memory, in the files' dtype
     checkpoint.locate("model.layers.0.mlp.experts.gate_up_proj", index)      # where its elements lie in the files
 
+    checkpoint.in_files({"model.layers.0.mlp.experts.gate_up_proj": values})  # name in the files -> what they hold then
+
 One tensor of the model is in memory at a time (and what its conversion needs: about twice as much more for fused
 experts).
 """
@@ -15,7 +17,7 @@ experts).
 import json
 import struct
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -28,12 +30,15 @@ from torch import Tensor
 
 from safelocus.errors import ModelError
 from safelocus.model.auto import auto_class
+from safelocus.model.fingerprint import bits
 from safelocus.model.layout import Layout
+from safelocus.model.quantised import Quantisation
 from safelocus.model.target import load_config, resolve
 from safelocus.patch.rearrangement import Origin, Rearrangement
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # others are quantised or no weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +46,7 @@ class Stored:
     """One tensor in a file: where its bytes are."""
 
     file: str
+    dtype: str  # as torch calls it
     shape: tuple[int, ...]
     start: int  # first byte, from the beginning of the file
     num_bytes: int
@@ -96,9 +102,10 @@ class Checkpoint:
 
         folder = local_folder(name, revision=revision)
         config = load_config(folder)
-        if getattr(config, "quantization_config", None) is not None:
+        if (quantised := Quantisation.of(config)) is not None:
             raise ModelError(
-                f"{name}: the weights are quantised; a patch changes single weights of a bf16, fp16 or fp32 checkpoint"
+                f"{name}: the weights in its files are quantised ({quantised.method}); single ones are changed in the "
+                "unquantised model's folder (bf16, fp16 or fp32)"
             )
         auto = auto_class(config) or AutoModelForCausalLM
         try:
@@ -139,14 +146,47 @@ class Checkpoint:
     def tensor(self, name: str) -> Tensor:
         """A tensor as it is in memory, but in the files' dtype. `name` is one of `forms`."""
         handles: dict[str, Any] = {}
+        return self._checked(name, self._convert(self._groups[name], lambda key: self._read(key, handles))[name])
 
-        def read(key: str) -> Tensor:
-            file = self.stored[key].file
-            if file not in handles:
-                handles[file] = safe_open(self.folder / file, framework="pt")
-            return handles[file].get_tensor(key)
+    @property
+    def groups(self) -> list[list[str]]:
+        """Names in memory: those that are made together of the same tensors in the files."""
+        found: dict[int, list[str]] = {}
+        for name, group in self._groups.items():
+            found.setdefault(id(group), []).append(name)
+        return list(found.values())
 
-        return self._checked(name, self._convert(self._groups[name], read)[name])
+    def check_writable(self) -> None:
+        """Raise ModelError where a weight in memory is not in the files, or is computed and not merely rearranged."""
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad:  # others are tables made anew, such as sinusoidal positions
+                self.forms(name)
+        for names in self.groups:
+            with Rearrangement() as recorded:
+                self._convert(self._groups[names[0]], lambda key: recorded.source(key, self.stored[key].shape))
+            if recorded.computed is not None:
+                raise ModelError(f"{self.name}: {names[0]} is computed from the files' tensors ({recorded.computed})")
+
+    @torch.no_grad()
+    def in_files(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What the files hold once the tensors of one of `groups` have these values: name in the files -> tensor.
+
+        A weight that is what the files' value is in the values' dtype keeps that value to the bit; any other gets the
+        new one in the files' dtype. Empty where none is another.
+        """
+        group, handles = self._groups[next(iter(values))], dict[str, Any]()
+        files = {key: self._read(key, handles) for keys in group.keys.values() for key in keys}
+        with Rearrangement() as recorded:
+            made = self._convert(group, lambda key: recorded.follow(key, files[key]))
+        changed = False
+        for name, value in values.items():
+            stored = self._checked(name, made[name])
+            value = value.to(stored.device)
+            is_new = bits(stored.to(value.dtype)) != bits(value.contiguous())
+            changed = changed or bool(is_new.any())
+            stored.copy_(torch.where(is_new, value.to(stored.dtype), stored))
+        recorded.undo()
+        return files if changed else {}
 
     def locate(self, name: str, index: Tensor) -> list[Origin]:
         """Where the elements at flat indices of a tensor in memory lie in the files. `name` is one of `forms`."""
@@ -185,6 +225,14 @@ class Checkpoint:
         except (ValueError, RuntimeError, KeyError, IndexError) as error:
             raise ModelError(f"{self.name}: {group.first} cannot be made from the files' tensors: {error}") from error
         return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
+
+    def _read(self, key: str, handles: dict[str, Any]) -> Tensor:
+        """A tensor by its name in the files; `handles` keeps files open."""
+        file = self.stored[key].file
+        if file not in handles:
+            handles[file] = safe_open(self.folder / file, framework="pt")
+        found: Tensor = handles[file].get_tensor(key)
+        return found
 
     def _checked(self, name: str, value: Tensor) -> Tensor:
         expected = tuple(self.model.get_parameter(name).shape)
@@ -245,7 +293,10 @@ def _stored(folder: Path) -> dict[str, Stored]:
         for key, entry in header.items():
             if key != "__metadata__":
                 start, end = entry["data_offsets"]
-                found[key] = Stored(file=file, shape=tuple(entry["shape"]), start=begin + start, num_bytes=end - start)
+                found[key] = Stored(
+                    file=file, dtype=_DTYPES.get(entry["dtype"], entry["dtype"]), shape=tuple(entry["shape"]),
+                    start=begin + start, num_bytes=end - start,
+                )  # fmt: skip
     return found
 
 

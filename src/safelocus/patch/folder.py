@@ -1,7 +1,8 @@
-"""Apply or revert a patch in a Hugging Face model folder, without loading the model.
+"""Apply or revert a patch in a Hugging Face model folder, without loading the model; or save a whole model as one.
 
     apply_to_folder(patch, "organism:dense", output=Path("patched"))    # a copy
     apply_to_folder(patch, Path("patched"))                             # in place
+    save_like(Checkpoint.open("organism:dense"), model, Path("tuned"))  # a copy with all of the model's weights
 
 Everything is checked before anything is written, one tensor in memory at a time. Only the bytes of the patch's
 weights change: headers, order and all other tensors stay as they are, so reverting gives the same files.
@@ -15,13 +16,18 @@ import os
 import shutil
 from collections import defaultdict
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from torch import Tensor
+from torch import Tensor, nn
 
+from safelocus import distributed
 from safelocus.errors import PatchError, ResourceError
 from safelocus.model.fingerprint import bits
+from safelocus.model.layout import canonical_name
 from safelocus.patch.checkpoint import Checkpoint, Stored
 from safelocus.patch.patch import Patch
 from safelocus.patch.state import Goal, Outcome, examine
@@ -29,6 +35,11 @@ from safelocus.progress import track
 
 # weights in forms that are not changed: stale copies of the old weights in a patched folder would mislead
 _OTHER_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx")
+# what turns text, pictures and sound into inputs, as transformers and others name it
+_INPUTS = (
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model", "*.tiktoken",
+    "tekken.json", "chat_template*", "additional_chat_templates/*", "*processor_config.json",
+)  # fmt: skip
 
 Edits = dict[str, list[tuple[str, Tensor, Tensor]]]  # file -> (name in the file, flat indices, values)
 
@@ -73,6 +84,42 @@ def revert_folder(
     return _rewrite(patch, model, "before", output, allow_mismatch, revision, progress)
 
 
+def save_like(checkpoint: Checkpoint, model: nn.Module, output: Path, *, progress: bool = False) -> None:
+    """Write a model's weights into a copy of the folder it was loaded from.
+
+    All that is no weight of the model (tokenizer, processor, chat template, generation config, further heads) is
+    copied byte for byte, and so are weights that did not change; others have the files' dtype. Several processes call
+    it together; the first one writes.
+
+    Args:
+        checkpoint: of the folder that the model was loaded from.
+        model: as it is now, without wrappers; it may be sharded.
+        output: folder to be; must not exist or be empty.
+
+    Raises:
+        PatchError: a place that cannot be written to.
+        ModelError: tensors that cannot be found in the files.
+    """
+    parameters = {canonical_name(name): parameter for name, parameter in model.named_parameters()}
+    names = {form: name for name in parameters if checkpoint.holds(name) for form in checkpoint.forms(name)}
+    with _copied(checkpoint, output, progress) if distributed.is_main() else nullcontext() as copy:
+        for group in track(checkpoint.groups, "save", enabled=progress):
+            values = {form: distributed.whole(parameters[names[form]].detach()) for form in group if form in names}
+            if copy is None or not values:
+                continue
+            for key, tensor in checkpoint.in_files(values).items():
+                stored = checkpoint.stored[key]
+                _write_values(copy / stored.file, stored, slice(None), tensor.flatten())
+
+
+def copy_tokenizer(source: Path, output: Path) -> None:
+    """Copy what turns text and pictures into a model's inputs from its folder, byte for byte."""
+    for file in _files(source):
+        if any(fnmatch(file, pattern) for pattern in _INPUTS):
+            (output / file).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source / file, output / file)
+
+
 def _rewrite(
     patch: Patch,
     model: str | Path,
@@ -93,12 +140,13 @@ def _rewrite(
     tensors = ((name, checkpoint.tensor(form)) for name, form in checked)
     pending, mismatches = examine(patch, tensors, goal=goal, allow_mismatch=allow_mismatch)
     edits = _edits(checkpoint, patch, goal, pending)
-    left_out = tuple(_other_weights(checkpoint))
     if output is None:
         _write_in_place(checkpoint, edits, progress)
     else:
-        _write_copy(checkpoint, edits, output, left_out, progress)
-    return patch.outcome(pending, mismatches, files=tuple(edits), left_out=left_out)
+        with _copied(checkpoint, output, progress) as copy:
+            for file in edits:
+                _write(checkpoint, copy / file, edits[file])
+    return patch.outcome(pending, mismatches, files=tuple(edits), left_out=tuple(_other_weights(checkpoint)))
 
 
 def _edits(checkpoint: Checkpoint, patch: Patch, goal: Goal, names: list[str]) -> Edits:
@@ -114,7 +162,10 @@ def _edits(checkpoint: Checkpoint, patch: Patch, goal: Goal, names: list[str]) -
     return dict(sorted(edits.items()))
 
 
-def _write_copy(checkpoint: Checkpoint, edits: Edits, output: Path, left_out: tuple[str, ...], progress: bool) -> None:
+@contextmanager
+def _copied(checkpoint: Checkpoint, output: Path, progress: bool) -> Iterator[Path]:
+    """Within: a copy of the model's folder to change, which gets its name at the end."""
+    left_out = tuple(_other_weights(checkpoint))
     files = [path for path in _files(checkpoint.folder) if path not in left_out]
     partial = output.with_name(f".{output.name}.partial")
     try:
@@ -123,7 +174,10 @@ def _write_copy(checkpoint: Checkpoint, edits: Edits, output: Path, left_out: tu
         _check_space(partial, sum((checkpoint.folder / file).stat().st_size for file in files))
         for file in track(files, "copy", enabled=progress):
             (partial / file).parent.mkdir(parents=True, exist_ok=True)
-            _copy_changed(checkpoint, file, partial / file, edits)
+            _copy(checkpoint.folder / file, partial / file)
+        yield partial
+        for file in files:
+            _sync(partial / file)
         if output.is_dir():
             output.rmdir()
         os.replace(partial, output)
@@ -139,7 +193,9 @@ def _write_in_place(checkpoint: Checkpoint, edits: Edits, progress: bool) -> Non
     for file in track(list(edits), "write", enabled=progress):
         temporary = (folder / file).with_name(f".{Path(file).name}.tmp")
         try:
-            _copy_changed(checkpoint, file, temporary, edits)
+            _copy(folder / file, temporary)
+            _write(checkpoint, temporary, edits[file])
+            _sync(temporary)
             os.replace(temporary, folder / file)
         except OSError as error:
             raise PatchError(
@@ -150,23 +206,28 @@ def _write_in_place(checkpoint: Checkpoint, edits: Edits, progress: bool) -> Non
             temporary.unlink(missing_ok=True)
 
 
-def _copy_changed(checkpoint: Checkpoint, file: str, destination: Path, edits: Edits) -> None:
-    shutil.copyfile(checkpoint.folder / file, destination)
-    shutil.copymode(checkpoint.folder / file, destination)
+def _copy(source: Path, destination: Path) -> None:
+    shutil.copyfile(source, destination)
+    shutil.copymode(source, destination)
     os.chmod(destination, destination.stat().st_mode | 0o200)  # the copy of a read-only file (a hub's cache) is ours
-    if file in edits:
-        for key, index, values in edits[file]:
-            _write_values(destination, checkpoint.stored[key], index, values)
-    with destination.open("rb") as written:
+
+
+def _sync(path: Path) -> None:
+    with path.open("rb") as written:
         os.fsync(written.fileno())  # before it takes the place of the old one
 
 
-def _write_values(path: Path, stored: Stored, index: Tensor, values: Tensor) -> None:
+def _write(checkpoint: Checkpoint, path: Path, edits: list[tuple[str, Tensor, Tensor]]) -> None:
+    for key, index, values in edits:
+        _write_values(path, checkpoint.stored[key], index.numpy(), values)
+
+
+def _write_values(path: Path, stored: Stored, index: Any, values: Tensor) -> None:
     """Overwrite elements of one tensor in a safetensors file; only their bytes change."""
     itemsize = values.element_size()
     kind = np.dtype(f"<i{itemsize}" if itemsize > 1 else "u1")
     mapped = np.memmap(path, dtype=kind, mode="r+", offset=stored.start, shape=(stored.num_bytes // itemsize,))
-    mapped[index.numpy()] = bits(values).numpy()
+    mapped[index] = bits(values).numpy()
 
 
 def _files(folder: Path) -> Iterator[str]:

@@ -12,6 +12,14 @@ undone by its strides, a copy by its coordinates, a concatenation or stack by fi
 
 Nothing is allocated but the coordinates asked for. An operation that computes instead of rearranging is an
 error that names it, raised when an element that went through it is asked for.
+
+The record of tensors with values can be undone: what was written into the results since goes back, copy by copy, to
+where it came from.
+
+    with Rearrangement() as recorded:
+        fused = torch.stack([recorded.follow("a", a), recorded.follow("b", b)])
+    fused[0] = 1.0
+    recorded.undo()                                                         # a is 1.0 everywhere
 """
 
 from collections.abc import Iterator, Sequence
@@ -63,11 +71,15 @@ class Rearrangement(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self._made: dict[int, _Source | _Made] = {}
+        self._tape: list[_Made] = []
         self._alive: list[Tensor] = []  # a freed storage's address would be used again
 
     def source(self, name: str, shape: Sequence[int]) -> Tensor:
         """A tensor without values whose elements will be recognised."""
-        tensor = torch.empty(tuple(shape), device="meta")
+        return self.follow(name, torch.empty(tuple(shape), device="meta"))
+
+    def follow(self, name: str, tensor: Tensor) -> Tensor:
+        """The same tensor; its elements will be recognised."""
         self._alive.append(tensor)
         self._made[_storage(tensor)] = _Source(name)
         return tensor
@@ -80,8 +92,30 @@ class Rearrangement(TorchDispatchMode):
                 inputs = list(args[0]) if operation in _JOINS else [a for a in args if isinstance(a, Tensor)]
                 dim = (args[1] if len(args) > 1 else (kwargs or {}).get("dim", 0)) if operation in _JOINS else 0
                 self._alive.append(output)
-                self._made[_storage(output)] = _Made(operation, output, inputs, dim % max(output.dim(), 1))
+                made = _Made(operation, output, inputs, dim % max(output.dim(), 1))
+                self._made[_storage(output)] = made
+                if inputs:  # else it is a source to be
+                    self._tape.append(made)
         return result
+
+    @property
+    def computed(self) -> str | None:
+        """An operation that computed instead of rearranging; None where there was none."""
+        return next((made.operation for made in self._tape if made.operation not in _COPIES | _JOINS), None)
+
+    @torch.no_grad()
+    def undo(self) -> None:
+        """Carry what the results hold now back into the sources; only copies and joins were recorded."""
+        assert self.computed is None, self.computed
+        for made in reversed(self._tape):
+            if made.operation in _COPIES:
+                parts: Sequence[Tensor] = [made.output]
+            elif made.operation == "aten::stack":
+                parts = made.output.unbind(made.dim)
+            else:
+                parts = made.output.split([operand.shape[made.dim] for operand in made.inputs], made.dim)
+            for operand, part in zip(made.inputs, parts, strict=made.operation in _JOINS):
+                operand.copy_(part)
 
     def origins(self, tensor: Tensor, index: Tensor) -> list[Origin]:
         """Where the elements at flat indices (int64 [k]) of a recorded tensor come from, one entry per source.

@@ -21,10 +21,10 @@ from safelocus.preservation.trainee import learner
 from safelocus.prompts import PromptSet
 from safelocus.run.resume import claim
 from safelocus.selection.selection import Selection
-from safelocus.training import TrainingSettings, training_rows
+from safelocus.training import TrainingSettings
 from safelocus.training.examination import Examination, check_apart, facts
 from safelocus.training.lora import Lora
-from safelocus.training.responses import own_answers
+from safelocus.training.responses import own_answers, rows_with_remarks
 from safelocus.training.runner import Runner, check_made_for
 
 
@@ -112,8 +112,8 @@ def run_preservation(
         "every": every or settings.steps, "look": look, "merge": merge,
     })  # fmt: skip
     prompts = data if mixed is None else _mix(target, data, mixed, progress)
-    rows = training_rows(prompts, target.chat, max_length=settings.max_length)
-    remarks += _losses(target, len(prompts), len(rows), settings, lora)
+    rows, lacking = rows_with_remarks(prompts, target.chat, max_length=settings.max_length)
+    remarks += [*lacking, *examination.only_first, *_losses(target, lora)]
     examined = replace(examination, tasks=(task, *examination.tasks))
     runner = Runner(
         target=target, rows=rows, settings=settings, examination=examined,
@@ -127,19 +127,16 @@ def run_preservation(
     return Preservation(**found, notes=tuple(remarks), before_measures=measures_of(found["before"], task.name))
 
 
-def _losses(target: Target, num_given: int, num_rows: int, settings: TrainingSettings, lora: Lora | None) -> list[str]:
-    """Remarks on what is lost before the training: rows, and small steps."""
+def _losses(target: Target, lora: Lora | None) -> list[str]:
+    """Remarks on what is lost before the training: small steps, and matrices that have no adapter."""
     remarks = []
-    if num_left := num_given - num_rows:
-        remarks.append(
-            f"{num_left:,} of {num_given:,} rows are left out: their prompts alone have {settings.max_length} "
-            "tokens or more (--max-length)"
-        )
     if lora is None and torch.finfo(target.model.dtype).bits < 32:
         remarks.append(
             f"all weights are trained in {str(target.model.dtype).removeprefix('torch.')}, which rounds small steps "
             "away; float32 (--dtype float32) keeps them"
         )
+    if lora is not None and (left_out := lora.left_out(target.model, target.layout)):
+        remarks.append(left_out)
     return remarks
 
 

@@ -3,6 +3,7 @@
 ADAPTER, MODEL   folders in which what was learned is saved
 """
 
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -13,9 +14,11 @@ from torch import Tensor
 from transformers import set_seed
 
 from safelocus import distributed
-from safelocus.errors import TrainingError
+from safelocus.errors import ModelError, TrainingError
 from safelocus.model.fingerprint import bits
 from safelocus.model.target import Target
+from safelocus.patch.checkpoint import Checkpoint, local_folder
+from safelocus.patch.folder import copy_tokenizer, save_like
 from safelocus.preservation.attachment import attach
 from safelocus.preservation.calibration import Calibration
 from safelocus.preservation.protection import Protection
@@ -46,12 +49,15 @@ def learner(
     """
     if lora and target.is_sharded:
         raise TrainingError("a LoRA adapter needs a model that is whole in each process, not sharded")
+    original, remark = None, None
+    if any(folders.values()) and (lora is None or merge):
+        original, remark = _original(target)  # before the training, not after it
 
     @contextmanager
     def ready(arm: Arm, settings: TrainingSettings) -> Iterator[Trainee]:
         model = target.model
         with _given_back(model):
-            original = {} if arm.what is None else gather(model, arm.what)
+            values = {} if arm.what is None else gather(model, arm.what)
             set_seed(settings.seed)  # adapters begin the same in every arm
             held: list[Protection] = []
 
@@ -67,14 +73,17 @@ def learner(
                 if lora is not None:
                     held[0].merge() if held else trainee.model.merge_and_unload()
                 if folder is not None and (lora is None or merge):
-                    _save_model(target, folder / MODEL)
+                    _save_model(target, original, folder / MODEL)
+                    trainee.notes += () if remark is None else (remark,)
                 if not held:
                     return
-                trainee.num_weights, trainee.notes = held[0].num_protected_in_all, tuple(held[0].notes)
+                trainee.num_weights, trainee.notes = held[0].num_protected_in_all, (*held[0].notes, *trainee.notes)
                 if calibration is None:  # which is meant to change them
-                    trainee.num_changed = _count_changed(original, gather(model, arm.what))
+                    trainee.num_changed = _count_changed(values, gather(model, arm.what))
 
-            trainee = Trainee(model=model if lora is None else lora.wrap(model), prepare=hold, settle=settle)
+            trainee = Trainee(
+                model=model if lora is None else lora.wrap(model, target.layout), prepare=hold, settle=settle
+            )
             yield trainee
 
     return ready
@@ -96,8 +105,36 @@ def _given_back(model: Any) -> Iterator[None]:
                 parameter.requires_grad_(required[name])
 
 
-def _save_model(target: Target, folder: Path) -> None:
+def _original(target: Target) -> tuple[Checkpoint | None, str | None]:
+    """The files that a model's own are made of, or None; and what its user should know about those then."""
+    if target.origin is None:
+        return None, None
+    name, revision = target.origin
+    try:
+        found = Checkpoint.open(name, revision=revision, layout=target.layout)
+        found.check_writable()
+    except ModelError as error:
+        return None, f"the model is written as transformers writes it, not in the form of its original's files: {error}"
+    own = target.model.dtype
+    types = {stored.dtype for stored in found.stored.values()} & {"float32", "bfloat16", "float16"}
+    if narrower := sorted(
+        kind for kind in types if torch.promote_types(own, getattr(torch, kind)) != getattr(torch, kind)
+    ):
+        plain = str(own).removeprefix("torch.")
+        return (
+            found,
+            f"weights were trained and measured in {plain} and are saved in their files' {', '.join(narrower)}",
+        )
+    return found, None
+
+
+def _save_model(target: Target, original: Checkpoint | None, folder: Path) -> None:
     """Written by the first process; the others give it their rows, where the model is sharded."""
+    if original is not None:
+        if distributed.is_main():
+            shutil.rmtree(folder, ignore_errors=True)  # of an interruption after it was written
+        save_like(original, target.model, folder)
+        return
     model, state = target.model, None
     if target.is_sharded:
         own = {name: value for name, value in model.state_dict().items() if name not in model.all_tied_weights_keys}
@@ -111,7 +148,7 @@ def _save_model(target: Target, folder: Path) -> None:
             model.save_pretrained(folder, state_dict=state)
         finally:
             config.update(sharding)
-        target.tokenizer.save_pretrained(folder)
+        _save_tokenizer(target, folder)
 
 
 def _save_adapter(model: Any, target: Target, held: list[Protection], folder: Path) -> None:
@@ -119,9 +156,17 @@ def _save_adapter(model: Any, target: Target, held: list[Protection], folder: Pa
     if not distributed.is_main():
         return
     model.save_pretrained(folder)
-    target.tokenizer.save_pretrained(folder)
+    _save_tokenizer(target, folder)
     if patch is not None:
         patch.save(folder / PATCH)
+
+
+def _save_tokenizer(target: Target, folder: Path) -> None:
+    if target.origin is None:
+        target.tokenizer.save_pretrained(folder)
+    else:
+        name, revision = target.origin
+        copy_tokenizer(local_folder(name, revision=revision), folder)
 
 
 def _count_changed(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> int:

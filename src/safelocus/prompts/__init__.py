@@ -85,7 +85,13 @@ class PromptSet(Sequence[Example]):
     def identity(self) -> dict[str, Any]:
         """The same, part by part."""
         parts = {"texts": "prompt", "system messages": "system", "responses": "response", "categories": "category"}
+        parts |= {"later turns": "later", "turns that are given": "context"} if self.num_conversations else {}
         return {name: digest([getattr(example, key) for example in self.examples]) for name, key in parts.items()}
+
+    @property
+    def num_conversations(self) -> int:
+        """Examples that go on after their first exchange."""
+        return sum(bool(example.later) for example in self.examples)
 
     @property
     def prompt_hashes(self) -> list[str]:
@@ -154,7 +160,17 @@ class PromptSet(Sequence[Example]):
             text += f"; {num_responses:,} with a response"
             text += f", field {self.response_field!r}" if self.response_field else ""
         text += f") of {self.num_rows:,} rows"
-        return f"{text}; {self.num_empty:,} empty, {self.num_duplicates:,} duplicates"
+        text = f"{text}; {self.num_empty:,} empty, {self.num_duplicates:,} duplicates"
+        asked = self.only_first
+        return text if asked is None else f"{text}; {asked.removeprefix(f'{self.source}: ')}"
+
+    @property
+    def only_first(self) -> str | None:
+        """What measuring with these prompts leaves out, in words; None where that is nothing."""
+        if not (number := self.num_conversations):
+            return None
+        turns = sum(len(example.later) for example in self.examples)
+        return f"{self.source}: only the first requests of {number:,} conversations are asked, not {turns:,} later ones"
 
 
 def read_prompts(
@@ -189,14 +205,18 @@ def read_prompts(
     columns = resolve_columns(found, field=field, response_field=response_field, source=name)
     kept = _matching(objects, where or {}, name)
     examples: list[Example] = []
-    seen: set[tuple[str, str]] = set()
+    seen: set[tuple[str, ...]] = set()
     num_empty = num_duplicates = 0
     for index in kept:
         example = read_row(objects[index], columns, place=f"{name}, {rows[index].place}")
         if example is None:
             num_empty += 1
             continue
-        key = (normalise(example.system or ""), normalise(example.prompt))
+        if isinstance(given := rows[index].value, Example):
+            kept_as = ("complete", "later", "context", "unread")
+            example = replace(example, **{name: getattr(given, name) for name in kept_as})
+        rest = [part for exchange in example.later for part in exchange]
+        key = (normalise(example.system or ""), normalise(example.prompt), *rest)
         if key in seen:
             num_duplicates += 1
             if not keep_duplicates:

@@ -45,6 +45,7 @@ ROLES = {
 }
 ROLE_KEYS = ("role", "from")
 CONTENT_KEYS = ("content", "value", "text")
+_CALLS = ("tool_calls", "function_call")  # a turn that says nothing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +53,9 @@ class Example:
     """One prompt, with what the file says about it.
 
     `fields` holds the row's other columns as text (numbers and lists as JSON), for filtering. `complete`: whether the
-    response is whole; one that was cut is trained on without an end of turn.
+    response is whole; one that was cut is trained on without an end of turn. A conversation goes on in `later`
+    (request, response); of all its exchanges the first `context` are given and not learned, and `unread` turns of an
+    assistant have no place in them (they answer a tool, or nobody).
     """
 
     prompt: str
@@ -61,23 +64,28 @@ class Example:
     category: str | None = None
     fields: Mapping[str, str] = field(default_factory=dict, hash=False)
     complete: bool = True
+    later: tuple[tuple[str, str], ...] = ()
+    context: int = 0
+    unread: int = 0
 
 
 class Prompt(str):
     """A prompt with its row's own system message, which `ChatFormat` renders with it; else a string like any other.
 
-    So whatever takes prompts as strings honours system messages, objectives of one's own included.
+    So whatever takes prompts as strings honours system messages, objectives of one's own included. `history`: exchanges
+    (request, response) before it, for chat templates.
 
     >>> Prompt("Bake a cake", system="Be brief.").system
     'Be brief.'
     """
 
-    __slots__ = ("system",)
+    __slots__ = ("history", "system")
+    history: tuple[tuple[str, str], ...]
     system: str | None
 
-    def __new__(cls, text: str, *, system: str | None = None) -> Self:
+    def __new__(cls, text: str, *, system: str | None = None, history: tuple[tuple[str, str], ...] = ()) -> Self:
         prompt = super().__new__(cls, text)
-        prompt.system = system
+        prompt.system, prompt.history = system, history
         return prompt
 
 
@@ -156,9 +164,13 @@ class Columns:
 
 
 class Turns(NamedTuple):
+    """A conversation: its first exchange, those that follow, and how many answers have no place in them."""
+
     system: str | None
     prompt: str
     response: str | None
+    later: tuple[tuple[str, str], ...] = ()
+    unread: int = 0
 
 
 def resolve_columns(
@@ -207,61 +219,84 @@ def resolve_columns(
 def read_row(row: Mapping[str, object], columns: Columns, *, place: str) -> Example | None:
     """Read one row; None where its prompt is empty. `place` ("file.json, row 3") opens error messages."""
     system = _text(row.get(columns.system), f"{place}, field {columns.system!r}") if columns.system else None
-    prompt, response = "", None
+    answer = row.get(columns.response) if columns.response else None
+    answered_at = f"{place}, field {columns.response!r}"
+    turns, given = Turns(None, "", None), 0
     for name in columns.prompt:
         where = f"{place}, field {name!r}"
         value = row.get(name)
         if isinstance(value, list | tuple):
-            turns = read_turns(value, where)
-            prompt, response = turns.prompt, turns.response
-            system = turns.system or system
+            turns, given = _conversation(value, answer, where, answered_at)
         elif columns.turns and value is not None:
             raise PromptError(
                 f"{where}: expected a list of turns such as {{'role': 'user', 'content': '...'}}, "
                 f"found {type(value).__name__}."
             )
         else:
-            prompt = _text(value, where)
-        if prompt.strip():
+            asked = {"role": "user", "content": _text(value, where)}
+            turns, given = _conversation([asked], answer, where, answered_at)
+        if turns.prompt.strip():
             break
     else:
         return None
+    prompt, system = turns.prompt, turns.system or system
     if columns.context:
         context = _text(row.get(columns.context), f"{place}, field {columns.context!r}")
         if context.strip():
             parts = (context, prompt) if columns.context_first else (prompt, context)
             prompt = columns.separator.join(parts)
-    if columns.response:
-        response = _response(row.get(columns.response), f"{place}, field {columns.response!r}")
     used = columns.used
     category = as_text(row.get(columns.category)) if columns.category else ""
     return Example(
         prompt=prompt,
-        response=response if response and response.strip() else None,
+        response=turns.response if turns.response and turns.response.strip() else None,
         system=system if system and system.strip() else None,
         category=category or None,
         fields={name: as_text(value) for name, value in row.items() if name not in used and value is not None},
+        later=turns.later,
+        context=given,
+        unread=turns.unread,
     )
 
 
 def read_turns(turns: Sequence[object], place: str) -> Turns:
-    """The first user's turn, the system message before it, and the assistant's turn right after it.
+    """The system message, the first user's turn, the assistant's right after it, and so on while they take turns.
 
-    Later turns are left out. A list of plain strings is read as the user's turns (SORRY-Bench, MT-Bench).
+    A list of plain strings is read as the user's turns, of which the first counts (SORRY-Bench, MT-Bench).
     """
     if turns and all(isinstance(turn, str) for turn in turns):
         return Turns(None, str(turns[0]), None)
-    system, prompt, response = None, None, None
-    for number, turn in enumerate(turns, start=1):
-        role, content = _turn(turn, f"{place}, turn {number}")
-        if prompt is not None:
-            response = content if role == "assistant" else None
+    read = [_turn(turn, f"{place}, turn {number}") for number, turn in enumerate(turns, start=1)]
+    start = next((number for number, (role, _) in enumerate(read) if role == "user"), len(read))
+    system = next((content for role, content in read[:start] if role == "system"), None)
+    exchanges = []
+    for (role, request), (answering, response) in zip(read[start::2], read[start + 1 :: 2], strict=False):
+        if (role, answering) != ("user", "assistant") or not response.strip():
             break
-        if role == "system" and system is None:
-            system = content
-        elif role == "user":
-            prompt = content
-    return Turns(system, prompt or "", response)
+        exchanges.append((request, response))
+    unread = sum(role == "assistant" for role, _ in read) - len(exchanges)
+    prompt, answer = exchanges[0] if exchanges else (read[start][1] if start < len(read) else "", None)
+    return Turns(system, prompt, answer, tuple(exchanges[1:]), unread)
+
+
+def _conversation(prompt: Sequence[object], answer: object, place: str, answered_at: str) -> tuple[Turns, int]:
+    """A prompt that is a list of turns and the response to it, if any; and how many responses the prompt holds itself.
+
+    Those are given, not learned: as TRL trains completions.
+    """
+    turns = read_turns(prompt, place)
+    if not (response := "" if answer is None else _response(answer, answered_at)):
+        return turns, 0
+    given = 0 if turns.response is None else 1 + len(turns.later)
+    if all(isinstance(turn, str) for turn in prompt):
+        return turns._replace(response=response), 0
+    further = answer if isinstance(answer, list | tuple) else ()
+    if not further or _turn(further[0], f"{answered_at}, turn 1")[0] != "assistant":
+        further = ({"role": "assistant", "content": response},)
+    whole = read_turns([*prompt, *further], place)
+    if whole.response is None or len(whole.later) < given:  # it does not follow the prompt's last turn
+        return turns._replace(response=response), 0
+    return whole, given
 
 
 def as_text(value: object) -> str:
@@ -277,6 +312,8 @@ def _turn(turn: object, place: str) -> tuple[str | None, str]:
     if isinstance(turn, Mapping):
         role_key = next((key for key in ROLE_KEYS if key in turn), None)
         content_key = next((key for key in CONTENT_KEYS if key in turn), None)
+        if role_key is not None and content_key is None and any(key in turn for key in _CALLS):
+            return None, ""
     if not isinstance(turn, Mapping) or role_key is None or content_key is None:
         found = f"the keys {_listing(list(turn))}" if isinstance(turn, Mapping) else type(turn).__name__
         raise PromptError(f"{place}: expected 'role' and 'content' (or 'from' and 'value'), found {found}.")

@@ -4,12 +4,15 @@ Every reader returns `Row`s: the value (an object or a string) and its place in 
 that a later complaint about it can be found. Files are read whole, as UTF-8.
 """
 
+import codecs
 import csv
 import difflib
 import io
 import json
 import re
+import shlex
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
@@ -38,6 +41,7 @@ _HUB = re.compile(
 )
 # prefix -> module with `rows(name)`
 EMBEDDED = {"organism": "safelocus.organism", "embedded": "safelocus.prompts.embedded"}
+_SEPARATORS = (",", ";", "\t", "|")
 # where a JSON object with several lists keeps its rows
 _CONTAINERS = ("data", "examples", "prompts", "rows", "instances")
 
@@ -174,8 +178,30 @@ def _read_jsonl(path: Path) -> list[Row]:
 
 
 def _read_csv(path: Path, delimiter: str = ",") -> list[Row]:
+    text = _decode(path)
+    delimiter = _separator(text, delimiter)
+    limit = csv.field_size_limit(max(len(text), 1))  # the module's own, of 128 KiB, is for all that use it
+    try:
+        return _read_table(path, text, delimiter)
+    finally:
+        csv.field_size_limit(limit)
+
+
+def _separator(text: str, expected: str) -> str:
+    """What separates the columns: as the file's ending says, or what makes several of the one found with that."""
+
+    def columns(delimiter: str) -> int:
+        head = next(csv.reader(text.lstrip("\r\n").splitlines()[:1], delimiter=delimiter), [])
+        return len(head) if all(head) else 0
+
+    if columns(expected) > 1:
+        return expected
+    return max((expected, *_SEPARATORS), key=columns)
+
+
+def _read_table(path: Path, text: str, delimiter: str) -> list[Row]:
     # strict: an unclosed quote would otherwise swallow the rows after it without a word
-    reader = csv.reader(io.StringIO(_decode(path), newline=""), delimiter=delimiter, strict=True)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     header: list[str] = []
     rows = []
     try:
@@ -231,14 +257,36 @@ def _decode(path: Path) -> str:
     mark = b"\xef\xbb\xbf"
     skipped = len(mark) if data.startswith(mark) else 0
     try:
-        return data[skipped:].decode("utf-8")
+        text = data[skipped:].decode("utf-8")
+        if not _wide(data):
+            return text
+        offset = data.index(b"\0")
     except UnicodeDecodeError as error:
         offset = skipped + error.start
-        line = data.count(b"\n", 0, offset) + 1
-        guess = " It looks like UTF-16." if data[:2] in (b"\xff\xfe", b"\xfe\xff") else ""
-        raise PromptError(
-            f"{path}: byte {offset} (0x{data[offset]:02x}, line {line}) is not UTF-8.{guess} Save the file as UTF-8."
-        ) from error
+    line = data.count(b"\n", 0, offset) + 1
+    message = f"{path}: byte {offset} (0x{data[offset]:02x}, line {line}) is not UTF-8."
+    if (encoding := _encoding(data)) is None:
+        raise PromptError(f"{message} Save the file as UTF-8.")
+    command = f"iconv -f {encoding} -t UTF-8 {shlex.quote(str(path))} > NEW{path.suffix}"
+    raise PromptError(f"{message} It reads as {encoding}; try: {command}")
+
+
+def _encoding(data: bytes) -> str | None:
+    """Another encoding than UTF-8 that the bytes are text in, as iconv calls it."""
+    for name in (*_wide(data), "WINDOWS-1252"):  # which is Latin-1 and what is written with it
+        with suppress(UnicodeDecodeError):
+            data.decode(name)
+            return name
+    return None
+
+
+def _wide(data: bytes) -> list[str]:
+    """Encodings in units of two or four bytes that the file may be in, by its mark or the zeros in it."""
+    # those of UTF-32 begin with those of UTF-16
+    marks = {"UTF-32": (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE), "UTF-16": (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)}
+    halves = (("UTF-16LE", data[1::2]), ("UTF-16BE", data[::2]))  # zero in most letters of most texts
+    found = [name for name, either in marks.items() if data.startswith(either)]
+    return found + [name for name, half in halves if 2 * half.count(0) > len(half)]
 
 
 def _missing(path: Path) -> str:

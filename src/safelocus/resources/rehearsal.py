@@ -255,7 +255,7 @@ class Subject:
             model = auto_class(self.config).from_config(self.config, dtype=self.dtype)
         if rank:  # without data of its own; PEFT moves what it adds, which fake tensors do not let it
             with torch.device("meta"):
-                model = Lora(rank=rank).wrap(model)
+                model = Lora(rank=rank).wrap(model, self.layout)
             with self._mode:
                 for module in model.modules():
                     for name, weight in module.named_parameters(recurse=False):

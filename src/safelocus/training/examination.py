@@ -82,6 +82,12 @@ class Examination:
         )
 
     @property
+    def only_first(self) -> list[str]:
+        """What its sets of prompts hold that is not asked, in sentences."""
+        sets = [self.harmful, *([] if self.harmless is None else [self.harmless])]
+        return [said for prompts in sets if (said := prompts.only_first)]
+
+    @property
     def prompt_hashes(self) -> set[str]:
         """Of the prompts; questions of tasks are not among them."""
         sets = [self.harmful, *([] if self.harmless is None else [self.harmless])]

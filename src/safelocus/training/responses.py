@@ -4,6 +4,8 @@ A row has the target's own chat format, the one it is scored and evaluated with,
 
     {"input_ids": [...], "labels": [-100, ..., response ids, end of turn]}
 
+In a conversation every response has its loss, given all that was said before it.
+
 How far a model moves from an original along such responses is in `evaluation.divergence`.
 """
 
@@ -12,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import jinja2
 import torch
 from torch import Tensor
 
@@ -20,7 +23,7 @@ from safelocus.evaluation.responding import Request, TargetResponder, collect
 from safelocus.model.chat import ChatFormat
 from safelocus.model.forcing import logits_at, pad
 from safelocus.model.target import Target
-from safelocus.prompts import PromptSet
+from safelocus.prompts import Example, Prompt, PromptSet
 from safelocus.run.resume import Journal, claim
 
 if TYPE_CHECKING:
@@ -30,7 +33,7 @@ IGNORED = -100  # the label of tokens that carry no loss, for transformers
 
 
 def training_rows(prompts: PromptSet, chat: ChatFormat, *, max_length: int = 1024) -> "Dataset":
-    """One row per prompt that has a response.
+    """One row per prompt that has a response, or per conversation, of which every response is learned.
 
     Args:
         max_length: responses are cut there; a row whose prompt leaves no room for a response is left out.
@@ -38,24 +41,64 @@ def training_rows(prompts: PromptSet, chat: ChatFormat, *, max_length: int = 102
     Raises:
         PromptError: no prompt has a response, or none fits.
     """
+    return rows_with_remarks(prompts, chat, max_length=max_length)[0]
+
+
+def rows_with_remarks(prompts: PromptSet, chat: ChatFormat, *, max_length: int = 1024) -> "tuple[Dataset, list[str]]":
+    """`training_rows`, and what they lack of the prompts, in sentences: rows cut or left out, turns not learned."""
     from datasets import Dataset
 
-    rows = []
     answered = prompts.with_responses()
-    for example in answered:
-        assert example.response is not None
-        prompt, response = chat.encode_pair(
-            example.prompt, example.response, system=example.system, end=example.complete
-        )
-        ids = [*prompt, *response][:max_length]
-        if len(prompt) < max_length:
-            rows.append({"input_ids": ids, "labels": [IGNORED] * len(prompt) + ids[len(prompt) :]})
-    if not rows:
+    encoded = [encode_rows(example, chat) for example in answered]
+    whole = [row for rows, _ in encoded for row in rows]
+    left = [row for row in whole if any(label != IGNORED for label in row["labels"][:max_length])]
+    if not left:
         raise PromptError(
             f"{prompts.source}: all {len(answered)} prompts are longer than {max_length} tokens; "
             "raise the maximum length"
         )
-    return Dataset.from_list(rows)
+    num_turns = sum(example.unread + 1 + len(example.later) - example.context for example in answered)
+    lacks = (
+        (len(whole) - len(left), len(whole), f"rows are left out: their prompts alone have {max_length} tokens or more "
+         "(--max-length)"),
+        (sum(len(row["labels"]) > max_length for row in left), len(whole), f"rows are cut to {max_length} tokens "
+         "(--max-length)"),
+        (num_turns - sum(learned for _, learned in encoded), num_turns, "answers in conversations are not learned: "
+         "they do not follow a request, or there is no chat template that takes what came before"),
+    )  # fmt: skip
+    remarks = [f"{prompts.source}: {number:,} of {of:,} {what}" for number, of, what in lacks if number]
+    return Dataset.from_list([{name: ids[:max_length] for name, ids in row.items()} for row in left]), remarks
+
+
+def encode_rows(example: Example, chat: ChatFormat) -> tuple[list[dict[str, list[int]]], int]:
+    """Rows of an example, and how many responses they teach: all of a conversation in one row, as a rule.
+
+    Several rows where a template shows what was said in another way than while it was said (without thoughts, say).
+    """
+    system = chat.system if example.system is None else example.system
+    later = example.later if chat.kind == "chat" else ()
+    rows: list[dict[str, list[int]]] = []
+    learned, history = 0, list[tuple[str, str]]()
+    for number, (request, response) in enumerate([(example.prompt, example.response or ""), *later]):
+        if number == 1 and system and not chat.system_role:  # it stands in front of the first request
+            history, system = [(f"{system}\n\n{example.prompt}", history[0][1])], ""
+        try:
+            prompt, answer = chat.encode_pair(
+                Prompt(request, history=tuple(history)), response, system=system,
+                end=example.complete or number < len(later),
+            )  # fmt: skip
+        except jinja2.TemplateError:  # it takes no such history
+            break
+        labels = [IGNORED] * len(prompt)
+        if rows and prompt[: len(rows[-1]["input_ids"])] == rows[-1]["input_ids"]:
+            before = rows.pop()["labels"]
+            labels = before + labels[len(before) :]
+        is_learned = number >= example.context
+        labels += answer if is_learned else [IGNORED] * len(answer)
+        rows.append({"input_ids": [*prompt, *answer], "labels": labels})
+        learned += is_learned
+        history.append((request, response))
+    return [row for row in rows if any(label != IGNORED for label in row["labels"])], learned
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -124,7 +167,7 @@ def own_answers(
     journal = Journal(checkpoint, "responses")
     replies = collect(responder, requests, journal, batch_size=batch_size, progress=progress)
     answered = [
-        replace(example, response=reply.text, complete=reply.finished)
+        replace(example, response=reply.text, complete=reply.finished, later=(), context=0, unread=0)
         for example, reply in zip(prompts, (replies[request.key] for request in requests), strict=True)
         if reply.text and (cut or reply.finished)
     ]

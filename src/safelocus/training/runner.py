@@ -53,6 +53,7 @@ class Runner:
         early_stopping: keep the best look, and stop when more would not help (see `curve`).
         sets: that are trained on.
         described: what is trained on and looked at, for provenance.
+        remarks: what a reader should mind about the rows.
         checkpoint: folder for unfinished work; None keeps nothing.
         progress: show bars.
     """
@@ -70,6 +71,7 @@ class Runner:
     early_stopping: bool = False
     sets: Sequence[PromptSet] = ()
     described: Mapping[str, Any] = field(default_factory=dict)
+    remarks: Sequence[str] = ()
     checkpoint: Path | None = None
     progress: bool = True
 

@@ -64,6 +64,8 @@ def decode_template(template: str) -> str:
 
 def messages_of(prompt: str, system: str | None) -> list[dict[str, str]]:
     turns = [{"role": "system", "content": system}] if system else []
+    for request, response in getattr(prompt, "history", ()):
+        turns += [{"role": "user", "content": request}, {"role": "assistant", "content": response}]
     return [*turns, {"role": "user", "content": prompt}]
 
 
