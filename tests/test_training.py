@@ -11,6 +11,7 @@ import tiny_targets
 from safelocus.errors import NumericalError, PromptError, RunError, TrainingError
 from safelocus.evaluation.measures import proportion
 from safelocus.model.generation import generate
+from safelocus.run.files import seal
 from safelocus.training import Checkpoints, Curve, CurvePoint, TrainingSettings, fit, training_rows
 
 ROWS = [{"prompt": f"bake a cake {n}", "response": f"no, I can't help with {n}"} for n in range(12)]
@@ -104,7 +105,7 @@ class TestFit:
     def test_another_runs_checkpoint_is_refused(self, tmp_path):
         Checkpoints(folder=tmp_path, inputs={"--data": "1", "seed": 0}).latest()
         (tmp_path / "checkpoint-1").mkdir()
-        (tmp_path / "checkpoint-1" / "trainer_state.json").touch()
+        seal(tmp_path / "checkpoint-1")
         with pytest.raises(RunError, match="differs in --data"):
             Checkpoints(folder=tmp_path, inputs={"--data": "2", "seed": 0}).latest()
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import jinja2
 
 from safelocus.errors import ModelError, PromptError
+from safelocus.model.chat.bounds import bounded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -82,9 +83,10 @@ def apply(
     template = tokenizer.get_chat_template()
     if "strftime_now" in template:
         template = _STOPPED_CLOCK + template
-    text = tokenizer.apply_chat_template(
-        messages, chat_template=template, tokenize=False, add_generation_prompt=generation, **kwargs
-    )
+    with bounded(template):
+        text = tokenizer.apply_chat_template(
+            messages, chat_template=template, tokenize=False, add_generation_prompt=generation, **kwargs
+        )
     assert isinstance(text, str)
     return text
 
