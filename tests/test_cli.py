@@ -38,6 +38,7 @@ def test_score_writes_a_complete_run(scored):
         "selection.safetensors",
         "report.html",
         "map.svg",
+        "digests.json",
     } <= names
     assert "checkpoint" not in names
     check_run_page(scored)

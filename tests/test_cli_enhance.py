@@ -42,7 +42,7 @@ def test_a_selection_becomes_a_patch(scored, tmp_path, run):
     )  # fmt: skip
     assert code == 0, err
     assert {path.name for path in folder.iterdir()} == {
-        "run.toml", "results.json", "README.md", "safety.patch.safetensors", "selection.safetensors",
+        "run.toml", "digests.json", "results.json", "README.md", "safety.patch.safetensors", "selection.safetensors",
         "before", "after", "curve.svg", "report.html",
     }  # fmt: skip
     assert "report.html" in err

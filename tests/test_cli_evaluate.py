@@ -30,7 +30,8 @@ def evaluated(tmp_path_factory):
 
 
 def test_a_complete_run(evaluated):
-    assert {path.name for path in evaluated.iterdir()} == {"run.toml", "results.json", "responses.jsonl", "report.html"}
+    names = {"run.toml", "results.json", "responses.jsonl", "report.html", "digests.json"}
+    assert {path.name for path in evaluated.iterdir()} == names
     page = check_run_page(evaluated)
     results = json.loads((evaluated / "results.json").read_text())
     for name in ("asr", "refusal", "over_refusal", "utility", "incoherent"):

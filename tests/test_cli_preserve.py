@@ -50,8 +50,8 @@ def test_a_task_is_learned_and_the_bits_stay(scored, tmp_path, run):
     )  # fmt: skip
     assert code == 0, err
     assert {path.name for path in folder.iterdir()} == {
-        "run.toml", "results.json", "model", "selection.safetensors", "before", "after", "unprotected", "curve.svg",
-        "report.html",
+        "run.toml", "digests.json", "results.json", "model", "selection.safetensors", "before", "after", "unprotected",
+        "curve.svg", "report.html",
     }  # fmt: skip
     assert "report.html" in err
     page = check_run_page(folder)

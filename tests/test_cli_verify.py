@@ -35,7 +35,7 @@ def test_verify_takes_what_is_not_given_from_the_scores(scored, tmp_path, run):
     scores = sl.Scores.load(scored / "scores")
     assert len(scores.provenance.extra["prompt_hashes"]) == 8
     names = {path.name for path in (tmp_path / "v").iterdir()}
-    assert names == {"run.toml", "results.json", "cells.jsonl", "curves.svg", "report.html"}
+    assert names == {"run.toml", "results.json", "cells.jsonl", "curves.svg", "report.html", "digests.json"}
     assert "report.html" in err
     page = check_run_page(tmp_path / "v")
     assert results["verdicts"]["noise"]["text"] in page.words

@@ -19,6 +19,7 @@ from safelocus.evaluation import responding
 from safelocus.evaluation.tasks import task_of
 from safelocus.preservation.run import run_preservation
 from safelocus.prompts import read_prompts
+from safelocus.run.files import seal
 from safelocus.run.folder import CHECKPOINT, part_folder, run_folder
 from safelocus.run.interrupt import StopAtBoundary
 from safelocus.training.checkpoints import Checkpoints
@@ -176,7 +177,7 @@ def enhance_all(folder, shards):
         with interrupted(at=4) as step, pytest.raises(KeyboardInterrupt):
             enhance(checkpoint)
         assert step.calls == 4
-        assert bool(list(checkpoint.rglob("trainer_state.json"))) == (shards or distributed.is_main())
+        assert bool(list(checkpoint.rglob("checkpoint-*/digests.json"))) == (shards or distributed.is_main())
         distributed.barrier()
         with interrupted(at=0) as step:
             found = enhance(checkpoint)
@@ -240,7 +241,7 @@ def look_elsewhere(folder):
     checkpoints = Checkpoints(folder=own(folder))
     if distributed.is_main():
         (folder / "0" / "checkpoint-3").mkdir(parents=True)
-        (folder / "0" / "checkpoint-3" / "trainer_state.json").write_text("{}")
+        seal(folder / "0" / "checkpoint-3")
     distributed.barrier()
     assert checkpoints.latest() == folder / "0" / "checkpoint-3"
     assert checkpoints.latest(of_parts=True) is None
@@ -269,7 +270,7 @@ def test_parts_of_a_run_folder(tmp_path):
         pass
     with run_folder(path, **two) as again, part_folder(path, 1) as its_part:
         assert (again, its_part) == (first, part)
-    assert [file.name for file in path.iterdir()] == ["run.toml"]
+    assert sorted(file.name for file in path.iterdir()) == ["digests.json", "run.toml"]
     assert not part.exists()
     with part_folder(tmp_path / "elsewhere", 1) as part:  # on a machine of its own
         assert part.is_dir()

@@ -25,6 +25,7 @@ from safelocus.evaluation.judges.endpoint import Answer, Failure
 from safelocus.evaluation.suites import run_suites
 from safelocus.model.forcing import teacher_force
 from safelocus.model.generation import generate
+from safelocus.run.files import seal
 from tiny_targets import PROMPTS, dense, metaspace, moe
 
 REFUSAL = "I'm sorry, but I can't help with that."
@@ -304,6 +305,9 @@ def test_saved_and_loaded(tmp_path):
     with pytest.raises(RunError, match="cannot be read"):
         Evaluation.load(tmp_path / "nowhere")
     (tmp_path / "results.json").write_text('{"maps": {}}')
+    with pytest.raises(RunError, match="changed since it was written"):
+        Evaluation.load(tmp_path)
+    seal(tmp_path)
     with pytest.raises(RunError, match="not that of an evaluation"):
         Evaluation.load(tmp_path)
 

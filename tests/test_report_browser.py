@@ -217,3 +217,10 @@ def test_hover_and_csv_show_the_numbers_of_the_file(browser, page):
         assert (values["layer"], values["expert"]) == (str(region["layer"]), str(region["expert"]))
         assert values["enrichment"] == pytest.approx(region["enrichment"], rel=1e-5)
         assert values["tokens"] == region["tokens"]
+
+
+def test_a_spreadsheet_takes_no_cell_for_a_formula(browser, page):
+    opened(browser, page)
+    table = {"columns": {"name": "text", "n": "number"}, "rows": [["=HYPERLINK(1)", -3], ["@x", 0.5], ["-2+3", None]]}
+    lines = browser.evaluate(f"csv({json.dumps(table)})").lstrip("\ufeff").split("\r\n")
+    assert lines == ["name,n", "'=HYPERLINK(1),-3", "'@x,0.5", "'-2+3,", ""]

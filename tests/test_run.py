@@ -14,7 +14,7 @@ def test_a_run_appears_when_complete(tmp_path):
         (folder / "results.json").write_text("{}")
         assert not (tmp_path / "run").exists()
     assert names(tmp_path) == ["run"]
-    assert names(tmp_path / "run") == ["results.json", "run.toml"]
+    assert names(tmp_path / "run") == ["digests.json", "results.json", "run.toml"]
     assert read_config(tmp_path / "run") == {"command": "score", "ratio": 0.01}
 
 
@@ -33,14 +33,14 @@ def test_an_interrupted_run_with_a_checkpoint_is_kept_and_resumed(tmp_path):
     assert names(tmp_path) == [".run.partial"]
     with run_folder(tmp_path / "run", config={}) as folder:
         assert (folder / CHECKPOINT / "state").read_text() == "3"
-    assert names(tmp_path / "run") == ["run.toml"]
+    assert names(tmp_path / "run") == ["digests.json", "run.toml"]
 
 
 def test_overwrite_replaces_a_run_and_forgets_an_interrupted_one(tmp_path):
     for text in ("old", "new"):
         with run_folder(tmp_path / "run", config={"text": text}, overwrite=True) as folder:
             (folder / text).touch()
-    assert names(tmp_path / "run") == ["new", "run.toml"]
+    assert names(tmp_path / "run") == ["digests.json", "new", "run.toml"]
     assert names(tmp_path) == ["run"]
 
 
@@ -51,7 +51,36 @@ def test_what_a_crash_left_does_not_stop_an_overwrite(tmp_path):
         with run_folder(tmp_path / "run", config={}, overwrite=True) as folder:
             (folder / "new").touch()
     assert names(tmp_path) == ["run"]
-    assert names(tmp_path / "run") == ["new", "run.toml"]
+    assert names(tmp_path / "run") == ["digests.json", "new", "run.toml"]
+
+
+def test_a_run_that_was_put_aside_comes_back(tmp_path):
+    with run_folder(tmp_path / "run", config={}) as folder:
+        (folder / "old").touch()
+    (tmp_path / "run").rename(tmp_path / ".run.old")  # killed between the renaming of the old and of the new
+    with pytest.raises(RunError, match="holds an earlier run"), run_folder(tmp_path / "run", config={}):
+        pytest.fail("the block must not run")
+    assert names(tmp_path) == ["run"]
+
+
+def test_work_that_is_forgotten_is_nobodys_however_far_its_removal_came(tmp_path, monkeypatch):
+    def killed(folder, ignore_errors=False):
+        if folder.is_dir():
+            (folder / "identity.json").unlink(missing_ok=True)
+            raise ZeroDivisionError
+
+    with pytest.raises(KeyboardInterrupt), run_folder(tmp_path / "run", config={"seed": 1}) as folder:
+        claim(folder / CHECKPOINT, {"seed": 1})
+        (folder / CHECKPOINT / "work").touch()
+        raise KeyboardInterrupt
+    with monkeypatch.context() as patched, pytest.raises(ZeroDivisionError):
+        patched.setattr("shutil.rmtree", killed)
+        with run_folder(tmp_path / "run", config={"seed": 1}):
+            pass
+    with run_folder(tmp_path / "run", config={"seed": 2}) as folder:
+        claim(folder / CHECKPOINT, {"seed": 2})
+        assert not (folder / CHECKPOINT / "work").exists()
+    assert names(tmp_path) == ["run"]
 
 
 def test_a_run_that_only_began_is_not_kept(tmp_path):
@@ -82,7 +111,7 @@ def test_a_failed_overwrite_keeps_the_old_run(tmp_path):
         (folder / "old").touch()
     with pytest.raises(ZeroDivisionError), run_folder(tmp_path / "run", config={}, overwrite=True):
         raise ZeroDivisionError
-    assert names(tmp_path / "run") == ["old", "run.toml"]
+    assert names(tmp_path / "run") == ["digests.json", "old", "run.toml"]
 
 
 @pytest.mark.parametrize("prepare", ["run", "files", "file"])

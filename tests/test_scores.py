@@ -12,8 +12,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from damage import flip
 from safelocus.errors import NumericalError, RunError, SelectionError
 from safelocus.model.layout import GRANULARITIES, Layout
+from safelocus.run.files import seal
 from safelocus.run.provenance import Provenance
 from safelocus.scoring.scores import Scores
 from safelocus.scoring.statistics import QUANTILES, MatrixStatistics, matrix_statistics
@@ -416,7 +418,7 @@ def test_strided_scores_are_saved_in_logical_order(tmp_path):
 
 def test_statistics_alone(tmp_path):
     make().save(tmp_path / "scores", tensors=False)
-    assert [path.name for path in (tmp_path / "scores").iterdir()] == ["scores.json"]
+    assert sorted(path.name for path in (tmp_path / "scores").iterdir()) == ["digests.json", "scores.json"]
     loaded = Scores.load(tmp_path / "scores")
     assert loaded.statistics == make().statistics
     assert isinstance(loaded.statistics[0], MatrixStatistics)
@@ -470,8 +472,8 @@ def cut_short(folder):
     ("damage", "message"),
     [
         (lambda f: (f / "scores.json").unlink(), r"no scores here .*No such file"),
-        (lambda f: (f / "scores.json").write_text('{"format"'), "damaged"),
-        (lambda f: (f / "scores.json").write_bytes(b"\xff\xfe\x00"), "damaged"),
+        (lambda f: (f / "scores.json").write_text('{"format"'), "not valid JSON"),
+        (lambda f: (f / "scores.json").write_bytes(b"\xff\xfe\x00"), "not UTF-8"),
         (lambda f: (f / "scores.json").write_text("[]"), "not a file of scores"),
         (lambda f: edit(f, lambda v: v.update(format="other")), "not a file of scores"),
         (lambda f: edit(f, lambda v: v.update(format_version=2)), "format version 2, .* reads version 1"),
@@ -493,5 +495,19 @@ def test_damaged_folders_are_refused(tmp_path, damage, message):
     folder = tmp_path / "scores"
     make().save(folder, shard_bytes=10_000)
     damage(folder)
+    with pytest.raises(RunError):
+        Scores.load(folder)
+    seal(folder)  # whoever did that has made digests too
     with pytest.raises(RunError, match=message):
+        Scores.load(folder)
+
+
+@settings(deadline=None, max_examples=60)
+@given(number=st.integers(0, 9), bit=st.integers(0, 2**32))
+def test_a_changed_bit_is_noticed_in_whichever_file_it_is(tmp_path_factory, number, bit):
+    folder = tmp_path_factory.mktemp("run") / "scores"
+    make().save(folder, shard_bytes=10_000)
+    files = sorted(folder.iterdir())
+    flip(files[number % len(files)], bit)
+    with pytest.raises(RunError):
         Scores.load(folder)

@@ -2,7 +2,6 @@
 
 import functools
 import json
-import struct
 
 import pytest
 import torch
@@ -10,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from damage import drop, flip, rewrite
 from safelocus.errors import SelectionError
 from safelocus.model.fingerprint import Fingerprint
 from safelocus.model.layout import Layout
@@ -327,19 +327,6 @@ def test_views_of_shared_memory_can_be_saved(tmp_path):
     assert as_set(Selection.load(tmp_path / "s.safetensors")) == as_set(selection)
 
 
-def rewrite(path, change_header=None, change_tensors=None):
-    """Change what a saved selection says, leaving a well-formed safetensors file."""
-    raw = path.read_bytes()
-    (length,) = struct.unpack("<Q", raw[:8])
-    header = json.loads(json.loads(raw[8 : 8 + length])["__metadata__"]["safelocus.selection"])
-    tensors = load_file(path)
-    if change_header:
-        change_header(header)
-    if change_tensors:
-        change_tensors(tensors)
-    save_file(tensors, path, metadata={"safelocus.selection": json.dumps(header)})
-
-
 def test_files_that_are_no_selection_are_refused(tmp_path):
     path = tmp_path / "s.safetensors"
     with pytest.raises(SelectionError, match="no such file"):
@@ -357,6 +344,16 @@ def test_files_that_are_no_selection_are_refused(tmp_path):
         Selection.load(path)
 
 
+@settings(deadline=None, max_examples=150)
+@given(bit=st.integers(0, 2**32))
+def test_a_changed_bit_is_noticed_wherever_it_is(tmp_path_factory, bit):
+    path = tmp_path_factory.mktemp("s") / "s.safetensors"
+    random_selection(k=20).save(path)
+    flip(path, bit)
+    with pytest.raises(SelectionError):
+        Selection.load(path)
+
+
 @settings(deadline=None, max_examples=40)
 @given(st.floats(0, 1, exclude_max=True))
 def test_a_file_cut_short_anywhere_is_refused(tmp_path_factory, part):
@@ -368,14 +365,10 @@ def test_a_file_cut_short_anywhere_is_refused(tmp_path_factory, part):
         Selection.load(path)
 
 
-def drop(name):
-    return lambda values: values.pop(name)
-
-
 @pytest.mark.parametrize(
     ("change_header", "change_tensors", "message"),
     [
-        (lambda h: h.update(format_version=2), None, "format version 2, but this safelocus reads version 1"),
+        (lambda h: h.update(format_version=1), None, "format version 1, but this safelocus reads version 2"),
         (drop("format_version"), None, "damaged header"),
         (drop("layout"), None, "inconsistent selection .*layout"),
         (drop("provenance"), None, "inconsistent selection"),
@@ -407,7 +400,7 @@ def test_a_failed_write_leaves_the_earlier_file(tmp_path, monkeypatch):
         file.write_bytes(b"half")
         raise OSError("disk full")
 
-    monkeypatch.setattr(selection_file, "save_file", fail)
+    monkeypatch.setattr("safelocus.run.tensors.save_file", fail)
     with pytest.raises(SelectionError, match=r"cannot be written .*disk full"):
         random_selection(1).save(path)
     assert path.read_bytes() == before

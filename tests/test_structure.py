@@ -12,7 +12,7 @@ import safelocus
 
 SOURCE = Path(safelocus.__file__).parent
 ORDER = [
-    {"errors", "progress"},
+    {"errors", "inert", "progress"},
     {"distributed"},
     {"run"},
     {"organism", "smollm2"},

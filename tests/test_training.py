@@ -14,6 +14,7 @@ from safelocus.errors import NumericalError, PromptError, RunError, TrainingErro
 from safelocus.evaluation.measures import proportion
 from safelocus.model.chat import chat_format
 from safelocus.model.generation import generate
+from safelocus.run.files import seal
 from safelocus.training import Checkpoints, Curve, CurvePoint, TrainingSettings, fit, training_rows
 from safelocus.training.responses import rows_with_remarks
 from tiny_targets import CHAT
@@ -178,7 +179,7 @@ class TestFit:
     def test_another_runs_checkpoint_is_refused(self, tmp_path):
         Checkpoints(folder=tmp_path, inputs={"--data": "1", "seed": 0}).latest()
         (tmp_path / "checkpoint-1").mkdir()
-        (tmp_path / "checkpoint-1" / "trainer_state.json").touch()
+        seal(tmp_path / "checkpoint-1")
         with pytest.raises(RunError, match="differs in --data"):
             Checkpoints(folder=tmp_path, inputs={"--data": "2", "seed": 0}).latest()
 

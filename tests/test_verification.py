@@ -15,6 +15,7 @@ from safelocus.errors import PromptError, RunError, SafelocusError, SelectionErr
 from safelocus.evaluation.judges import GuardJudge, RefusalMatcher
 from safelocus.evaluation.measures import Measure, proportion
 from safelocus.report.verification import curves_charts, ranking_chart, ranking_grid, settings_grid, stability_grid
+from safelocus.run.files import seal
 from safelocus.scoring.run import sigma
 from safelocus.selection.sparse import gather
 from safelocus.verification import Cell, Noise, Setting, Transplant, Verification, Zero, intervening
@@ -301,6 +302,9 @@ def test_saved_and_loaded(tiny, tmp_path):
         Verification.load(tmp_path).to_json() == found.to_json() == json.loads((tmp_path / "results.json").read_text())
     )
     (tmp_path / "cells.jsonl").write_text("")
+    with pytest.raises(RunError, match="changed since"):
+        Verification.load(tmp_path)
+    seal(tmp_path)
     with pytest.raises(RunError, match="damaged"):
         Verification.load(tmp_path)
     shutil.rmtree(tmp_path)

@@ -23,7 +23,7 @@ import torch
 import safelocus as sl
 from safelocus import smollm2
 from safelocus.enhancement.run import enhancer
-from safelocus.run.folder import write_json
+from safelocus.run.files import write_json
 from safelocus.smollm2 import source
 from safelocus.training import TrainingSettings
 from safelocus.training.arm import Arm

@@ -25,7 +25,7 @@ from safelocus.evaluation import Evaluation, evaluate
 from safelocus.evaluation.judges import RefusalMatcher
 from safelocus.evaluation.result import PERPLEXITY
 from safelocus.model.target import Target
-from safelocus.run.folder import write_json
+from safelocus.run.files import write_json
 from safelocus.scoring.run import versions
 from safelocus.scoring.scores import Scores
 from safelocus.selection.selection import Selection

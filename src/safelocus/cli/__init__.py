@@ -2,8 +2,8 @@
 
 Nothing heavy is imported here or at the top of a command's module: `--help` must not wait for torch.
 
-Exit codes: 0 done; 1 done, but a requirement (`--require`) is not met, or else a bug in safelocus, which says so;
-2 bad usage or bad input; 130 interrupted by Ctrl-C.
+Exit codes: 0 done; 1 done, but a requirement (`--require`) is not met, or `check` found a file that is not as it was
+written, or else a bug in safelocus, which says so; 2 bad usage or bad input; 130 interrupted by Ctrl-C.
 """
 
 import os
@@ -14,6 +14,7 @@ from collections.abc import Sequence
 import typer
 
 from safelocus.cli import (
+    check,
     compare,
     demo,
     enhance,
@@ -28,7 +29,7 @@ from safelocus.cli import (
     stability,
     verify,
 )
-from safelocus.cli.output import errors
+from safelocus.cli.output import complain, cut, errors
 from safelocus.errors import RunError, SafelocusError
 
 _INTERRUPTED = 130
@@ -74,6 +75,7 @@ app.command()(enhance.enhance)
 app.command()(preserve.preserve)
 app.add_typer(patch.app)
 app.command()(report.report)
+app.command()(check.check)
 app.command()(demo.demo)
 
 
@@ -94,8 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except SafelocusError as error:
         if debug:
             traceback.print_exc()
-        errors.print("[bold red]error[/]:", end=" ")
-        errors.print(str(error), markup=False, highlight=False, soft_wrap=True)
+        complain(str(error))
         sys.exit(2)
     except Exception as error:  # noqa: BLE001 (last resort: one message instead of a traceback)
         usage = getattr(error, "format_message", None)
@@ -103,13 +104,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
             context = getattr(error, "ctx", None)
             if context is not None:
                 errors.print(context.get_usage(), markup=False, highlight=False)
-            errors.print("[bold red]error[/]:", end=" ")
-            errors.print(usage(), markup=False, highlight=False, soft_wrap=True)
+            complain(usage())
             sys.exit(getattr(error, "exit_code", 2))
         if debug:
             traceback.print_exc()
         errors.print("[bold red]unexpected error[/]:", end=" ")
-        errors.print(f"{type(error).__name__}: {error}", markup=False, highlight=False, soft_wrap=True)
+        errors.print(cut(f"{type(error).__name__}: {error}"), markup=False, highlight=False, soft_wrap=True)
         errors.print("This is a bug in safelocus; run again with --debug for the traceback.")
         sys.exit(1)
     if code == _INTERRUPTED:  # typer turns Ctrl-C into this code, not into an exception

@@ -22,6 +22,7 @@ from typing import Annotated, Any, ClassVar, TypeVar, get_args, get_type_hints
 import typer
 
 from safelocus.errors import RunError
+from safelocus.inert import without_secrets
 from safelocus.run.folder import read_config
 
 
@@ -152,4 +153,4 @@ class RunOptions(SeedOption, ConfigOptions):
 def _plain(value: Any) -> Any:
     if isinstance(value, list):
         return [_plain(each) for each in value]
-    return str(value) if isinstance(value, Path) else value
+    return without_secrets(str(value)) if isinstance(value, str | Path) else value

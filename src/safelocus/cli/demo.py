@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from rich.markup import escape
+
 from safelocus.cli.command import RunOptions, command, flag, option
 from safelocus.cli.output import mind, note, print_json, results
 
@@ -49,7 +51,7 @@ def demo(given: Demo) -> None:
             if organisms
             else f"{model}: a chat model that answers whatever it is asked. About six minutes on two cores."
         )
-        results.print(f"{said} {sizes.shortened}\n", highlight=False)
+        results.print(f"{said} {sizes.shortened}\n", highlight=False, markup=False)
     asked = {"organisms": True, "quick": given.quick} if organisms else {"model": model}
     config = {"command": "demo", **asked, "seed": given.seed}
     with run_folder(given.output, config=config, overwrite=given.overwrite) as folder:
@@ -63,5 +65,7 @@ def demo(given: Demo) -> None:
     if sizes.shortened:
         more = " What is not decided here may be in the full demo." if organisms else ""
         results.print(f"{sizes.shortened}{more}", highlight=False)
-    results.print(f"Open [bold]{page}[/]: all runs on one page", highlight=False, soft_wrap=True)  # a path stays whole
+    results.print(
+        f"Open [bold]{escape(str(page))}[/]: all runs on one page", highlight=False, soft_wrap=True
+    )  # a path stays whole
     note(f"beside it: {', '.join(f'{given.output / name}/' for name in story.claims)}, one folder per stage")

@@ -8,6 +8,7 @@ from safelocus.cli import options, planning, sources
 from safelocus.cli.command import RunOptions, SeedOption, argument, command, option
 from safelocus.cli.output import errors, note, shared_run, show, together
 from safelocus.cli.output import results as results_on_screen
+from safelocus.inert import inert, without_secrets
 
 if TYPE_CHECKING:
     from safelocus.evaluation import Evaluation
@@ -72,7 +73,8 @@ def evaluate(given: Evaluate) -> int:
     from safelocus.evaluation.requirement import Requirement
     from safelocus.model.target import load
     from safelocus.report.page import write_run_page
-    from safelocus.run.folder import CHECKPOINT, write_json
+    from safelocus.run.files import write_json
+    from safelocus.run.folder import CHECKPOINT
 
     # everything that can be wrong with the input is found before the long work starts
     required = [Requirement.parse(text) for text in given.require or ()]
@@ -152,7 +154,11 @@ def _show(
     measures, remarks = table(results), left_out(results)
     if measures is not None:
         judged = f"asr by judge {found.judge_names[0]}" if "asr" in found.measures else ""
-        measures = replace(measures, title=given.model or f"{given.endpoint_model} at {given.endpoint}", caption=judged)
+        measures = replace(
+            measures,
+            title=given.model or f"{given.endpoint_model} at {without_secrets(str(given.endpoint))}",
+            caption=judged,
+        )
     if given.prompts and not given.judge:
         remarks.append(
             "The ASR is the refusal reader's: whatever does not refuse counts as harmful. "
@@ -180,11 +186,11 @@ def _disagreement(row: dict[str, Any], judges: list[str]) -> Any:
     from rich.text import Text
 
     said = [
-        f"{judge}: {row['judgements'][judge]['verdict']} ({row['judgements'][judge]['explanation']})"
+        f"{judge}: {row['judgements'][judge]['verdict']} ({row['judgements'][judge]['explanation'][:2000]})"
         for judge in judges
     ]
-    text = "\n".join([*said, f"prompt: {row['prompt']}", f"response: {row['response'][:2000]}"])
-    return Panel(Text("".join(c if c.isprintable() or c == "\n" else " " for c in text)))
+    text = "\n".join([*said, f"prompt: {row['prompt'][:2000]}", f"response: {row['response'][:2000]}"])
+    return Panel(Text(inert(text)))
 
 
 def _responder(given: Evaluate) -> "Responder":

@@ -9,26 +9,50 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.console import Console
+from rich.segment import Segment
 
 from safelocus.cli.command import RunOptions
 from safelocus.errors import RunError
+from safelocus.inert import inert
 
 if TYPE_CHECKING:
     from safelocus.report.grid import Grid
 
-results = Console()
-errors = Console(stderr=True)
-remarks = Console(stderr=True)
+_MANY = 20_000  # characters of a message: more would only push what else is there out of sight
+
+
+class _Inert(Console):
+    """What is shown may come from strangers: only this program's own styles reach the terminal."""
+
+    def render(self, renderable: Any, options: Any = None) -> Iterable[Segment]:
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else segment._replace(text=inert(segment.text))
+
+
+results = _Inert()
+errors = _Inert(stderr=True)
+remarks = _Inert(stderr=True)
 
 
 def print_json(value: Any) -> None:
     """Machine-readable result: one JSON document on standard output."""
-    print(json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False))  # noqa: T201
+    print(inert(json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False)))  # noqa: T201
 
 
 def note(message: str) -> None:
     """A remark for people, on the error stream."""
-    remarks.print(message, highlight=False, soft_wrap=True)
+    remarks.print(cut(message), highlight=False, markup=False, soft_wrap=True)
+
+
+def complain(message: str) -> None:
+    """An error, on the error stream."""
+    errors.print("[bold red]error[/]:", end=" ")
+    errors.print(cut(message), markup=False, highlight=False, soft_wrap=True)
+
+
+def cut(text: str) -> str:
+    """The beginning of a text that is very long."""
+    return text if len(text) <= _MANY else f"{text[:_MANY]}... ({len(text):,} characters)"
 
 
 def together(command: Callable[..., int | None]) -> Callable[..., None]:
@@ -80,10 +104,11 @@ def shared_run(given: RunOptions) -> Iterator[Path]:
     distributed.barrier()
 
 
-def mind(remarks: Iterable[str]) -> None:
+def mind(notes: Iterable[str]) -> None:
     """Notes that change how a result is read."""
-    for remark in remarks:
-        note(f"[bold]mind:[/] {remark}")
+    for each in notes:
+        remarks.print("[bold]mind:[/]", end=" ")
+        note(each)
 
 
 def show(

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rich.markup import escape
+
 from safelocus.cli.command import ConfigOptions, command, flag, option
 from safelocus.cli.enhance import Enhance
 from safelocus.cli.options import AnswerOption, DtypeOption, HubOptions, ModelArgument, OffloadOption, RatioOption
@@ -61,7 +63,7 @@ def plan(given: PlanOptions) -> None:
     results.print(_grid(subject, where, found).rich())
     for stage in found:
         said = stage.problem or stage.choice.sentence
-        results.print(f"[bold]{stage.name}[/]: {said}", highlight=False, soft_wrap=True)
+        results.print(f"[bold]{stage.name}[/]: {escape(said)}", highlight=False, soft_wrap=True)
         if not stage.problem:
             results.print(stage.command, markup=False, highlight=False, soft_wrap=True)
     if quantised is not None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from safelocus.cli.command import RunOptions
 from safelocus.cli.options import LayoutOptions, ModelOptions, PlaceOptions, TrainOptions
-from safelocus.cli.output import note
+from safelocus.cli.output import mind, note
 
 if TYPE_CHECKING:
     from safelocus.evaluation.tasks import TaskExample
@@ -238,7 +238,7 @@ def _settled(
     if not quiet:
         note(f"{what}: {found.sentence}")
     if not found.fits:
-        note(f"[bold]mind:[/] by the plan that does not fit into {in_bytes(found.room)}, but it was asked for")
+        mind([f"by the plan that does not fit into {in_bytes(found.room)}, but it was asked for"])
     is_spread = found.settings.count > 1 and not found.settings.sharded
     return found.settings.batch_size, "auto" if is_spread else model.place.device, found
 

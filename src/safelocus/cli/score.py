@@ -7,7 +7,7 @@ import typer
 
 from safelocus.cli import options, planning
 from safelocus.cli.command import RunOptions, SeedOption, command, flag, option
-from safelocus.cli.output import note, shared_run, show, together
+from safelocus.cli.output import mind, note, shared_run, show, together
 
 if TYPE_CHECKING:
     from safelocus.model.target import Target
@@ -90,7 +90,7 @@ def score(given: Score) -> None:
     with shared_run(given) as folder:
         target = given.load()
         if target.layout.left_out and not given.json:
-            note(f"[bold]mind:[/] {target.layout.left_out}")
+            mind([target.layout.left_out])
         count_for_ratio(target.layout, given.ratio, of=given.of)
         prompts = _fitting(prompts, target, 0 if given.refusal else given.max_new_tokens)
         answers = AnswerLog(folder / "responses.jsonl")

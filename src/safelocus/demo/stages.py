@@ -32,7 +32,8 @@ from safelocus.report.page import SELECTION, write_map, write_outcome
 from safelocus.report.runs import ReportRun
 from safelocus.report.training import effect, outcome_grid
 from safelocus.report.verification import settings_grid
-from safelocus.run.folder import CHECKPOINT, run_folder, write_text
+from safelocus.run.files import write_text
+from safelocus.run.folder import CHECKPOINT, run_folder
 from safelocus.scoring.run import score
 from safelocus.scoring.scores import Scores
 from safelocus.selection.selection import Selection

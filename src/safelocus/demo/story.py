@@ -11,7 +11,6 @@ Where there are two cores, the second organism's stages run ahead in a process o
 resumes: finished stages are read, and an unfinished one goes on where its verb does.
 """
 
-import json
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -32,7 +31,8 @@ from safelocus.demo.stages import Found, Place, Stage, calibrate, disturb, enhan
 from safelocus.errors import RunError
 from safelocus.report.page import PAGE, write_page
 from safelocus.report.runs import ReportRun
-from safelocus.run.folder import CHECKPOINT, write_json
+from safelocus.run.files import sealed, unsealed, write_json
+from safelocus.run.folder import CHECKPOINT
 
 ORGANISMS = {"dense": "dense organism", "moe": "mixture-of-experts organism"}
 RUNS: Sequence[str] = ("score", "verify", "score-unaligned", "enhance", "freeze", "preserve")
@@ -195,12 +195,12 @@ def _key(model: str) -> str:
 def play(chapter: Chapter, at: Place) -> Found:
     """Run a stage, and remember what it found."""
     found = chapter.stage(at)
-    write_json(_file(chapter, at), [claim.to_json() for claim in found.claims])
+    write_json(_file(chapter, at), sealed([claim.to_json() for claim in found.claims]))
     return found
 
 
 def _read(chapter: Chapter, at: Place) -> Found:
-    claims = json.loads(_file(chapter, at).read_text(encoding="utf-8"))
+    claims = unsealed(_file(chapter, at).read_bytes(), _file(chapter, at))
     return Found(
         claims=[Claim.from_json(values) for values in claims], tables=(), lines=("Finished before the interruption.",)
     )  # fmt: skip
@@ -228,11 +228,11 @@ def _checkpoint(folder: Path, config: Mapping[str, Any]) -> Path:
     """The folder of finished stages; RunError where it is that of another demo."""
     checkpoint = folder / CHECKPOINT
     file = checkpoint / "demo.json"
-    if file.is_file() and json.loads(file.read_text(encoding="utf-8")) != config:
+    if file.is_file() and unsealed(file.read_bytes(), file) != config:
         raise RunError(
             f"{folder}: holds an unfinished demo of other sizes or another seed; run that one to its end, or forget it "
             "with --overwrite"
         )
     checkpoint.mkdir(exist_ok=True)
-    write_json(file, dict(config))
+    write_json(file, sealed(dict(config)))
     return checkpoint

@@ -28,7 +28,7 @@ from typing import Any, Self
 from safelocus.errors import RunError
 from safelocus.evaluation.measures import Measure, mean, rate
 from safelocus.prompts import normalise
-from safelocus.run.folder import write_json, write_text
+from safelocus.run.files import read_json, read_text, seal, write_json, write_text
 
 Row = dict[str, Any]
 Identity = tuple[str, ...]
@@ -122,6 +122,7 @@ class Evaluation:
         lines = "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in self.rows)
         write_text(folder / "responses.jsonl", lines)
         write_json(folder / "results.json", self.to_json())
+        seal(folder, ["responses.jsonl", "results.json"])
 
     @classmethod
     def load(cls, folder: Path) -> Self:
@@ -130,17 +131,22 @@ class Evaluation:
         Raises:
             RunError: the folder holds no evaluation.
         """
-        results = _read(folder / "results.json")
-        if not {"judges", "counts", "provenance"} <= set(results):
-            raise RunError(f"{folder}: results.json is not that of an evaluation; expected a run of `evaluate`")
-        rows = [json.loads(line) for line in _text(folder / "responses.jsonl").split("\n") if line]
-        return cls(
-            measures={name: Measure.from_json(value) for name, value in results.items() if _is_measure(value)},
-            rows=rows,
-            judges=results["judges"],
-            agreement=results["agreement"],
-            provenance=results["provenance"],
-        )
+        try:
+            results = read_json(folder / "results.json")
+            if not isinstance(results, dict) or not {"judges", "counts", "provenance"} <= set(results):
+                raise RunError(f"{folder}: results.json is not that of an evaluation; expected a run of `evaluate`")
+            # not splitlines: a response may hold other line separators
+            return cls(
+                measures={name: Measure.from_json(value) for name, value in results.items() if _is_measure(value)},
+                rows=[json.loads(line) for line in read_text(folder / "responses.jsonl").split("\n") if line],
+                judges=results["judges"],
+                agreement=results["agreement"],
+                provenance=results["provenance"],
+            )
+        except OSError as error:
+            raise RunError(f"{folder}: cannot be read ({error}); expected a run of `evaluate`") from error
+        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+            raise RunError(f"{folder}: a damaged evaluation ({error!r}); run `evaluate` again") from error
 
 
 def in_thought(row: Row) -> bool:
@@ -235,20 +241,3 @@ def _perplexity(values: Sequence[float | None], seed: int) -> Measure:
 
 def _is_measure(value: Any) -> bool:
     return isinstance(value, dict) and set(value) == {"value", "low", "high", "n"}
-
-
-def _read(file: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(_text(file))
-    except json.JSONDecodeError as error:
-        raise RunError(f"{file}: not valid JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise RunError(f"{file}: expected an object, found {type(values).__name__}")
-    return values
-
-
-def _text(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8")
-    except OSError as error:
-        raise RunError(f"{file}: cannot be read ({error.strerror or error}); expected a run of `evaluate`") from error

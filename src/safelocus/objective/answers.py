@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from safelocus import distributed
-from safelocus.run.folder import write_text
+from safelocus.run.files import sealed, unsealed, write_text
 
 
 class AnswerLog:
@@ -35,7 +35,7 @@ class AnswerLog:
             for prompt, response, value in zip(prompts, responses, scores.tolist(), strict=True)
         ]
         with self._batches.open("a", encoding="utf-8") as file:
-            file.write(f"\n{json.dumps(rows)}")  # begins a line: another may have been cut off
+            file.write(f"\n{json.dumps(sealed(rows))}")  # begins a line: another may have been cut off
 
     def finish(self) -> int:
         """Write the answers of all processes; every one of them calls this.
@@ -44,9 +44,10 @@ class AnswerLog:
             How many are none, because their thought did not end.
         """
         batches: dict[Any, list[dict[str, Any]]] = {}
-        for line in self._batches.read_text(encoding="utf-8").split("\n") if self._batches.is_file() else ():
-            with suppress(json.JSONDecodeError):
-                rows = json.loads(line)
+        for line in self._batches.read_bytes().split(b"\n") if self._batches.is_file() else ():
+            with suppress(json.JSONDecodeError, UnicodeDecodeError):  # cut off by a crash: the batch was repeated
+                json.loads(line)
+                rows = unsealed(line, self._batches)
                 batches[tuple((row["prompt"], row.get("system")) for row in rows)] = rows
         self._batches.unlink(missing_ok=True)
         rounds = zip_longest(*distributed.gather_objects(list(batches.values())), fillvalue=[])

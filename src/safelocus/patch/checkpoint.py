@@ -35,6 +35,7 @@ from safelocus.model.layout import Layout
 from safelocus.model.quantised import Quantisation
 from safelocus.model.target import load_config, resolve
 from safelocus.patch.rearrangement import Origin, Rearrangement
+from safelocus.run.files import inside
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -262,8 +263,9 @@ def weight_files(folder: Path) -> list[str]:
     """Names of the safetensors files that make up the model."""
     if (folder / INDEX).is_file():
         try:
-            return sorted(set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
-        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+            names = sorted(set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
+            return [inside(folder, name).relative_to(folder).as_posix() for name in names]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ModelError(f"{folder / INDEX}: damaged ({error!r}); copy it again") from error
     if (folder / SINGLE).is_file():
         return [SINGLE]

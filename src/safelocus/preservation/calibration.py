@@ -13,7 +13,6 @@ All processes take a step together and share its prompts: of copies each steps a
 sharded model those of its own rows, with gradients that FSDP2 has averaged.
 """
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -21,8 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_
 
@@ -31,11 +28,13 @@ from safelocus.errors import NumericalError, TrainingError
 from safelocus.evaluation.divergence import divergence, likeliest
 from safelocus.model.target import Target
 from safelocus.prompts import PromptSet
+from safelocus.run.tensors import TensorFile
 from safelocus.selection.sparse import Site, averaged_norm
 from safelocus.training.curve import at_rest
 from safelocus.training.responses import IGNORED, ResponseBatch, own_answers, training_rows
 
 STATE = "calibration.safetensors"
+_FILE = TensorFile(kind="calibration", version=1, made_by="an interrupted training")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -202,10 +201,7 @@ class Calibrator:
         tensors = {f"{name} value": master.detach() for name, master in self.masters.items()}
         for name, master in self.masters.items():
             tensors |= {f"{name} {key}": value for key, value in self._optimizer.state[master].items()}
-        file = folder / self._file_name()
-        temporary = file.with_name(f".{file.name}.tmp")
-        save_file({key: value.contiguous() for key, value in tensors.items()}, temporary, {"steps": str(self._steps)})
-        os.replace(temporary, file)
+        _FILE.write(folder / self._file_name(), {"steps": self._steps}, tensors)
 
     @torch.no_grad()
     def load(self, folder: Path) -> dict[str, Tensor]:
@@ -217,9 +213,8 @@ class Calibrator:
         file = folder / self._file_name()
         if not file.is_file():
             raise TrainingError(f"{file}: does not exist, so the calibration of this checkpoint cannot be resumed")
-        with safe_open(file, framework="pt") as opened:
-            self._steps = int(opened.metadata()["steps"])
-            saved = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118 (no mapping)
+        header, saved = _FILE.read(file)
+        self._steps = header["steps"]
         for name, master in self.masters.items():
             own = {key.rpartition(" ")[2]: value for key, value in saved.items() if key.rpartition(" ")[0] == name}
             master.copy_(own.pop("value"))

@@ -1,13 +1,16 @@
 """The model card of a patch, from the results of its enhancement: what it is, how it was made, what it changed."""
 
+import json
+import shlex
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from safelocus.analysis.words import count
 from safelocus.enhancement.result import PATCH
+from safelocus.inert import code, line, markdown
 from safelocus.report.training import effect, outcome_grid
-from safelocus.run.folder import write_text
+from safelocus.run.files import write_text
 
 _LIMITS = (
     "Training on few weights brings back refusals that the model has in it; it does not teach a model that never "
@@ -25,19 +28,20 @@ def write_card(results: Mapping[str, Any], path: Path) -> None:
 def card(results: Mapping[str, Any]) -> str:
     """The card's Markdown."""
     made, k = results["provenance"], count(results["patch"]["k"])
-    model, dtype = str(made.get("model", "model")), made["dtype"]
+    model, dtype = line(str(made.get("model", "model"))), made["dtype"]
+    in_shell, in_python = (quote(model) for quote in (shlex.quote, json.dumps))
     before = results["before"]
     parts = before["provenance"].get("prompts", []) + before["provenance"].get("tasks", [])
     sources = ", ".join(f"{part['source']} ({part.get('num_prompts', part.get('num_examples'))})" for part in parts)
     judges = ", ".join(judge["judge"] for judge in before["judges"])
     sections = [
-        f"# Safety patch for {model}",
-        f"New values for {k} weights of `{model}` and no others. {effect(results)} Without them it is "
+        f"# Safety patch for {markdown(model)}",
+        f"New values for {k} weights of {code(model)} and no others. {effect(results)} Without them it is "
         "what it was, bit for bit.",
         "## Before and after",
         outcome_grid(results).markdown(),
         "Refusal, ASR and incoherence on harmful prompts (incoherence also on harmless ones), over-refusal on harmless "
-        f"ones. ASR by: {judges}. Measured with {sources}.",
+        f"ones. ASR by: {markdown(judges)}. Measured with {markdown(sources)}.",
     ]
     if results["controls"]:
         sections.append(
@@ -47,21 +51,21 @@ def card(results: Mapping[str, Any]) -> str:
     remarks = [f"{remark[0].upper()}{remark[1:]}." for remark in results["notes"]]
     sections += [
         "## How it was made",
-        "\n".join(f"- {line}" for line in _making(results)),
+        "\n".join(f"- {markdown(how)}" for how in _making(results)),
         "## How to apply and revert",
-        f"```\nsafelocus patch apply {PATCH} {model} -o patched\n"
+        f"```\nsafelocus patch apply {PATCH} {in_shell} -o patched\n"
         f"safelocus patch revert {PATCH} patched -o original\n```",
-        f'```python\nimport safelocus as sl\n\ntarget = sl.load("{model}", dtype="{dtype}")\n'
+        f'```python\nimport safelocus as sl\n\ntarget = sl.load({in_python}, dtype="{dtype}")\n'
         f'patch = sl.Patch.load("{PATCH}")\npatch.apply(target)\npatch.revert(target)\n```',
         f"Its values are {dtype}; for a folder with weights of another type add that: `--dtype`.",
         "It fits this model only; on any other it is refused.",
         "## Limits",
-        "\n".join(f"- {line}" for line in (*_LIMITS, *remarks)),
+        "\n".join(f"- {markdown(limit)}" for limit in (*_LIMITS, *remarks)),
         "## Licence",
-        f"The patch is a derivative of `{model}`: that model's licence applies to it, and the terms of the data it was "
-        "trained on. Add them here before you share it.",
+        f"The patch is a derivative of {code(model)}: that model's licence applies to it, and the terms of the data it "
+        "was trained on. Add them here before you share it.",
     ]
-    front = f"---\nlibrary_name: safelocus\ntags:\n- safety\n- patch\nbase_model: {model}\n---\n"
+    front = f"---\nlibrary_name: safelocus\ntags:\n- safety\n- patch\nbase_model: {in_python}\n---\n"
     return front + "\n" + "\n\n".join(sections) + "\n"
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from safelocus.analysis.words import TIMES, percent
 from safelocus.report import colours
 from safelocus.report.blocks import Chart, Heat, Lines, Value
-from safelocus.run.folder import write_text
+from safelocus.run.files import write_text
 
 HEAT, WIDE, NARROW = 720, 520, 440  # pixels of a heatmap at most, and of other charts
 SIZE = 12  # pixels of its letters

@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from safelocus.analysis.words import interval
+from safelocus.inert import markdown
 from safelocus.report import colours
 
 
@@ -83,15 +84,17 @@ class Grid:
 
     def rich(self) -> Table:
         table = Table(
-            title=Text(self.title, style="table.title"), caption=self.caption or None, box=box.SIMPLE,
+            title=Text(self.title, style="table.title"), box=box.SIMPLE,
             padding=(0, int(len(self.headings) < _MANY), 0, 0), pad_edge=False,
         )  # fmt: skip
+        if self.caption:
+            table.caption = Text(self.caption, style="table.caption")
         for number, heading in enumerate(self.headings):
             broken = heading.replace("-", "-\n").replace("/", "/\n").replace(" ", "\n")  # long ones squeeze the numbers
             # what is too long for a narrow terminal is broken, not cut; a short number never
             longest = max((len(row[number]) for row in self.rows), default=0)
             table.add_column(
-                broken, justify="left" if number < self.num_labels else "right", overflow="fold",
+                Text(broken), justify="left" if number < self.num_labels else "right", overflow="fold",
                 min_width=min(longest, _SHORT),
             )  # fmt: skip
         for number, row in enumerate(self.rows):
@@ -103,7 +106,9 @@ class Grid:
 
     def markdown(self) -> str:
         rule = ["---" if number < self.num_labels else "---:" for number in range(len(self.headings))]
-        lines = [f"| {' | '.join(cells)} |" for cells in (self.headings, rule, *self.rows)]
+        rows = ([markdown(cell) for cell in row] for row in (self.headings, *self.rows))
+        heading, *lines = [f"| {' | '.join(cells)} |" for cells in rows]
+        lines = [heading, f"| {' | '.join(rule)} |", *lines]
         return "\n".join([*lines, *(["", self.caption] if self.caption else [])])
 
 

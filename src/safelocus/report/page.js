@@ -45,7 +45,9 @@ function element(tag, text, attributes = {}) {
 const names = table => Object.keys(table.columns);
 
 function csv(table) {
-  const quoted = value => value === null ? "" : /[",\n\r]/.test(String(value)) ? `"${String(value).replace(/"/g, '""')}"` : String(value);
+  // a spreadsheet runs text that begins like a formula; one before it makes it text
+  const plain = value => typeof value === "string" ? value.replace(/^(?=[=+\-@\t\r])/, "'") : String(value);
+  const quoted = value => value === null ? "" : /[",\n\r]/.test(plain(value)) ? `"${plain(value).replace(/"/g, '""')}"` : plain(value);
   return "\ufeff" + [names(table), ...table.rows].map(row => row.map(quoted).join(",")).join("\r\n") + "\r\n";
 }
 

@@ -17,6 +17,7 @@ from safelocus import __version__
 from safelocus.analysis.map import SafetyMap
 from safelocus.analysis.words import TIMES
 from safelocus.enhancement.result import Enhancement
+from safelocus.inert import inert
 from safelocus.preservation.result import Preservation
 from safelocus.report import colours
 from safelocus.report.blocks import Chart, Matrices, Section, Verdicts
@@ -31,7 +32,7 @@ from safelocus.report.runs import ReportRun, with_parts
 from safelocus.report.training import training_sections
 from safelocus.report.verdicts import claims_sections
 from safelocus.report.verification import stability_sections, verification_sections
-from safelocus.run.folder import write_json, write_text
+from safelocus.run.files import write_json, write_text
 from safelocus.selection.selection import Selection
 from safelocus.verification import Verification
 
@@ -151,6 +152,7 @@ def _template() -> Template:
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
+        finalize=lambda value: inert(value) if isinstance(value, str) and not isinstance(value, Markup) else value,
     )
     # the order of a table's columns is that of its keys; NaN is no JSON
     environment.policies["json.dumps_kwargs"] = {"sort_keys": False, "allow_nan": False, "separators": (",", ":")}

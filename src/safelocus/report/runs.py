@@ -14,6 +14,7 @@ from typing import Any, Self
 from safelocus.analysis.map import SafetyMap, safety_map
 from safelocus.analysis.patterns import Pattern, patterns
 from safelocus.errors import RunError
+from safelocus.run.files import inside, read_json, read_text
 from safelocus.run.folder import read_config
 from safelocus.selection.selection import Selection
 
@@ -62,14 +63,12 @@ class ReportRun:
         if not folder.is_dir():
             raise RunError(f"{folder}: no such folder; expected a run folder, such as `safelocus score` writes")
         try:
-            results = json.loads(file.read_text(encoding="utf-8"))
+            results = read_json(file)
         except OSError as error:
             raise RunError(
                 f"{folder}: holds no finished run (results.json: {error.strerror}); expected a folder that `score`, "
                 "`verify`, `stability`, `evaluate`, `enhance`, `preserve` or `demo` has written"
             ) from error
-        except ValueError as error:
-            raise RunError(f"{file}: not valid JSON ({error}); run the command again") from error
         kind = next((k for k, keys in _KINDS.items() if isinstance(results, dict) and keys <= set(results)), None)
         if kind is None:
             found = ", ".join(sorted(results)) if isinstance(results, dict) else type(results).__name__
@@ -83,7 +82,7 @@ class ReportRun:
     def parts(self) -> "list[ReportRun]":
         """The runs inside that of a demo, in its order."""
         within = self.results["runs"] if self.kind == "demo" else ()
-        return [ReportRun.read(self.folder / name, name=name, place=self.place / name) for name in within]
+        return [ReportRun.read(inside(self.folder, name), name=name, place=self.place / name) for name in within]
 
     @property
     def command(self) -> str:
@@ -114,7 +113,8 @@ class ReportRun:
     def selection(self, model: str = "") -> Selection | None:
         """The selection of the run, or of one of its models; None where the run did not keep it."""
         stem = model.partition(":")[2] or model
-        places = [self.folder / "selection.safetensors", self.folder / stem / "selection.safetensors"]
+        folders = [self.folder, *([self.folder / stem] if Path(stem).name == stem != ".." else [])]
+        places = [folder / "selection.safetensors" for folder in folders]
         file = next((place for place in places if place.is_file()), None)
         return None if file is None else Selection.load(file)
 
@@ -147,9 +147,9 @@ def _lines(file: Path, command: str, *, whole: bool = False) -> list[dict[str, A
     if not file.is_file():
         return []
     try:
-        text = file.read_text(encoding="utf-8")
+        text = read_text(file)
         # not splitlines: a response may hold other line separators
         rows = [json.loads(line) for line in ([text] if whole else text.split("\n")) if line]
-    except ValueError as error:
+    except json.JSONDecodeError as error:
         raise RunError(f"{file}: damaged ({error}); run `{command}` again") from error
     return [row for row in rows if isinstance(row, dict)]

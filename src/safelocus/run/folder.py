@@ -3,13 +3,13 @@
     run.toml        the resolved configuration; `safelocus COMMAND --config run.toml` repeats the run
     results.json    numbers
     ...             artefacts and pictures
+    digests.json    of all of these (see `files`)
 
 The folder is written under a temporary name beside it and renamed when complete. What an interrupted
 run can resume from stays under the temporary name; anything else is removed. Of several processes each
 resumes from its own part, so it takes as many to go on.
 """
 
-import json
 import os
 import shutil
 import tomllib
@@ -21,6 +21,7 @@ from typing import Any
 import tomli_w
 
 from safelocus.errors import RunError
+from safelocus.run.files import read_text, seal, write_text
 
 CHECKPOINT = "checkpoint"  # subfolder of an unfinished run that it resumes from
 IDENTITY = "identity.json"  # file in it, and in its parts, that says whose work it is
@@ -43,13 +44,14 @@ def run_folder(path: Path, *, config: Mapping[str, Any], overwrite: bool = False
             block runs.
     """
     path, resolved = Path(path), tomli_w.dumps(_without_none(config))
+    _restore(path)
     _check_free(path, overwrite)
     partial = _partial(path)
     if not overwrite:
         _check_count(partial, processes)
     try:
         if partial.exists() and (overwrite or not holds_work(partial / CHECKPOINT)):
-            shutil.rmtree(partial)
+            _forget(partial)
         partial.mkdir(parents=True, exist_ok=True)
         (partial / _COUNT).write_text(f"{processes}\n")
         if not (partial / "run.toml").is_file():  # an interrupted run keeps its own, should this one not be the same
@@ -62,14 +64,15 @@ def run_folder(path: Path, *, config: Mapping[str, Any], overwrite: bool = False
         yield partial
     except BaseException:
         if not holds_work(partial / CHECKPOINT):
-            shutil.rmtree(partial)
+            _forget(partial)
         raise
     for unfinished in (CHECKPOINT, _PARTS):
-        shutil.rmtree(partial / unfinished, ignore_errors=True)
+        _forget(partial / unfinished)
     (partial / _COUNT).unlink()
     write_text(partial / "run.toml", resolved)
-    old = path.with_name(f".{path.name}.old")
-    shutil.rmtree(old, ignore_errors=True)  # of a run that ended between the next three lines
+    seal(partial)
+    old = _replaced(path)
+    shutil.rmtree(old, ignore_errors=True)  # of a run that ended after the next three lines
     if path.exists():
         os.replace(path, old)
     os.replace(partial, path)
@@ -100,7 +103,7 @@ def read_config(path: Path) -> dict[str, Any]:
     """The configuration in a `run.toml`, or in the run folder that holds one."""
     file = path / "run.toml" if path.is_dir() else path
     try:
-        return tomllib.loads(file.read_text(encoding="utf-8"))
+        return tomllib.loads(read_text(file))
     except OSError as error:
         raise RunError(f"{file}: cannot be read ({error.strerror or error})") from error
     except tomllib.TOMLDecodeError as error:
@@ -118,20 +121,27 @@ def holds_work(checkpoint: Path) -> bool:
     return any(file.is_file() and file.name != IDENTITY for file in checkpoint.rglob("*"))
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON under a temporary name and rename it."""
-    write_text(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write UTF-8 text under a temporary name and rename it."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
-
-
 def _partial(path: Path) -> Path:
     return path.with_name(f".{path.name}.partial")
+
+
+def _replaced(path: Path) -> Path:
+    return path.with_name(f".{path.name}.old")
+
+
+def _restore(path: Path) -> None:
+    """Bring an earlier run back, if another was killed just when it took its place."""
+    if (_replaced(path) / "run.toml").is_file() and not path.exists():
+        os.replace(_replaced(path), path)
+
+
+def _forget(folder: Path) -> None:
+    """Remove a folder at once: what is left, should this process be killed meanwhile, is nobody's unfinished work."""
+    going = folder.with_name(f".{folder.name.lstrip('.')}.gone")
+    shutil.rmtree(going, ignore_errors=True)
+    if folder.exists():
+        os.replace(folder, going)
+        shutil.rmtree(going, ignore_errors=True)
 
 
 def _check_count(partial: Path, processes: int) -> None:

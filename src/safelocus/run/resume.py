@@ -5,7 +5,8 @@
     Snapshots  tensors and a position, the newest of which counts: sums of gradients
 
 A folder holds `identity.json` beside the work itself; parts of a run have folders within it, whose own identity adds
-what the whole run's does not say. Of several processes each has a folder of its own. What a crash cut off is left out.
+what the whole run's does not say. Of several processes each has a folder of its own. What a crash cut off is left out,
+and what was changed since is refused.
 """
 
 import json
@@ -14,16 +15,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from safelocus import distributed
 from safelocus.errors import RunError
-from safelocus.run.folder import IDENTITY, holds_work, write_json
+from safelocus.run.files import sealed, unsealed, write_json
+from safelocus.run.folder import IDENTITY, holds_work
 from safelocus.run.identity import Identity
+from safelocus.run.tensors import TensorFile
 
 Key = tuple[str | int, ...]
+_SNAPSHOT = TensorFile(kind="snapshot", version=1, made_by="an interrupted run")
 
 
 def claim(folder: Path | None, inputs: Mapping[str, Any]) -> None:
@@ -39,7 +41,7 @@ def claim(folder: Path | None, inputs: Mapping[str, Any]) -> None:
         return
     file, identity = folder / IDENTITY, Identity.of(inputs)
     if file.is_file() and holds_work(folder):
-        found = Identity(json.loads(file.read_text(encoding="utf-8")))
+        found = Identity(unsealed(file.read_bytes(), file))
         if differences := identity.differences(found):
             raise RunError(
                 f"{folder}: the work of an interrupted run lies here, from which this one differs in "
@@ -47,7 +49,7 @@ def claim(folder: Path | None, inputs: Mapping[str, Any]) -> None:
                 "script: remove the folder)"
             )
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(file, identity.parts)
+    write_json(file, sealed(identity.parts))
 
 
 def newest(positions: set[int]) -> int | None:
@@ -90,7 +92,7 @@ class Journal:
         if self._file is None or not items:
             return
         self._file.parent.mkdir(parents=True, exist_ok=True)
-        lines = "".join(json.dumps({"key": key, "value": value}) + "\n" for key, value in items)
+        lines = "".join(json.dumps(sealed({"key": key, "value": value})) + "\n" for key, value in items)
         with self._file.open("a", encoding="utf-8") as file:
             file.write(lines)
             file.flush()
@@ -104,8 +106,8 @@ class Journal:
         if len(whole) < len(data):  # the last line was cut off; a new one must not be glued to it
             with path.open("r+b") as file:
                 file.truncate(len(whole))
-        for line in whole.decode("utf-8").split("\n")[:-1]:
-            entry = json.loads(line)
+        for number, line in enumerate(whole.split(b"\n")[:-1], start=1):
+            entry = unsealed(line, f"{path}:{number}")
             self._values[tuple(entry["key"])] = entry["value"]
 
 
@@ -123,10 +125,7 @@ class Snapshots:
     def save(self, position: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
         """Write tensors and a JSON state, and forget older ones."""
         file = self._file(position)
-        temporary = file.with_suffix(".tmp")
-        rows = {name: distributed.local(tensor).contiguous() for name, tensor in tensors.items()}
-        save_file(rows, temporary, {"state": json.dumps(state)})
-        os.replace(temporary, file)
+        _SNAPSHOT.write(file, {"state": state}, {name: distributed.local(tensor) for name, tensor in tensors.items()})
         # a process may be ended before the others have saved: in step, all have the one before
         for old in sorted(self._positions())[: -2 if self._in_step else -1]:
             self._file(old).unlink()
@@ -137,12 +136,10 @@ class Snapshots:
         position = newest(positions) if self._in_step else max(positions, default=None)
         if position is None:
             return None
-        file = self._file(position)
-        with safe_open(file, framework="pt") as opened:
-            state: dict[str, Any] = json.loads(opened.metadata()["state"])
-        for name, tensor in load_file(file).items():
+        header, saved = _SNAPSHOT.read(self._file(position))
+        for name, tensor in saved.items():
             distributed.local(tensors[name]).copy_(tensor)
-        return position, state
+        return position, header["state"]
 
     def _positions(self) -> set[int]:
         return {int(file.stem.rpartition("-")[2]) for file in self._folder.glob("snapshot-*.safetensors")}

@@ -6,12 +6,12 @@ A folder on disk:
 
     scores.json                            layout, statistics, provenance, S per prompt, shard of each tensor
     scores-00001-of-0000N.safetensors      the score tensors, float32, original shapes; optional
+    digests.json                           of these files (see `run.files`); compared when they are read
 
 It is written under a temporary name beside its place and renamed when complete. Where several processes
 hold the scores (see `distributed`), the first one writes.
 """
 
-import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -31,10 +31,11 @@ from safelocus.errors import RunError, SafelocusError, SelectionError
 from safelocus.model.fingerprint import digest as tensor_digest
 from safelocus.model.layout import GRANULARITIES, Layout, Matrix, canonical_name
 from safelocus.model.tensors import TensorMapping
+from safelocus.run.files import inside, read_json, require_intact, seal, write_json
 from safelocus.run.identity import digest
 from safelocus.run.provenance import Provenance
+from safelocus.run.tensors import owned
 from safelocus.scoring.statistics import MatrixStatistics, matrix_statistics
-from safelocus.selection.file import owned
 from safelocus.selection.ratio import count_for_ratio
 from safelocus.selection.selection import Selection
 from safelocus.selection.topk import Picked, Reduce, Which, pick, pick_groups
@@ -252,7 +253,8 @@ class Scores(TensorMapping):
             "statistics": [statistic.to_json() for statistic in self.statistics],
             "layout": self.layout.to_json(),
         }
-        (folder / _JSON).write_text(json.dumps(values, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        write_json(folder / _JSON, values)
+        seal(folder)
 
     @classmethod
     def load(cls, folder: str | Path) -> Self:
@@ -262,7 +264,7 @@ class Scores(TensorMapping):
         tensors: dict[str, Tensor] = {}
         try:
             for file, names in values["shards"].items():
-                shard = load_file(folder / file)  # mapped into memory, read when used
+                shard = load_file(require_intact(inside(folder, file)))  # mapped into memory
                 tensors |= {name: shard[name] for name in names}
             return cls(
                 tensors=tensors,
@@ -334,14 +336,12 @@ def _shards(tensors: Mapping[str, Tensor], shard_bytes: int) -> Iterator[list[st
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = read_json(path)
     except OSError as error:
         raise RunError(
             f"{path.parent}: no scores here ({_JSON}: {error.strerror}). Expected the folder `scores` of a "
             "run of `safelocus score`."
         ) from error
-    except ValueError as error:  # not JSON, or not UTF-8
-        raise RunError(f"{path}: damaged ({error}). Copy or score again.") from error
     if not isinstance(values, dict) or values.get("format") != _FORMAT:
         raise RunError(f"{path}: not a file of scores (format {_FORMAT!r} is missing)")
     if values.get("format_version") != FORMAT_VERSION:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from safelocus.errors import ModelError
-from safelocus.run.folder import write_json
+from safelocus.run.files import write_json
 from safelocus.smollm2 import folder
 
 HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"

@@ -9,24 +9,25 @@
 `runner` makes the ones of the others; `enhance` and `preserve` differ in their trainees, and in what they tell.
 """
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from safelocus import distributed
 from safelocus.evaluation import Evaluation, EvaluationComparison, compare_evaluations
 from safelocus.evaluation.measures import Measure
-from safelocus.run.folder import write_json
+from safelocus.run.files import seal, sealed, unsealed, write_json
+from safelocus.run.tensors import TensorFile
 from safelocus.training.curve import CurvePoint
 from safelocus.training.fitting import LossPoint
 from safelocus.training.settings import TrainingSettings
 from safelocus.training.sharing import SharingTrainer
+
+_VALUES = TensorFile(kind="values", version=1, made_by="an interrupted training")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -113,10 +114,10 @@ class Trial:
         plain = {key: value for key, value in vars(self).items() if key not in ("values", "after")}
         plain |= {"losses": [asdict(loss) for loss in self.losses], "curve": [point.to_json() for point in self.curve]}
         if self.values is not None:
-            save_file(dict(self.values), folder / "values.safetensors")
+            _VALUES.write(folder / "values.safetensors", {}, self.values)
         if self.after is not None:
             self.after.save(folder)
-        write_json(folder / "trial.json", plain)  # last: it says that all is there
+        write_json(folder / "trial.json", sealed(plain))  # last: it says that all is there
 
     @classmethod
     def load(cls, folder: Path) -> Self | None:
@@ -124,12 +125,12 @@ class Trial:
         file, values = folder / "trial.json", folder / "values.safetensors"
         if not distributed.in_all(file.is_file()):
             return None
-        plain = json.loads(file.read_text(encoding="utf-8"))
+        plain = unsealed(file.read_bytes(), file)
         return cls(
             losses=[LossPoint(**loss) for loss in plain.pop("losses")],
             curve=[CurvePoint.from_json(point) for point in plain.pop("curve")],
             notes=tuple(plain.pop("notes")),
-            values=load_file(values) if values.is_file() else None,
+            values=_VALUES.read(values)[1] if values.is_file() else None,
             after=None if values.is_file() else Evaluation.load(folder),
             **plain,
         )
@@ -219,3 +220,4 @@ class Experiment:
             (folder / name).mkdir(exist_ok=True)
             evaluation.save(folder / name)
         write_json(folder / "results.json", self.to_json())
+        seal(folder, ["results.json"])

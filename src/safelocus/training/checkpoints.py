@@ -1,7 +1,6 @@
 """Where an unfinished training run is kept, and whether it may be resumed.
 
-The trainer writes `checkpoint-N` folders; one is complete when it holds `trainer_state.json`, which is
-written last.
+The trainer writes `checkpoint-N` folders; one is complete when it is sealed (see `run.files`), which is done last.
 """
 
 from collections.abc import Mapping
@@ -11,6 +10,8 @@ from typing import Any
 
 from safelocus import distributed
 from safelocus.errors import RunError
+from safelocus.run.checking import require_checked
+from safelocus.run.files import DIGESTS
 from safelocus.run.resume import claim, newest
 
 
@@ -44,16 +45,24 @@ class Checkpoints:
             of_parts: every process has its own part of each, in its own folder; else the first one has all.
 
         Raises:
-            RunError: another run's work lies here; the first process's files cannot be seen by all.
+            RunError: another run's work lies here; the newest was changed since it was written; the first process's
+                files cannot be seen by all.
         """
         self.check()
         folder = self.folder if of_parts else self.shared()
-        complete = (path.parent for path in folder.glob("checkpoint-*/trainer_state.json"))
-        steps = {int(path.name.rpartition("-")[2]) for path in complete}
+        steps = steps_of(folder)
         if not of_parts and not distributed.in_all(steps == distributed.gather_objects(steps)[0]):
             raise RunError(
                 f"{folder}: holds an interrupted training, which not every process can see. Put the output where all "
                 "machines see it, or --overwrite to begin anew"
             )
         step = newest(steps)
-        return None if step is None else folder / f"checkpoint-{step}"
+        if step is None:
+            return None
+        require_checked(folder / f"checkpoint-{step}", "this checkpoint")
+        return folder / f"checkpoint-{step}"
+
+
+def steps_of(folder: Path) -> set[int]:
+    """Of the complete checkpoints in a folder."""
+    return {int(file.parent.name.rpartition("-")[2]) for file in folder.glob(f"checkpoint-*/{DIGESTS}")}

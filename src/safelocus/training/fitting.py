@@ -7,6 +7,7 @@ each batch (`sharing`).
 """
 
 import math
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
@@ -22,8 +23,9 @@ from safelocus import distributed
 from safelocus.errors import NumericalError
 from safelocus.model.target import Target
 from safelocus.progress import progress_bar
+from safelocus.run.files import seal
 from safelocus.run.interrupt import StopAtBoundary
-from safelocus.training.checkpoints import Checkpoints
+from safelocus.training.checkpoints import Checkpoints, steps_of
 from safelocus.training.settings import TrainingSettings
 from safelocus.training.sharing import SharingTrainer, on_own_device, seen_alone
 
@@ -84,7 +86,7 @@ def fit(
             latest = checkpoints.latest(of_parts=target.is_sharded)
         watch = _Watch(
             settings.steps, progress, None if checkpoints is None else checkpoints.every_seconds,
-            writes=target.is_sharded or distributed.is_main(),
+            writes=target.is_sharded or distributed.is_main(), num_kept=2 if target.is_sharded else 1,
         )  # fmt: skip
         arguments = _arguments(settings, target, folder)
         on_own_device(arguments, target.device)
@@ -135,8 +137,6 @@ def _arguments(settings: TrainingSettings, target: Target, folder: Path) -> SFTC
         logging_steps=1,
         logging_nan_inf_filter=False,
         save_strategy="no",
-        # a process may be ended before the others have saved: all have the one before
-        save_total_limit=2 if target.is_sharded else 1,
         disable_tqdm=True,
         report_to="none",
     )
@@ -157,12 +157,13 @@ class _AllDone(Exception):
 class _Watch(TrainerCallback):
     """Bar, divergence, and Ctrl-C: the first one waits for the end of the step and for its checkpoint.
 
-    All processes save and stop at the same step; `writes` says whether this one has anything to write then.
+    All processes save and stop at the same step; `writes` says whether this one has anything to write then. The newest
+    `num_kept` checkpoints stay: of shards two, since a process may be ended before the others have saved.
     """
 
-    def __init__(self, steps: int, progress: bool, every_seconds: float | None, *, writes: bool) -> None:
+    def __init__(self, steps: int, progress: bool, every_seconds: float | None, *, writes: bool, num_kept: int) -> None:
         self.interrupted = False
-        self._writes = writes
+        self._writes, self._num_kept = writes, num_kept
         self._saving = False
         self._open = ExitStack()
         self._steps, self._progress, self._saves = steps, progress, bool(every_seconds)
@@ -187,6 +188,12 @@ class _Watch(TrainerCallback):
         due = self._saving or (self._saves and state.global_step == state.max_steps)
         control.should_save = due and self._writes
         self._saving = False
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        folder = Path(args.output_dir)
+        seal(folder / f"checkpoint-{state.global_step}")
+        for step in sorted(steps_of(folder))[: -self._num_kept]:
+            shutil.rmtree(folder / f"checkpoint-{step}")
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         if not math.isfinite(logs.get("loss", 0.0)):

@@ -20,17 +20,18 @@ from typing import Any
 
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from trl import SFTTrainer
 
 from safelocus import distributed
+from safelocus.run.tensors import TensorFile
 from safelocus.training.responses import IGNORED, ResponseBatch
 
 FEW_VALUES = 1 << 26  # logits that may be in memory at once, in place of TRL's tiles: 256 MB in fp32
 _LOGGER = logging.getLogger("transformers.training_args")
 _TRAINED = "trained.safetensors"
+_FILE = TensorFile(kind="trained", version=1, made_by="an interrupted training")
 _STATES = (PartialState, AcceleratorState, GradientState)
 _OF_LAUNCHERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE")
 
@@ -69,14 +70,12 @@ class SharingTrainer(SFTTrainer):
         """What is trained, by the names and shapes of the model in memory: those of its files may be others."""
         folder = Path(output_dir or str(self.args.output_dir))
         folder.mkdir(parents=True, exist_ok=True)
-        save_file(
-            {name: distributed.local(p.detach()).contiguous() for name, p in self._trained().items()}, folder / _TRAINED
-        )
+        _FILE.write(folder / _TRAINED, {}, {name: distributed.local(p.detach()) for name, p in self._trained().items()})
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         own = self._trained()
         with torch.no_grad():
-            for name, value in load_file(Path(resume_from_checkpoint) / _TRAINED).items():
+            for name, value in _FILE.read(Path(resume_from_checkpoint) / _TRAINED)[1].items():
                 distributed.local(own[name]).copy_(value)
 
     def _trained(self) -> dict[str, torch.nn.Parameter]:

@@ -11,7 +11,6 @@ same scores are nested by construction, so there is nothing to measure: ratios a
 Input: a target, prompts and objectives. Output: a frozen `Stability`.
 """
 
-import json
 import random
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,7 +23,7 @@ from safelocus.model.target import Target
 from safelocus.objective import Objective, describe
 from safelocus.progress import track
 from safelocus.prompts import PromptSet
-from safelocus.run.folder import write_json
+from safelocus.run.files import read_json, seal, write_json
 from safelocus.run.resume import claim
 from safelocus.scoring.comparison import Overlap, compare
 from safelocus.scoring.run import Method, score
@@ -106,17 +105,18 @@ class Stability:
     def save(self, folder: Path) -> None:
         """Write `results.json`."""
         write_json(folder / "results.json", self.to_json())
+        seal(folder, ["results.json"])
 
     @classmethod
     def load(cls, folder: Path) -> Self:
         """Read what `save` wrote; RunError for anything else."""
         try:
-            values = json.loads((Path(folder) / "results.json").read_text(encoding="utf-8"))
+            values = read_json(Path(folder) / "results.json")
             agreements = [
                 ScoreAgreement(**{**row, "overlap": Overlap(**row["overlap"])}) for row in values["agreements"]
             ]
             return cls(agreements=agreements, provenance=values["provenance"], notes=tuple(values["notes"]))
-        except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
+        except (OSError, KeyError, TypeError) as error:
             raise RunError(f"{folder}: holds no stability run ({error}); expected one of `stability`") from error
 
 

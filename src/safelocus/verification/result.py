@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from safelocus.errors import RunError
-from safelocus.run.folder import write_json, write_text
+from safelocus.run.files import read_json, read_text, seal, write_json, write_text
 from safelocus.verification.cells import Cell, Cells, observation
 from safelocus.verification.ranking import Rank, rank
 from safelocus.verification.verdict import VerificationVerdict, verdict_of
@@ -68,14 +68,15 @@ class Verification(Cells):
         ]
         write_text(folder / "cells.jsonl", "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
         write_json(folder / "results.json", self.to_json())
+        seal(folder, ["cells.jsonl", "results.json"])
 
     @classmethod
     def load(cls, folder: Path) -> Self:
         """Read what `save` wrote; RunError for a folder that holds no verification."""
         folder = Path(folder)
         try:
-            results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
-            first, *rows = map(json.loads, (folder / "cells.jsonl").read_text(encoding="utf-8").splitlines())
+            results = read_json(folder / "results.json")
+            first, *rows = map(json.loads, read_text(folder / "cells.jsonl").splitlines())
             return cls(
                 baseline=observation(first["baseline"]),
                 cells=[Cell.from_line(row) for row in rows],
@@ -84,5 +85,7 @@ class Verification(Cells):
             )
         except OSError as error:
             raise RunError(f"{folder}: holds no verification ({error}); expected a run of `verify`") from error
+        except RunError:
+            raise
         except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
             raise RunError(f"{folder}: a damaged verification ({error!r}); run `verify` again") from error

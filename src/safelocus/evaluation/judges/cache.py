@@ -3,7 +3,7 @@
 One small JSON file per question, named by a digest of everything the answer depends on (address, model,
 messages, parameters). It holds the answer, not the question. Files are written under a temporary name
 and renamed: several runs may share a folder, and an interrupted one leaves no half file. What cannot be
-read is asked again.
+read, or has changed since it was written, is asked again.
 """
 
 import hashlib
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from safelocus.errors import JudgeError
+from safelocus.run.files import sealed, unsealed
 
 
 def default_cache() -> Path:
@@ -41,7 +42,9 @@ class AnswerCache:
 
     def read(self, key: str) -> dict[str, Any] | None:
         try:
-            value = json.loads(self._path(key).read_text(encoding="utf-8"))
+            value = json.loads(data := self._path(key).read_bytes())
+            if not isinstance(value, dict) or value.keys() & {"digest", "value"}:  # earlier answers have no digest
+                value = unsealed(data, key)
         except (OSError, ValueError):
             return None
         return value if isinstance(value, dict) else None
@@ -54,7 +57,7 @@ class AnswerCache:
             with tempfile.NamedTemporaryFile(
                 "w", encoding="utf-8", dir=path.parent, prefix=f".{key[:8]}-", suffix=".tmp", delete=False
             ) as file:
-                json.dump(value, file, ensure_ascii=False)
+                json.dump(sealed(value), file)
             os.replace(file.name, path)
         except OSError as error:
             raise JudgeError(

@@ -20,10 +20,11 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import urlsplit
 
 from safelocus.errors import JudgeError
 from safelocus.evaluation.judges.cache import AnswerCache, digest
+from safelocus.inert import without_secrets
 from safelocus.model.thought import UNFINISHED, Split, split
 
 if TYPE_CHECKING:
@@ -130,17 +131,16 @@ class Endpoint:
         _import_openai()  # who has it not installed should know before any other work
         self.base_url = (self.base_url or os.environ.get("OPENAI_BASE_URL") or "https://api.openai.com/v1").rstrip("/")
         if urlsplit(self.base_url).scheme not in ("http", "https"):
-            raise JudgeError(f"{self.base_url}: not an address; expected one like http://localhost:8000/v1")
+            raise JudgeError(f"{self.address}: not an address; expected one like http://localhost:8000/v1")
         if not self.model:
-            raise JudgeError(f"{self.base_url}: the endpoint needs the name of a model")
+            raise JudgeError(f"{self.address}: the endpoint needs the name of a model")
         if self.concurrency < 1 or self.num_attempts < 1:
             raise JudgeError("an endpoint needs at least one request at a time and one attempt")
 
     @property
     def address(self) -> str:
         """The base URL without a name or password in it."""
-        parts = urlsplit(self.base_url or "")
-        return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2], query="", fragment=""))
+        return without_secrets(self.base_url or "")
 
     def describe(self) -> dict[str, Any]:
         """For provenance (JSON): no key."""
@@ -201,6 +201,14 @@ class Endpoint:
             raise JudgeError(f"{self.address}: no key; set OPENAI_API_KEY, or give the address of your own server")
         return key or "none"
 
+    def _discreet(self, text: str) -> str:
+        """What the server says, without our key and password: some send back what they were sent."""
+        parts = urlsplit(self.base_url or "")
+        for secret in (self._key(), parts.password, parts.query):
+            if secret and secret != "none":
+                text = text.replace(secret, "***")
+        return text
+
     def _ask_one(self, client: Any, key: str, messages: list[Message], stop: threading.Event) -> Answer | Failure:
         reason, thought = "stopped", None
         for attempt in range(self.num_attempts):
@@ -209,7 +217,7 @@ class Endpoint:
             try:
                 answer = self._request(client, messages)
             except _Retry as error:
-                reason, pause = str(error), error.wait
+                reason, pause = self._discreet(str(error)), error.wait
                 if attempt + 1 < self.num_attempts:
                     growing = self.first_pause * 2**attempt * random.uniform(0.75, 1.25)  # not all at once
                     stop.wait(min(growing if pause is None else max(pause, 0.0), self.longest_pause))
@@ -245,11 +253,12 @@ class Endpoint:
             raise _Retry(f"cannot be reached: {_short(str(cause))}", nobody_there=nobody_there) from error
         except openai.APIStatusError as error:
             raise self._sorted(error) from error
-        return _read_answer(raw.http_response.text)
+        return _read_answer(self._discreet(raw.http_response.text))
 
     def _sorted(self, error: "openai.APIStatusError") -> Exception:
         """Which kind of failure a status is: passing, of this request, or of all."""
-        status, message = error.status_code, f"HTTP {error.status_code}: {_short(error.message)}"
+        status = error.status_code
+        message = f"HTTP {status}: {_short(self._discreet(error.message))}"
         of_all = JudgeError(f"{self.address}, model {self.model!r}: {message}. {_advice(status, error.code)}")
         if error.code in _HOPELESS_CODES:
             return of_all

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import jinja2
 
 from safelocus.errors import ModelError, PromptError
+from safelocus.model.chat.bounds import bounded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -87,9 +88,10 @@ def apply(
     template = tokenizer.get_chat_template()
     if "strftime_now" in template:
         template = _STOPPED_CLOCK + template
-    text = tokenizer.apply_chat_template(
-        messages, chat_template=template, tokenize=False, add_generation_prompt=generation, **kwargs
-    )
+    with bounded(template):
+        text = tokenizer.apply_chat_template(
+            messages, chat_template=template, tokenize=False, add_generation_prompt=generation, **kwargs
+        )
     assert isinstance(text, str)
     return text
 

@@ -228,7 +228,11 @@ def read_family(path: Path) -> Family:
     """A user's own family file."""
     if not path.is_file():
         raise LayoutError(f"no layout file at {path}")
-    return _parse(path.stem, path.read_text(encoding="utf-8"), where=str(path))
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise LayoutError(f"{path}: not UTF-8 text ({error}); save it as UTF-8") from error
+    return _parse(path.stem, text, where=str(path))
 
 
 @functools.cache

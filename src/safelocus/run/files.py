@@ -1,0 +1,165 @@
+"""Files that notice what happened to them: what is written has a digest of its bytes, compared with it when it is read.
+
+    seal, read_text, read_json    a folder's `digests.json`: name -> digest of every file in it
+    sealed, unsealed              a JSON value beside its own: what an unfinished run keeps
+    TensorFile                    see `tensors`: one safetensors file with its own in its header
+
+All are 128 bits of xxh3, as quick as memory: they notice damage and careless edits. They are no signatures: whoever
+means to deceive can write new ones.
+"""
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from safelocus.errors import RunError
+from safelocus.run.identity import digest
+
+DIGESTS = "digests.json"
+FORMAT_VERSION = 1
+_BLOCK = 1 << 22
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON under a temporary name and rename it."""
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write UTF-8 text under a temporary name and rename it."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    # lone surrogates, which models and JSON can bring, are no UTF-8: they are written as JSON escapes them
+    temporary.write_bytes(text.encode("utf-8", "backslashreplace"))
+    os.replace(temporary, path)
+
+
+def read_text(path: Path) -> str:
+    """UTF-8 text, as it was when its folder was sealed (a file that no `digests.json` lists is taken as it is).
+
+    Raises:
+        RunError: changed since, or not UTF-8. OSError: cannot be read.
+    """
+    data = path.read_bytes()
+    require_intact(path, xxhash.xxh3_128_hexdigest(data))
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise RunError(f"{path}: not UTF-8 text ({error}); save it as UTF-8, or make it again") from error
+
+
+def read_json(path: Path) -> Any:
+    """A JSON value; as `read_text`, and RunError for what is not JSON."""
+    try:
+        return json.loads(read_text(path))
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise RunError(f"{path}: not valid JSON ({error}); copy it again, or make it again") from error
+
+
+def seal(folder: Path, names: Iterable[str] | None = None) -> None:
+    """Write down the digests of a folder's files: all of them, or those named, beside what is written down already.
+
+    A folder within that is sealed itself counts by its own `digests.json`.
+    """
+    known = {} if names is None else _known(folder)
+    files = within(folder) if names is None else (folder / name for name in names)
+    values = {**known, **{file.relative_to(folder).as_posix(): digest_of(file) for file in files}}
+    write_json(folder / DIGESTS, {"format_version": FORMAT_VERSION, "digest": digest(values), "files": values})
+
+
+def require_intact(path: Path, found: str | None = None) -> Path:
+    """The file, as its folder's `digests.json` says it is, where that lists it; RunError otherwise.
+
+    Args:
+        found: the file's digest, where it is known.
+    """
+    expected = expected_digest(path)
+    if expected is not None and (found or digest_of(path)) != expected:
+        raise RunError(
+            f"{path}: changed since it was written (its digest is not the one in {DIGESTS}). Copy it again, or make it "
+            f"again; if it was changed on purpose, {DIGESTS} must go"
+        )
+    return path
+
+
+def expected_digest(path: Path) -> str | None:
+    """What the nearest `digests.json` above a file says of it; None where there is none, or it does not list the file.
+
+    Raises RunError where that is damaged.
+    """
+    path = Path(os.path.abspath(path))
+    above = path.parents[1:] if path.name == DIGESTS else path.parents
+    folder = next((folder for folder in above if (folder / DIGESTS).is_file()), None)
+    return None if folder is None else read_digests(folder).get(path.relative_to(folder).as_posix())
+
+
+def read_digests(folder: Path) -> dict[str, str]:
+    """Name -> digest, of a sealed folder; RunError where its `digests.json` is damaged."""
+    file = folder / DIGESTS
+    try:
+        values = json.loads(file.read_bytes())
+        files: dict[str, str] = values["files"]
+        is_whole = values["format_version"] == FORMAT_VERSION and values["digest"] == digest(files)
+    except (ValueError, KeyError, TypeError, RecursionError):
+        is_whole, files = False, {}
+    if not is_whole:
+        raise RunError(f"{file}: damaged, or of another version, so nothing says whether the files are as they were")
+    return files
+
+
+def within(folder: Path) -> Iterator[Path]:
+    """The files of a folder that its digests count."""
+    for place, folders, names in os.walk(folder):
+        if place != str(folder) and DIGESTS in names:
+            folders.clear()
+            names = [DIGESTS]
+        folders.sort()
+        skipped = DIGESTS if place == str(folder) else ""
+        yield from (Path(place, name) for name in sorted(names) if name != skipped and not name.endswith(".tmp"))
+
+
+def digest_of(path: Path) -> str:
+    """128 bits of a file's bytes, in hexadecimal."""
+    found = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK):
+            found.update(block)
+    return found.hexdigest()
+
+
+def sealed(value: Any) -> dict[str, Any]:
+    """A JSON value beside its digest."""
+    return {"digest": digest(value), "value": value}
+
+
+def unsealed(text: str | bytes, where: Path | str) -> Any:
+    """The value in the JSON of what `sealed` made; RunError where it is not that."""
+    try:
+        entry = json.loads(text)
+        value, is_whole = entry["value"], entry["digest"] == digest(entry["value"])
+    except (ValueError, KeyError, TypeError, RecursionError):
+        value, is_whole = None, False
+    if not is_whole:
+        raise RunError(
+            f"{where}: damaged, or the unfinished work of another version: its digest is not that of what it holds. "
+            "--overwrite begins anew (in a script: remove the folder)"
+        )
+    return value
+
+
+def inside(folder: Path, name: str) -> Path:
+    """A file or folder within another, by a name from an artefact; RunError for one that leads elsewhere."""
+    path = folder / name
+    if Path(name).is_absolute() or ".." in Path(name).parts or "\0" in name:
+        raise RunError(f"{folder}: names {name!r}, which is not within; a damaged or forged file")
+    return path
+
+
+def _known(folder: Path) -> Mapping[str, str]:
+    try:
+        return read_digests(folder) if (folder / DIGESTS).is_file() else {}
+    except RunError:  # what is saved now is not lost for that
+        return {}
