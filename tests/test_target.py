@@ -6,7 +6,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 import safelocus as sl
-from safelocus.errors import ModelError, PromptError
+from safelocus.errors import ModelError, PromptError, RunError
 from safelocus.model.fingerprint import Fingerprint
 from safelocus.model.generation import generate
 from safelocus.model.target import Target
@@ -111,6 +111,16 @@ def test_fingerprints_say_what_differs():
     assert difference.startswith("dtype of 21 of 21")
     other = moe().fingerprint()
     assert "model type" in first.differences(other)[0]
+
+
+def test_a_model_that_was_to_come_back_and_did_not_is_an_error():
+    target = dense()
+    before = target.fingerprint()
+    before.came_back(target.fingerprint(), after="verification")
+    with torch.no_grad():
+        target.model.model.layers[0].mlp.up_proj.weight[0, 0] += 1
+    with pytest.raises(RunError, match=r"layers\.0\.mlp\.up_proj.*during the verification.*begin again"):
+        before.came_back(target.fingerprint(), after="verification")
 
 
 def test_an_adapter_changes_neither_fingerprint_nor_scores():

@@ -16,7 +16,7 @@ import xxhash
 from torch import Tensor, nn
 
 from safelocus.distributed import whole
-from safelocus.errors import SelectionError
+from safelocus.errors import RunError, SelectionError
 from safelocus.model.layout import Layout, canonical_name, is_adapter
 
 # Attributes of a config that do not change what the weights are.
@@ -87,6 +87,14 @@ class Fingerprint:
                 found.append(f"{what} of {len(changed)} of {len(shared)} tensors differ: {_some(changed)}")
                 break  # another shape or dtype always means other bytes too
         return found
+
+    def came_back(self, now: "Fingerprint", *, after: str) -> None:
+        """Raise RunError where a model that was to be left as it was is not."""
+        if differences := self.differences(now):
+            raise RunError(
+                f"the model did not come back as it was ({'; '.join(differences)}); something else changed its weights "
+                f"during the {after}. Load it anew, and begin again with nothing else running on it"
+            )
 
     def to_json(self) -> dict[str, Any]:
         tensors = {name: [list(shape), dtype, digest] for name, (shape, dtype, digest) in self.tensors.items()}

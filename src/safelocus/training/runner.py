@@ -13,7 +13,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safelocus.errors import RunError
 from safelocus.evaluation import Evaluation, TargetResponder
 from safelocus.evaluation.divergence import Original, answered
 from safelocus.evaluation.measures import Measure
@@ -89,11 +88,7 @@ class Runner:
         before = self.examine("before")
         runner = replace(self, original=self._said(before))
         trained = tuple(runner.arm(Arm(name=name, what=what)) for name, what in arms.items())
-        if differences := fingerprint.differences(self.target.fingerprint()):
-            raise RunError(
-                f"the model did not come back as it was ({'; '.join(differences)}); something else changed its weights "
-                "during the training. Load it anew, and begin again with nothing else running on it"
-            )
+        fingerprint.came_back(self.target.fingerprint(), after="training")
         made = {
             "model": self.target.name, "fingerprint": fingerprint.id, "selection": selection.describe(),
             **self.described, "versions": versions(),

@@ -19,7 +19,7 @@ from typing import Any
 from torch import nn
 
 from safelocus import distributed
-from safelocus.errors import PromptError, RunError
+from safelocus.errors import PromptError
 from safelocus.evaluation import evaluate
 from safelocus.evaluation.judges import Judge
 from safelocus.evaluation.responding import TargetResponder
@@ -137,11 +137,7 @@ def verify(
     order = {name: list(values) for name, values in found.items()}
     baseline = _observed(evaluation, order)
     cells = _disturbed(target, plan, lambda: _observed(observe(), order), journal, progress=progress)
-    if differences := before.differences(target.fingerprint()):
-        raise RunError(
-            f"the model did not come back as it was ({'; '.join(differences)}); something else changed its weights "
-            "during the verification. Load it anew, and verify again with nothing else running on it"
-        )
+    before.came_back(target.fingerprint(), after="verification")
     return Verification(
         baseline=baseline,
         cells=cells,
