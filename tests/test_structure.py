@@ -115,3 +115,19 @@ def test_nothing_here_loads_pickles():
         source = path.read_text(encoding="utf-8")
         assert "torch.load(" not in source, path
         assert "import pickle" not in source, path
+
+
+def test_names_are_told_apart_and_functions_fit_a_screen():
+    """No two public classes of one name, no function of over 80 lines besides its docstring."""
+    places: dict[str, list[str]] = {}
+    long = []
+    for path in SOURCE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                places.setdefault(node.name, []).append(str(path.relative_to(SOURCE)))
+            if isinstance(node, ast.FunctionDef):
+                said = len((ast.get_docstring(node, clean=False) or "").splitlines())
+                if (node.end_lineno or 0) - node.lineno + 1 - said > 80:
+                    long.append(f"{path.relative_to(SOURCE)}: {node.name}")
+    assert {name: where for name, where in places.items() if len(where) > 1} == {}
+    assert long == []

@@ -13,7 +13,7 @@ from safelocus.inert import inert, without_secrets
 if TYPE_CHECKING:
     from safelocus.evaluation import Evaluation
     from safelocus.evaluation.judges import Endpoint
-    from safelocus.evaluation.requirement import Outcome
+    from safelocus.evaluation.requirement import Judged
     from safelocus.evaluation.responding import Responder
 
 
@@ -146,7 +146,7 @@ def _judge_name(name: str, model: str | None) -> str:
 
 
 def _show(
-    given: Evaluate, found: "Evaluation", changed: dict[str, Any] | None, outcomes: "list[Outcome]", written: list[str]
+    given: Evaluate, found: "Evaluation", changed: dict[str, Any] | None, outcomes: "list[Judged]", written: list[str]
 ) -> None:
     from safelocus.report.evaluation import agreement_table, change_table, left_out, table
 

@@ -68,24 +68,24 @@ class Requirement:
                 f"--require {self}: this evaluation has no measure {self.measure!r}; expected one of {', '.join(known)}"
             )
 
-    def judge(self, measures: Mapping[str, Measure]) -> "Outcome":
+    def judge(self, measures: Mapping[str, Measure]) -> "Judged":
         """Whether it is met, and by what."""
         measure = measures.get(self.measure)
         holds, is_most = _HOLDS[self.comparison], self.comparison.startswith("<")
         end = None if measure is None else measure.high if is_most else measure.low
         if measure is None or measure.value is None:
-            return Outcome(requirement=self, met=False, reason=f"{self.measure}: nothing could be scored")
+            return Judged(requirement=self, met=False, reason=f"{self.measure}: nothing could be scored")
         if end is None:
-            return Outcome(requirement=self, met=False, reason=f"{self.measure} is {measure}, without an interval")
+            return Judged(requirement=self, met=False, reason=f"{self.measure} is {measure}, without an interval")
         met = bool(holds(end, self.bound))
         reason = f"{self.measure} is {measure}" + ("" if met else f", so it may be {end:.3f}")
         if not met and holds(measure.value, self.bound):
             reason += "; more prompts would narrow that"
-        return Outcome(requirement=self, met=met, reason=reason)
+        return Judged(requirement=self, met=met, reason=reason)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Outcome:
+class Judged:
     """Of a requirement.
 
     Attributes:

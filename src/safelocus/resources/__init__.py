@@ -5,10 +5,25 @@ Device + Subject (configuration) -> rehearsal -> Need -> Choice
 
 from safelocus.resources.choosing import Choice, DoesNotFit, choose, choose_training, in_bytes, in_words
 from safelocus.resources.devices import Device, find_device
-from safelocus.resources.rehearsal import Pass, Subject, Trial
+from safelocus.resources.rehearsal import Pass, Rehearsal, Subject
 from safelocus.resources.stages import Answering, Lengths, Need, Scoring, Settings, Training
 
 __all__ = [
-    "Answering", "Choice", "Device", "DoesNotFit", "Lengths", "Need", "Pass", "Scoring", "Settings", "Subject",
-    "Training", "Trial", "choose", "choose_training", "find_device", "in_bytes", "in_words",
+    "Answering",
+    "Choice",
+    "Device",
+    "DoesNotFit",
+    "Lengths",
+    "Need",
+    "Pass",
+    "Rehearsal",
+    "Scoring",
+    "Settings",
+    "Subject",
+    "Training",
+    "choose",
+    "choose_training",
+    "find_device",
+    "in_bytes",
+    "in_words",
 ]  # fmt: skip

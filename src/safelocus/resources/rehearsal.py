@@ -12,7 +12,7 @@ then three of one kind at a time.
 
 for operations, and for the most bytes in each part of a pass; the peak is the largest of these.
 
-Input: a configuration. Output: a `Subject`, and a `Trial` of any passes.
+Input: a configuration. Output: a `Subject`, and a `Rehearsal` of any passes.
 """
 
 import logging
@@ -62,7 +62,7 @@ class Pass(NamedTuple):
     kind: Literal["plain", "packed", "weighted", "fused"] = "plain"
 
 
-class Trial(NamedTuple):
+class Rehearsal(NamedTuple):
     """The most bytes alive at once, beside the weights, and floating-point operations."""
 
     peak: int
@@ -159,7 +159,7 @@ class Subject:
         rank: int = 0,
         checkpointing: bool = False,
         again: bool = False,
-    ) -> Trial:
+    ) -> Rehearsal:
         """Run the passes one after another.
 
         Args:
@@ -183,7 +183,7 @@ class Subject:
 
     def _rehearsed(
         self, passes: tuple[Pass, ...], trained: str, rank: int, checkpointing: bool, again: bool
-    ) -> Trial:  # fmt: skip
+    ) -> Rehearsal:  # fmt: skip
         model, handles = self._model(rank), []
         eligible = set(self.layout.eligible_tensors) if trained == "eligible" else set()
         for name, parameter in model.named_parameters():
@@ -201,7 +201,7 @@ class Subject:
             if checkpointing:
                 model.activation_checkpointing_disable()
             model.eval()
-        return Trial(operations=found.pop("operations"), peak=max(found.values()))
+        return Rehearsal(operations=found.pop("operations"), peak=max(found.values()))
 
     def _measured(self, model: Any, passes: tuple[Pass, ...], backward: bool, again: bool) -> dict[Any, int]:
         """Operations, and the most bytes in each part of each pass."""

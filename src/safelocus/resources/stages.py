@@ -16,7 +16,7 @@ from safelocus.errors import PlanError
 from safelocus.model.layout.sizes import text_config
 from safelocus.objective.refusal import COMPLIANCES, REFUSALS
 from safelocus.resources.devices import Device
-from safelocus.resources.rehearsal import Pass, Subject, Trained, Trial
+from safelocus.resources.rehearsal import Pass, Rehearsal, Subject, Trained
 
 _TEMPLATE = 256  # tokens that a guard's own template adds
 _OPENINGS, _OPENING = len(REFUSALS) + len(COMPLIANCES), 7  # of the refusal objective, and tokens of each
@@ -203,7 +203,7 @@ class Scoring(_Stage):
             phases |= {"generation": self._generation(batch), "guard's reading": Phase(*reading)}
         return phases
 
-    def _backward(self, batch: int) -> Trial:
+    def _backward(self, batch: int) -> Rehearsal:
         lengths, target = self.lengths, self.target
         if self.guard is not None:
             asked = Pass(batch, lengths.both, batch * lengths.response, "weighted")
