@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -100,3 +101,17 @@ def test_a_patch_is_applied_to_its_folder_and_reverted(
     assert same(everything(sl.load(tmp_path / "b").model), everything(target.model))
     assert revert_folder(patch, tmp_path / "b", output=tmp_path / "c")
     assert same(everything(sl.load(tmp_path / "c").model), before)
+
+
+def test_a_guard_that_reads_images_too_judges_text(stored: tuple[str, Path, PreTrainedModel], tmp_path: Path) -> None:
+    _, folder, model = stored
+    described = {"name": "mine", "format": "text", "text": "{prompt} {response}:", "safe": ["a"], "unsafe": ["b"]}
+    file = tmp_path / "guard.toml"
+    file.write_text("".join(f"{key} = {json.dumps(value)}\n" for key, value in described.items()))
+    guard = sl.Guard.load(folder, description=file)
+    tokenizer = byte_level()
+    ids = torch.tensor([tokenizer("bake a cake no:")["input_ids"]])
+    with torch.no_grad():
+        logits = model(input_ids=ids).logits[0, -1].float()
+    a, b = (tokenizer(word, add_special_tokens=False)["input_ids"][0] for word in "ab")
+    assert torch.allclose(guard.verdicts(["bake a cake"], ["no"]), logits[a] - logits[b], atol=1e-4)

@@ -15,9 +15,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from safelocus.errors import ModelError
+from safelocus.model.auto import auto_class
 from safelocus.model.forcing import logits_at, pad
 from safelocus.model.generation import as_used
-from safelocus.model.target import Dtype, dtype_on, load_model, load_tokenizer
+from safelocus.model.target import Dtype, dtype_on, load_config, load_model, load_tokenizer
 from safelocus.objective.presets import GuardPreset, find_preset, read_preset, render, verdict_token_ids
 from safelocus.objective.text import ReaderInput, TextObjective, batch_inputs, embedding_gradients, tokenize_around
 from safelocus.objective.transfer import GuardReading
@@ -62,7 +63,9 @@ class Guard(TextObjective):
         hub = {"revision": revision, "trust_remote_code": trust_remote_code}
         tokenizer = load_tokenizer(name, **hub)
         preset = read_preset(description) if description else find_preset(str(name), tokenizer)
-        model = load_model(AutoModelForCausalLM, name, dtype=dtype_on(device, dtype), device=device, **hub)
+        config = load_config(name, revision=revision, trust_remote_code=trust_remote_code)
+        auto = auto_class(config) or AutoModelForCausalLM  # guards that read images too judge text alone
+        model = load_model(auto, name, config=config, dtype=dtype_on(device, dtype), device=device, **hub)
         guard = cls(name=str(name), model=model, tokenizer=tokenizer, preset=preset, **options)
         guard.verdict_ids  # noqa: B018 (a guard without verdict tokens fails here, before any long work)
         return guard
