@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import safelocus as sl
+from safelocus.errors import SafelocusError
 from safelocus.model import forcing
 from safelocus.model.generation import generate
 from safelocus.model.target import Target
@@ -91,3 +92,8 @@ def test_wanda_sees_the_inputs_of_every_matrix(name: str) -> None:
     target = target_of(name)
     scores = sl.score(target, PROMPTS, method="wanda", batch_size=5, max_new_tokens=6, progress=False)
     assert all(tensor.any() for tensor in scores.tensors.values())
+
+
+def test_wanda_refuses_experts_that_share_an_axis() -> None:
+    with pytest.raises(SafelocusError, match=r"ffn\.experts\.mlp\.w1.*one below the other.*another method"):
+        sl.score(target_of("dbrx"), PROMPTS, method="wanda", max_new_tokens=3, progress=False)

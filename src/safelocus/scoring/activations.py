@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from safelocus.errors import SafelocusError
 from safelocus.model.layout.tensor import TensorLayout
 
 # function -> positions of (input, weight) among its arguments, and whether the weight is stored [in, out]
@@ -43,6 +44,11 @@ class InputNorms(TorchFunctionMode):
         self.squares: dict[str, Tensor] = {}
         for name, weight in weights.items():
             shape = list(weight.shape)
+            if layouts[name].fused_experts and layouts[name].source.count(layouts[name].source[0]) > 1:
+                raise SafelocusError(
+                    f"{name}: its experts stand one below the other in one axis, where the inputs of each cannot be "
+                    "told apart; choose another method than wanda (esi, gradient, snip, magnitude)"
+                )
             input_axis = layouts[name].input_axis
             assert input_axis is not None, f"{name} is eligible but no matrix"
             shape[(len(shape) - 2) + (len(shape) - 1) - input_axis] = 1  # the other one of the last two axes
