@@ -346,6 +346,20 @@ def test_rows_train_the_answer_behind_a_closed_thought(template):
     assert left_open(before.rpartition("Hello")[2], chat.markers) is None
 
 
+@every_template
+def test_a_row_that_brings_its_thought_is_what_the_model_would_write(template):
+    spelled, thinking = SPELLED[template]
+    chat = target_of(template, thinking).chat
+    given = spelled.format(thought=THOUGHT, answer=HELP)
+    for response in (given, f"{chat.opened[0]}\n{given}" if chat.opened else given):
+        prompt, ids = chat.encode_pair("Hello", response)
+        assert prompt == chat.encode_prompt("Hello", closed=template == OWN)  # whose answers need no way out
+        assert chat.tokenizer.decode(ids) == given
+        found = chat.split(chat.tokenizer.decode(ids))
+        assert found.finished
+        assert found.thought.strip() == THOUGHT
+
+
 def test_the_refusal_objective_compares_openings_outside_of_the_thought():
     target = target_of("r1")
     objective = Refusal(refusals=["I cannot", "Sorry"], compliances=["Sure"])

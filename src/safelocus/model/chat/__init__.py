@@ -102,11 +102,17 @@ class ChatFormat:
     ) -> tuple[list[int], list[int]]:
         """(prompt ids, response ids), outside of a thought; their sum is what the model reads.
 
-        `end` adds the token that ends the turn, which training needs and scoring a truncated response does not.
+        A response that brings its thought along stands where the model would begin to think, if it is to. `end` adds
+        the token that ends the turn, which training needs and scoring a truncated response does not.
         """
+        ending, thinks = self.ending, bool(self.closing) and split(response, markers=self.markers).thought is not None
+        if thinks:
+            ending = ending.removesuffix(self.closing)
+            if self.opened:
+                response = response.strip().removeprefix(self.opened[0]).lstrip()
         if not response.startswith(tuple(" \n\t")):
             response = self.response_prefix + response if response else response
-        ids = _continuation(self.tokenizer, self.ending, response)
+        ids = _continuation(self.tokenizer, ending, response)
         if end:
             if not self.end_of_turn_ids:
                 raise ModelError(
@@ -114,7 +120,7 @@ class ChatFormat:
                     "template, found none. Set tokenizer.eos_token."
                 )
             ids = [*ids, self.end_of_turn_ids[0]]
-        return self.encode_prompt(prompt, system=system, closed=True), ids
+        return self.encode_prompt(prompt, system=system, closed=not thinks), ids
 
     def split(self, text: str) -> Split:
         """Tell thought and answer apart in what the model wrote, special tokens included."""
