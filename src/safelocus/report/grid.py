@@ -90,7 +90,8 @@ class Grid:
         if self.caption:
             table.caption = Text(self.caption, style="table.caption")
         for number, heading in enumerate(self.headings):
-            broken = heading.replace("-", "-\n").replace("/", "/\n").replace(" ", "\n")  # long ones squeeze the numbers
+            broken = heading.replace(" %", "\N{NO-BREAK SPACE}%")  # long ones squeeze the numbers
+            broken = broken.replace("-", "-\n").replace("/", "/\n").replace(" ", "\n")
             # what is too long for a narrow terminal is broken, not cut; a short number never
             longest = max((len(row[number]) for row in self.rows), default=0)
             table.add_column(
