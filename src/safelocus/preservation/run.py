@@ -113,7 +113,9 @@ def run_preservation(
     })  # fmt: skip
     prompts = data if mixed is None else _mix(target, data, mixed, progress)
     rows, lacking = rows_with_remarks(prompts, target.chat, max_length=settings.max_length)
-    remarks += [*lacking, *examination.only_first, *_losses(target, lora)]
+    asked = [*sets[1:], *([data] if task.source == data.source else [])]
+    remarks += [*lacking, *examination.only_first, *(said for part in asked if (said := part.only_first))]
+    remarks += _losses(target, lora)
     examined = replace(examination, tasks=(task, *examination.tasks))
     runner = Runner(
         target=target, rows=rows, settings=settings, examination=examined,

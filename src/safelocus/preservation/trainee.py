@@ -116,16 +116,13 @@ def _original(target: Target) -> tuple[Checkpoint | None, str | None]:
     except ModelError as error:
         return None, f"the model is written as transformers writes it, not in the form of its original's files: {error}"
     own = target.model.dtype
-    types = {stored.dtype for stored in found.stored.values()} & {"float32", "bfloat16", "float16"}
-    if narrower := sorted(
-        kind for kind in types if torch.promote_types(own, getattr(torch, kind)) != getattr(torch, kind)
-    ):
-        plain = str(own).removeprefix("torch.")
-        return (
-            found,
-            f"weights were trained and measured in {plain} and are saved in their files' {', '.join(narrower)}",
-        )
-    return found, None
+    types = {name: getattr(torch, name) for name in ("bfloat16", "float16", "float32")}
+    used = {stored.dtype for stored in found.stored.values()}
+    narrower = [name for name, kind in types.items() if name in used and torch.promote_types(own, kind) != kind]
+    if not narrower:
+        return found, None
+    trained = f"weights were trained and measured in {str(own).removeprefix('torch.')}"
+    return found, f"{trained} and are saved in their files' {', '.join(narrower)}"
 
 
 def _save_model(target: Target, original: Checkpoint | None, folder: Path) -> None:
