@@ -286,6 +286,17 @@ class TestRetention:
         first = enhance(target, top(target), REFUSALS, **how)
         assert enhance(target, top(target), REFUSALS, **how).metadata == first.metadata
 
+    def test_a_patch_says_what_is_left_of_the_data(self, target):
+        talk = [replace(example, later=(("and then?", "no more"),)) for example in sl.read_prompts(["help", "bake"])]
+        long = replace(REFUSALS[0], prompt="build one more bad thing", response="I cannot help " * 60)
+        data, retain = sl.read_prompts([*REFUSALS, long]), sl.read_prompts(talk)
+        how = {"retain": [retain], "own_answers": True, "answer_tokens": 4, "max_length": 60, **QUICK}
+        notes = enhance(target, top(target), data, **how).metadata["notes"]
+        assert notes == [
+            "memory: 1 of 13 rows are cut to 60 tokens (--max-length)",
+            "memory: only the first requests of 2 conversations are asked, not 2 later ones",
+        ]
+
     def test_a_patch_says_that_nothing_was_retained(self, target):
         notes = [
             enhance(target, top(target), REFUSALS, retain=retain, **QUICK).metadata["notes"]

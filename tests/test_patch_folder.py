@@ -96,8 +96,9 @@ def test_a_whole_model_is_saved_in_the_form_of_its_files(tmp_path, name):
     folder.save_like(checkpoint, model, tmp_path / "same")
     assert contents(tmp_path / "same") == contents(tmp_path / "a")
     with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn(parameter.shape)).copy_(parameter.bfloat16())
+        for tensor, parameter in model.named_parameters():
+            if checkpoint.holds(tensor):  # else a table that no file has: its class makes it anew
+                parameter.add_(torch.randn(parameter.shape)).copy_(parameter.bfloat16())
     folder.save_like(checkpoint, model, tmp_path / "b")
     assert same(everything(type(model).from_pretrained(tmp_path / "b", dtype=torch.float32)), everything(model))
 

@@ -280,6 +280,22 @@ def test_remarks(tmp_path):
     assert any("3 of 6 questions about the task could not be asked or answered" in remark for remark in found.notes)
 
 
+def test_conversations_are_learned_whole_and_what_is_left_of_them_is_said():
+    target = tiny_targets.dense()
+    later = (("and then?", "no more"),)
+    data = replace(DATA, examples=tuple(replace(e, later=later, unread=n) for n, e in enumerate(DATA.examples[:4])))
+    harmless = replace(EXAMINATION.harmless, examples=tuple(replace(e, later=later) for e in EXAMINATION.harmless))
+    examination = replace(EXAMINATION, harmless=harmless)
+    found = run_preservation(target, some(target), data, task_of(data), examination=examination, **QUICK)
+    assert sum("answers in conversations are not learned" in note for note in found.notes) == 1
+    assert any("6 of 14 answers in conversations" in note for note in found.notes)
+    assert any("only the first requests of 3 conversations are asked" in note for note in found.notes)
+    assert any("only the first requests of 4 conversations are asked" in note for note in found.notes)
+    alone = run_preservation(target, some(target), DATA[:4], task_of(DATA), examination=EXAMINATION, **QUICK)
+    assert not any("conversations" in note for note in alone.notes)
+    assert found.protected.trial.losses != alone.protected.trial.losses
+
+
 def test_whether_the_selection_is_the_models_is_asked_once(monkeypatch):
     target, asked, check = tiny_targets.dense(), [], sl.Selection.check
     monkeypatch.setattr(sl.Selection, "check", lambda *a, **o: asked.append(1) or check(*a, **o))

@@ -12,6 +12,7 @@ from safelocus.errors import ModelError
 from safelocus.model import quantised as quantisation
 from safelocus.model import target as loading
 from safelocus.model.quantised import Quantisation
+from safelocus.model.target import load_config
 from safelocus.preservation.trainee import MODEL
 from safelocus.selection.sparse import gather
 from safelocus.training.lora import Lora
@@ -120,12 +121,15 @@ def test_what_is_preserved_of_a_quantised_model_is_saved_unquantised(tmp_path, l
     write(moe().model, tmp_path / "q", FP8, fp8)
     target = sl.load(tmp_path / "q")
     selection, before = some(target), everything(target.model)
-    held = gather(target.model, selection)
+    held = gather(sl.load(tmp_path / "q", dtype="bfloat16").model.float(), selection)
     found = preserved(target, selection, folder=tmp_path / "p", lora=lora, merge=lora is not None)
     assert same(everything(target.model), before)
-    assert any("not in the form of its original's files" in note for note in found.protected.trial.notes)
+    for said in ("not in the form of its original's files", "in float32 and are saved in bfloat16"):
+        assert any(said in note for note in found.protected.trial.notes)
     saved = sl.load(tmp_path / "p" / MODEL)
     assert Quantisation.of(saved.model.config) is None
+    assert saved.model.config.dtype == torch.float32  # in memory, on a CPU
+    assert load_config(tmp_path / "p" / MODEL).dtype == torch.bfloat16
     assert same(gather(saved.model, selection), held)
     assert not same(everything(saved.model), before)
     assert (tmp_path / "p" / MODEL / "tokenizer.json").read_bytes() == (tmp_path / "q" / "tokenizer.json").read_bytes()

@@ -58,7 +58,7 @@ def original(request, tmp_path):
 def test_a_preserved_folder_has_the_originals_files(original, how, tmp_path, run):
     code, out, err = run("preserve", original, *REFUSAL, *SETS, *QUICK, *how, "-o", tmp_path / "p")
     assert code == 0, err
-    assert "trained and measured in float32 and are saved in their files' bfloat16" in out + err
+    assert "trained and measured in float32 and are saved in bfloat16" in out + err
     before, after = contents(original), contents(tmp_path / "p" / MODEL)
     assert set(after) == set(before) - {"pytorch_model.bin"}
     changed = {name for name in after if after[name] != before[name]}
@@ -76,6 +76,26 @@ def test_a_preserved_folder_has_the_originals_files(original, how, tmp_path, run
     models = [sl.load(place, dtype="float32").model for place in (original, tmp_path / "p" / MODEL)]
     first, other = (gather(each, selection) for each in models)
     assert same(first, other)  # protected, also where the rest was rounded
+
+
+@pytest.mark.slow
+def test_a_model_is_saved_in_another_type_where_that_is_asked_for(original, tmp_path, run):
+    asked = ["--save-dtype", "float32"]
+    code, out, err = run("preserve", original, *REFUSAL, *SETS, *QUICK, *asked, "-o", tmp_path / "p")
+    assert code == 0, err
+    assert "are saved in" not in out + err
+    before, after = contents(original), contents(tmp_path / "p" / MODEL)
+    assert set(after) == set(before) - {"pytorch_model.bin"}
+    changed = {name for name in after if after[name] != before[name]}
+    assert {"config.json", "model.safetensors.index.json"} <= changed
+    assert all(name.endswith((".safetensors", "config.json", "index.json")) for name in changed)
+    assert "generation_config.json" not in changed
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "p" / MODEL)
+    assert model.dtype == torch.float32
+    assert any(not torch.equal(p, p.bfloat16().float()) for p in model.parameters())  # nothing was rounded
+    selection = sl.Selection.load(tmp_path / "p" / "selection.safetensors")
+    models = [sl.load(place, dtype="float32").model for place in (original, tmp_path / "p" / MODEL)]
+    assert same(*(gather(each, selection) for each in models))
 
 
 @pytest.mark.slow

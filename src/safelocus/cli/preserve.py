@@ -25,6 +25,9 @@ class ProtectOptions(options.AllowOptions):
 
     unprotected: bool = flag("Train without protection too, and show both side by side.")
     merge: bool = flag("Save the model with its adapter merged, not the adapter and its patch.")
+    save_dtype: Literal["float32", "bfloat16", "float16"] | None = option(
+        "Type of the weights in the model that is saved.", shown="that of its files"
+    )
     look: int = option("Measure each look on at most this many of each set.", default=48, min=1)
 
 

@@ -210,13 +210,17 @@ def enhancer(
     )  # fmt: skip
     made = [rows_with_remarks(part, target.chat, max_length=settings.max_length) for part in (prompts, *kept)]
     rows = [part for part, _ in made]
+    remarks = [remark for _, remarks in made for remark in remarks]
+    remarks += [
+        said for given, part in zip(sets, kept, strict=True) if part is not given and (said := given.only_first)
+    ]
     retention = None
     if kept:
         retention = Retention(sets=tuple(rows[1:]), kl=retain_kl, weight=retain_weight, per_refusal=retain_rows)
     return Runner(
         target=target, rows=rows[0], settings=settings, look=validation, every=every,
         early_stopping=early_stopping and validation is not None, sets=[prompts, *kept], checkpoint=checkpoint,
-        progress=progress, remarks=[remark for _, remarks in made for remark in remarks],
+        progress=progress, remarks=remarks,
         make=lambda arm, settings: trainee_of(
             target, arm.what, settings, num_weights=num_weights, retention=retention
         ),

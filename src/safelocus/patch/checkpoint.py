@@ -119,7 +119,7 @@ class Checkpoint:
             folder=folder,
             model=model,
             layout=layout if isinstance(layout, Layout) else Layout.of(model, file=layout, skip_unknown=skip_unknown),
-            stored=_stored(folder),
+            stored=stored_in(folder),
         )
 
     def holds(self, name: str) -> bool:
@@ -288,7 +288,8 @@ def read_header(path: Path) -> tuple[dict[str, Any], int]:
     return header, 8 + length
 
 
-def _stored(folder: Path) -> dict[str, Stored]:
+def stored_in(folder: Path) -> dict[str, Stored]:
+    """Name in the files -> where it is, from their headers."""
     found = {}
     for file in weight_files(folder):
         header, begin = read_header(folder / file)

@@ -12,23 +12,28 @@ and put in the place of the old one at once; after an interruption some files ar
 the same command (or the opposite one) finishes the job, since it recognises the tensors of either kind.
 """
 
+import json
 import os
 import shutil
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from safelocus import distributed
 from safelocus.errors import PatchError, ResourceError
 from safelocus.model.fingerprint import bits
 from safelocus.model.layout import canonical_name
-from safelocus.patch.checkpoint import Checkpoint, Stored
+from safelocus.patch.checkpoint import INDEX, Checkpoint, Stored, stored_in, weight_files
 from safelocus.patch.patch import Patch
 from safelocus.patch.state import Goal, Outcome, examine
 from safelocus.progress import track
@@ -84,7 +89,14 @@ def revert_folder(
     return _rewrite(patch, model, "before", output, allow_mismatch, revision, progress)
 
 
-def save_like(checkpoint: Checkpoint, model: nn.Module, output: Path, *, progress: bool = False) -> None:
+def save_like(
+    checkpoint: Checkpoint,
+    model: nn.Module,
+    output: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    progress: bool = False,
+) -> None:
     """Write a model's weights into a copy of the folder it was loaded from.
 
     All that is no weight of the model (tokenizer, processor, chat template, generation config, further heads) is
@@ -95,6 +107,7 @@ def save_like(checkpoint: Checkpoint, model: nn.Module, output: Path, *, progres
         checkpoint: of the folder that the model was loaded from.
         model: as it is now, without wrappers; it may be sharded.
         output: folder to be; must not exist or be empty.
+        dtype: of all weights; default: as in the files.
 
     Raises:
         PatchError: a place that cannot be written to.
@@ -103,6 +116,9 @@ def save_like(checkpoint: Checkpoint, model: nn.Module, output: Path, *, progres
     parameters = {canonical_name(name): parameter for name, parameter in model.named_parameters()}
     names = {form: name for name in parameters if checkpoint.holds(name) for form in checkpoint.forms(name)}
     with _copied(checkpoint, output, progress) if distributed.is_main() else nullcontext() as copy:
+        if copy is not None and dtype is not None:
+            retype(copy, dtype)
+            checkpoint = replace(checkpoint, folder=copy, stored=stored_in(copy))
         for group in track(checkpoint.groups, "save", enabled=progress):
             values = {form: distributed.whole(parameters[names[form]].detach()) for form in group if form in names}
             if copy is None or not values:
@@ -110,6 +126,38 @@ def save_like(checkpoint: Checkpoint, model: nn.Module, output: Path, *, progres
             for key, tensor in checkpoint.in_files(values).items():
                 stored = checkpoint.stored[key]
                 _write_values(copy / stored.file, stored, slice(None), tensor.flatten())
+
+
+def retype(folder: Path, dtype: torch.dtype) -> None:
+    """Give all weights in a model's folder another dtype, and have its configuration say so."""
+    sizes = 0
+    for file in weight_files(folder):
+        path, temporary = folder / file, folder / f".{Path(file).name}.tmp"
+        with safe_open(path, framework="pt") as opened:
+            metadata = opened.metadata()
+        tensors = {name: v.to(dtype) if v.is_floating_point() else v for name, v in load_file(path).items()}
+        save_file(tensors, temporary, metadata)
+        os.replace(temporary, path)
+        sizes += sum(value.nbytes for value in tensors.values())
+    declare_dtype(folder, dtype)
+    if (path := folder / INDEX).is_file():
+        index = json.loads(path.read_text(encoding="utf-8"))
+        index["metadata"] = {**index.get("metadata", {}), "total_size": sizes}
+        path.write_text(json.dumps(index, indent=2), encoding="utf-8")
+
+
+def declare_dtype(folder: Path, dtype: torch.dtype) -> None:
+    """Have a folder's configuration say that its weights have this dtype."""
+    path = folder / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    name = str(dtype).removeprefix("torch.")
+    for part in (config, *(value for value in config.values() if isinstance(value, dict))):
+        for key in ("dtype", "torch_dtype"):
+            if key in part:
+                part[key] = name
+    if "torch_dtype" not in config:
+        config["dtype"] = name
+    path.write_text(json.dumps(config, indent=2, ensure_ascii=False), encoding="utf-8")
 
 
 def copy_tokenizer(source: Path, output: Path) -> None:

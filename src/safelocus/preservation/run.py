@@ -62,6 +62,7 @@ def run_preservation(
     look: int = 48,
     folder: Path | None = None,
     merge: bool = False,
+    save_dtype: str | None = None,
     allow_seen: bool = False,
     allow_mismatch: bool = False,
     checkpoint: Path | None = None,
@@ -87,6 +88,7 @@ def run_preservation(
         look: prompts and questions of each kind that a look uses, at most.
         folder: where the protected model (`model/`), or adapter and patch (`adapter/`), are saved.
         merge: save the model with its adapter merged, its protected weights exact.
+        save_dtype: "float32", "bfloat16" or "float16": of the model that is saved; default: that of its files.
         allow_seen: measure with prompts that calibration or mixed-in rows use.
         allow_mismatch: the selection was made for another model (a fine-tuned sibling).
         checkpoint: folder for unfinished work; the same call resumes from it. Of several
@@ -101,7 +103,10 @@ def run_preservation(
         NumericalError: the training diverged; the model has its old weights again.
     """
     settings = replace(settings or TrainingSettings(), **changes)
-    make = learner(target, lora=lora, calibration=calibration, folders={PROTECTED: folder}, merge=merge)
+    make = learner(
+        target, lora=lora, calibration=calibration, folders={PROTECTED: folder}, merge=merge,
+        dtype=None if save_dtype is None else getattr(torch, save_dtype),
+    )  # fmt: skip
     sets = [data, *(calibration.prompts if calibration else ()), *(mixed.prompts if mixed else ())]
     remarks = [*notes, *check_apart(examination, sets, allow_seen=allow_seen)]
     remarks += check_made_for(target, selection, allow_mismatch=allow_mismatch)
@@ -110,10 +115,13 @@ def run_preservation(
         "the controls": controls, "unprotected": unprotected, "the adapter": lora, "the calibration": calibration,
         "the rows mixed in": mixed, "the examination": examination, **settings.to_json(),
         "every": every or settings.steps, "look": look, "merge": merge,
+        "save_dtype": save_dtype,
     })  # fmt: skip
     prompts = data if mixed is None else _mix(target, data, mixed, progress)
     rows, lacking = rows_with_remarks(prompts, target.chat, max_length=settings.max_length)
-    remarks += [*lacking, *examination.only_first, *_losses(target, lora)]
+    asked = [*sets[1:], *([data] if task.source == data.source else [])]
+    remarks += [*lacking, *examination.only_first, *(said for part in asked if (said := part.only_first))]
+    remarks += _losses(target, lora)
     examined = replace(examination, tasks=(task, *examination.tasks))
     runner = Runner(
         target=target, rows=rows, settings=settings, examination=examined,

@@ -16,9 +16,9 @@ from transformers import set_seed
 from safelocus import distributed
 from safelocus.errors import ModelError, TrainingError
 from safelocus.model.fingerprint import bits
-from safelocus.model.target import Target
+from safelocus.model.target import Target, load_config
 from safelocus.patch.checkpoint import Checkpoint, local_folder
-from safelocus.patch.folder import copy_tokenizer, save_like
+from safelocus.patch.folder import copy_tokenizer, retype, save_like
 from safelocus.preservation.attachment import attach
 from safelocus.preservation.calibration import Calibration
 from safelocus.preservation.protection import Protection
@@ -37,21 +37,27 @@ def learner(
     calibration: Calibration | None,
     folders: Mapping[str, Path | None],
     merge: bool,
+    dtype: torch.dtype | None = None,
 ) -> Callable[[Arm, TrainingSettings], AbstractContextManager[Trainee]]:
     """What makes an arm ready: `what` of it is the selection to hold, or None.
 
     Args:
         folders: arm -> where its model, or its adapter and patch, are saved.
         merge: save the model with its adapter merged.
+        dtype: of the model that is saved; default: as in its files.
 
     Raises:
-        TrainingError: an adapter for a model that is sharded.
+        TrainingError: an adapter for a model that is sharded, or one that is to be saved in another dtype.
     """
     if lora and target.is_sharded:
         raise TrainingError("a LoRA adapter needs a model that is whole in each process, not sharded")
-    original, remark = None, None
+    if lora and dtype is not None and not merge:
+        raise TrainingError(
+            "an adapter is saved as it was trained; to save the model in another type merge it: --merge"
+        )
+    original, remarks = None, list[str]()
     if any(folders.values()) and (lora is None or merge):
-        original, remark = _original(target)  # before the training, not after it
+        original, remarks = _original(target, dtype)  # before the training, not after it
 
     @contextmanager
     def ready(arm: Arm, settings: TrainingSettings) -> Iterator[Trainee]:
@@ -73,8 +79,8 @@ def learner(
                 if lora is not None:
                     held[0].merge() if held else trainee.model.merge_and_unload()
                 if folder is not None and (lora is None or merge):
-                    _save_model(target, original, folder / MODEL)
-                    trainee.notes += () if remark is None else (remark,)
+                    _save_model(target, original, folder / MODEL, dtype)
+                    trainee.notes += tuple(remarks)
                 if not held:
                     return
                 trainee.num_weights, trainee.notes = held[0].num_protected_in_all, (*held[0].notes, *trainee.notes)
@@ -105,35 +111,35 @@ def _given_back(model: Any) -> Iterator[None]:
                 parameter.requires_grad_(required[name])
 
 
-def _original(target: Target) -> tuple[Checkpoint | None, str | None]:
+def _original(target: Target, dtype: torch.dtype | None) -> tuple[Checkpoint | None, list[str]]:
     """The files that a model's own are made of, or None; and what its user should know about those then."""
     if target.origin is None:
-        return None, None
+        return None, []
     name, revision = target.origin
+    found, remarks = None, []
     try:
         found = Checkpoint.open(name, revision=revision, layout=target.layout)
         found.check_writable()
+        saved = {stored.dtype for stored in found.stored.values()}
     except ModelError as error:
-        return None, f"the model is written as transformers writes it, not in the form of its original's files: {error}"
-    own = target.model.dtype
-    types = {stored.dtype for stored in found.stored.values()} & {"float32", "bfloat16", "float16"}
-    if narrower := sorted(
-        kind for kind in types if torch.promote_types(own, getattr(torch, kind)) != getattr(torch, kind)
-    ):
-        plain = str(own).removeprefix("torch.")
-        return (
-            found,
-            f"weights were trained and measured in {plain} and are saved in their files' {', '.join(narrower)}",
+        found, saved = None, {str(_declared(target)).removeprefix("torch.")}
+        remarks.append(
+            f"the model is written as transformers writes it, not in the form of its original's files: {error}"
         )
-    return found, None
+    saved = saved if dtype is None else {str(dtype).removeprefix("torch.")}
+    own, types = target.model.dtype, {name: getattr(torch, name) for name in ("bfloat16", "float16", "float32")}
+    if narrower := [name for name, kind in types.items() if name in saved and torch.promote_types(own, kind) != kind]:
+        plain = str(own).removeprefix("torch.")
+        remarks.append(f"weights were trained and measured in {plain} and are saved in {', '.join(narrower)}")
+    return found, remarks
 
 
-def _save_model(target: Target, original: Checkpoint | None, folder: Path) -> None:
+def _save_model(target: Target, original: Checkpoint | None, folder: Path, dtype: torch.dtype | None) -> None:
     """Written by the first process; the others give it their rows, where the model is sharded."""
     if original is not None:
         if distributed.is_main():
             shutil.rmtree(folder, ignore_errors=True)  # of an interruption after it was written
-        save_like(original, target.model, folder)
+        save_like(original, target.model, folder, dtype=dtype)
         return
     model, state = target.model, None
     if target.is_sharded:
@@ -148,7 +154,19 @@ def _save_model(target: Target, original: Checkpoint | None, folder: Path) -> No
             model.save_pretrained(folder, state_dict=state)
         finally:
             config.update(sharding)
+        if (kind := dtype or _declared(target)) not in (None, model.dtype):
+            retype(folder, kind)
         _save_tokenizer(target, folder)
+
+
+def _declared(target: Target) -> torch.dtype | None:
+    """The dtype that the configuration of a model's files names; None where there are none."""
+    if target.origin is None:
+        return None
+    name, revision = target.origin
+    config = load_config(name, revision=revision)
+    found: torch.dtype | None = getattr(config, "dtype", None) or config.get_text_config().dtype
+    return found
 
 
 def _save_adapter(model: Any, target: Target, held: list[Protection], folder: Path) -> None:

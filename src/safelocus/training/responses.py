@@ -87,8 +87,10 @@ def encode_rows(example: Example, chat: ChatFormat) -> tuple[list[dict[str, list
                 Prompt(request, history=tuple(history)), response, system=system,
                 end=example.complete or number < len(later),
             )  # fmt: skip
-        except jinja2.TemplateError:  # it takes no such history
-            break
+        except jinja2.TemplateError:
+            if not history:
+                raise
+            break  # it takes none
         labels = [IGNORED] * len(prompt)
         if rows and prompt[: len(rows[-1]["input_ids"])] == rows[-1]["input_ids"]:
             before = rows.pop()["labels"]
