@@ -22,8 +22,8 @@ def page(numbers: dict[str, Any]) -> str:
     parts = [_HEAD]
     if "mutations" in numbers:
         parts.append(_mutations(numbers["mutations"]["formats"]))
-    if "kills" in numbers:
-        parts.append(_kills(numbers["kills"]))
+    if "disturbances" in numbers:
+        parts.append(_disturbances(numbers["disturbances"]))
     return "\n\n".join(parts) + "\n"
 
 
@@ -40,14 +40,25 @@ def _mutations(formats: dict[str, dict[str, int]]) -> str:
     return f"{_MUTATIONS}\n\n{table(['format', *outcomes], rows)}"
 
 
-def _kills(found: dict[str, Any]) -> str:
-    outcomes = ["before it began", "resumed", "finished", "other bits", "not resumable"]
+def _disturbances(found: dict[str, dict[str, dict[str, int]]]) -> str:
     rows = [
-        [name, sum(counts.values()), *(counts.get(outcome, 0) for outcome in outcomes)]
-        for name, counts in found.items()
+        [name, kind, sum(counts.values()), *(_sum(counts, *outcomes) for outcomes in _OUTCOMES.values())]
+        for kind, commands in found.items()
+        for name, counts in commands.items()
     ]
-    return f"{_KILLS}\n\n{table(['command', 'n', *outcomes], rows)}"
+    return f"{_DISTURBANCES}\n\n{table(['command', 'disturbed by', 'n', *_OUTCOMES], rows)}"
 
+
+def _sum(counts: dict[str, int], *outcomes: str) -> int:
+    return sum(counts.get(outcome, 0) for outcome in outcomes)
+
+
+_OUTCOMES = {
+    "begun anew": ("before it began",),
+    "resumed": ("resumed",),
+    "finished": ("finished", "one of two", "one after the other"),
+    "faults": ("other bits", "not resumable", "traceback", "litter"),
+}
 
 _HEAD = """# Faults, looked for
 
@@ -62,8 +73,11 @@ JSON replaced. *Refused*: by an error for users. *Loaded*: what has no digest (a
 then; a forged file says what it says consistently). *Traceback*: a fault. *Wrong success*: a changed file with a
 digest was loaded, a fault."""
 
-_KILLS = """## Killed at any moment
+_DISTURBANCES = """## Killed, out of space, frozen, twice
 
-`python benchmarks/faults/killing.py`: `kill -9` at random moments, then the same command again. *Resumed*,
-*finished*, *before it began*: what the second one found; its files are, to the bit, those of a command that nobody
-disturbed (times aside). Faults would be *other bits*, and *not resumable*: an error of the second command."""
+`python benchmarks/faults/killing.py`: every command is disturbed at a random moment, and then given again. *kill*:
+SIGKILL, half of the times after a random time, half of them just before a random change of the file system. *full*:
+from a random change on there is no space. *frozen*: from then on nothing can be written, renamed or removed.
+*twice*: started twice at once into one place. *Begun anew*, *resumed*, *finished*: what the second command did; its
+files are, to the bit, those of a command that nobody disturbed (but for times). *Faults*: other bits, an error of
+the second command, a traceback of the first, or files left that nobody needs."""

@@ -103,6 +103,9 @@ class TargetResponder:
                 replies.append(Reply(text=None, failure=failure))
             else:
                 response = next(responses)
+                if not response.is_number:
+                    replies.append(Reply(text=None, failure="the model computed NaN or infinity on the way"))
+                    continue
                 replies.append(Reply(text=response.text, finished=response.finished))
         return replies
 

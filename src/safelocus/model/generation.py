@@ -7,11 +7,12 @@ settings (temperature, penalties, ...) are deliberately not used: they would dif
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import GenerationConfig
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from safelocus.errors import PromptError
 from safelocus.model.autocast import many_passes
@@ -29,11 +30,13 @@ class Response:
         ids: token ids, without the token that ended the turn.
         text: their text, special tokens left out.
         finished: whether the turn ended by itself, rather than at the limit of new tokens.
+        is_number: false where the model computed NaN or infinity on the way: then the text says nothing.
     """
 
     ids: tuple[int, ...]
     text: str
     finished: bool
+    is_number: bool = True
 
 
 def generate(target: "Target", prompts: Sequence[str], *, max_new_tokens: int = 256) -> list[Response]:
@@ -67,17 +70,30 @@ def generate_from(encoded: Sequence[Sequence[int]], target: "Target", max_new_to
         decoder_start_token_id=getattr(target.model.config, "decoder_start_token_id", None),
         stop_strings=list(target.chat.stop_strings) or None,
     )
+    finite = _Finite()
     with as_used(target.model), many_passes(target.autocast):
         output = target.model.generate(
             input_ids=ids,
             attention_mask=mask,
             generation_config=settings,
             tokenizer=target.tokenizer,
+            logits_processor=LogitsProcessorList([finite]),
             # a sharded model computes only with all processes: those whose answers are done go on until all are
             synced_gpus=target.is_sharded or None,
         )
     skip = 1 if target.model.config.is_encoder_decoder else ids.shape[1]
-    return [_response(target, row) for row in output[:, skip:].tolist()]
+    responses = [_response(target, row) for row in output[:, skip:].tolist()]
+    return [replace(each, is_number=is_number) for each, is_number in zip(responses, finite.rows.tolist(), strict=True)]
+
+
+class _Finite(LogitsProcessor):
+    """Which rows of a batch have had finite logits at every token; the greatest of NaN and a number is NaN."""
+
+    rows: Any = True
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self.rows = scores.amax(dim=-1).isfinite() & self.rows
+        return scores
 
 
 @contextmanager
