@@ -172,7 +172,7 @@ def test_scores_of_an_attempt_that_was_killed_are_replaced(tmp_path):
 
 @pytest.fixture
 def poisoned(monkeypatch):
-    """NaN or infinity in the embeddings of the n-th pass through a model."""
+    """NaN or infinity in the embeddings of the n-th pass through a model; the first two only try packed rows."""
     forward = torch.nn.Embedding.forward
 
     def poison(value, at):
@@ -187,7 +187,7 @@ def poisoned(monkeypatch):
     return poison
 
 
-@pytest.mark.parametrize(("value", "at"), [(float("nan"), 1), (float("inf"), 3), (float("nan"), 7)])
+@pytest.mark.parametrize(("value", "at"), [(float("nan"), 2), (float("inf"), 3), (float("nan"), 7)])
 def test_scoring_and_training_stop_at_values_that_are_no_numbers(poisoned, value, at):
     target = dense()
     prompts = sl.read_prompts("organism:harmful").limit(12)

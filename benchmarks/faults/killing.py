@@ -37,6 +37,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from page import record
 
+_QUICK = 3.0  # seconds: such commands are disturbed five times as often
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 _CHANGES = ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate")
 _SMALL = ["--max-new-tokens", "6", "--batch-size", "4", "--json"]
@@ -303,7 +304,7 @@ def campaign(folder: Path, numbers: dict[str, int], seed: int = 0, only: str = "
         print(f"{command.name}: {trial.seconds:.1f} s, {trial.changes} changes of the file system", flush=True)
         for kind, times in numbers.items():
             rng, counts = random.Random(f"{seed} {command.name} {kind}"), Counter[str]()
-            for _ in range(times):
+            for _ in range(times * (5 if trial.seconds < _QUICK else 1)):
                 outcome, why = disturb(trial, kind, rng)
                 counts[outcome] += 1
                 if why:

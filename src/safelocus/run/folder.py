@@ -69,6 +69,7 @@ def _begin(path: Path, resolved: str, overwrite: bool, processes: int) -> Path:
     if partial.exists() and (overwrite or not holds_work(partial / CHECKPOINT)):
         _forget(partial)
     partial.mkdir(exist_ok=True)
+    (partial / DIGESTS).unlink(missing_ok=True)  # of an attempt that was killed: its files are made again
     (partial / _COUNT).write_text(f"{processes}\n")
     if not (partial / "run.toml").is_file():  # an interrupted run keeps its own, should this one not be the same
         write_text(partial / "run.toml", resolved)
