@@ -1,6 +1,7 @@
 import pytest
 
 from safelocus.errors import RunError
+from safelocus.run.files import read_json, seal, write_json
 from safelocus.run.folder import CHECKPOINT, read_config, read_unfinished, run_folder
 from safelocus.run.resume import claim
 
@@ -81,6 +82,22 @@ def test_work_that_is_forgotten_is_nobodys_however_far_its_removal_came(tmp_path
         claim(folder / CHECKPOINT, {"seed": 2})
         assert not (folder / CHECKPOINT / "work").exists()
     assert names(tmp_path) == ["run"]
+
+
+def test_digests_of_an_attempt_that_was_killed_say_nothing_of_the_next(tmp_path):
+    def run(text):
+        with run_folder(tmp_path / "run", config={}) as folder:
+            (folder / CHECKPOINT).mkdir(exist_ok=True)
+            (folder / CHECKPOINT / "work").touch()
+            write_json(folder / "results.json", text)
+            assert read_json(folder / "results.json") == text
+            if text == "first":
+                seal(folder)  # as it is done last of all
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run("first")
+    run("second")
 
 
 def test_a_run_that_only_began_is_not_kept(tmp_path):

@@ -10,6 +10,11 @@ class SafelocusError(ValueError):
     """Base of all errors raised for bad input."""
 
 
+# What values raise that have another shape than a file of their kind should have: to be caught where they are put
+# together, and told in words. (All of `SafelocusError` are among them.)
+MALFORMED = (LookupError, TypeError, AttributeError, ValueError, AssertionError, ArithmeticError, RecursionError)
+
+
 class LayoutError(SafelocusError):
     """The model's tensors are not understood, or do not have the described shape."""
 

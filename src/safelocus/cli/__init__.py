@@ -10,6 +10,7 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
+from errno import EACCES, EDQUOT, EFBIG, EIO, ENOSPC, EPERM, EROFS
 
 import typer
 
@@ -79,6 +80,13 @@ app.command()(check.check)
 app.command()(demo.demo)
 
 
+def _is_of_the_disk(error: Exception) -> bool:
+    """Whether something could not be written, for no fault of the program."""
+    if isinstance(error, OSError):
+        return error.errno in (ENOSPC, EDQUOT, EROFS, EACCES, EPERM, EIO, EFBIG)
+    return "PytorchStreamWriter" in str(error)  # torch tells no more
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and leave with its exit code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
@@ -108,6 +116,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             sys.exit(getattr(error, "exit_code", 2))
         if debug:
             traceback.print_exc()
+        if _is_of_the_disk(error):
+            complain(f"{error}. With space, and the right to write, the same command begins again or resumes the run")
+            sys.exit(2)
         errors.print("[bold red]unexpected error[/]:", end=" ")
         errors.print(cut(f"{type(error).__name__}: {error}"), markup=False, highlight=False, soft_wrap=True)
         errors.print("This is a bug in safelocus; run again with --debug for the traceback.")

@@ -108,7 +108,7 @@ def score(given: Score) -> None:
                 "(--max-new-tokens), or let the model not think (--thinking off)"
             )
         selection = scores.select(given.ratio, of=given.of)
-        scores.save(folder / "scores", tensors=given.save_scores)
+        scores.save(folder / "scores", tensors=given.save_scores, overwrite=True)  # that of an attempt that was killed
         if distributed.is_main():
             selection.save(folder / "selection.safetensors")
             # what is sharded in memory is whole on disk

@@ -225,7 +225,7 @@ def _score(at: Place, model: str, name: str) -> SafetyMap:
             max_new_tokens=MAX_NEW_TOKENS, seed=at.seed, progress=at.progress,
         )  # fmt: skip
         selection = scores.select(RATIO)
-        scores.save(folder / "scores")
+        scores.save(folder / "scores", overwrite=True)  # that of an attempt that was killed
         selection.save(folder / SELECTION)
         located = safety_map(scores, selection)
         write_map(folder, [(model, located)], place=at.final / name, pictures=False)

@@ -114,6 +114,8 @@ class TargetResponder:
                 reply = Reply(text=response.text, finished=response.finished, thought=response.thought)
                 if response.in_thought:
                     reply = replace(reply, text=None, failure=UNFINISHED)
+                if not response.is_number:
+                    reply = Reply(text=None, failure="the model computed NaN or infinity on the way")
                 replies.append(reply)
         return replies
 

@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
-from safelocus.errors import RunError
+from safelocus.errors import MALFORMED, RunError
 from safelocus.evaluation.measures import Measure, mean, rate
 from safelocus.prompts import normalise
 from safelocus.run.files import read_json, read_text, seal, write_json, write_text
@@ -145,7 +145,9 @@ class Evaluation:
             )
         except OSError as error:
             raise RunError(f"{folder}: cannot be read ({error}); expected a run of `evaluate`") from error
-        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        except RunError:
+            raise
+        except MALFORMED as error:
             raise RunError(f"{folder}: a damaged evaluation ({error!r}); run `evaluate` again") from error
 
 

@@ -9,11 +9,12 @@ import sys
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import GenerationConfig
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from safelocus.errors import PromptError
 from safelocus.model.autocast import many_passes
@@ -37,6 +38,7 @@ class Response:
         thought: None where there is none.
         num_thought: tokens of the thought and its markers, before the answer's.
         in_thought: whether the thought did not end, so that there is no answer.
+        is_number: false where the model computed NaN or infinity on the way: then the text says nothing.
     """
 
     ids: tuple[int, ...]
@@ -45,6 +47,7 @@ class Response:
     thought: str | None = None
     num_thought: int = 0
     in_thought: bool = False
+    is_number: bool = True
 
     @property
     def answer_ids(self) -> tuple[int, ...]:
@@ -82,17 +85,30 @@ def generate_from(encoded: Sequence[Sequence[int]], target: "Target", max_new_to
         decoder_start_token_id=getattr(target.model.config, "decoder_start_token_id", None),
         stop_strings=list(target.chat.stop_strings) or None,
     )
+    finite = _Finite()
     with as_used(target.model), many_passes(target.autocast):
         output = target.model.generate(
             input_ids=ids,
             attention_mask=mask,
             generation_config=settings,
             tokenizer=target.tokenizer,
+            logits_processor=LogitsProcessorList([finite]),
             # a sharded model computes only with all processes: those whose answers are done go on until all are
             synced_gpus=target.is_sharded or None,
         )
     skip = 1 if target.model.config.is_encoder_decoder else ids.shape[1]
-    return [read_response(target, row) for row in output[:, skip:].tolist()]
+    responses = [read_response(target, row) for row in output[:, skip:].tolist()]
+    return [replace(each, is_number=is_number) for each, is_number in zip(responses, finite.rows.tolist(), strict=True)]
+
+
+class _Finite(LogitsProcessor):
+    """Which rows of a batch have had finite logits at every token; the greatest of NaN and a number is NaN."""
+
+    rows: Any = True
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self.rows = scores.amax(dim=-1).isfinite() & self.rows
+        return scores
 
 
 @contextmanager

@@ -17,7 +17,7 @@ import os
 import shutil
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from fnmatch import fnmatch
 from pathlib import Path
@@ -37,6 +37,7 @@ from safelocus.patch.checkpoint import INDEX, Checkpoint, Stored, stored_in, wei
 from safelocus.patch.patch import Patch
 from safelocus.patch.state import Goal, Outcome, examine
 from safelocus.progress import track
+from safelocus.run.files import alone
 
 # weights in forms that are not changed: stale copies of the old weights in a patched folder would mislead
 _OTHER_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx")
@@ -217,41 +218,47 @@ def _copied(checkpoint: Checkpoint, output: Path, progress: bool) -> Iterator[Pa
     files = [path for path in _files(checkpoint.folder) if path not in left_out]
     partial = output.with_name(f".{output.name}.partial")
     try:
-        _discard(partial)
-        partial.mkdir(parents=True)
-        _check_space(partial, sum((checkpoint.folder / file).stat().st_size for file in files))
-        for file in track(files, "copy", enabled=progress):
-            (partial / file).parent.mkdir(parents=True, exist_ok=True)
-            _copy(checkpoint.folder / file, partial / file)
-        yield partial
-        for file in files:
-            _sync(partial / file)
-        if output.is_dir():
-            output.rmdir()
-        os.replace(partial, output)
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with alone(output):
+            try:
+                _discard(partial)
+                partial.mkdir()
+                _check_space(partial, sum((checkpoint.folder / file).stat().st_size for file in files))
+                for file in track(files, "copy", enabled=progress):
+                    (partial / file).parent.mkdir(parents=True, exist_ok=True)
+                    _copy(checkpoint.folder / file, partial / file)
+                yield partial
+                for file in files:
+                    _sync(partial / file)
+                if output.is_dir():
+                    output.rmdir()
+                os.replace(partial, output)
+            finally:
+                shutil.rmtree(partial, ignore_errors=True)
     except OSError as error:
         raise PatchError(f"{output}: cannot be written ({error.strerror or error}); choose another folder") from error
-    finally:
-        _discard(partial)
 
 
 def _write_in_place(checkpoint: Checkpoint, edits: Edits, progress: bool) -> None:
     folder = checkpoint.folder
     _check_space(folder, max(((folder / file).stat().st_size for file in edits), default=0))
-    for file in track(list(edits), "write", enabled=progress):
-        temporary = (folder / file).with_name(f".{Path(file).name}.tmp")
-        try:
-            _copy(folder / file, temporary)
-            _write(checkpoint, temporary, edits[file])
-            _sync(temporary)
-            os.replace(temporary, folder / file)
-        except OSError as error:
-            raise PatchError(
-                f"{folder / file}: cannot be written ({error.strerror or error}). Files before it may be changed "
-                "already; the same command finishes the job, the opposite one undoes it"
-            ) from error
-        finally:
-            temporary.unlink(missing_ok=True)
+    try:
+        with alone(folder / "weights"):
+            for file in track(list(edits), "write", enabled=progress):
+                temporary = (folder / file).with_name(f".{Path(file).name}.tmp")
+                try:
+                    _copy(folder / file, temporary)
+                    _write(checkpoint, temporary, edits[file])
+                    _sync(temporary)
+                    os.replace(temporary, folder / file)
+                finally:
+                    with suppress(OSError):
+                        temporary.unlink(missing_ok=True)
+    except OSError as error:
+        raise PatchError(
+            f"{folder}: cannot be written ({error.strerror or error}). Some files may be changed already; the same "
+            "command finishes the job, the opposite one undoes it"
+        ) from error
 
 
 def _copy(source: Path, destination: Path) -> None:

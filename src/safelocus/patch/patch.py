@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from safelocus.distributed import whole
-from safelocus.errors import PatchError, SafelocusError
+from safelocus.errors import MALFORMED, PatchError
 from safelocus.model.fingerprint import Fingerprint, bits
 from safelocus.model.target import Target
 from safelocus.patch import file
@@ -225,7 +225,7 @@ class Patch(PatchValues):
                 after=Fingerprint.from_json(header["after"]),
                 metadata=header["metadata"],
             )
-        except (KeyError, TypeError, AttributeError, ValueError, AssertionError, SafelocusError) as error:
+        except MALFORMED as error:
             raise PatchError(f"{path}: inconsistent patch ({error}). Make it again.") from error
 
     def _write(

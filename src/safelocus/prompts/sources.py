@@ -17,7 +17,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
 
-from safelocus.errors import PromptError
+from safelocus.errors import MALFORMED, PromptError
 
 
 class Row(NamedTuple):
@@ -110,6 +110,8 @@ def _read_json(path: Path) -> list[Row]:
         if error.msg == "Extra data" and text.lstrip().startswith("{"):
             hint = " One object per line? Then name the file .jsonl."
         raise PromptError(f"{path}:{error.lineno}:{error.colno}: not JSON ({error.msg}).{hint}") from error
+    except RecursionError as error:
+        raise PromptError(f"{path}: JSON that is nested too deeply. Expected a list of objects.") from error
     if isinstance(value, Mapping):
         return _from_json_object(value, path)
     if not isinstance(value, list):
@@ -174,6 +176,8 @@ def _read_jsonl(path: Path) -> list[Row]:
                 raise PromptError(
                     f"{path}:{number}:{error.colno}: not JSON ({error.msg}). Expected one object per line."
                 ) from error
+            except RecursionError as error:
+                raise PromptError(f"{path}:{number}: JSON that is nested too deeply. Expected an object.") from error
     return rows
 
 
@@ -248,7 +252,7 @@ def _read_parquet(path: Path) -> list[Row]:
 
     try:
         return from_objects(pyarrow.parquet.read_table(path).to_pylist())
-    except pyarrow.ArrowInvalid as error:
+    except (pyarrow.ArrowException, *MALFORMED, OSError) as error:
         raise PromptError(f"{path}: not a parquet file ({error}).") from error
 
 

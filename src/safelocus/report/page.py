@@ -17,6 +17,7 @@ from safelocus import __version__
 from safelocus.analysis.map import SafetyMap
 from safelocus.analysis.words import TIMES
 from safelocus.enhancement.result import Enhancement
+from safelocus.errors import MALFORMED, RunError, SafelocusError
 from safelocus.inert import inert
 from safelocus.preservation.result import Preservation
 from safelocus.report import colours
@@ -32,7 +33,7 @@ from safelocus.report.runs import ReportRun, with_parts
 from safelocus.report.training import training_sections
 from safelocus.report.verdicts import claims_sections
 from safelocus.report.verification import stability_sections, verification_sections
-from safelocus.run.files import write_json, write_text
+from safelocus.run.files import expected_digest, write_json, write_text
 from safelocus.selection.selection import Selection
 from safelocus.verification import Verification
 
@@ -124,13 +125,25 @@ def sections_of(run: ReportRun) -> list[Section]:
     return _KINDS[run.kind](run)
 
 
+def _sections_of_any(run: ReportRun) -> list[Section]:
+    """As `sections_of`; RunError for results without a digest that have not the form that they should."""
+    try:
+        return sections_of(run)
+    except SafelocusError:
+        raise
+    except MALFORMED as error:
+        if expected_digest(run.folder / "results.json") is not None:
+            raise
+        raise RunError(f"{run.folder / 'results.json'}: damaged ({error!r}); run `{run.command}` again") from error
+
+
 def _write(
     runs: Sequence[ReportRun], made: dict[str, list[Section]], path: Path, *, heading: str, responses: bool
 ) -> None:
     """`made`: sections by name of their run, where they were made already."""
     html = _template().render(
         heading=heading,
-        sections=[section for run in runs for section in made.get(run.name) or sections_of(run)],
+        sections=[section for run in runs for section in made.get(run.name) or _sections_of_any(run)],
         comparison=comparison_parts(runs),
         origins=[origin_of(run) for run in runs],
         responses=responses_json(runs) if responses else None,

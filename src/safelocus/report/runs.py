@@ -13,7 +13,7 @@ from typing import Any, Self
 
 from safelocus.analysis.map import SafetyMap, safety_map
 from safelocus.analysis.patterns import Pattern, patterns
-from safelocus.errors import RunError
+from safelocus.errors import MALFORMED, RunError
 from safelocus.run.files import inside, read_json, read_text
 from safelocus.run.folder import read_config
 from safelocus.selection.selection import Selection
@@ -95,7 +95,7 @@ class ReportRun:
         if self.kind == "map":
             try:
                 return {name: SafetyMap.from_json(values) for name, values in self.results["maps"].items()}
-            except (KeyError, TypeError, AttributeError) as error:
+            except MALFORMED as error:
                 raise RunError(f"{self.folder}: a damaged map ({error!r}); run `{self.command}` again") from error
         return {}
 

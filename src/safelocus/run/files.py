@@ -11,6 +11,7 @@ means to deceive can write new ones.
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -148,6 +149,34 @@ def unsealed(text: str | bytes, where: Path | str) -> Any:
             "--overwrite begins anew (in a script: remove the folder)"
         )
     return value
+
+
+@contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """Within: no other process of safelocus writes to this place. However this one ends, the place is free then.
+
+    Raises RunError where another is at work. (Where there are no locks of files, as on Windows, all are let in.)
+    """
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    lock = path.with_name(f".{path.name}.lock")
+    with lock.open("a", encoding="ascii") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            is_free = os.fstat(file.fileno()).st_nlink > 0  # else its last owner was just about to leave
+        except BlockingIOError:
+            is_free = False
+        except OSError:
+            is_free = True
+        if not is_free:
+            raise RunError(f"{path}: another process is writing there; wait for its end, or choose another place")
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
 
 
 def inside(folder: Path, name: str) -> Path:

@@ -14,14 +14,14 @@ import os
 import shutil
 import tomllib
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import tomli_w
 
 from safelocus.errors import RunError
-from safelocus.run.files import read_text, seal, write_text
+from safelocus.run.files import DIGESTS, alone, read_text, seal, within, write_text
 
 CHECKPOINT = "checkpoint"  # subfolder of an unfinished run that it resumes from
 IDENTITY = "identity.json"  # file in it, and in its parts, that says whose work it is
@@ -44,39 +44,64 @@ def run_folder(path: Path, *, config: Mapping[str, Any], overwrite: bool = False
             block runs.
     """
     path, resolved = Path(path), tomli_w.dumps(_without_none(config))
+    with ExitStack() as until_the_end:
+        with _writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            until_the_end.enter_context(alone(path))
+            partial = _begin(path, resolved, overwrite, processes)
+        try:
+            yield partial
+        except BaseException:
+            with suppress(OSError):  # the disk may be the reason
+                if not holds_work(partial / CHECKPOINT):
+                    _forget(partial)
+            raise
+        with _writing(path):
+            _finish(partial, path, resolved)
+
+
+def _begin(path: Path, resolved: str, overwrite: bool, processes: int) -> Path:
     _restore(path)
     _check_free(path, overwrite)
     partial = _partial(path)
     if not overwrite:
         _check_count(partial, processes)
-    try:
-        if partial.exists() and (overwrite or not holds_work(partial / CHECKPOINT)):
-            _forget(partial)
-        partial.mkdir(parents=True, exist_ok=True)
-        (partial / _COUNT).write_text(f"{processes}\n")
-        if not (partial / "run.toml").is_file():  # an interrupted run keeps its own, should this one not be the same
-            write_text(partial / "run.toml", resolved)
-    except OSError as error:
-        raise RunError(
-            f"{path}: cannot be written ({error.strerror or error}); choose another output folder"
-        ) from error
-    try:
-        yield partial
-    except BaseException:
-        if not holds_work(partial / CHECKPOINT):
-            _forget(partial)
-        raise
+    if partial.exists() and (overwrite or not holds_work(partial / CHECKPOINT)):
+        _forget(partial)
+    partial.mkdir(exist_ok=True)
+    (partial / DIGESTS).unlink(missing_ok=True)  # of an attempt that was killed: its files are made again
+    (partial / _COUNT).write_text(f"{processes}\n")
+    if not (partial / "run.toml").is_file():  # an interrupted run keeps its own, should this one not be the same
+        write_text(partial / "run.toml", resolved)
+    return partial
+
+
+def _finish(partial: Path, path: Path, resolved: str) -> None:
+    """Nothing is lost wherever this ends: until it has its place, the run is resumed or begun anew."""
+    write_text(partial / "run.toml", resolved)
+    for left in (partial / DIGESTS, *partial.rglob(".*.tmp")):  # of an attempt that was killed
+        left.unlink(missing_ok=True)
+    files = (file.relative_to(partial) for file in within(partial))
+    seal(partial, [str(file) for file in files if file.parts[0] not in (CHECKPOINT, _PARTS, _COUNT)])
     for unfinished in (CHECKPOINT, _PARTS):
         _forget(partial / unfinished)
     (partial / _COUNT).unlink()
-    write_text(partial / "run.toml", resolved)
-    seal(partial)
     old = _replaced(path)
     shutil.rmtree(old, ignore_errors=True)  # of a run that ended after the next three lines
     if path.exists():
         os.replace(path, old)
     os.replace(partial, path)
     shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise RunError(
+            f"{path}: cannot be written ({error.strerror or error}); choose another output folder"
+        ) from error
 
 
 @contextmanager

@@ -27,11 +27,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from safelocus import distributed
-from safelocus.errors import RunError, SafelocusError, SelectionError
+from safelocus.errors import MALFORMED, RunError, SelectionError
 from safelocus.model.fingerprint import digest as tensor_digest
 from safelocus.model.layout import GRANULARITIES, Layout, Matrix, canonical_name
 from safelocus.model.tensors import TensorMapping
-from safelocus.run.files import inside, read_json, require_intact, seal, write_json
+from safelocus.run.files import alone, inside, read_json, require_intact, seal, write_json
 from safelocus.run.identity import digest
 from safelocus.run.provenance import Provenance
 from safelocus.run.tensors import owned
@@ -224,19 +224,23 @@ class Scores(TensorMapping):
             raise RunError(f"{folder}: exists already; choose another folder, or overwrite it")
         if folder.exists() and any(folder.iterdir()) and not (folder / _JSON).is_file():
             raise RunError(f"{folder}: holds no scores ({_JSON} is missing), so it is not replaced")
-        partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
+        partial, old = (folder.with_name(f".{folder.name}.{what}") for what in ("partial", "old"))
         try:
-            partial.mkdir(parents=True)
-            self._write(partial, tensors, shard_bytes)
-            old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
-            if folder.exists():
-                os.replace(folder, old)
-            os.replace(partial, folder)
-            shutil.rmtree(old, ignore_errors=True)
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with alone(folder):
+                for left in (partial, old):  # by a process that was killed
+                    shutil.rmtree(left, ignore_errors=True)
+                partial.mkdir()
+                try:
+                    self._write(partial, tensors, shard_bytes)
+                    if folder.exists():
+                        os.replace(folder, old)
+                    os.replace(partial, folder)
+                finally:
+                    for left in (partial, old):
+                        shutil.rmtree(left, ignore_errors=True)
         except (OSError, SafetensorError) as error:
             raise RunError(f"{folder}: cannot be written ({error}); choose another folder") from error
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
 
     def _write(self, folder: Path, tensors: bool, shard_bytes: int) -> None:
         shards = list(_shards(self.tensors, shard_bytes)) if tensors else []
@@ -275,7 +279,7 @@ class Scores(TensorMapping):
             )
         except (SafetensorError, OSError) as error:
             raise RunError(f"{folder}: a shard is missing or cut short ({error}). Copy or score again.") from error
-        except (KeyError, TypeError, AttributeError, AssertionError, SafelocusError) as error:
+        except MALFORMED as error:
             raise RunError(f"{folder}: inconsistent scores ({error}). Copy or score again.") from error
 
 

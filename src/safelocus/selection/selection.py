@@ -12,7 +12,7 @@ from typing import Any, Literal, Self
 import torch
 from torch import Tensor
 
-from safelocus.errors import SafelocusError, SelectionError
+from safelocus.errors import MALFORMED, SelectionError
 from safelocus.model.fingerprint import Fingerprint, check_made_for
 from safelocus.model.fingerprint import digest as tensor_digest
 from safelocus.model.layout import Layout, canonical_name
@@ -324,7 +324,7 @@ class Selection(TensorMapping):
         header, indices, scores = selection_file.read(Path(path))
         try:
             selection = cls.from_json(header, indices, scores)
-        except (KeyError, TypeError, AttributeError, AssertionError, SafelocusError) as error:
+        except MALFORMED as error:
             raise SelectionError(f"{path}: inconsistent selection ({error}). Make it again.") from error
         return selection
 

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
-from safelocus.errors import PromptError, RunError
+from safelocus.errors import MALFORMED, PromptError, RunError
 from safelocus.model.target import Target
 from safelocus.objective import Objective, describe
 from safelocus.progress import track
@@ -116,7 +116,7 @@ class Stability:
                 ScoreAgreement(**{**row, "overlap": Overlap(**row["overlap"])}) for row in values["agreements"]
             ]
             return cls(agreements=agreements, provenance=values["provenance"], notes=tuple(values["notes"]))
-        except (OSError, KeyError, TypeError) as error:
+        except (OSError, *MALFORMED) as error:
             raise RunError(f"{folder}: holds no stability run ({error}); expected one of `stability`") from error
 
 

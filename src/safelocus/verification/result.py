@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
-from safelocus.errors import RunError
+from safelocus.errors import MALFORMED, RunError
 from safelocus.run.files import read_json, read_text, seal, write_json, write_text
 from safelocus.verification.cells import Cell, Cells, observation
 from safelocus.verification.ranking import Rank, rank
@@ -87,5 +87,5 @@ class Verification(Cells):
             raise RunError(f"{folder}: holds no verification ({error}); expected a run of `verify`") from error
         except RunError:
             raise
-        except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
+        except MALFORMED as error:
             raise RunError(f"{folder}: a damaged verification ({error!r}); run `verify` again") from error

@@ -43,7 +43,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safelocus.errors import LayoutError
+from safelocus.errors import MALFORMED, LayoutError
 from safelocus.model.layout.sizes import Sizes, listed_by_layer, sizes_of, text_config
 from safelocus.model.layout.tensor import COMPONENTS, ELIGIBLE, ROLES, TensorLayout
 
@@ -232,7 +232,12 @@ def read_family(path: Path) -> Family:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise LayoutError(f"{path}: not UTF-8 text ({error}); save it as UTF-8") from error
-    return _parse(path.stem, text, where=str(path))
+    try:
+        return _parse(path.stem, text, where=str(path))
+    except LayoutError:
+        raise
+    except (*MALFORMED, re.error) as error:
+        raise LayoutError(f"{path}: not of the form in docs/layouts.md ({error!r})") from error
 
 
 @functools.cache
@@ -269,7 +274,7 @@ def _parse(name: str, text: str, *, where: str) -> Family:
     sizes = dict(table.get("sizes", {}))
     if "extends" in table:
         known = importlib.resources.files("safelocus.model.layout") / "families"
-        if not (known / f"{table['extends']}.toml").is_file():
+        if f"{table['extends']}.toml" not in [file.name for file in known.iterdir()]:
             raise LayoutError(f"{where}: extends {table['extends']!r}, which is no family")
         parent = _family(table["extends"])
         rules += parent.rules
