@@ -300,6 +300,11 @@ def load_tokenizer(name: str | Path, **hub: Any) -> PreTrainedTokenizerBase:
         tokenizer("a", truncation=True)  # some settings show only then that they are none
     except Exception as error:  # the tokenizers library raises nothing more precise
         raise ModelError(f"{name}: the tokenizer cannot be loaded: {_first_line(error)}") from error
+    templates = tokenizer.chat_template
+    if not all(
+        isinstance(each, str | None) for each in (templates.values() if isinstance(templates, dict) else [templates])
+    ):
+        raise ModelError(f"{name}: the tokenizer's chat template is no text: {str(templates)[:60]}")
     if not tokenizer.is_fast:
         raise ModelError(f"{name}: only a slow tokenizer exists; a fast one (tokenizer.json) is needed for offsets")
     return tokenizer

@@ -334,4 +334,6 @@ def _end_ids(
     declared: Sequence[int | None] = [tokenizer.eos_token_id]
     ends = getattr(generation_config, "eos_token_id", None)
     declared = [*declared, *(ends if isinstance(ends, list | tuple) else [ends])]
+    if not all(token is None or isinstance(token, int) for token in declared):
+        raise ModelError(f"the generation configuration has {ends!r} for eos_token_id; expected ids of tokens")
     return tuple(dict.fromkeys([*ids, *(token for token in declared if token is not None)]))
