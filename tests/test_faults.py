@@ -165,6 +165,8 @@ def test_a_tokenizer_that_cannot_cut_is_an_error_in_words(tmp_path):
     [
         ("generation_config.json", "eos_token_id", [{"a": 1}], "eos_token_id"),
         ("tokenizer_config.json", "chat_template", 7, "chat template is no text"),
+        ("tokenizer_config.json", "chat_template", "{{ messages - 1 }}", "fails on a single user message: TypeError"),
+        ("tokenizer_config.json", "chat_template", "\ud800{{ messages[0].content }}", "surrogate"),
     ],
 )
 def test_settings_of_another_kind_are_errors_in_words(tmp_path, file, key, value, message):
@@ -173,8 +175,8 @@ def test_settings_of_another_kind_are_errors_in_words(tmp_path, file, key, value
     text = json.dumps(json.loads((tmp_path / file).read_text()) | {key: value})
     (tmp_path / file).unlink()
     (tmp_path / file).write_text(text)
-    with pytest.raises(ModelError, match=message):
-        sl.load(tmp_path)
+    with pytest.raises((ModelError, PromptError), match=message):
+        sl.load(tmp_path).chat.encode_prompt("a")
 
 
 def test_responses_of_another_form_are_errors_in_words_where_no_digest_vouches_for_them(tmp_path):

@@ -277,7 +277,10 @@ def _chat(
 
 def _ids(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:
     # verbose=False: whether a sequence is too long is for those who batch it to say
-    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    try:
+        ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    except TypeError as error:
+        raise PromptError(f"{text[:60]!r} is no text for a tokenizer: it holds halves of surrogate pairs") from error
     return ids
 
 
