@@ -12,11 +12,14 @@ import pytest
 import torch
 
 import safelocus as sl
+from made_runs import enhance_run
 from safelocus.errors import LayoutError, ModelError, NumericalError, PromptError, RunError
 from safelocus.model.layout.rules import read_family
 from safelocus.model.target import load_tokenizer
 from safelocus.organism import resolve_model
 from safelocus.patch.checkpoint import weight_files
+from safelocus.report.page import write_page
+from safelocus.report.runs import ReportRun
 from safelocus.run.files import alone
 from safelocus.run.folder import CHECKPOINT, run_folder
 from safelocus.run.resume import claim
@@ -155,6 +158,32 @@ def test_a_tokenizer_that_cannot_cut_is_an_error_in_words(tmp_path):
     settings.write_text(text)
     with pytest.raises(ModelError, match="tokenizer cannot be loaded"):
         load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("file", "key", "value", "message"),
+    [
+        ("generation_config.json", "eos_token_id", [{"a": 1}], "eos_token_id"),
+        ("tokenizer_config.json", "chat_template", 7, "chat template is no text"),
+        ("tokenizer_config.json", "chat_template", "{{ messages - 1 }}", "fails on a single user message: TypeError"),
+        ("tokenizer_config.json", "chat_template", "\ud800{{ messages[0].content }}", "surrogate"),
+    ],
+)
+def test_settings_of_another_kind_are_errors_in_words(tmp_path, file, key, value, message):
+    for each in Path(resolve_model("dense")).iterdir():
+        (tmp_path / each.name).symlink_to(each)
+    text = json.dumps(json.loads((tmp_path / file).read_text()) | {key: value})
+    (tmp_path / file).unlink()
+    (tmp_path / file).write_text(text)
+    with pytest.raises((ModelError, PromptError), match=message):
+        sl.load(tmp_path).chat.encode_prompt("a")
+
+
+def test_responses_of_another_form_are_errors_in_words_where_no_digest_vouches_for_them(tmp_path):
+    folder = enhance_run(tmp_path / "run")
+    (folder / "after" / "responses.jsonl").write_text('{"prompt": "p", "response": "r", "system": [1]}\n')
+    with pytest.raises(RunError, match=r"run: damaged results or responses"):
+        write_page([ReportRun.read(folder)], tmp_path / "page.html", responses=True)
 
 
 def test_weights_are_not_looked_for_outside_their_folder(tmp_path):

@@ -283,7 +283,7 @@ def load_config(name: str | Path, *, revision: str | None = None, trust_remote_c
     """The model's configuration alone: no weights are read or downloaded."""
     try:
         return AutoConfig.from_pretrained(resolve(name), revision=revision, trust_remote_code=trust_remote_code)
-    except Exception as error:
+    except Exception as error:  # whatever transformers raises for what it cannot read
         raise ModelError(f"{name}: the configuration cannot be loaded: {_first_line(error)}") from error
 
 
@@ -298,8 +298,13 @@ def load_tokenizer(name: str | Path, **hub: Any) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(where, **hub)
         tokenizer("a", truncation=True)  # some settings show only then that they are none
-    except Exception as error:
+    except Exception as error:  # the tokenizers library raises nothing more precise
         raise ModelError(f"{name}: the tokenizer cannot be loaded: {_first_line(error)}") from error
+    templates = tokenizer.chat_template
+    if not all(
+        isinstance(each, str | None) for each in (templates.values() if isinstance(templates, dict) else [templates])
+    ):
+        raise ModelError(f"{name}: the tokenizer's chat template is no text: {str(templates)[:60]}")
     if not tokenizer.is_fast:
         raise ModelError(f"{name}: only a slow tokenizer exists; a fast one (tokenizer.json) is needed for offsets")
     return tokenizer
@@ -323,7 +328,7 @@ def load_model(auto: Any, name: str | Path, *, dtype: Dtype = "auto", device: st
             )
     except torch.OutOfMemoryError:
         raise
-    except Exception as error:
+    except Exception as error:  # whatever transformers raises for what it cannot read
         raise ModelError(f"{name}: the weights cannot be loaded: {_first_line(error)}") from error
     if missing := sorted(report["missing_keys"]):
         raise ModelError(

@@ -125,35 +125,33 @@ def sections_of(run: ReportRun) -> list[Section]:
     return _KINDS[run.kind](run)
 
 
-def _sections_of_any(run: ReportRun) -> list[Section]:
-    """As `sections_of`; RunError for results without a digest that have not the form that they should."""
-    try:
-        return sections_of(run)
-    except SafelocusError:
-        raise
-    except MALFORMED as error:
-        if expected_digest(run.folder / "results.json") is not None:
-            raise
-        raise RunError(f"{run.folder / 'results.json'}: damaged ({error!r}); run `{run.command}` again") from error
-
-
 def _write(
     runs: Sequence[ReportRun], made: dict[str, list[Section]], path: Path, *, heading: str, responses: bool
 ) -> None:
     """`made`: sections by name of their run, where they were made already."""
-    html = _template().render(
-        heading=heading,
-        sections=[section for run in runs for section in made.get(run.name) or _sections_of_any(run)],
-        comparison=comparison_parts(runs),
-        origins=[origin_of(run) for run in runs],
-        responses=responses_json(runs) if responses else None,
-        light=colours.LIGHT,
-        dark=colours.DARK,
-        bars=BARS,
-        style=_part("page.css"),
-        script=_part("page.js"),
-        version=__version__,
-    )
+    try:
+        html = _template().render(
+            heading=heading,
+            sections=[section for run in runs for section in made.get(run.name) or sections_of(run)],
+            comparison=comparison_parts(runs),
+            origins=[origin_of(run) for run in runs],
+            responses=responses_json(runs) if responses else None,
+            light=colours.LIGHT,
+            dark=colours.DARK,
+            bars=BARS,
+            style=_part("page.css"),
+            script=_part("page.js"),
+            version=__version__,
+        )
+    except SafelocusError:
+        raise
+    except MALFORMED as error:
+        strange = [str(run.folder) for run in runs if expected_digest(run.folder / "results.json") is None]
+        if not strange:  # what has a digest is as it was written: a bug of ours
+            raise
+        raise RunError(
+            f"{', '.join(strange)}: damaged results or responses ({error!r}); run the command again"
+        ) from error
     write_text(Path(path), html)
 
 

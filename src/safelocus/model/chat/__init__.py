@@ -277,7 +277,10 @@ def _chat(
 
 def _ids(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:
     # verbose=False: whether a sequence is too long is for those who batch it to say
-    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    try:
+        ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    except TypeError as error:
+        raise PromptError(f"{text[:60]!r} is no text for a tokenizer: it holds halves of surrogate pairs") from error
     return ids
 
 
@@ -334,4 +337,6 @@ def _end_ids(
     declared: Sequence[int | None] = [tokenizer.eos_token_id]
     ends = getattr(generation_config, "eos_token_id", None)
     declared = [*declared, *(ends if isinstance(ends, list | tuple) else [ends])]
+    if not all(token is None or isinstance(token, int) for token in declared):
+        raise ModelError(f"the generation configuration has {ends!r} for eos_token_id; expected ids of tokens")
     return tuple(dict.fromkeys([*ids, *(token for token in declared if token is not None)]))

@@ -18,7 +18,7 @@ from typing import Any
 
 import jinja2
 
-from safelocus.errors import ModelError
+from safelocus.errors import MALFORMED, ModelError
 
 MOST_STEPS = 5_000_000
 MOST_BYTES = 1 << 28
@@ -44,6 +44,10 @@ def bounded(template: str) -> Iterator[None]:
     except (_TooMany, MemoryError, RecursionError) as error:
         took = "too much memory" if isinstance(error, MemoryError) else "too many steps"
         raise ModelError(f"the chat template was stopped: it took {took}; {_INSTEAD}") from None
+    except jinja2.TemplateError:
+        raise
+    except MALFORMED as error:  # Python's own, of what the template does
+        raise jinja2.TemplateRuntimeError(f"{type(error).__name__}: {error}") from error
 
 
 @lru_cache
