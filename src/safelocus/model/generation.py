@@ -98,7 +98,10 @@ def generate_from(encoded: Sequence[Sequence[int]], target: "Target", max_new_to
         )
     skip = 1 if target.model.config.is_encoder_decoder else ids.shape[1]
     responses = [read_response(target, row) for row in output[:, skip:].tolist()]
-    return [replace(each, is_number=is_number) for each, is_number in zip(responses, finite.rows.tolist(), strict=True)]
+    return [
+        replace(each, is_number=is_number)
+        for each, is_number in zip(responses, torch.as_tensor(finite.rows).expand(len(output)).tolist(), strict=True)
+    ]
 
 
 class _Finite(LogitsProcessor):
