@@ -1,5 +1,6 @@
 """What strangers wrote (answers, names, templates, files, servers) is shown and kept, and does nothing."""
 
+import copy
 import io
 import json
 import re
@@ -144,7 +145,7 @@ def test_the_page_stays_inert(tmp_path):
 
 
 def template(source):
-    tokenizer = byte_level()
+    tokenizer = copy.deepcopy(byte_level())
     tokenizer.chat_template = source
     return tokenizer
 

@@ -82,14 +82,17 @@ def test_a_subject_has_the_models_own_numbers(name):
     assert subject.layout.num_eligible == target.layout.num_eligible
 
 
-LOOK_AT_VALUES = ("jetmoe", "longcat_flash", "dbrx")  # transformers' own code does
+# transformers' own code does
+LOOK_AT_VALUES = ("jetmoe", "longcat_flash", "dbrx", "modernbert-decoder")
+CACHELESS = ("recurrent_gemma", "openai-gpt")  # what they keep while they write is not among their outputs
+NEVER_TWICE = ("openai-gpt", "gpt_neox_japanese")  # its classes support no checkpointing
 
 
 @pytest.mark.parametrize("name", LOOK_AT_VALUES)
 def test_what_cannot_be_rehearsed_says_so(name, caplog):
     with pytest.raises(PlanError, match=r"does not run without data.*--batch-size"):
         Subject.of(name, config(name)).rehearse(Pass(2, 12, 5))
-    assert not caplog.records  # torch would print a traceback
+    assert not [record for record in caplog.records if record.name.startswith("torch")]  # it would print a traceback
 
 
 @pytest.mark.slow
@@ -98,7 +101,15 @@ def test_every_architecture_can_be_rehearsed(name):
     found = Subject.of(name, config(name))
     once, twice = (found.rehearse(Pass(rows, 12, 5), trained="all").peak for rows in (2, 4))
     assert 0 < once < twice <= 2 * once
-    assert 0 < found.rehearse(Pass(2, 12, 5), trained="eligible", checkpointing=True).peak < once
+    if name in NEVER_TWICE:
+        with pytest.raises(PlanError, match="cannot compute activations twice.*--no-checkpointing"):
+            found.rehearse(Pass(2, 12, 5), trained="eligible", checkpointing=True)
+    else:
+        assert 0 < found.rehearse(Pass(2, 12, 5), trained="eligible", checkpointing=True).peak < once
+    if name in CACHELESS:
+        with pytest.raises(PlanError, match="does not run without data"):
+            found.cache(12)
+        return
     assert found.cache(12) >= found.cache(6) > 0
     assert (found.cache(12) > found.cache(6)) == (name not in ATTENTIONLESS)  # whose state has one size
 

@@ -191,6 +191,11 @@ class Subject:
             if name in eligible:
                 handles.append(parameter.register_post_accumulate_grad_hook(_free))
         if checkpointing:
+            if not model.supports_gradient_checkpointing:
+                raise PlanError(
+                    f"{type(model).__name__} cannot compute activations twice, so they must fit as they are: leave "
+                    "--checkpointing out (--no-checkpointing), and take fewer rows at a time (--batch-size)"
+                )
             model.activation_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
         model.train(trained not in ("nothing", "inputs"))  # dropout keeps masks
         try:
