@@ -102,7 +102,7 @@ def test_every_architecture_can_be_rehearsed(name):
     once, twice = (found.rehearse(Pass(rows, 12, 5), trained="all").peak for rows in (2, 4))
     assert 0 < once < twice <= 2 * once
     if name in NEVER_TWICE:
-        with pytest.raises(PlanError, match="cannot compute activations twice.*--no-checkpointing"):
+        with pytest.raises(PlanError, match=r"cannot compute activations twice.*--no-checkpointing"):
             found.rehearse(Pass(2, 12, 5), trained="eligible", checkpointing=True)
     else:
         assert 0 < found.rehearse(Pass(2, 12, 5), trained="eligible", checkpointing=True).peak < once
