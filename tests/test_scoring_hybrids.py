@@ -10,7 +10,7 @@ from safelocus.errors import SafelocusError
 from safelocus.model import forcing
 from safelocus.model.generation import generate
 from safelocus.model.target import Target
-from tiny_models import build
+from tiny_models import UNUSUAL, build
 from tiny_targets import PROMPTS, byte_level
 
 RECURRENT = (
@@ -30,6 +30,9 @@ OTHERS = (
     "axk2",
     "mimo_v2_flash",
     "aria_text",
+    "modernbert-decoder",
+    "moshi",
+    "bert",
 )
 OBJECTIVE = sl.Refusal(refusals=["I'm sorry"], compliances=["Sure"])
 
@@ -47,7 +50,7 @@ def target_of(name: str) -> Target:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", RECURRENT + OTHERS)
+@pytest.mark.parametrize("name", RECURRENT + OTHERS + UNUSUAL)
 def test_esi_equals_brute_force(name: str) -> None:
     target = target_of(name)
     layout, weights = target.layout, dict(target.model.named_parameters())

@@ -257,14 +257,47 @@ _MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "t5": ("t5", T5),
     "t5_gated": ("t5", {**T5, "feed_forward_proj": "gated-gelu"}),
 }  # fmt: skip
+# laid out and scored, but without tests of their attention, which is their own
+_UNUSUAL: dict[str, tuple[str, dict[str, Any]]] = {
+    "deepseek_v4": (
+        "deepseek_v4",
+        {**MOE, **INDEXER, "num_key_value_heads": 1, "q_lora_rank": 14, "qk_rope_head_dim": 4, "n_routed_experts": 5,
+         "n_shared_experts": 1, "o_groups": 2, "o_lora_rank": 6, "layer_types": ["sliding_attention"] * 2,
+         "mlp_layer_types": ["moe"] * 2, "hc_mult": 2, "sliding_window": 64},
+    ),
+    "hy_v4": (
+        "hy_v4",
+        {**LATENT, **INDEXER, "layer_types": ["indexed_attention"] * 2, "indexer_types": ["full"] * 2,
+         "mlp_layer_types": ["dense", "sparse"], "hc_mult": 2},
+    ),
+    "inkling_text": (
+        "inkling_text",
+        {**MOE, "swa_num_attention_heads": 4, "swa_num_key_value_heads": 4, "swa_head_dim": 6, "n_routed_experts": 5,
+         "n_shared_experts": 2, "d_rel": 3, "rel_extent": 16, "sliding_window_size": 16,
+         "layer_types": ["hybrid", "hybrid_sliding"], "mlp_layer_types": ["dense", "sparse"]},
+    ),
+    "zaya": (
+        "zaya",
+        {**MOE, "num_experts_per_tok": 1, "router_hidden_size": 7, "layer_types": ["hybrid"] * 2},
+    ),
+    "xlstm": (
+        "xlstm",
+        {**SPECIAL, "hidden_size": 32, "embedding_dim": 32, "num_hidden_layers": 2, "num_blocks": 2, "num_heads": 4},
+    ),
+    "rwkv": ("rwkv", {**SPECIAL, "hidden_size": 24, "num_hidden_layers": 2, "intermediate_size": 20}),
+    "ctrl": ("ctrl", {**SPECIAL, "n_embd": 24, "n_layer": 2, "n_head": 4, "dff": 20, "n_positions": 64}),
+    "hrm_text": ("hrm_text", {**SQUARE, "num_hidden_layers": 16}),
+    "bert-generation": ("bert-generation", {**SQUARE, "is_decoder": True}),
+}  # fmt: skip
 NAMES = tuple(_MODELS)
+UNUSUAL = tuple(_UNUSUAL)
 MIXTURES = tuple(name for name, (_, settings) in _MODELS.items() if {"num_experts", "ffn_config"} & {*settings})
 ATTENTIONLESS = ("mamba", "falcon_mamba", "mamba2")  # nor an MLP
 DENSE, MIXTURE = "llama", "qwen3_moe"  # the usual two, where any model will do
 
 
 def config(name: str, **changes: Any) -> PreTrainedConfig:
-    model_type, settings = _MODELS[name]
+    model_type, settings = (_MODELS | _UNUSUAL)[name]
     return AutoConfig.for_model(model_type, **{**settings, **changes})
 
 
