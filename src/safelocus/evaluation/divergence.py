@@ -74,8 +74,8 @@ class Original:
         """Of a model as it is, one pass over its answers."""
 
         def kept(forced: Forced, rows: Sequence[int]) -> list[Said]:
-            tokens, log_probs = (part.cpu() for part in likeliest(forced.logits.float()))
-            return [(tokens[here], log_probs[here]) for row in range(len(rows)) for here in [forced.row.cpu() == row]]
+            lengths = forced.row.bincount(minlength=len(rows)).tolist()
+            return list(zip(*(part.cpu().split(lengths) for part in likeliest(forced.logits.float())), strict=True))
 
         said = [each for each, _ in along(target, answers, kept, batch_size=batch_size, progress=progress)]
         return cls(name=target.name, answers=answers, said=said, vocabulary=target.tokenizer.get_vocab())
@@ -94,10 +94,10 @@ class Original:
         def apart(forced: Forced, rows: Sequence[int]) -> list[float]:
             said = [each for row in rows if (each := self.said[row]) is not None]
             tokens, log_probs = (torch.cat(parts).to(forced.logits.device) for parts in zip(*said, strict=True))
-            found = divergences(forced.logits.float(), tokens, log_probs)
-            return [found[forced.row == row].mean().item() for row in range(len(rows))]
+            return forced.totals(divergences(forced.logits.float(), tokens, log_probs), len(rows)).tolist()
 
-        return [each for each, _ in along(target, self.answers, apart, batch_size=batch_size, progress=progress)]
+        found = along(target, self.answers, apart, batch_size=batch_size, progress=progress)
+        return [None if total is None else total / num for total, num in found]
 
     def identity(self) -> dict[str, Any]:
         return {"model": self.name, "answers": self.answers}

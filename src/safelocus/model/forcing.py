@@ -51,7 +51,11 @@ class Forced:
     def log_likelihood(self, num_rows: int) -> Tensor:
         """Total log-likelihood of each response, [num_rows], in fp32."""
         chosen = torch.log_softmax(self.logits.float(), dim=-1).gather(1, self.token[:, None])[:, 0]  # [N]
-        return torch.zeros(num_rows, device=chosen.device).index_add(0, self.row, chosen)
+        return self.totals(chosen, num_rows)
+
+    def totals(self, values: Tensor, num_rows: int) -> Tensor:
+        """Sum of fp32 values [N] over the tokens of each response, [num_rows]."""
+        return torch.zeros(num_rows, device=values.device).index_add(0, self.row, values)
 
 
 def teacher_force(target: "Target", prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> Forced:
