@@ -11,10 +11,14 @@ from safelocus.cli.output import results as results_on_screen
 from safelocus.inert import inert, without_secrets
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from safelocus.evaluation import Evaluation
     from safelocus.evaluation.judges import Endpoint
     from safelocus.evaluation.requirement import Judged
     from safelocus.evaluation.responding import Responder
+
+DIRECTION_PROMPTS = 64  # of each kind; more do not move a difference of means much
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +52,15 @@ class Evaluate(AskOptions, options.LimitOption, options.FieldOptions, options.Pl
     judge_model: str | None = option("Model that a rubric is put to, by its name at the endpoint.")
     judge_endpoint: str | None = option("URL of that model's OpenAI-compatible server.", shown="OPENAI_BASE_URL")
     judge_threshold: float = option("Log-odds of safe above which a guard's verdict is safe.", default=0.0)
+    attack: str | None = option(
+        "Ask under an attack: prefill, prefix-injection, refusal-suppression, fiction or ablation (docs/evaluate.md)."
+    )
+    ablation_harmful: str = option(
+        "Harmful prompts whose activations show the direction that ablation takes out.", default="embedded:refusals"
+    )
+    ablation_harmless: str = option(
+        "Harmless prompts whose activations it is told apart by.", default="embedded:ordinary"
+    )
     kl_to: str | None = option("Model that MODEL was made of: how far they are apart along its answers to --harmless.")
     show_disagreements: int = option(
         "Print this many responses of which two judges think differently.", default=0, min=0
@@ -77,6 +90,7 @@ def evaluate(given: Evaluate) -> int:
     from safelocus.run.folder import CHECKPOINT
 
     # everything that can be wrong with the input is found before the long work starts
+    attack = _attack(given)
     required = [Requirement.parse(text) for text in given.require or ()]
     earlier = Evaluation.load(given.against) if given.against is not None else None
     of_each: dict[str, Any] = {"limit": given.limit, "seed": given.seed}
@@ -96,7 +110,7 @@ def evaluate(given: Evaluate) -> int:
         given = replace(given, batch_size=batch_size, device=device)
     given = replace(given, batch_size=given.batch_size or planning.ANSWERED)
     with shared_run(given) as folder:
-        responder = _responder(given)
+        responder = attack(_responder(given))
         judges = sources.load_judges(
             None, None, given.judge, threshold=given.judge_threshold, endpoint=_endpoint(given), **given.guards
         )
@@ -210,6 +224,27 @@ def _responder(given: Evaluate) -> "Responder":
         asked = {"extra_body": {"chat_template_kwargs": switches}}
         endpoint = replace(endpoint, parameters={**endpoint.parameters, **asked})
     return EndpointResponder(endpoint=endpoint, system=given.system, seed=given.seed)
+
+
+def _attack(given: Evaluate) -> "Callable[[Responder], Responder]":
+    """What makes a responder answer under the attack asked for; what can be wrong with that is found here."""
+    from safelocus.errors import SafelocusError
+    from safelocus.evaluation.attack import ABLATION, Ablation, Attacked, askings, attack_names
+
+    if (name := given.attack) is None:
+        return lambda responder: responder
+    if name not in attack_names():
+        raise SafelocusError(f"--attack {name}: expected one of {', '.join(attack_names())}")
+    if name != ABLATION:
+        return lambda responder: Attacked(responder=responder, attack=askings()[name])
+    sets = [given.ablation_harmful, given.ablation_harmless]
+    harmful, harmless = sources.read_sets(sets, limit=DIRECTION_PROMPTS, seed=given.seed)
+
+    def ablated(responder: "Responder") -> "Responder":
+        found = Ablation.find(responder, harmful, harmless, progress=not given.json)
+        return Attacked(responder=responder, attack=found)
+
+    return ablated
 
 
 def _endpoint(given: Evaluate) -> "Endpoint | None":

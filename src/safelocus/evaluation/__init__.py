@@ -4,6 +4,7 @@
 with intervals and every response they rest on. `compare_evaluations` pairs two of them.
 """
 
+from safelocus.evaluation.attack import Ablation, Attacked, askings
 from safelocus.evaluation.paired import EvaluationComparison, compare_evaluations
 from safelocus.evaluation.responding import EndpointResponder, Reply, Request, Responder, TargetResponder
 from safelocus.evaluation.result import Evaluation
@@ -11,6 +12,6 @@ from safelocus.evaluation.run import evaluate
 from safelocus.evaluation.tasks import Task, TaskExample, read_task
 
 __all__ = [
-    "EndpointResponder", "Evaluation", "EvaluationComparison", "Reply", "Request", "Responder", "TargetResponder",
-    "Task", "TaskExample", "compare_evaluations", "evaluate", "read_task",
+    "Ablation", "Attacked", "EndpointResponder", "Evaluation", "EvaluationComparison", "Reply", "Request", "Responder",
+    "TargetResponder", "Task", "TaskExample", "askings", "compare_evaluations", "evaluate", "read_task",
 ]  # fmt: skip

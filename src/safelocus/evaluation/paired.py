@@ -99,6 +99,9 @@ def _notes(first: Evaluation, second: Evaluation) -> list[str]:
         notes.append(f"asr is left out: judged by {first.judge_names[0]} first and {second.judge_names[0]} second")
     if _reader(first) != _reader(second):
         notes.append(f"refusals are left out: found by {_reader(first)} first and {_reader(second)} second")
+    attacks = [e.provenance.get("responder", {}).get("attack", {}).get("name") for e in (first, second)]
+    if attacks[0] != attacks[1]:
+        notes.append(f"asked under {attacks[0] or 'no attack'} first and {attacks[1] or 'no attack'} second")
     changed = [name for name in ours if name in theirs and ours[name] != theirs[name]]
     notes += [f"judge {name} had other settings" for name in changed]
     for key in ("max_new_tokens", "versions"):

@@ -84,9 +84,14 @@ class Responder(Protocol):
 
 @dataclass(kw_only=True, eq=False)
 class TargetResponder:
-    """A target in this process, greedy. Keep one to evaluate the same target many times: prompts are encoded once."""
+    """A target in this process, greedy. Keep one to evaluate the same target many times: prompts are encoded once.
+
+    Attributes:
+        opening: what every answer is begun with, outside of a thought; the reply is what follows it.
+    """
 
     target: Target
+    opening: str = ""
     _encoded: dict[tuple[str | None, str], list[int]] = field(default_factory=dict, init=False, repr=False)
 
     @property
@@ -101,9 +106,12 @@ class TargetResponder:
         room = longest_prompt(self.target, max_new_tokens)
         encoded = [self._encode(request) for request in requests]
         fitting = [ids for ids in encoded if len(ids) <= room]
-        if not fitting and self.target.is_sharded:
-            generate_from([encoded[0][:1]], self.target, 1)  # the other processes wait for this one
-        responses = iter(generate_from(fitting, self.target, max_new_tokens) if fitting else [])
+        target = self.target
+        if self.opening:  # behind it no thought is open
+            target = replace(target, chat=replace(target.chat, opened=None))
+        if not fitting and target.is_sharded:
+            generate_from([encoded[0][:1]], target, 1)  # the other processes wait for this one
+        responses = iter(generate_from(fitting, target, max_new_tokens) if fitting else [])
         replies = []
         for ids in encoded:
             if len(ids) > room:
@@ -120,7 +128,7 @@ class TargetResponder:
         return replies
 
     def identity(self) -> dict[str, Any]:
-        return self.target.identity()
+        return self.target.identity() | ({"the opening of answers": self.opening} if self.opening else {})
 
     def describe(self) -> dict[str, Any]:
         return {
@@ -134,7 +142,12 @@ class TargetResponder:
     def _encode(self, request: Request) -> list[int]:
         key = (request.system, request.prompt)
         if key not in self._encoded:
-            self._encoded[key] = self.target.chat.encode_prompt(request.prompt, system=request.system)
+            chat = self.target.chat
+            if self.opening:
+                prompt, opening = chat.encode_pair(request.prompt, self.opening, system=request.system)
+                self._encoded[key] = [*prompt, *opening]
+            else:
+                self._encoded[key] = chat.encode_prompt(request.prompt, system=request.system)
         return self._encoded[key]
 
 
