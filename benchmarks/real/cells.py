@@ -21,7 +21,7 @@ from typing import Any
 import sets
 
 import safelocus as sl
-from safelocus.evaluation import Evaluation, evaluate
+from safelocus.evaluation import Evaluation, Responder, evaluate
 from safelocus.evaluation.judges import RefusalMatcher
 from safelocus.evaluation.result import PERPLEXITY
 from safelocus.model.target import Target
@@ -88,7 +88,7 @@ def described(target: Target) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def measured(target: Target, checkpoint: Path | None = None, **others: Any) -> Evaluation:
+def measured(target: Target | Responder, checkpoint: Path | None = None, **others: Any) -> Evaluation:
     """Everything that the tables show, of the model as it is."""
     asked: dict[str, Any] = {
         "harmful": sets.harmful(), "harmless": sets.harmless(), "tasks": sets.tasks(), "perplexity": sets.texts(),

@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any
 
 import aligning
+import attacking
 import cells
 import enhancing
 import locating
@@ -451,6 +452,46 @@ def _range(measures: Iterable[Cell], times: float = 100, form: str = ".0f") -> s
     return f"{np.mean(values):{form}} [{min(values):{form}},{max(values):{form}}]"
 
 
+# attacks
+
+SUBJECTS = {"twin": "the aligned twin", "set": "SET, 1 % by ESI, contrast", "spa": "the twin after SPA"}
+
+
+def attack_page() -> str | None:
+    found, rows = dict(cells.kept(attacking.TABLE)), []
+    asked = [source for source in SOURCES if source not in ("ag_news", "pubmedqa")]
+    for cell in sorted(found.values(), key=lambda cell: [*SUBJECTS].index(cell["subject"])):
+        if (start := found.get(f"{cell['subject']}-none")) is None:
+            continue
+        left = difference(outcomes([cell], "advbench"), outcomes([start], "advbench"), paired="prompts")
+        trained = cell["attack"] in attacking.RATES
+        rows.append(
+            (
+                SUBJECTS[cell["subject"]], f"trained, {'LoRA' if cell['attack'] == 'lora' else 'all weights'}" if trained else cell["attack"],
+                f"{cell['rate']:g}" if trained else "", *(interval(level(outcomes([cell], each))) for each in asked),
+                f"{100 * cell['incoherent']['alpaca']['value']:.0f}", interval(left) if cell is not start else "",
+            )
+        )  # fmt: skip
+    if not rows:
+        return None
+    prompts = next(iter(found.values()))["outcomes"]
+    n = ", ".join(f"{HEADINGS[SOURCES.index(each)]} {len(prompts[each])}" for each in asked)
+    return "\n\n".join(
+        [
+            "# A real model made safe, under attack", _told(attacking),
+            Grid(
+                title="",
+                headings=(
+                    "model", "attack", "rate", *(HEADINGS[SOURCES.index(each)] for each in asked),
+                    "Alpaca incoherent", "AdvBench, change",
+                ),
+                rows=tuple(rows), num_labels=3,
+                caption=f"percent refused [95 % interval]; the last column in points, paired by prompt; one seed; n: {n}",
+            ).markdown(),
+        ]
+    )  # fmt: skip
+
+
 # all
 
 
@@ -511,7 +552,7 @@ def main() -> None:
     for name, make in (
         ("map", map_page), ("aligned", aligned_page), ("verify", verify_page),
         ("enhance", partial(enhance_page, "plain")), ("contrast", partial(enhance_page, "contrast")),
-        ("preserve", preserve_page),
+        ("preserve", preserve_page), ("attack", attack_page),
     ):  # fmt: skip
         write(name, make)
 

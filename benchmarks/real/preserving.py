@@ -81,7 +81,7 @@ def learned(task: str, steps: int, arm: Arm, unfinished: Path) -> dict[str, Any]
     settings = replace(
         SETTINGS, steps=steps, learning_rate=arm.rate, max_length=MAX_LENGTH.get(task, SETTINGS.max_length)
     )
-    model = Lora(rank=8).wrap(target.model) if arm.lora else target.model
+    model = Lora(rank=8).wrap(target.model, target.layout) if arm.lora else target.model
     held: list[Protection] = []
 
     def protect(trainer: Any) -> None:
