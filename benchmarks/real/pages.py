@@ -464,11 +464,13 @@ def attack_page() -> str | None:
         if (start := found.get(f"{cell['subject']}-none")) is None:
             continue
         left = difference(outcomes([cell], "advbench"), outcomes([start], "advbench"), paired="prompts")
-        trained = cell["attack"] in attacking.RATES
+        attack = cell["attack"]
+        if attack in attacking.RATES:
+            attack = f"trained, {'LoRA' if attack == 'lora' else 'all weights'}"
         rows.append(
             (
-                SUBJECTS[cell["subject"]], f"trained, {'LoRA' if cell['attack'] == 'lora' else 'all weights'}" if trained else cell["attack"],
-                f"{cell['rate']:g}" if trained else "", *(interval(level(outcomes([cell], each))) for each in asked),
+                SUBJECTS[cell["subject"]], attack, f"{cell['rate']:g}" if "rate" in cell else "",
+                *(interval(level(outcomes([cell], each))) for each in asked),
                 f"{100 * cell['incoherent']['alpaca']['value']:.0f}", interval(left) if cell is not start else "",
             )
         )  # fmt: skip
@@ -486,7 +488,7 @@ def attack_page() -> str | None:
                     "Alpaca incoherent", "AdvBench, change",
                 ),
                 rows=tuple(rows), num_labels=3,
-                caption=f"percent refused [95 % interval]; the last column in points, paired by prompt; one seed; n: {n}",
+                caption=f"percent refused [95 % interval]; last column: points, paired by prompt; one seed; n: {n}",
             ).markdown(),
         ]
     )  # fmt: skip
