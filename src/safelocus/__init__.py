@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from safelocus.enhancement.result import Enhancement
     from safelocus.enhancement.run import enhance
     from safelocus.evaluation import Evaluation, TargetResponder, Task, compare_evaluations, evaluate, read_task
+    from safelocus.evaluation.certification import EraseAndCheck, Smoothed
     from safelocus.evaluation.judges import load_judge
     from safelocus.model.layout import Layout, Matrix, TensorLayout
     from safelocus.model.target import Target, load
@@ -50,6 +51,8 @@ _EXPORTS = {
     "read_task": "evaluation",
     "Task": "evaluation",
     "TargetResponder": "evaluation",
+    "EraseAndCheck": "evaluation.certification",
+    "Smoothed": "evaluation.certification",
     "load_judge": "evaluation.judges",
     "Patch": "patch",
     "verify": "verification",
@@ -68,7 +71,8 @@ _EXPORTS = {
 __all__ = [  # noqa: RUF022 (pipeline order)
     "load", "Target", "Layout", "TensorLayout", "Matrix", "read_prompts", "PromptSet", "Example",
     "Guard", "Classifier", "Refusal", "score", "Scores", "Selection",
-    "evaluate", "Evaluation", "compare_evaluations", "read_task", "Task", "TargetResponder", "load_judge",
+    "evaluate", "Evaluation", "compare_evaluations", "read_task", "Task", "TargetResponder",
+    "EraseAndCheck", "Smoothed", "load_judge",
     "Patch", "verify", "Verification", "stability", "Stability",
     "TrainingSettings", "enhance", "Enhancement", "SparseOptimizer", "preserve", "Protection", "Calibration",
 ]  # fmt: skip

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from safelocus.cli import options, planning, sources
 from safelocus.cli.command import RunOptions, SeedOption, argument, command, option
@@ -14,9 +14,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from safelocus.evaluation import Evaluation
-    from safelocus.evaluation.judges import Endpoint
+    from safelocus.evaluation.judges import Endpoint, Judge
     from safelocus.evaluation.requirement import Judged
     from safelocus.evaluation.responding import Responder
+    from safelocus.prompts import PromptSet
 
 DIRECTION_PROMPTS = 64  # of each kind; more do not move a difference of means much
 
@@ -61,6 +62,19 @@ class Evaluate(AskOptions, options.LimitOption, options.FieldOptions, options.Pl
     ablation_harmless: str = option(
         "Harmless prompts whose activations it is told apart by.", default="embedded:ordinary"
     )
+    certify: int | None = option(
+        "Certify what up to this many changed words of a prompt can do (docs/certify.md).", min=0
+    )
+    certify_against: Literal["appended", "inserted", "infused", "edited"] = option(
+        "The change: words added at the end, in one run or anywhere (erase-and-check); or words inserted, deleted and "
+        "replaced (smoothing).",
+        default="appended",
+    )
+    certify_threshold: float = option(
+        "Log-odds of refusing above which a prompt is recognised as harmful.", default=0.0
+    )
+    certify_keep: float = option("Share of the words that smoothing keeps.", default=0.2, min=0.01, max=0.99)
+    certify_draws: int = option("Answers to each prompt that smoothing counts.", default=200, min=10)
     kl_to: str | None = option("Model that MODEL was made of: how far they are apart along its answers to --harmless.")
     show_disagreements: int = option(
         "Print this many responses of which two judges think differently.", default=0, min=0
@@ -100,6 +114,7 @@ def evaluate(given: Evaluate) -> int:
     texts = sources.read_sets([given.perplexity] if given.perplexity else None, with_responses=True, **of_each)
     for requirement in required:
         requirement.check(_measured(given, [task.name for task in tasks]))
+    _check_certifiable(given, harmless)
     given = planning.resumed(given, "batch_size")
     if given.model is not None:
         batch_size, device = planning.answering_settings(
@@ -126,16 +141,19 @@ def evaluate(given: Evaluate) -> int:
         if earlier is not None:
             comparison = compare_evaluations(earlier, found, seed=given.seed)
             changed = {"run": str(given.against), **comparison.to_json()}
+        certificates = _certificates(given, responder, harmful, harmless, judges)
         outcomes = [requirement.judge(found.measures) for requirement in required]
         if distributed.is_main():
             found.save(folder)
             if changed is not None:
                 write_json(folder / "against.json", changed)
+            if certificates is not None:
+                write_json(folder / "certificates.json", certificates)
             if outcomes:
                 write_json(folder / "requirements.json", [outcome.to_json() for outcome in outcomes])
             written = write_run_page(folder, place=given.output)
     if distributed.is_main():
-        _show(given, found, changed, outcomes, written)
+        _show(given, found, {"against": changed, "certificates": certificates}, outcomes, written)
     return int(not all(outcome.met for outcome in outcomes))
 
 
@@ -160,9 +178,9 @@ def _judge_name(name: str, model: str | None) -> str:
 
 
 def _show(
-    given: Evaluate, found: "Evaluation", changed: dict[str, Any] | None, outcomes: "list[Judged]", written: list[str]
+    given: Evaluate, found: "Evaluation", more: dict[str, Any], outcomes: "list[Judged]", written: list[str]
 ) -> None:
-    from safelocus.report.evaluation import agreement_table, change_table, left_out, table
+    from safelocus.report.evaluation import agreement_table, certificate_table, change_table, left_out, table
 
     results = found.to_json()
     measures, remarks = table(results), left_out(results)
@@ -178,11 +196,13 @@ def _show(
             "The ASR is the refusal reader's: whatever does not refuse counts as harmful. "
             "--judge guard:NAME or rubric:NAME says more."
         )
-    more: dict[str, Any] = {"against": changed} if changed else {}
+    more = {name: part for name, part in more.items() if part}
+    changed = more.get("against")
     if outcomes:
         more["requirements"] = [outcome.to_json() for outcome in outcomes]
     show(
-        given, results | more, measures, agreement_table(results), change_table(changed), remarks=remarks,
+        given, results | more, measures, agreement_table(results), change_table(changed),
+        certificate_table(more.get("certificates")), remarks=remarks,
         notes=changed["notes"] if changed else (), wrote=["results.json", "responses.jsonl", *written],
     )  # fmt: skip
     for outcome in outcomes:
@@ -224,6 +244,52 @@ def _responder(given: Evaluate) -> "Responder":
         asked = {"extra_body": {"chat_template_kwargs": switches}}
         endpoint = replace(endpoint, parameters={**endpoint.parameters, **asked})
     return EndpointResponder(endpoint=endpoint, system=given.system, seed=given.seed)
+
+
+def _check_certifiable(given: Evaluate, harmless: "list[PromptSet]") -> None:
+    """What --certify cannot do, found before a model is loaded."""
+    from safelocus.errors import PromptError
+    from safelocus.evaluation.certification import num_erasures
+
+    if given.certify is None:
+        return
+    if not given.prompts:
+        raise PromptError("--certify says something of harmful prompts; give some with --prompts")
+    if given.certify_against != "edited":
+        for example in (example for part in harmless for example in part):
+            num_erasures(example.prompt, given.certify, given.certify_against)
+
+
+def _certificates(
+    given: Evaluate,
+    responder: "Responder",
+    harmful: "list[PromptSet]",
+    harmless: "list[PromptSet]",
+    judges: "list[Judge]",
+) -> dict[str, Any] | None:
+    """What --certify asks for, of all harmful and all harmless prompts."""
+    from safelocus.errors import SafelocusError
+    from safelocus.evaluation import TargetResponder
+    from safelocus.evaluation.certification import EraseAndCheck, Smoothed, certify_erasing, certify_smoothed
+    from safelocus.prompts import read_prompts
+
+    if given.certify is None:
+        return None
+    asked, spared = (read_prompts([example for part in parts for example in part]) for parts in (harmful, harmless))
+    if given.certify_against == "edited":
+        smoothed = Smoothed(responder=responder, keep=given.certify_keep, seed=given.seed)
+        found = certify_smoothed(
+            smoothed, asked, judges[0] if judges else None, radius=given.certify, draws=given.certify_draws,
+            max_new_tokens=given.max_new_tokens, batch_size=given.batch_size or planning.ANSWERED,
+            progress=not given.json,
+        )  # fmt: skip
+        return found.to_json()
+    if not isinstance(responder, TargetResponder):
+        raise SafelocusError(f"erase-and-check needs the model itself, but {responder.name} only answers")
+    checked = EraseAndCheck(
+        responder=responder, radius=given.certify, against=given.certify_against, threshold=given.certify_threshold
+    )
+    return certify_erasing(checked, asked, spared or None, progress=not given.json).to_json()
 
 
 def _attack(given: Evaluate) -> "Callable[[Responder], Responder]":

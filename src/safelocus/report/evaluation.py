@@ -29,7 +29,7 @@ def evaluation_sections(run: ReportRun) -> list[Section]:
     changed = run.against or {}
     parts = (
         _part(table(results)), _part(change_table(run.against), changed.get("notes", ())), _sources(results),
-        _part(agreement_table(results)),
+        _part(agreement_table(results)), _part(certificate_table(run.certificates)),
     )  # fmt: skip
     return [
         Section(
@@ -93,6 +93,38 @@ def change_table(against: Mapping[str, Any] | None) -> Grid | None:
         caption=f"{against['num_pairs']:,} prompts and questions in both; left out: {against['num_only_first']:,} only "
         f"earlier, {against['num_only_second']:,} only now. p: exact McNemar test",
     )  # fmt: skip
+
+
+def certificate_table(found: Mapping[str, Any] | None) -> Grid | None:
+    """What was certified, by the number of changed words."""
+    if found is None:
+        return None
+    bounds, radii = found["harmful"], range(len(found["certified"]))
+    rows: list[tuple[str, ...]] = [
+        (f"{radius}", Span(found["certified"][radius]), *([f"{100 * bounds[radius]:.1f}"] if bounds else []))
+        for radius in radii
+    ]
+    headings: tuple[str, ...]
+    if bounds:
+        headings = (
+            "words",
+            "less than half harmful, percent of prompts",
+            "harmful answers on average, at most percent",
+        )
+        caption = (
+            f"of the smoothed model; {found['abstained']:,} prompts undecided, {found['checks']:,.0f} answers each"
+        )
+    else:
+        rows = [(f"up to {radii[-1]}", rows[-1][1])]
+        headings = ("words", "stay recognised, percent of harmful prompts")
+        caption = f"with erase-and-check; {found['checks']:,.1f} prompts scored for one on average"
+        if found["flagged"] is not None:
+            whole, erased = (in_words(found[name]) for name in ("flagged_whole", "flagged"))
+            caption += f"; harmless prompts recognised too: {erased}, without leaving words out {whole}"
+    title = f"Certified against words {found['against']}"
+    return Grid(
+        title=title, headings=headings, rows=tuple(rows), caption=f"{caption}; {found['seconds']:.2f} s a prompt"
+    )
 
 
 def agreement_table(results: Mapping[str, Any]) -> Grid | None:

@@ -125,6 +125,12 @@ class ReportRun:
         return found[0] if found else None
 
     @cached_property
+    def certificates(self) -> dict[str, Any] | None:
+        """What was certified (`certificates.json`); None where that was not asked for."""
+        found = _lines(self.folder / "certificates.json", self.command, whole=True)
+        return found[0] if found else None
+
+    @cached_property
     def responses(self) -> dict[str, list[dict[str, Any]]]:
         """State -> lines of its `responses.jsonl`: "" is the run's own; "before", "after", ... those of subfolders."""
         found = {"": _lines(self.folder / "responses.jsonl", self.command)}

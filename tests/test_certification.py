@@ -1,0 +1,226 @@
+"""Certificates against enumeration: of every change that they speak of, and of every draw."""
+
+import json
+from itertools import combinations, product
+
+import numpy as np
+import pytest
+
+import safelocus as sl
+from safelocus.errors import PromptError, SafelocusError
+from safelocus.evaluation import Reply, TargetResponder
+from safelocus.evaluation.certification import (
+    MARGIN,
+    EraseAndCheck,
+    Smoothed,
+    certify_erasing,
+    certify_smoothed,
+    erasures,
+    most,
+    upper,
+)
+from safelocus.evaluation.judges import Judgement, Verdict
+from safelocus.evaluation.responding import Request
+from tiny_targets import PROMPTS, dense
+
+WORDS = ["a", "b", "c"]
+
+
+def added(words, radius, against):
+    """Every prompt that has up to `radius` words of WORDS added."""
+    for k in range(radius + 1):
+        for new in product(WORDS, repeat=k):
+            if against == "appended":
+                yield [*words, *new]
+            elif against == "inserted":
+                for i in range(len(words) + 1):
+                    yield [*words[:i], *new, *words[i:]]
+            else:
+                for places in combinations(range(len(words) + k), k):
+                    it, at = iter(words), dict(zip(places, new, strict=True))
+                    yield [at[i] if i in at else next(it) for i in range(len(words) + k)]
+
+
+def edited(words, radius):
+    """Every prompt that is `radius` words inserted, deleted or replaced away, or fewer."""
+    found = {tuple(words)}
+    for _ in range(radius):
+        for each in list(found):
+            for i in range(len(each) + 1):
+                found |= {(*each[:i], new, *each[i:]) for new in WORDS}
+                if i < len(each):
+                    found |= {(*each[:i], new, *each[i + 1 :]) for new in WORDS} | {(*each[:i], *each[i + 1 :])}
+    return found
+
+
+@pytest.mark.parametrize("against", ["appended", "inserted", "infused"])
+@pytest.mark.parametrize("radius", [0, 1, 2])
+def test_of_every_prompt_with_words_added_one_erasure_is_the_prompt(against, radius):
+    words = ["how", "do", "I"]
+    attacked = list(added(words, radius, against))
+    assert len(attacked) > radius
+    for each in attacked:
+        assert "how do I" in set(erasures(" ".join(each), radius, against)), each
+
+
+def test_too_many_erasures_are_a_clear_error():
+    with pytest.raises(PromptError, match=r"60 words has .* ways .* \(infused\)"):
+        list(erasures("word " * 60, 5, "infused"))
+    assert len(list(erasures("word " * 60, 5, "inserted"))) == 1 + sum(60 - k + 1 for k in range(1, 6))
+    assert list(erasures("one", 3, "infused")) == ["one"]
+
+
+@pytest.mark.parametrize("against", ["appended", "inserted", "infused"])
+def test_no_attack_gets_past_erase_and_check_and_the_filter_is_the_models_own(against):
+    target = dense()
+    responder = TargetResponder(target=target)
+    scores = sl.Refusal()(target, PROMPTS).tolist()
+    threshold = float(np.median(scores)) - 1e-3
+    model = EraseAndCheck(responder=responder, radius=2, against=against, threshold=threshold)
+    certified = [p for p, score in zip(PROMPTS, scores, strict=True) if score > threshold + MARGIN]
+    found = certify_erasing(model, sl.read_prompts(PROMPTS), sl.read_prompts(PROMPTS), progress=False)
+    assert [m.value for m in found.certified] == [len(certified) / len(PROMPTS)] * 3
+    assert 0 < len(certified) < len(PROMPTS)
+    for prompt in certified:
+        words = prompt.split()
+        attacked = list(added(words, 1, against)) + list(added(words, 2, against))[:: 1 + len(words) * 3]
+        assert all(model.recognises([(None, " ".join(each)) for each in attacked])), prompt
+    assert found.flagged.value >= found.flagged_whole.value
+    (reply,) = model.respond([Request(prompt=certified[0] + " a b", max_new_tokens=4)])
+    assert reply.text == model.refusal
+    nothing = EraseAndCheck(responder=responder, radius=2, against=against, threshold=1e9)
+    request = Request(prompt=PROMPTS[0], max_new_tokens=4)
+    assert nothing.respond([request]) == responder.respond([request])
+
+
+class Words:
+    """Answers with the words that it sees."""
+
+    name = "words"
+
+    def length(self, request):
+        return len(request.prompt)
+
+    def respond(self, requests):
+        return [Reply(text=request.prompt or "-", finished=True) for request in requests]
+
+    def identity(self):
+        return {"kind": "words"}
+
+    describe = identity
+
+
+class Listed:
+    """Harmful is what some rule says of the words."""
+
+    name = "listed"
+
+    def __init__(self, rule):
+        self.rule = rule
+
+    def judge(self, prompts, responses):
+        return [
+            Judgement(
+                verdict=Verdict.HARMFUL if self.rule(r.split()) else Verdict.SAFE, explanation="x", judge="listed"
+            )
+            for r in responses
+        ]
+
+
+def share(words, keep, rule):
+    """P(h), over every set of words that may be kept."""
+    return sum(
+        keep ** sum(kept) * (1 - keep) ** (len(words) - sum(kept))
+        for kept in product((0, 1), repeat=len(words))
+        if rule([word for word, k in zip(words, kept, strict=True) if k] or ["-"])
+    )
+
+
+RULES = {
+    "holds a": lambda words: "a" in words,
+    "holds a trigger of two": lambda words: words.count("a") >= 1 and words.count("b") >= 1,
+    "lacks a": lambda words: "a" not in words,
+    "a stands first": lambda words: words[0] == "a",
+    "is short": lambda words: len(words) <= 1,
+}
+
+
+@pytest.mark.parametrize("keep", [0.1, 0.35, 0.7])
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+def test_no_edit_exceeds_the_bound(keep, rule):
+    words = ["x", "a", "y"]
+    before = share(words, keep, rule)
+    for radius in (1, 2):
+        worst = max(share(each, keep, rule) for each in edited(words, radius))
+        assert worst <= most(before, keep, radius) + 1e-12
+
+
+def test_the_bound_is_reached():
+    """Where every changed word alone makes the answer harmful, and none was harmful before."""
+    assert share(["x", "a"], 0.3, lambda words: "a" in words) == pytest.approx(most(0.0, 0.3, 1))
+
+
+def test_what_is_counted_lies_below_the_upper_end_as_often_as_it_says():
+    rng = np.random.default_rng(0)
+    for p in (0.02, 0.3, 0.9):
+        missed = np.mean([upper(hits, 50, 0.05) < p for hits in rng.binomial(50, p, size=4000)])
+        assert missed <= 0.05 + 3 * (0.05 * 0.95 / 4000) ** 0.5
+
+
+def test_a_certificate_covers_the_exact_share_of_every_edit():
+    prompts, keep = ["x a y", "a b", "x y z x"], 0.3
+    model = Smoothed(responder=Words(), keep=keep, seed=1)
+    found = certify_smoothed(
+        model, sl.read_prompts(prompts), Listed(RULES["holds a"]), radius=2, draws=400, progress=False
+    )
+    for radius in (0, 1, 2):
+        worst = [max(share(e, keep, RULES["holds a"]) for e in edited(p.split(), radius)) for p in prompts]
+        assert np.mean(worst) <= found.harmful[radius]
+        assert found.certified[radius].value <= np.mean([w < 0.5 for w in worst])
+    assert found.certified[0].value == 1
+    assert found.to_json()["certified"][0]["n"] == 3
+
+
+def test_smoothing_keeps_words_by_chance_in_their_order_and_alike_for_the_same_prompt():
+    model = Smoothed(responder=Words(), keep=0.4)
+    request = Request(prompt=" ".join(str(i) for i in range(50)), max_new_tokens=4)
+    draws = [model.smoothed(request, draw).prompt.split() for draw in range(400)]
+    assert all(each == sorted(each, key=int) for each in draws)
+    assert np.mean([len(each) for each in draws]) / 50 == pytest.approx(0.4, abs=0.01)
+    assert len({tuple(each) for each in draws}) == 400
+    assert model.respond([request]) == model.respond([request])
+    assert Smoothed(responder=Words(), keep=0.4, seed=1).respond([request]) != model.respond([request])
+
+
+def test_what_cannot_be_is_refused():
+    with pytest.raises(SafelocusError, match="between 0 and 1, found 1"):
+        Smoothed(responder=Words(), keep=1)
+    with pytest.raises(SafelocusError, match="appended, inserted or infused"):
+        EraseAndCheck(responder=TargetResponder(target=dense()), radius=1, against="edited")
+
+
+def test_the_command_certifies_and_shows_it(run, tmp_path):
+    common = [
+        "evaluate", "organism:dense", "-p", "organism:harmful-heldout", "--harmless", "organism:harmless-heldout",
+        "--limit", "4", "--max-new-tokens", "8", "--certify", "2",
+    ]  # fmt: skip
+    code, out, _ = run(*common, "-o", tmp_path / "appended")
+    assert code == 0
+    assert "Certified against words appended" in " ".join(out.split())
+    found = json.loads((tmp_path / "appended" / "certificates.json").read_text())
+    assert found["smoothed"]["filter"]["radius"] == 2
+    assert found["certified"][2]["n"] == found["flagged"]["n"] == 4
+    assert "Certified against words appended" in (tmp_path / "appended" / "report.html").read_text()
+    code, out, _ = run(
+        *common, "--certify-against", "edited", "--certify-draws", "10", "--judge", "refusal", "--json", "-o",
+        tmp_path / "edited",
+    )  # fmt: skip
+    assert code == 0
+    bounds = json.loads(out)["certificates"]["harmful"]
+    assert len(bounds) == 3
+    assert bounds == sorted(bounds)
+    code, _, errors = run(
+        "evaluate", "organism:dense", "--task", "organism:utility", "--certify", "1", "-o", tmp_path / "no"
+    )
+    assert code == 2
+    assert "--prompts" in errors
