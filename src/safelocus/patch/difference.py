@@ -21,7 +21,7 @@ from safelocus.patch.checkpoint import Checkpoint
 from safelocus.patch.patch import Patch
 from safelocus.patch.state import with_values
 from safelocus.progress import track
-from safelocus.run.provenance import Provenance
+from safelocus.run.identity import Provenance
 from safelocus.selection import topk
 from safelocus.selection.ratio import count_for_ratio
 from safelocus.selection.selection import Selection

@@ -32,8 +32,7 @@ from safelocus.model.fingerprint import digest as tensor_digest
 from safelocus.model.layout import GRANULARITIES, Layout, Matrix, canonical_name
 from safelocus.model.tensors import TensorMapping
 from safelocus.run.files import alone, inside, read_json, require_intact, seal, write_json
-from safelocus.run.identity import digest
-from safelocus.run.provenance import Provenance
+from safelocus.run.identity import Provenance, digest
 from safelocus.run.tensors import owned
 from safelocus.scoring.statistics import MatrixStatistics, matrix_statistics
 from safelocus.selection.ratio import count_for_ratio

@@ -1,7 +1,13 @@
 """A selection: a set of coordinates (tensor, flat index) of one model's weights, and where it came from.
 
 Input: `Scores.select`, set operations on selections, a file, or coordinates of your own. Output: a
-frozen `Selection`. The file's format is described in `selection_file`.
+frozen `Selection`.
+
+Its file is one safetensors file (see `run.tensors`), and nothing that runs when it is read:
+
+    indices/TENSOR        int32 where the tensor has fewer than 2**31 elements, else int64
+    scores/TENSOR         float32, aligned with the indices; absent from a selection without scores
+    header                everything else as JSON
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,9 +23,8 @@ from safelocus.model.fingerprint import Fingerprint, check_made_for
 from safelocus.model.fingerprint import digest as tensor_digest
 from safelocus.model.layout import Layout, canonical_name
 from safelocus.model.tensors import TensorMapping
-from safelocus.run.identity import digest
-from safelocus.run.provenance import Provenance
-from safelocus.selection import file as selection_file
+from safelocus.run.identity import Provenance, digest
+from safelocus.run.tensors import TensorFile, under
 from safelocus.selection.ratio import count_for_ratio
 
 __all__ = ["Provenance", "Selection", "count_for_ratio"]
@@ -38,6 +43,9 @@ _PLAIN = (
     "parents",
     "only_eligible",
 )
+FORMAT_VERSION = 2  # 1 had no digest
+_FILE = TensorFile(kind="selection", version=FORMAT_VERSION, made_by="`safelocus select`", error=SelectionError)
+_INT32_ELEMENTS = 2**31  # flat indices of a tensor with fewer elements fit int32
 _CHUNK = 1 << 22  # coordinates looked up at once: each takes a few int64 of scratch
 _MAX_LISTED = 5
 
@@ -312,21 +320,33 @@ class Selection(TensorMapping):
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file; an earlier one is replaced, and never left half-written."""
-        stored = {
-            name: index.to(selection_file.index_dtype(self.layout.tensors[name].num_weights))
-            for name, index in self.coordinates.items()
-        }
-        selection_file.write(Path(path), self.to_json(), stored, self.scores)
+        tensors = stored_indices(self) | {f"scores/{name}": value for name, value in (self.scores or {}).items()}
+        _FILE.write(Path(path), {"has_scores": self.scores is not None, **self.to_json()}, tensors)
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
         """Read a selection; SelectionError for anything that is not a whole one."""
-        header, indices, scores = selection_file.read(Path(path))
+        header, tensors = _FILE.read(Path(path))
+        scores = under("scores/", tensors) if header.get("has_scores") else None
         try:
-            selection = cls.from_json(header, indices, scores)
+            selection = cls.from_json(header, under("indices/", tensors), scores)
         except MALFORMED as error:
             raise SelectionError(f"{path}: inconsistent selection ({error}). Make it again.") from error
         return selection
+
+
+def index_dtype(num_weights: int) -> torch.dtype:
+    """Of the flat indices into a tensor of this many elements, on disk."""
+    return torch.int32 if num_weights < _INT32_ELEMENTS else torch.int64
+
+
+def stored_indices(selection: Selection) -> dict[str, Tensor]:
+    """The coordinates as files hold them: indices/TENSOR -> flat indices."""
+    tensors = selection.layout.tensors
+    return {
+        f"indices/{name}": index.to(index_dtype(tensors[name].num_weights))
+        for name, index in selection.coordinates.items()
+    }
 
 
 def _checked_indices(name: str, index: Tensor, layout: Layout) -> Tensor:
