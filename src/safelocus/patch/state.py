@@ -16,7 +16,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from safelocus.errors import PatchError
+from safelocus.errors import PatchError, some
 from safelocus.model.fingerprint import Fingerprint, bits, digest_as
 from safelocus.selection.selection import Selection
 
@@ -57,8 +57,6 @@ class PatchValues:
 
 
 Goal = Literal["before", "after"]
-
-_MAX_LISTED = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,10 +200,9 @@ def examine(
 
 
 def _differ(problems: list[str], patch: PatchValues) -> str:
-    more = f" and {len(problems) - _MAX_LISTED} more" if len(problems) > _MAX_LISTED else ""
     return (
         f"the model is neither as before the patch nor as after it: {len(problems)} of {len(patch.new)} tensors "
-        f"differ: {', '.join(problems[:_MAX_LISTED])}{more}."
+        f"differ: {some(problems, 3)}."
     )
 
 

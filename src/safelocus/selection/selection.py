@@ -18,11 +18,10 @@ from typing import Any, Literal, Self
 import torch
 from torch import Tensor
 
-from safelocus.errors import MALFORMED, SelectionError
+from safelocus.errors import MALFORMED, SelectionError, some
 from safelocus.model.fingerprint import Fingerprint, check_made_for
 from safelocus.model.fingerprint import digest as tensor_digest
-from safelocus.model.layout import Layout, canonical_name
-from safelocus.model.tensors import TensorMapping
+from safelocus.model.layout import Layout, TensorMapping, canonical_name
 from safelocus.run.identity import Provenance, digest
 from safelocus.run.tensors import TensorFile, under
 from safelocus.selection.ratio import count_for_ratio
@@ -47,7 +46,6 @@ FORMAT_VERSION = 2  # 1 had no digest
 _FILE = TensorFile(kind="selection", version=FORMAT_VERSION, made_by="`safelocus select`", error=SelectionError)
 _INT32_ELEMENTS = 2**31  # flat indices of a tensor with fewer elements fit int32
 _CHUNK = 1 << 22  # coordinates looked up at once: each takes a few int64 of scratch
-_MAX_LISTED = 5
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -108,7 +106,7 @@ class Selection(TensorMapping):
         if tensor is None:
             raise SelectionError(
                 f"{name!r} is not a tensor of this model ({self.layout.family}). Expected names such as "
-                f"{_some(self.layout.eligible_tensors)}."
+                f"{some(self.layout.eligible_tensors)}."
             )
         if self.only_eligible and not tensor.eligible:
             raise SelectionError(
@@ -260,7 +258,7 @@ class Selection(TensorMapping):
         if missing:
             raise SelectionError(
                 f"{len(missing)} of the selection's {len(self.coordinates)} tensors are not among the "
-                f"{len(shapes)} given: {_some(missing)}. Found names such as {_some(list(shapes))}. Was the "
+                f"{len(shapes)} given: {some(missing)}. Found names such as {some(list(shapes))}. Was the "
                 "selection made for another model?"
             )
         for name in self.coordinates:
@@ -370,7 +368,7 @@ def _checked_scores(scores: dict[str, Tensor], indices: dict[str, Tensor]) -> di
     kept = {name: value for name, value in scores.items() if value.numel()}
     if set(kept) != set(indices):
         differing = sorted(set(kept) ^ set(indices))
-        raise SelectionError(f"scores and coordinates name different tensors: {_some(differing)}")
+        raise SelectionError(f"scores and coordinates name different tensors: {some(differing)}")
     for name, value in kept.items():
         if value.shape != indices[name].shape or value.dtype != torch.float32:
             raise SelectionError(
@@ -407,10 +405,5 @@ def _check_same_tensors(a: Selection, b: Selection) -> None:
     if differing:
         raise SelectionError(
             f"the selections belong to different models: {len(differing)} of {len(named)} tensors have no "
-            f"counterpart of the same shape: {_some(differing)}"
+            f"counterpart of the same shape: {some(differing)}"
         )
-
-
-def _some(names: Sequence[str]) -> str:
-    listed = ", ".join(names[:_MAX_LISTED])
-    return listed + (f" and {len(names) - _MAX_LISTED} more" if len(names) > _MAX_LISTED else "")
