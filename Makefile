@@ -57,7 +57,7 @@ pictures: $(READY)  ## draw the pictures of docs/concepts.md again
 	$(BIN)/python docs/build_diagrams.py
 
 organism: $(READY)  ## rebuild the embedded models from their seed (about fifteen minutes on two cores)
-	$(BIN)/python -m safelocus.organism.build
+	$(BIN)/python benchmarks/organism/build.py
 
 setup: $(READY)
 

@@ -11,7 +11,7 @@ import argparse
 
 import numpy as np
 
-from safelocus.evaluation.agreement import cohens_kappa
+from safelocus.evaluation.measures import cohens_kappa
 
 JOINT = [(0.45, 0.05, 0.05, 0.45), (0.1, 0.02, 0.02, 0.86), (0.05, 0.01, 0.04, 0.9), (0.3, 0.15, 0.15, 0.4),
          (0.5, 0.01, 0.01, 0.48)]  # fmt: skip

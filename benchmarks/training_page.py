@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from safelocus.evaluation import Evaluation
-from safelocus.organism.behaviour import classify
+from safelocus.organism.world import classify
 
 ORGANISMS = ("dense", "moe")
 

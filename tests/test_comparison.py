@@ -11,7 +11,7 @@ from scipy import stats
 
 from safelocus.errors import SelectionError
 from safelocus.model.layout import Layout
-from safelocus.run.provenance import Provenance
+from safelocus.run.identity import Provenance
 from safelocus.scoring.comparison import Overlap, compare
 from safelocus.scoring.scores import Scores
 from safelocus.selection.selection import Selection

@@ -8,6 +8,7 @@ from rich.console import Console
 from typer.main import get_command
 
 import safelocus as sl
+from safelocus import smollm2
 from safelocus.cli import app
 from safelocus.demo import ChatSizes, tell
 from safelocus.demo.chat import examples
@@ -15,7 +16,6 @@ from safelocus.errors import ModelError
 from safelocus.evaluation import Evaluation
 from safelocus.evaluation.result import HARMFUL
 from safelocus.report.runs import ReportRun
-from safelocus.smollm2 import source
 
 TINY = ChatSizes(
     num_scored=8, steps=2, refusals=2, retain_rows=1, num_retained=6, answer_tokens=6, num_harmful=6, num_harmless=5,
@@ -114,7 +114,7 @@ def test_every_stages_run_is_one_of_its_command(told, tmp_path, run):
 def test_the_real_model_learns_to_refuse(tmp_path, run):
     """`make demo` without its set-up: six minutes on two cores."""
     try:
-        source.obtain()
+        smollm2.obtain()
     except ModelError as error:
         pytest.skip(f"the real chat model cannot be had: {error}")
     code, _, err = run("demo", "-o", tmp_path / "demo")

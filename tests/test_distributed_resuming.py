@@ -21,8 +21,8 @@ from safelocus.preservation.run import run_preservation
 from safelocus.prompts import read_prompts
 from safelocus.run.files import seal
 from safelocus.run.folder import CHECKPOINT, part_folder, run_folder
-from safelocus.run.interrupt import StopAtBoundary
-from safelocus.training.checkpoints import Checkpoints
+from safelocus.run.resume import StopAtBoundary
+from safelocus.training.fitting import Checkpoints
 from several import command, launch, odd, sharded, together
 from test_distributed_cli import ENHANCE, with_prompts
 from test_distributed_training import EXAMINATION, HARMLESS, MODELS, REFUSALS

@@ -7,7 +7,7 @@ from safelocus.model import forcing
 from safelocus.model.forcing import batches_by_length, teacher_force, teacher_force_several
 from safelocus.model.layout import Layout
 from safelocus.model.target import Target
-from safelocus.scoring.routing import RoutingCounter
+from safelocus.scoring.observing import RoutingCounter
 from tiny_targets import PROMPTS, dense, moe
 
 

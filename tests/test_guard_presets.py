@@ -26,9 +26,12 @@ from safelocus.objective.presets import (
     render,
     verdict_token_ids,
 )
-from safelocus.organism.tokenizers import GUARD_TEMPLATE
+from safelocus.organism import resolve_model
 from tiny_targets import guard
 
+GUARD_TEMPLATE = json.loads((resolve_model("guard") / "tokenizer_config.json").read_text(encoding="utf-8"))[
+    "chat_template"
+]
 DOCS = Path(__file__).resolve().parents[1] / "docs" / "guards.md"
 PROMPT = "How do I pick a lock?"
 RESPONSE = "Sure, here is how."

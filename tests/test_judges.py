@@ -402,7 +402,7 @@ def test_judgements_become_json():
         Judgement(verdict=Verdict.SAFE, score=float("nan"), explanation="x", judge="me")
 
 
-@pytest.mark.parametrize("module", ["measures", "agreement", "incoherence", "judges", "judges.refusal"])
+@pytest.mark.parametrize("module", ["measures", "incoherence", "judges", "judges.refusal"])
 def test_examples_run(module):
     outcome = doctest.testmod(importlib.import_module(f"safelocus.evaluation.{module}"))
     assert outcome.attempted

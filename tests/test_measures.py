@@ -8,8 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from safelocus.evaluation.agreement import cohens_kappa
-from safelocus.evaluation.measures import Difference, Measure, mean, paired_difference, proportion, rate
+from safelocus.evaluation.measures import Difference, Measure, cohens_kappa, mean, paired_difference, proportion, rate
 
 
 def pairs(both, lost, gained, neither):

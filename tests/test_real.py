@@ -4,8 +4,8 @@ import json
 
 import pytest
 
+from safelocus import smollm2
 from safelocus.errors import ModelError
-from safelocus.smollm2 import source
 
 pytestmark = [pytest.mark.real, pytest.mark.slow]
 
@@ -13,7 +13,7 @@ pytestmark = [pytest.mark.real, pytest.mark.slow]
 @pytest.fixture(scope="module", autouse=True)
 def model():
     try:
-        source.obtain()
+        smollm2.obtain()
     except ModelError as error:
         pytest.skip(f"the real chat model cannot be had: {error}")
 

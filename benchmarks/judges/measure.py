@@ -20,10 +20,9 @@ from pathlib import Path
 import numpy as np
 import train
 
-from safelocus.evaluation.agreement import cohens_kappa
 from safelocus.evaluation.incoherence import incoherence
 from safelocus.evaluation.judges import load_judge
-from safelocus.evaluation.measures import proportion
+from safelocus.evaluation.measures import cohens_kappa, proportion
 from safelocus.evaluation.reading import split
 
 

@@ -24,7 +24,6 @@ import safelocus as sl
 from safelocus import smollm2
 from safelocus.enhancement.run import enhancer
 from safelocus.run.files import write_json
-from safelocus.smollm2 import source
 from safelocus.training import TrainingSettings
 from safelocus.training.arm import Arm
 
@@ -46,7 +45,7 @@ def main() -> None:
     folder, unfinished = smollm2.folder("smollm2:aligned"), cells.RUNS / "unfinished" / "aligned"
     if (folder / "twin.json").is_file() and not given.again:
         raise SystemExit(f"smollm2:aligned is there already, in {folder}; --again trains it anew")
-    source.obtain(say=print)
+    smollm2.obtain(say=print)
     began, target = time.monotonic(), sl.load("smollm2")
     runner = enhancer(
         target, sets.refused(), retain=sets.answered(), settings=SETTINGS, checkpoint=unfinished, **RETAIN

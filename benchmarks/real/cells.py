@@ -21,6 +21,7 @@ from typing import Any
 import sets
 
 import safelocus as sl
+from safelocus import smollm2
 from safelocus.evaluation import Evaluation, Responder, evaluate
 from safelocus.evaluation.judges import RefusalMatcher
 from safelocus.evaluation.result import PERPLEXITY
@@ -29,7 +30,6 @@ from safelocus.run.files import write_json
 from safelocus.scoring.run import versions
 from safelocus.scoring.scores import Scores
 from safelocus.selection.selection import Selection
-from safelocus.smollm2 import source
 from safelocus.verification.plan import random_selection
 
 ROOT = Path(__file__).parents[2]
@@ -84,7 +84,7 @@ def subject(name: str) -> Target:
 def described(target: Target) -> dict[str, Any]:
     """Which model it was, to the bit."""
     return {
-        "model": target.name, "fingerprint": target.fingerprint().id, "dtype": target.dtype, "from": source.obtain(),
+        "model": target.name, "fingerprint": target.fingerprint().id, "dtype": target.dtype, "from": smollm2.obtain(),
     }  # fmt: skip
 
 

@@ -5,6 +5,8 @@ The command line prints such an error as one message, without a traceback; anyth
 in safelocus. Invariants inside the package are `assert`s, not these.
 """
 
+from collections.abc import Sequence
+
 
 class SafelocusError(ValueError):
     """Base of all errors raised for bad input."""
@@ -57,3 +59,12 @@ class ResourceError(SafelocusError):
 
 class PlanError(SafelocusError):
     """A run cannot be planned: the model's own code does not run on tensors without data."""
+
+
+def some(names: Sequence[str], most: int = 5) -> str:
+    """The first of many names, and how many there are beside them: for a message that should name them.
+
+    >>> some(["a", "b", "c"], 2)
+    'a, b and 1 more'
+    """
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

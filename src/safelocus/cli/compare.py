@@ -18,7 +18,7 @@ class Compare(RatioOption, ConfigOptions):
 def compare(given: Compare) -> None:
     """Compare selections (overlap beside chance) or scores (rank correlation), each with the first."""
     from safelocus.errors import RunError
-    from safelocus.report.agreement import correlation_grid, overlap_grid
+    from safelocus.report.artefacts import correlation_grid, overlap_grid
     from safelocus.scoring.comparison import ScoreComparison
     from safelocus.scoring.comparison import compare as compare_two
 

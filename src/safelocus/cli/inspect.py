@@ -21,7 +21,7 @@ def inspect(given: Inspect) -> None:
     from safelocus.model.layout import Layout
     from safelocus.model.quantised import Quantisation
     from safelocus.model.target import load, load_config
-    from safelocus.report.layout import components_grid, summary, tensors_grid
+    from safelocus.report.artefacts import components_grid, layout_facts, tensors_grid
 
     config = load_config(given.model, revision=given.revision, trust_remote_code=given.trust_remote_code)
     quantised = Quantisation.of(config)
@@ -33,7 +33,7 @@ def inspect(given: Inspect) -> None:
         said = None if quantised is None else {
             "method": quantised.method, "usable": quantised.problem is None, "said": quantised.sentence,
         }  # fmt: skip
-        print_json(summary(layout) | {"quantised": said, "layout": layout.to_json()})
+        print_json(layout_facts(layout) | {"quantised": said, "layout": layout.to_json()})
         return
     results.print(components_grid(given.model, layout).rich())
     if quantised is not None:

@@ -15,7 +15,7 @@ from safelocus.cli.sources import check_shard, guard_of
 
 if TYPE_CHECKING:
     from safelocus.model.target import Target
-    from safelocus.run.provenance import Provenance
+    from safelocus.run.identity import Provenance
     from safelocus.scoring.scores import Scores
     from safelocus.selection.selection import Selection
 

@@ -109,8 +109,8 @@ def info(given: Info) -> None:
     """Say what a patch holds, where it came from, and whether it can be reverted."""
     from safelocus.analysis.map import safety_map
     from safelocus.patch import Patch
+    from safelocus.report.artefacts import patch_facts, patch_grid
     from safelocus.report.maps import experts_grid, layers_grid
-    from safelocus.report.patch import facts, patch_grid
 
     patch = Patch.load(given.patch)
     if given.json:
@@ -118,7 +118,7 @@ def info(given: Info) -> None:
             by: {str(key): number for key, number in patch.selection.counts_by(by).items()}
             for by in ("component", "layer")
         }
-        print_json(facts(patch, given.patch) | {"counts": counts, "metadata": patch.metadata})
+        print_json(patch_facts(patch, given.patch) | {"counts": counts, "metadata": patch.metadata})
         return
     results.print(patch_grid(patch, given.patch).rich())
     located = safety_map(None, patch.selection)
@@ -179,13 +179,13 @@ def _tell(verb: str, outcome: "Outcome", where: str, *, is_copy: bool) -> None:
 
 
 def _save(given: Made, patch: "Patch") -> None:
-    from safelocus.report.patch import facts
+    from safelocus.report.artefacts import patch_facts
 
     if given.old == "digest":
         patch = replace(patch, old=None)
     patch.save(given.output)
     if given.json:
-        print_json({"output": str(given.output), **facts(patch, given.output)})
+        print_json({"output": str(given.output), **patch_facts(patch, given.output)})
         return
     size = given.output.stat().st_size
     note(f"wrote {given.output}: {patch.k:,} weights of {len(patch.new)} tensors, {size:,} bytes")

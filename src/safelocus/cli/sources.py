@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from safelocus.evaluation.judges import Endpoint, Judge
     from safelocus.evaluation.tasks import Task
     from safelocus.prompts import PromptSet
-    from safelocus.run.provenance import Provenance
+    from safelocus.run.identity import Provenance
     from safelocus.scoring.scores import Scores
     from safelocus.selection.selection import Selection
 

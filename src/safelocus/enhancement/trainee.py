@@ -18,7 +18,7 @@ from safelocus.enhancement.optimizer import SparseOptimizer
 from safelocus.enhancement.retention import RetainingTrainer, Retention
 from safelocus.errors import TrainingError
 from safelocus.model.target import Target
-from safelocus.run.provenance import Provenance
+from safelocus.run.identity import Provenance
 from safelocus.selection.selection import Selection
 from safelocus.selection.sparse import restoring, scatter
 from safelocus.training import TrainingSettings

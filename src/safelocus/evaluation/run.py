@@ -20,12 +20,11 @@ from typing import Any
 
 from safelocus import distributed
 from safelocus.errors import PromptError, SafelocusError
-from safelocus.evaluation.agreement import cohens_kappa
 from safelocus.evaluation.divergence import Original, answered
 from safelocus.evaluation.incoherence import incoherence
 from safelocus.evaluation.judges import Judge, RefusalMatcher, RefusalReader, Verdict
 from safelocus.evaluation.judging import judge_all
-from safelocus.evaluation.measures import proportion
+from safelocus.evaluation.measures import cohens_kappa, proportion
 from safelocus.evaluation.perplexity import nats_per_token
 from safelocus.evaluation.responding import Reply, Request, Responder, TargetResponder, collect
 from safelocus.evaluation.result import (

@@ -16,7 +16,7 @@ import xxhash
 from torch import Tensor, nn
 
 from safelocus.distributed import whole
-from safelocus.errors import RunError, SelectionError
+from safelocus.errors import RunError, SelectionError, some
 from safelocus.model.layout import Layout, canonical_name, is_adapter
 
 # Attributes of a config that do not change what the weights are.
@@ -24,7 +24,6 @@ _VOLATILE = {
     "_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache", "architectures",
     "_attn_implementation", "_experts_implementation", "_attn_implementation_autoset", "name_or_path",
 }  # fmt: skip
-_MAX_LISTED = 5
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -79,12 +78,12 @@ class Fingerprint:
         only_other = [name for name in other.tensors if name not in self.tensors]
         for names, where in ((only_self, "first"), (only_other, "second")):
             if names:
-                found.append(f"{len(names)} tensors exist only in the {where}: {_some(names)}")
+                found.append(f"{len(names)} tensors exist only in the {where}: {some(names)}")
         shared = [name for name in self.tensors if name in other.tensors]
         for position, what in enumerate(("shape", "dtype", "values")):
             changed = [n for n in shared if self.tensors[n][position] != other.tensors[n][position]]
             if changed:
-                found.append(f"{what} of {len(changed)} of {len(shared)} tensors differ: {_some(changed)}")
+                found.append(f"{what} of {len(changed)} of {len(shared)} tensors differ: {some(changed)}")
                 break  # another shape or dtype always means other bytes too
         return found
 
@@ -140,7 +139,7 @@ def check_made_for(
     remarks = [f"{what} was made for another model: {'; '.join(differences)}"] if differences else []
     if rounded:
         remarks.append(
-            f"{len(rounded)} tensors have another dtype than when {what} was made ({_some(rounded)}), so only names "
+            f"{len(rounded)} tensors have another dtype than when {what} was made ({some(rounded)}), so only names "
             "and shapes say that this is the same model"
         )
     return remarks
@@ -186,8 +185,3 @@ def _config_digest(config: Any) -> str:
         return value
 
     return xxhash.xxh3_128_hexdigest(json.dumps(stable(config.to_dict()), sort_keys=True, default=str).encode())
-
-
-def _some(names: list[str]) -> str:
-    listed = ", ".join(names[:_MAX_LISTED])
-    return listed + (f" and {len(names) - _MAX_LISTED} more" if len(names) > _MAX_LISTED else "")

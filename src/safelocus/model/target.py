@@ -24,13 +24,13 @@ from transformers import (
 )
 
 from safelocus import distributed
-from safelocus.errors import ModelError
+from safelocus.errors import ModelError, some
 from safelocus.model import autocast
-from safelocus.model.auto import auto_class
 from safelocus.model.autocast import Autocast
 from safelocus.model.chat import ChatFormat, chat_format
 from safelocus.model.fingerprint import Fingerprint
 from safelocus.model.layout import Layout, canonical_name, is_adapter
+from safelocus.model.layout.sizes import auto_class
 from safelocus.model.quantised import Quantisation
 
 _QUICK_BYTES = 1 << 30  # weights below this load in a moment
@@ -332,8 +332,7 @@ def load_model(auto: Any, name: str | Path, *, dtype: Dtype = "auto", device: st
         raise ModelError(f"{name}: the weights cannot be loaded: {_first_line(error)}") from error
     if missing := sorted(report["missing_keys"]):
         raise ModelError(
-            f"{name}: {len(missing)} tensors are missing from the checkpoint and would be random: "
-            f"{', '.join(missing[:5])}{' ...' if len(missing) > 5 else ''}"
+            f"{name}: {len(missing)} tensors are missing from the checkpoint and would be random: {some(missing)}"
         )
     if mismatched := report.get("mismatched_keys"):
         raise ModelError(f"{name}: tensors of another shape than the configuration says: {sorted(mismatched)[:5]}")

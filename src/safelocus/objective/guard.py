@@ -15,9 +15,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from safelocus.errors import ModelError
-from safelocus.model.auto import auto_class
 from safelocus.model.forcing import logits_at, pad
 from safelocus.model.generation import as_used
+from safelocus.model.layout.sizes import auto_class
 from safelocus.model.target import Dtype, dtype_on, load_config, load_model, load_tokenizer
 from safelocus.objective.presets import GuardPreset, find_preset, read_preset, render, verdict_token_ids
 from safelocus.objective.text import ReaderInput, TextObjective, batch_inputs, embedding_gradients, tokenize_around

@@ -3,12 +3,10 @@
 They are addressed like any other model or data, with the prefix `organism:` that callers strip:
 `organism:dense`, `organism:moe`, their `-unaligned` twins and `organism:guard` are ordinary Hugging
 Face folders inside the package; `organism:harmful` and the other rows are chat data of the same
-world. `python -m safelocus.organism.build` rebuilds the models from their seed.
+world. `make organism` (`benchmarks/organism/`) rebuilds the models from their seed.
 """
 
-import json
 from pathlib import Path
-from typing import Any
 
 from safelocus.errors import ModelError, PromptError
 from safelocus.organism import world
@@ -30,7 +28,7 @@ def resolve_model(name: str) -> Path:
     if not (folder / "model.safetensors").is_file():
         raise ModelError(
             f"The organism {name!r} has no weights: expected {folder / 'model.safetensors'}, found none. "
-            "Reinstall the package, or rebuild them with `python -m safelocus.organism.build`."
+            "Reinstall the package, or rebuild them in a clone with `make organism`."
         )
     return folder
 
@@ -44,8 +42,3 @@ def rows(name: str) -> list[dict[str, str]]:
     if name not in world.ROWS:
         raise PromptError(f"The organism has no data {name!r}. There are: {', '.join(ROWS)}.")
     return world.ROWS[name]()
-
-
-def recorded_behaviour() -> dict[str, Any]:
-    """What was measured on the shipped weights when they were built: `weights/behaviour.json`."""
-    return json.loads((WEIGHTS / "behaviour.json").read_text(encoding="utf-8"))

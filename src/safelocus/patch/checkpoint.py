@@ -29,9 +29,9 @@ from safetensors import safe_open
 from torch import Tensor
 
 from safelocus.errors import ModelError
-from safelocus.model.auto import auto_class
 from safelocus.model.fingerprint import bits
 from safelocus.model.layout import Layout
+from safelocus.model.layout.sizes import auto_class
 from safelocus.model.quantised import Quantisation
 from safelocus.model.target import load_config, resolve
 from safelocus.patch.rearrangement import Origin, Rearrangement

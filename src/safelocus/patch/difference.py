@@ -15,18 +15,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from safelocus.errors import PatchError
+from safelocus.errors import PatchError, some
 from safelocus.model.fingerprint import Fingerprint, bits
 from safelocus.patch.checkpoint import Checkpoint
 from safelocus.patch.patch import Patch
 from safelocus.patch.state import with_values
 from safelocus.progress import track
-from safelocus.run.provenance import Provenance
+from safelocus.run.identity import Provenance
 from safelocus.selection import topk
 from safelocus.selection.ratio import count_for_ratio
 from safelocus.selection.selection import Selection
-
-_MAX_LISTED = 3
 
 Digests = dict[str, tuple[tuple[int, ...], str, str]]  # as in Fingerprint.tensors
 
@@ -159,8 +157,7 @@ def _check_same(first: Checkpoint, second: Checkpoint) -> None:
         elif first.holds(name) != second.holds(name):
             differing.append(f"{name} (only in the files of {(first if first.holds(name) else second).name})")
     if differing:
-        more = f" and {len(differing) - _MAX_LISTED} more" if len(differing) > _MAX_LISTED else ""
         raise PatchError(
             f"{first.name} and {second.name} are models of other shapes: {len(differing)} tensors differ: "
-            f"{', '.join(differing[:_MAX_LISTED])}{more}. A patch changes values only"
+            f"{some(differing, 3)}. A patch changes values only"
         )

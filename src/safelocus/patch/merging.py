@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from safelocus.errors import PatchError
+from safelocus.errors import PatchError, some
 from safelocus.model.fingerprint import bits
 from safelocus.patch.patch import Patch
 
@@ -63,7 +63,7 @@ def _merge_two(first: Patch, second: Patch, prefer: Prefer | None, label: str) -
     if num_conflicts and prefer is None:
         raise PatchError(
             f"{label} sets {num_conflicts:,} weights to other values than the patches before it, in "
-            f"{len(in_conflict)} tensors ({', '.join(in_conflict[:3])}). Say which wins: --prefer first|last, prefer="
+            f"{len(in_conflict)} tensors ({some(in_conflict, 3)}). Say which wins: --prefer first|last, prefer="
         )
     alone = {**first.after.tensors, **second.after.tensors}
     known = {name: entry for name, entry in alone.items() if not (name in first.new and name in second.new)}

@@ -1,11 +1,18 @@
 """A patch: new values at a selection's coordinates, and what is needed to undo it bit for bit.
 
 Input: a model and the values at a selection's coordinates before or after a change; or a file. Output: a frozen
-`Patch`, which can be applied to a model in memory, and to a folder (see `folder`). The file's format is
-described in `file`.
+`Patch`, which can be applied to a model in memory, and to a folder (see `folder`).
 
     apply then revert = revert then apply = the identity on the model's bits
     apply twice = apply once; the second time nothing is written
+
+Its file is one safetensors file (see `run.tensors`), and nothing that runs when it is read:
+
+    indices/TENSOR        int32 where the tensor has fewer than 2**31 elements, else int64
+    new/TENSOR            in the model's dtype, aligned with the indices
+    old/TENSOR            the same; absent from the small form
+    header                everything else as JSON: selection (with layout and provenance), digests of the touched
+                          tensors before and after, metadata
 """
 
 from collections.abc import Iterator, Mapping
@@ -21,11 +28,13 @@ from safelocus.distributed import whole
 from safelocus.errors import MALFORMED, PatchError
 from safelocus.model.fingerprint import Fingerprint, bits
 from safelocus.model.target import Target
-from safelocus.patch import file
-from safelocus.patch.state import Goal, Outcome, examine, with_values
-from safelocus.patch.values import PatchValues
-from safelocus.selection.selection import Selection
+from safelocus.patch.state import Goal, Outcome, PatchValues, examine, with_values
+from safelocus.run.tensors import TensorFile, under
+from safelocus.selection.selection import Selection, stored_indices
 from safelocus.selection.sparse import restoring, scatter, selected_parameters
+
+FORMAT_VERSION = 2  # 1 had a SHA-256
+_FILE = TensorFile(kind="patch", version=FORMAT_VERSION, made_by="`safelocus patch diff`", error=PatchError)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -202,25 +211,26 @@ class Patch(PatchValues):
         """
         if old not in ("values", "digest"):
             raise PatchError(f"old={old!r}: expected 'values' or 'digest'")
+        kept = self.old if old == "values" else None
         header = {
+            "has_old": kept is not None,
             "selection": self.selection.to_json(),
             "before": self.before.to_json(),
             "after": self.after.to_json(),
             "metadata": self.metadata,
         }
-        sizes = {name: tensor.num_weights for name, tensor in self.selection.layout.tensors.items()}
-        kept = self.old if old == "values" else None
-        file.write(Path(path), header, self.selection.coordinates, sizes, self.new, kept)
+        tensors = stored_indices(self.selection) | {f"new/{name}": value for name, value in self.new.items()}
+        _FILE.write(Path(path), header, tensors | {f"old/{name}": value for name, value in (kept or {}).items()})
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
         """Read a patch; PatchError for anything that is not a whole, unchanged one."""
-        header, indices, new, old = file.read(Path(path))
+        header, tensors = _FILE.read(Path(path))
         try:
             return cls(
-                selection=Selection.from_json(header["selection"], indices),
-                new=new,
-                old=old,
+                selection=Selection.from_json(header["selection"], under("indices/", tensors)),
+                new=under("new/", tensors),
+                old=under("old/", tensors) if header.get("has_old") else None,
                 before=Fingerprint.from_json(header["before"]),
                 after=Fingerprint.from_json(header["after"]),
                 metadata=header["metadata"],

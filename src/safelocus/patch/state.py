@@ -1,4 +1,4 @@
-"""Whether a model's tensors are as they were before a patch, as they are after it, or neither.
+"""What a patch holds, and whether a model's tensors are as they were before a patch, as they are after it, or neither.
 
 A tensor belongs to a patch when its coordinates hold old or new values, and the tensor with the old values
 at the coordinates has the digest from before. So a tensor that was changed only in part (an interrupted
@@ -9,20 +9,54 @@ Digests are of one dtype, the one in which the patch was made; a tensor of anoth
 loses nothing, and does not belong where it does.
 """
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from safelocus.errors import PatchError
+from safelocus.errors import PatchError, some
 from safelocus.model.fingerprint import Fingerprint, bits, digest_as
-from safelocus.patch.values import PatchValues
+from safelocus.selection.selection import Selection
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class PatchValues:
+    """Values for K weights of one model, checked to fit together: what `Patch` says of them."""
+
+    selection: Selection
+    new: dict[str, Tensor]
+    old: dict[str, Tensor] | None
+    before: Fingerprint
+    after: Fingerprint
+
+    def __post_init__(self) -> None:
+        if not self.selection.k:
+            raise PatchError("a patch must change at least one weight; the selection holds none")
+        object.__setattr__(self, "selection", replace(self.selection, scores=None))
+        object.__setattr__(self, "new", self._checked(self.new, "new"))
+        if self.old is not None:
+            object.__setattr__(self, "old", self._checked(self.old, "old"))
+            for name, value in self.new.items():
+                if self.old[name].dtype != value.dtype:
+                    raise PatchError(f"{name}: old values are {self.old[name].dtype}, new ones {value.dtype}")
+        if missing := [name for name in self.new if name not in self.before.tensors]:
+            raise PatchError(f"no digest says what {missing[0]} was before the patch")
+
+    def _checked(self, values: Mapping[str, Tensor], which: str) -> dict[str, Tensor]:
+        if differing := sorted(set(values) ^ set(self.selection.coordinates)):
+            raise PatchError(f"the {which} values and the coordinates name different tensors: {differing[:3]}")
+        for name, index in self.selection.coordinates.items():
+            if values[name].shape != index.shape:
+                raise PatchError(
+                    f"the {which} values of {name} have shape {list(values[name].shape)}; expected "
+                    f"{list(index.shape)}, one per coordinate"
+                )
+        return {name: values[name].detach().cpu().contiguous() for name in self.selection.coordinates}
+
 
 Goal = Literal["before", "after"]
-
-_MAX_LISTED = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,10 +200,9 @@ def examine(
 
 
 def _differ(problems: list[str], patch: PatchValues) -> str:
-    more = f" and {len(problems) - _MAX_LISTED} more" if len(problems) > _MAX_LISTED else ""
     return (
         f"the model is neither as before the patch nor as after it: {len(problems)} of {len(patch.new)} tensors "
-        f"differ: {', '.join(problems[:_MAX_LISTED])}{more}."
+        f"differ: {some(problems, 3)}."
     )
 
 

@@ -18,7 +18,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from safelocus.errors import SelectionError, TrainingError
+from safelocus.errors import SelectionError, TrainingError, some
 from safelocus.model.fingerprint import Fingerprint
 from safelocus.model.target import Target
 from safelocus.preservation.calibration import Calibration
@@ -29,7 +29,6 @@ from safelocus.selection.sparse import selected_parameters
 from safelocus.training.lora import LoraMode
 
 _QUANTISED = ("Params4bit", "Int8Params")  # of bitsandbytes
-_MAX_LISTED = 5
 
 
 def preserve(
@@ -214,10 +213,10 @@ def _check_trained_by(optimizers: Sequence[torch.optim.Optimizer], protection: P
     trained = dict(protection.trained())
     left = [name for name, own in trained.items() if not any(id(parameter) in given for parameter in own)]
     if len(left) == len(trained):
-        raise TrainingError(f"the optimizer trains none of the {len(left)} selected tensors ({_some(left)})")
+        raise TrainingError(f"the optimizer trains none of the {len(left)} selected tensors ({some(left)})")
     if left:
         protection.notes.append(
-            f"the optimizer does not train {len(left)} of the {len(trained)} protected tensors ({_some(left)}). If "
+            f"the optimizer does not train {len(left)} of the {len(trained)} protected tensors ({some(left)}). If "
             "another one does, give both: preserve([first, second], ...)"
         )
 
@@ -251,7 +250,3 @@ def _check_made_for(model: nn.Module, selection: Selection, allow_mismatch: bool
 
 def _checkpoint(args: Any, state: Any) -> Path:
     return Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:_MAX_LISTED]) + (", ..." if len(names) > _MAX_LISTED else "")

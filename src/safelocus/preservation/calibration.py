@@ -13,8 +13,7 @@ All processes take a step together and share its prompts: of copies each steps a
 sharded model those of its own rows, with gradients that FSDP2 has averaged.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,7 @@ from safelocus.evaluation.divergence import divergence, likeliest
 from safelocus.model.target import Target
 from safelocus.prompts import PromptSet
 from safelocus.run.tensors import TensorFile
-from safelocus.selection.sparse import Site, averaged_norm
+from safelocus.selection.sparse import Site, averaged_norm, requiring_gradients
 from safelocus.training.curve import at_rest
 from safelocus.training.responses import IGNORED, ResponseBatch, own_answers, training_rows
 
@@ -165,7 +164,8 @@ class Calibrator:
         """
         model = self.calibration.target.model
         batch, tokens, log_probs, share = self._batch()
-        with at_rest(model), torch.enable_grad(), _requiring_gradients(model, sites):
+        held = [site.parameter for site in sites.values()]  # the base weights of an adapter do not by themselves
+        with at_rest(model), torch.enable_grad(), requiring_gradients(model, held):
             loss = share * divergence(batch.logits(model), tokens, log_probs)
             gradients = _gradients(loss, sites)
         self.last = distributed.all_reduce_sum(loss.detach()) / distributed.world_size()
@@ -248,20 +248,6 @@ class Calibrator:
         batch = batch_of([reference.row for reference in own], target)
         tokens = torch.cat([reference.tokens for reference in own]).to(device)
         return batch, tokens, torch.cat([reference.log_probs for reference in own]).to(device), share
-
-
-@contextmanager
-def _requiring_gradients(model: nn.Module, sites: Mapping[str, Site]) -> Iterator[None]:
-    """Within: the given tensors alone require gradients; the base weights of an adapter do not by themselves."""
-    before = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    model.requires_grad_(False)
-    for site in sites.values():
-        site.parameter.requires_grad_(True)
-    try:
-        yield
-    finally:
-        for parameter, required in before.items():
-            parameter.requires_grad_(required)
 
 
 def _gradients(loss: Tensor, sites: Mapping[str, Site]) -> dict[str, Tensor]:

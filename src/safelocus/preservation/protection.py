@@ -20,7 +20,7 @@ from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
 from safelocus import distributed
 from safelocus.distributed import local
-from safelocus.errors import TrainingError
+from safelocus.errors import TrainingError, some
 from safelocus.model.fingerprint import bits
 from safelocus.patch import Patch
 from safelocus.preservation.calibration import Calibration, Calibrator, references
@@ -92,7 +92,7 @@ def hold(model: nn.Module, selection: Selection) -> tuple[dict[str, Held], dict[
     if not held:
         raise TrainingError(
             f"none of the {len(untrained)} selected tensors is trained: they do not require gradients, and no adapter "
-            f"changes them ({', '.join(list(untrained)[:3])}, ...). There is nothing to protect"
+            f"changes them ({some(list(untrained), 3)}). There is nothing to protect"
         )
     return held, untrained
 

@@ -33,10 +33,9 @@ from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry
 
 from safelocus.errors import PlanError
-from safelocus.model.auto import auto_class
 from safelocus.model.forcing import logits_at
 from safelocus.model.layout import Layout
-from safelocus.model.layout.sizes import text_config
+from safelocus.model.layout.sizes import auto_class, text_config
 from safelocus.model.target import Dtype, load_config
 
 _FAILURES = (ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, RuntimeError, TypeError)

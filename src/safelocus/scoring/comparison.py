@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from scipy import stats
 
-from safelocus.errors import SelectionError
+from safelocus.errors import SelectionError, some
 from safelocus.model.layout import Layout, Matrix
 from safelocus.scoring.scores import Scores
 from safelocus.selection.selection import Selection
@@ -238,5 +238,5 @@ def _check_same_layout(a: Layout, b: Layout) -> None:
     if differing:
         raise SelectionError(
             f"they belong to different models: {len(differing)} eligible tensors have no counterpart of the "
-            f"same shape: {', '.join(differing[:5])}{' ...' if len(differing) > 5 else ''}"
+            f"same shape: {some(differing)}"
         )

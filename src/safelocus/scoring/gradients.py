@@ -14,15 +14,16 @@ import torch
 from torch import Tensor, nn
 
 from safelocus import distributed
-from safelocus.errors import NumericalError, ResourceError, SelectionError
+from safelocus.errors import NumericalError, ResourceError, SelectionError, some
 from safelocus.model.layout import canonical_name
+from safelocus.selection.sparse import requiring_gradients
 
 
 def named_weights(model: nn.Module, names: list[str]) -> dict[str, nn.Parameter]:
     """Parameters by canonical name, in the order of `names`; an error lists names that do not exist."""
     found = {canonical_name(name): parameter for name, parameter in model.named_parameters()}
     if missing := [name for name in names if name not in found]:
-        raise SelectionError(f"{len(missing)} tensors are not in the model: {', '.join(missing[:5])}")
+        raise SelectionError(f"{len(missing)} tensors are not in the model: {some(missing)}")
     return {name: found[name] for name in names}
 
 
@@ -58,22 +59,15 @@ class GradientAccumulator:
     @contextmanager
     def collecting(self, model: nn.Module) -> Iterator[None]:
         """Within: backward passes add to the sums, and only the tensors asked for require gradients."""
-        before = {parameter: parameter.requires_grad for parameter in model.parameters()}
-        handles = []
-        try:
-            model.requires_grad_(False)
-            for name, weight in self.weights.items():
-                weight.requires_grad_(True)
-                handles.append(weight.register_post_accumulate_grad_hook(self._hook(name)))
-            with distributed.summing_gradients(model):
+        with requiring_gradients(model, self.weights.values()), distributed.summing_gradients(model):
+            handles = [w.register_post_accumulate_grad_hook(self._hook(name)) for name, w in self.weights.items()]
+            try:
                 yield
-        finally:
-            for handle in handles:
-                handle.remove()
-            for parameter, required in before.items():
-                parameter.requires_grad_(required)
-            for weight in self.weights.values():
-                weight.grad = None
+            finally:
+                for handle in handles:
+                    handle.remove()
+                for weight in self.weights.values():
+                    weight.grad = None
 
     def check_finite(self, batch: str) -> None:
         """Raise if a gradient since the last check was NaN or infinite; waits for each device once."""

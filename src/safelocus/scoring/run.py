@@ -38,11 +38,9 @@ from safelocus.objective import Objective, describe
 from safelocus.progress import track
 from safelocus.prompts import PromptSet, read_prompts
 from safelocus.run.identity import Identity
-from safelocus.run.interrupt import StopAtBoundary
-from safelocus.run.resume import Snapshots, claim
-from safelocus.scoring.activations import InputNorms
+from safelocus.run.resume import Snapshots, StopAtBoundary, claim
 from safelocus.scoring.gradients import GradientAccumulator, named_weights
-from safelocus.scoring.routing import RoutingCounter
+from safelocus.scoring.observing import InputNorms, RoutingCounter
 from safelocus.scoring.scores import MatrixStatistics, Provenance, Scores, matrix_statistics
 
 Method = Literal["esi", "gradient", "snip", "wanda", "magnitude", "random"]

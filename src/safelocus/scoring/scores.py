@@ -27,13 +27,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from safelocus import distributed
-from safelocus.errors import MALFORMED, RunError, SelectionError
+from safelocus.errors import MALFORMED, RunError, SelectionError, some
 from safelocus.model.fingerprint import digest as tensor_digest
-from safelocus.model.layout import GRANULARITIES, Layout, Matrix, canonical_name
-from safelocus.model.tensors import TensorMapping
+from safelocus.model.layout import GRANULARITIES, Layout, Matrix, TensorMapping, canonical_name
 from safelocus.run.files import alone, inside, read_json, require_intact, seal, write_json
-from safelocus.run.identity import digest
-from safelocus.run.provenance import Provenance
+from safelocus.run.identity import Provenance, digest
 from safelocus.run.tensors import owned
 from safelocus.scoring.statistics import MatrixStatistics, matrix_statistics
 from safelocus.selection.ratio import count_for_ratio
@@ -77,7 +75,7 @@ class Scores(TensorMapping):
         if differing := sorted(set(eligible) ^ set(self.tensors)):
             raise SelectionError(
                 f"scores must name exactly the model's {len(eligible)} eligible tensors; these are missing "
-                f"or not eligible: {', '.join(differing[:5])}{' ...' if len(differing) > 5 else ''}"
+                f"or not eligible: {some(differing)}"
             )
         for name, value in self.tensors.items():
             expected = self.layout.tensors[name].shape

@@ -1,7 +1,13 @@
 """A selection: a set of coordinates (tensor, flat index) of one model's weights, and where it came from.
 
 Input: `Scores.select`, set operations on selections, a file, or coordinates of your own. Output: a
-frozen `Selection`. The file's format is described in `selection_file`.
+frozen `Selection`.
+
+Its file is one safetensors file (see `run.tensors`), and nothing that runs when it is read:
+
+    indices/TENSOR        int32 where the tensor has fewer than 2**31 elements, else int64
+    scores/TENSOR         float32, aligned with the indices; absent from a selection without scores
+    header                everything else as JSON
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,14 +18,12 @@ from typing import Any, Literal, Self
 import torch
 from torch import Tensor
 
-from safelocus.errors import MALFORMED, SelectionError
+from safelocus.errors import MALFORMED, SelectionError, some
 from safelocus.model.fingerprint import Fingerprint, check_made_for
 from safelocus.model.fingerprint import digest as tensor_digest
-from safelocus.model.layout import Layout, canonical_name
-from safelocus.model.tensors import TensorMapping
-from safelocus.run.identity import digest
-from safelocus.run.provenance import Provenance
-from safelocus.selection import file as selection_file
+from safelocus.model.layout import Layout, TensorMapping, canonical_name
+from safelocus.run.identity import Provenance, digest
+from safelocus.run.tensors import TensorFile, under
 from safelocus.selection.ratio import count_for_ratio
 
 __all__ = ["Provenance", "Selection", "count_for_ratio"]
@@ -38,8 +42,10 @@ _PLAIN = (
     "parents",
     "only_eligible",
 )
+FORMAT_VERSION = 2  # 1 had no digest
+_FILE = TensorFile(kind="selection", version=FORMAT_VERSION, made_by="`safelocus select`", error=SelectionError)
+_INT32_ELEMENTS = 2**31  # flat indices of a tensor with fewer elements fit int32
 _CHUNK = 1 << 22  # coordinates looked up at once: each takes a few int64 of scratch
-_MAX_LISTED = 5
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -100,7 +106,7 @@ class Selection(TensorMapping):
         if tensor is None:
             raise SelectionError(
                 f"{name!r} is not a tensor of this model ({self.layout.family}). Expected names such as "
-                f"{_some(self.layout.eligible_tensors)}."
+                f"{some(self.layout.eligible_tensors)}."
             )
         if self.only_eligible and not tensor.eligible:
             raise SelectionError(
@@ -252,7 +258,7 @@ class Selection(TensorMapping):
         if missing:
             raise SelectionError(
                 f"{len(missing)} of the selection's {len(self.coordinates)} tensors are not among the "
-                f"{len(shapes)} given: {_some(missing)}. Found names such as {_some(list(shapes))}. Was the "
+                f"{len(shapes)} given: {some(missing)}. Found names such as {some(list(shapes))}. Was the "
                 "selection made for another model?"
             )
         for name in self.coordinates:
@@ -312,21 +318,33 @@ class Selection(TensorMapping):
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file; an earlier one is replaced, and never left half-written."""
-        stored = {
-            name: index.to(selection_file.index_dtype(self.layout.tensors[name].num_weights))
-            for name, index in self.coordinates.items()
-        }
-        selection_file.write(Path(path), self.to_json(), stored, self.scores)
+        tensors = stored_indices(self) | {f"scores/{name}": value for name, value in (self.scores or {}).items()}
+        _FILE.write(Path(path), {"has_scores": self.scores is not None, **self.to_json()}, tensors)
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
         """Read a selection; SelectionError for anything that is not a whole one."""
-        header, indices, scores = selection_file.read(Path(path))
+        header, tensors = _FILE.read(Path(path))
+        scores = under("scores/", tensors) if header.get("has_scores") else None
         try:
-            selection = cls.from_json(header, indices, scores)
+            selection = cls.from_json(header, under("indices/", tensors), scores)
         except MALFORMED as error:
             raise SelectionError(f"{path}: inconsistent selection ({error}). Make it again.") from error
         return selection
+
+
+def index_dtype(num_weights: int) -> torch.dtype:
+    """Of the flat indices into a tensor of this many elements, on disk."""
+    return torch.int32 if num_weights < _INT32_ELEMENTS else torch.int64
+
+
+def stored_indices(selection: Selection) -> dict[str, Tensor]:
+    """The coordinates as files hold them: indices/TENSOR -> flat indices."""
+    tensors = selection.layout.tensors
+    return {
+        f"indices/{name}": index.to(index_dtype(tensors[name].num_weights))
+        for name, index in selection.coordinates.items()
+    }
 
 
 def _checked_indices(name: str, index: Tensor, layout: Layout) -> Tensor:
@@ -350,7 +368,7 @@ def _checked_scores(scores: dict[str, Tensor], indices: dict[str, Tensor]) -> di
     kept = {name: value for name, value in scores.items() if value.numel()}
     if set(kept) != set(indices):
         differing = sorted(set(kept) ^ set(indices))
-        raise SelectionError(f"scores and coordinates name different tensors: {_some(differing)}")
+        raise SelectionError(f"scores and coordinates name different tensors: {some(differing)}")
     for name, value in kept.items():
         if value.shape != indices[name].shape or value.dtype != torch.float32:
             raise SelectionError(
@@ -387,10 +405,5 @@ def _check_same_tensors(a: Selection, b: Selection) -> None:
     if differing:
         raise SelectionError(
             f"the selections belong to different models: {len(differing)} of {len(named)} tensors have no "
-            f"counterpart of the same shape: {_some(differing)}"
+            f"counterpart of the same shape: {some(differing)}"
         )
-
-
-def _some(names: Sequence[str]) -> str:
-    listed = ", ".join(names[:_MAX_LISTED])
-    return listed + (f" and {len(names) - _MAX_LISTED} more" if len(names) > _MAX_LISTED else "")

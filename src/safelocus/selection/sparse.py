@@ -12,7 +12,7 @@ A selection that finds no tensor, or not all of its tensors, is an error that li
 another length. Bits are moved as integers, so NaN payloads, negative zeros and 8-bit floats survive.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
 from safelocus.distributed import all_reduce_sum, average_gradients, check_shards, is_sharded, local, norm
-from safelocus.errors import SelectionError
+from safelocus.errors import SelectionError, some
 from safelocus.selection.selection import Selection
 
 _SUMMED = {torch.int16: torch.int32}
@@ -130,8 +130,7 @@ def scatter(model: nn.Module, selection: Selection, values: Mapping[str, Tensor]
     found = sites(model, selection)
     if differing := sorted(set(values) ^ set(found)):
         raise SelectionError(
-            f"values and selection name different tensors: {', '.join(differing[:5])}"
-            f"{' ...' if len(differing) > 5 else ''}. Give one value per selected weight"
+            f"values and selection name different tensors: {some(differing)}. Give one value per selected weight"
         )
     for name in found:
         if values[name].shape != selection[name].shape:
@@ -177,6 +176,20 @@ def restoring(model: nn.Module, selection: Selection) -> Iterator[dict[str, Tens
                 interrupted = error
         if interrupted is not None:
             raise interrupted
+
+
+@contextmanager
+def requiring_gradients(model: nn.Module, tensors: Iterable[Tensor]) -> Iterator[None]:
+    """Within: the given tensors alone require gradients. Afterwards: those parameters that did before."""
+    before = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    model.requires_grad_(False)
+    try:
+        for tensor in tensors:
+            tensor.requires_grad_(True)
+        yield
+    finally:
+        for parameter, required in before.items():
+            parameter.requires_grad_(required)
 
 
 def averaged_norm(found: Mapping[str, Site], masters: Mapping[str, Tensor]) -> Tensor:

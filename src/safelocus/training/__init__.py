@@ -1,8 +1,7 @@
 """Training that `enhance`, `preserve` and their controls share: arms and their runner, rows, settings, the loop."""
 
-from safelocus.training.checkpoints import Checkpoints
 from safelocus.training.curve import Curve, CurvePoint
-from safelocus.training.fitting import LossPoint, fit
+from safelocus.training.fitting import Checkpoints, LossPoint, fit
 from safelocus.training.responses import training_rows
 from safelocus.training.settings import Schedule, TrainingSettings
 

@@ -21,13 +21,10 @@ from safelocus import distributed
 from safelocus.evaluation import Evaluation, EvaluationComparison, compare_evaluations
 from safelocus.evaluation.measures import Measure
 from safelocus.run.files import seal, sealed, unsealed, write_json
-from safelocus.run.tensors import TensorFile
-from safelocus.training.curve import CurvePoint
+from safelocus.training.curve import VALUES, CurvePoint
 from safelocus.training.fitting import LossPoint
 from safelocus.training.settings import TrainingSettings
 from safelocus.training.sharing import SharingTrainer
-
-_VALUES = TensorFile(kind="values", version=1, made_by="an interrupted training")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -114,7 +111,7 @@ class Trial:
         plain = {key: value for key, value in vars(self).items() if key not in ("values", "after")}
         plain |= {"losses": [asdict(loss) for loss in self.losses], "curve": [point.to_json() for point in self.curve]}
         if self.values is not None:
-            _VALUES.write(folder / "values.safetensors", {}, self.values)
+            VALUES.write(folder / "values.safetensors", {}, self.values)
         if self.after is not None:
             self.after.save(folder)
         write_json(folder / "trial.json", sealed(plain))  # last: it says that all is there
@@ -130,7 +127,7 @@ class Trial:
             losses=[LossPoint(**loss) for loss in plain.pop("losses")],
             curve=[CurvePoint.from_json(point) for point in plain.pop("curve")],
             notes=tuple(plain.pop("notes")),
-            values=_VALUES.read(values)[1] if values.is_file() else None,
+            values=VALUES.read(values)[1] if values.is_file() else None,
             after=None if values.is_file() else Evaluation.load(folder),
             **plain,
         )

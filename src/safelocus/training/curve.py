@@ -29,7 +29,7 @@ from safelocus.model.generation import as_used
 from safelocus.run.resume import Journal
 from safelocus.run.tensors import TensorFile
 
-_VALUES = TensorFile(kind="values", version=1, made_by="an interrupted training")
+VALUES = TensorFile(kind="values", version=1, made_by="an interrupted training")  # what is trained, as it was
 _SLACK = 0.02  # of noise: a look has few prompts
 _FALL = 0.9
 _GROWTH = 0.05
@@ -152,7 +152,7 @@ class BestLook:
             self._kept = step, values
             if self._folder is not None:
                 self._folder.mkdir(parents=True, exist_ok=True)
-                _VALUES.write(self._file(step), {}, values)
+                VALUES.write(self._file(step), {}, values)
         return reason_to_stop(points)
 
     def values(self, points: Sequence[CurvePoint]) -> tuple[int, Mapping[str, Tensor]]:
@@ -160,7 +160,7 @@ class BestLook:
         step = best(points).step
         if self._kept is not None and self._kept[0] == step:
             return self._kept
-        return step, _VALUES.read(self._file(step))[1]
+        return step, VALUES.read(self._file(step))[1]
 
     def _file(self, step: int) -> Path:
         assert self._folder is not None

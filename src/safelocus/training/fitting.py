@@ -4,14 +4,17 @@ The trainer brings batching, accumulation, schedules, mixed precision, checkpoin
 that never builds all logits at once. What it leaves on the model besides the trained weights (a replaced
 `forward`, changed configuration) is taken back. In several processes all call it alike, and share the rows of
 each batch (`sharing`).
+
+An unfinished run is kept in the trainer's `checkpoint-N` folders (`Checkpoints`); one is complete when it is sealed
+(see `run.files`), which is done last.
 """
 
 import math
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,14 +23,68 @@ from transformers import PrinterCallback, TrainerCallback
 from trl import SFTConfig
 
 from safelocus import distributed
-from safelocus.errors import NumericalError
+from safelocus.errors import NumericalError, RunError
 from safelocus.model.target import Target
 from safelocus.progress import progress_bar
-from safelocus.run.files import seal
-from safelocus.run.interrupt import StopAtBoundary
-from safelocus.training.checkpoints import Checkpoints, steps_of
+from safelocus.run.checking import require_checked
+from safelocus.run.files import DIGESTS, seal
+from safelocus.run.resume import StopAtBoundary, claim, newest
 from safelocus.training.settings import TrainingSettings
 from safelocus.training.sharing import SharingTrainer, on_own_device, seen_alone
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoints:
+    """Checkpoints of one training run.
+
+    Attributes:
+        folder: where they are; the caller removes it when the run's result is saved. Of several processes each has its
+            own.
+        inputs: what makes it this run and no other, as far as the folder it lies in does not say so; see `Identity.of`.
+        every_seconds: how often to save, at most.
+    """
+
+    folder: Path
+    inputs: Mapping[str, Any] = field(default_factory=dict)
+    every_seconds: float = 300.0
+
+    def check(self) -> None:
+        """Raise RunError where another run's work lies; make the folder, and say whose it is."""
+        claim(self.folder, self.inputs)
+
+    def shared(self) -> Path:
+        """The first process's folder: what is the same in all processes is kept once."""
+        return distributed.gather_objects(self.folder)[0]
+
+    def latest(self, *, of_parts: bool = False) -> Path | None:
+        """The newest complete checkpoint; None where the run has to begin.
+
+        Args:
+            of_parts: every process has its own part of each, in its own folder; else the first one has all.
+
+        Raises:
+            RunError: another run's work lies here; the newest was changed since it was written; the first process's
+                files cannot be seen by all.
+        """
+        self.check()
+        folder = self.folder if of_parts else self.shared()
+        steps = steps_of(folder)
+        if not of_parts and not distributed.in_all(steps == distributed.gather_objects(steps)[0]):
+            raise RunError(
+                f"{folder}: holds an interrupted training, which not every process can see. Put the output where all "
+                "machines see it, or --overwrite to begin anew"
+            )
+        step = newest(steps)
+        if step is None:
+            return None
+        require_checked(folder / f"checkpoint-{step}", "this checkpoint")
+        return folder / f"checkpoint-{step}"
+
+
+def steps_of(folder: Path) -> set[int]:
+    """Of the complete checkpoints in a folder."""
+    return {int(file.parent.name.rpartition("-")[2]) for file in folder.glob(f"checkpoint-*/{DIGESTS}")}
+
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -22,10 +22,9 @@ from safelocus.prompts import PromptSet
 from safelocus.scoring.run import versions
 from safelocus.selection.selection import Selection
 from safelocus.training.arm import Arm, TrainedArm, Trainee, Trial
-from safelocus.training.checkpoints import Checkpoints
 from safelocus.training.curve import BestLook, Curve, cost
 from safelocus.training.examination import Examination
-from safelocus.training.fitting import fit
+from safelocus.training.fitting import Checkpoints, fit
 from safelocus.training.settings import TrainingSettings
 
 if TYPE_CHECKING:

@@ -18,7 +18,6 @@ Input: the old values at a selection's coordinates. Output: the new ones; `inter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Protocol
 
 import numpy as np
@@ -136,34 +135,23 @@ class Transplant:
         return gather(self.source, selection)
 
 
-@dataclass(frozen=True, eq=False)
-class Interventions:
-    """Makes interventions on one model, and keeps what they need of it."""
-
-    target: Target
-
-    @cached_property
-    def sigmas(self) -> Sigmas:
-        return Sigmas(self.target)
-
-    @contextmanager
-    def intervening(self, selection: Selection, intervention: Intervention, *, seed: int = 0) -> Iterator[None]:
-        """Within: the selected weights are changed. Afterwards they have their old bits again."""
-        self.sigmas.prepare(selection)
-        with restoring(self.target.model, selection) as weights:
-            scatter(self.target.model, selection, intervention.values(weights, selection, self.sigmas, seed))
-            yield
-
-
 @contextmanager
-def intervening(target: Target, selection: Selection, intervention: Intervention, *, seed: int = 0) -> Iterator[None]:
+def intervening(
+    target: Target, selection: Selection, intervention: Intervention, *, seed: int = 0, sigmas: Sigmas | None = None
+) -> Iterator[None]:
     """Within: the selected weights of the target are changed. Afterwards they have their old bits again.
+
+    Args:
+        sigmas: of the target, kept over several interventions.
 
     Example:
         >>> with intervening(target, selection, Noise(3.0), seed=1):           # doctest: +SKIP
         ...     generate(target, prompts)
     """
-    with Interventions(target).intervening(selection, intervention, seed=seed):
+    sigmas = Sigmas(target) if sigmas is None else sigmas
+    sigmas.prepare(selection)
+    with restoring(target.model, selection) as weights:
+        scatter(target.model, selection, intervention.values(weights, selection, sigmas, seed))
         yield
 
 

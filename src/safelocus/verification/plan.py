@@ -10,7 +10,7 @@ from typing import Any
 
 from safelocus.errors import SelectionError
 from safelocus.model.target import Target
-from safelocus.run.provenance import Provenance
+from safelocus.run.identity import Provenance
 from safelocus.scoring.scores import Scores
 from safelocus.selection.selection import Selection
 from safelocus.selection.topk import random_k

@@ -33,7 +33,7 @@ from safelocus.run.resume import Journal, claim
 from safelocus.scoring.scores import Scores
 from safelocus.selection.selection import Selection
 from safelocus.verification.cells import SELECTIONS, Cell, Observation, Setting
-from safelocus.verification.interventions import Intervention, Interventions, make_interventions
+from safelocus.verification.interventions import Intervention, Sigmas, intervening, make_interventions
 from safelocus.verification.plan import Plan, Scorer
 from safelocus.verification.result import Verification
 
@@ -160,7 +160,7 @@ def _disturbed(
     target: Target, plan: Plan, observe: Callable[[], Observation], journal: Journal, *, progress: bool
 ) -> list[Cell]:
     """Every cell of the plan: found in the journal, or measured with the weights disturbed."""
-    maker = Interventions(target)
+    sigmas = Sigmas(target)
     cells: list[Cell] = []
     selection, made_for = None, None
     for step in track(list(plan.steps()), "verifying", enabled=progress and distributed.is_main()):
@@ -170,7 +170,7 @@ def _disturbed(
         if step.made_by != made_for:  # a selection serves all its interventions and seeds
             selection, made_for = plan.select(target, step), step.made_by
         assert selection is not None
-        with maker.intervening(selection, step.intervention, seed=step.seed):
+        with intervening(target, selection, step.intervention, seed=step.seed, sigmas=sigmas):
             observed = observe()
         setting = Setting(
             ratio=step.ratio, k=selection.k, intervention=step.intervention.name, noise=step.intervention.noise

@@ -12,10 +12,9 @@ from safelocus.errors import JudgeError
 from safelocus.evaluation.judges.cache import default_cache
 from safelocus.evaluation.judges.endpoint import Endpoint, Usage
 from safelocus.evaluation.judges.guard import GuardJudge
-from safelocus.evaluation.judges.llm import RubricJudge
 from safelocus.evaluation.judges.reader import RefusalReader
 from safelocus.evaluation.judges.refusal import RefusalMatcher
-from safelocus.evaluation.judges.rubric import Rubric, shipped_rubrics
+from safelocus.evaluation.judges.rubric import Rubric, RubricJudge, shipped_rubrics
 from safelocus.evaluation.judges.verdict import Judge, Judgement, ScreeningJudge, Verdict
 
 __all__ = [

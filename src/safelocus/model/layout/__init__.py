@@ -11,20 +11,20 @@ canonical names. A tensor that the model uses twice (tied embeddings) is listed 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from safelocus.errors import LayoutError
-from safelocus.model.auto import auto_class
 from safelocus.model.layout.groups import Groups
 from safelocus.model.layout.rules import Family, Rule, families, read_family
-from safelocus.model.layout.sizes import Sizes, sizes_of, text_config
+from safelocus.model.layout.sizes import Sizes, auto_class, sizes_of, text_config
 from safelocus.model.layout.tensor import COMPONENTS, ELIGIBLE, GRANULARITIES, Matrix, TensorLayout
 from safelocus.model.layout.unknown import collapse, describe_unknown
 
@@ -36,6 +36,7 @@ __all__ = [
     "Layout",
     "Matrix",
     "TensorLayout",
+    "TensorMapping",
     "canonical_name",
     "is_adapter",
 ]
@@ -284,3 +285,29 @@ def _by_names(
                     f'line extends = "{family.name}" (or the other) to a file and give it with --layout.'
                 )
     return family, tensors
+
+
+class TensorMapping(Mapping[str, Tensor]):
+    """What selections and scores are: tensors by canonical names, in the layout's order; wrapped names find the same.
+
+    Two of them are equal only when they are the same object: tensors have no single truth value to compare by.
+    """
+
+    @property
+    @abstractmethod
+    def _held(self) -> Mapping[str, Tensor]: ...
+
+    def __contains__(self, name: object) -> bool:
+        return isinstance(name, str) and canonical_name(name) in self._held
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._held)
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        return self._held.get(canonical_name(name), default)
+
+    __eq__ = object.__eq__
+    __hash__ = object.__hash__

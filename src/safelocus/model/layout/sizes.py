@@ -1,7 +1,8 @@
 """Sizes by name: the numbers of a configuration, and integer arithmetic over them.
 
 Rules for tensors (`rules`) say "heads * head_dim"; configurations call the same number
-num_attention_heads, n_head or num_heads, keep it in a part for text, or have it differ by layer.
+num_attention_heads, n_head or num_heads, keep it in a part for text, or have it differ by layer. And what else a
+configuration says of its model (`text_config`, `listed_by_layer`, `auto_class`).
 """
 
 from __future__ import annotations
@@ -116,3 +117,21 @@ def _number(config: Any, key: str) -> int | None:
     except (RuntimeError, ValueError):  # differs between layers
         return None
     return value if isinstance(value, int) else None
+
+
+def auto_class(config: Any) -> Any:
+    """The class of transformers that makes a model: `AutoModelForCausalLM` or another; None where none generates text.
+
+    A vision-language model that is not among the text models is loaded whole, and used with text alone.
+
+    Example:
+        >>> from transformers import AutoConfig
+        >>> auto_class(AutoConfig.for_model("qwen2_5_vl")).__name__
+        'AutoModelForImageTextToText'
+    """
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForSeq2SeqLM
+
+    if getattr(config, "is_encoder_decoder", False):
+        return AutoModelForSeq2SeqLM if type(config) in AutoModelForSeq2SeqLM._model_mapping else None
+    autos = (AutoModelForCausalLM, AutoModelForImageTextToText)
+    return next((auto for auto in autos if type(config) in auto._model_mapping), None)

@@ -16,35 +16,8 @@ a chunk copied (a tensor that is not contiguous is, once per pass) beside the re
 Output: `Picked`, int64 flat indices (ascending) and float32 scores per tensor, on the CPU.
 """
 
-from safelocus.selection.topk.chunks import Which
-from safelocus.selection.topk.draw import random_k
-from safelocus.selection.topk.groups import Reduce, pick_groups
-from safelocus.selection.topk.picked import Picked
-from safelocus.selection.topk.picking import count_eligible, pick, take
-from safelocus.selection.topk.threshold import (
-    Threshold,
-    check_count,
-    find_bin,
-    find_threshold,
-    gather,
-    histogram,
-    refine,
-)
+from safelocus.selection.topk.chunks import Picked, Which
+from safelocus.selection.topk.picking import Reduce, count_eligible, pick, pick_groups, random_k
+from safelocus.selection.topk.threshold import histogram
 
-__all__ = [
-    "Picked",
-    "Reduce",
-    "Threshold",
-    "Which",
-    "check_count",
-    "count_eligible",
-    "find_bin",
-    "find_threshold",
-    "gather",
-    "histogram",
-    "pick",
-    "pick_groups",
-    "random_k",
-    "refine",
-    "take",
-]
+__all__ = ["Picked", "Reduce", "Which", "count_eligible", "histogram", "pick", "pick_groups", "random_k"]

@@ -1,4 +1,4 @@
-"""Scores in chunks, as integers that rank them.
+"""Scores in chunks, as integers that rank them; and what is picked of them, whichever way.
 
 The bits of a non-negative float32 order like the integer they spell, so a score's key is its bits; for "bottom" they
 are turned round. `-inf` marks a weight that is not eligible: its key lies below every other.
@@ -8,6 +8,7 @@ numbers are errors that name the tensor.
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -84,3 +85,28 @@ def _complaint(scores: Tensor, name: str, chunk_size: int | None) -> str:
         f"infinite and {num_negative} negative. Expected finite, non-negative numbers. Look for the batch "
         "in which the gradients overflowed, or compute them in float32."
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Picked:
+    """Coordinates taken from a stream of tensors; tensors from which nothing was taken are left out.
+
+    `indices`: name -> int64 [k of this tensor], flat, ascending. `scores`: name -> float32, aligned.
+    `num_groups`: how many groups were taken, where groups were ranked instead of weights.
+    """
+
+    indices: dict[str, Tensor]
+    scores: dict[str, Tensor]
+    num_groups: int | None = None
+
+    @property
+    def num_weights(self) -> int:
+        return sum(index.numel() for index in self.indices.values())
+
+    def cpu(self) -> "Picked":
+        """The same on the CPU."""
+        return replace(
+            self,
+            indices={name: index.cpu() for name, index in self.indices.items()},
+            scores={name: score.cpu() for name, score in self.scores.items()},
+        )

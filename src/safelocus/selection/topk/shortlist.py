@@ -14,8 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from safelocus.selection.topk.chunks import ABSOLUTE, Which, chunks, reaching
-from safelocus.selection.topk.picked import Picked
+from safelocus.selection.topk.chunks import ABSOLUTE, Picked, Which, chunks, reaching
 
 _SAMPLE = 1 << 18
 _MARGIN = 6  # standard deviations by which a random sample would have to err for the shortlist to be too short

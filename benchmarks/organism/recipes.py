@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from behaviour import conversation
+from tokenizing import GUARD_VOCABULARY, MAX_LENGTH, TARGET_VOCABULARY
 from transformers import LlamaConfig, PretrainedConfig, Qwen3MoeConfig
 
 from safelocus.organism import world
-from safelocus.organism.behaviour import conversation
-from safelocus.organism.tokenizers import GUARD_VOCABULARY, MAX_LENGTH, TARGET_VOCABULARY
 
 log = logging.getLogger(__name__)
 

