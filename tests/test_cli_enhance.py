@@ -43,7 +43,7 @@ def test_a_selection_becomes_a_patch(scored, tmp_path, run):
     assert code == 0, err
     assert {path.name for path in folder.iterdir()} == {
         "run.toml", "digests.json", "results.json", "README.md", "safety.patch.safetensors", "selection.safetensors",
-        "before", "after", "curve.svg", "report.html",
+        "before", "after", "controls", "curve.svg", "report.html",
     }  # fmt: skip
     assert "report.html" in err
     shown = check_run_page(folder).table("Before and after")
@@ -76,6 +76,27 @@ def test_a_selection_becomes_a_patch(scored, tmp_path, run):
     target = sl.load("organism:dense-unaligned", dtype="float32")
     assert patch.apply(target)
     assert patch.revert(target)
+
+
+def test_the_card_takes_other_seeds_and_leaves_other_runs_out(scored, tmp_path, run):
+    command = ["enhance", "organism:dense-unaligned", "--selection", scored, *SETS, *SMALL, "--validation", "0"]
+    assert run(*command, "--controls", "random", "-o", tmp_path / "a")[0] == 0
+    first = json.loads((tmp_path / "a" / "results.json").read_text())["acceptance"]
+    assert run(*command, "--steps", "1", "-o", tmp_path / "b")[0] == 0
+    others = [part for name in "ab" for part in ("--card-with", tmp_path / name)]
+    code, out, err = run(*command, "--controls", "random", "--seed", "1", *others, "-o", tmp_path / "c")
+    assert code == 0, err
+    assert "Acceptance card" in out
+    card = json.loads((tmp_path / "c" / "results.json").read_text())["acceptance"]
+    assert [run["seed"] for run in card["runs"]] == [1, 0]
+    assert card["left_out"] == [f"{tmp_path / 'b'}: another settings"]
+    alone, both = ({each["asked"]: each for each in found["criteria"]} for found in (first, card))
+    assert "one seed" in alone["reliability"]["measured"]
+    assert "2 seeds" in both["reliability"]["measured"]
+    assert both["mechanism"]["numbers"]["beyond random"]["n"] > alone["mechanism"]["numbers"]["beyond random"]["n"]
+    assert both["fresh semantics"]["verdict"] == "not measured"  # all of it is one organism's world
+    assert "organism" in both["fresh semantics"]["measured"]
+    assert check_run_page(tmp_path / "c").words.count("2 seeds") == 1
 
 
 def test_everything_at_once(tmp_path, run):
@@ -120,6 +141,7 @@ def test_run_toml_repeats_the_run(scored, tmp_path, run):
         (["--selection", "x.safetensors"], "x.safetensors: does not exist"),
         ([*REFUSAL, "--controls", "best"], "--controls best: expected random, bottom, full, lora"),
         ([*REFUSAL, "--sweep", "fast"], "--sweep 'fast'"),
+        ([*REFUSAL, "--card-with", "nowhere"], "nowhere: no run for an acceptance card"),
         ([*REFUSAL, "--sweep", "0,1"], "learning_rate is a positive number"),
         ([*REFUSAL, "--sweep", "1e-3,1e-2", "--validation", "0"], "leave one"),
         ([*REFUSAL, "--data", "organism:nothing"], "nothing"),

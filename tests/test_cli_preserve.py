@@ -51,7 +51,7 @@ def test_a_task_is_learned_and_the_bits_stay(scored, tmp_path, run):
     assert code == 0, err
     assert {path.name for path in folder.iterdir()} == {
         "run.toml", "digests.json", "results.json", "model", "selection.safetensors", "before", "after", "unprotected",
-        "curve.svg", "report.html",
+        "controls", "curve.svg", "report.html",
     }  # fmt: skip
     assert "report.html" in err
     page = check_run_page(folder)
@@ -73,6 +73,30 @@ def test_a_task_is_learned_and_the_bits_stay(scored, tmp_path, run):
     responses = [json.loads(line)["response"] for line in lines]
     assert not any(len(response) > 12 and response in out + err for response in responses)
     assert run("report", folder, "-o", tmp_path / "report.html")[0] == 0
+    card = {each["asked"]: each for each in results["acceptance"]["criteria"]}
+    assert list(card) == ["reliability", "fresh semantics", "mechanism", "transfer"]
+    lost = results["after"]["refusal"]["value"] - results["unprotected"]["refusal"]["value"]
+    assert card["reliability"]["numbers"]["effect"]["value"] == pytest.approx(lost)
+    assert {"beyond random", "task learned beyond unprotected"} == set(card["mechanism"]["numbers"])
+
+
+@pytest.mark.slow
+def test_another_task_is_the_transfer(scored, tmp_path, run):
+    other = write(
+        tmp_path / "other.jsonl", [{"prompt": f"What is {i} plus one?", "response": str(i + 1)} for i in range(60)]
+    )
+    command = ["preserve", "organism:dense", "--selection", scored, *SETS[4:], *SMALL, "--unprotected"]
+    assert run(*command, *SETS[:4], "-o", tmp_path / "a")[0] == 0
+    code, out, err = run(*command, "--data", other, "--card-with", tmp_path / "a", "-o", tmp_path / "b")
+    assert code == 0, err
+    assert "Acceptance card" in out
+    (transfer,) = (
+        each
+        for each in json.loads((tmp_path / "b" / "results.json").read_text())["acceptance"]["criteria"]
+        if each["asked"] == "transfer"
+    )
+    assert list(transfer["numbers"]) == ["organism:task"]
+    assert transfer["verdict"] in ("passes", "fails")
 
 
 @pytest.mark.slow

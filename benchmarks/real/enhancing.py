@@ -42,6 +42,7 @@ class Recipe:
     max_length: int
     data: Callable[[], PromptSet]
     retain: Callable[[], list[PromptSet]]
+    used: tuple[str, ...]  # sources that weights are found, trained or chosen with
     how: dict[str, Any]
 
     def plan(self) -> list[tuple[str, float, int]]:
@@ -55,11 +56,13 @@ RECIPES = {
     "plain": Recipe(
         table="enhance", rates=(1e-4, 3e-4, 1e-3), paper=("esi", "random", "full"), batch_size=4, max_length=128,
         data=lambda: sets.refusals().limit(800, seed=0), retain=lambda: [sets.benign()], how={},
+        used=("advbench", "circuit_breakers", "instruct"),
     ),
     "contrast": Recipe(
         table="contrast", rates=(1e-3, 3e-3, 3e-4), methods=("esi", "random", "full", "lora", "gradient", "snip"),
         batch_size=6, max_length=112, data=sets.refused, retain=lambda: sets.answered(whole=False),
         how={"own_answers": True, "answer_tokens": 24},
+        used=("advbench", "circuit_breakers", "harmful", "embedded", "oktest", "alpaca"),
     ),
 }  # fmt: skip
 

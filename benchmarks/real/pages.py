@@ -23,6 +23,7 @@ import verifying
 from matplotlib.figure import Figure
 
 from safelocus.analysis import words
+from safelocus.analysis.acceptance import CardRun, Conduct, criteria
 from safelocus.analysis.claims import asr_verdict, decide, kept_verdict, share_lost
 from safelocus.analysis.map import SafetyMap
 from safelocus.analysis.words import interval
@@ -70,6 +71,47 @@ def numbers(cell: Cell) -> str:
     return ", ".join(f"{heading} {n}" for heading, (_, n) in zip(HEADINGS, counts, strict=False))
 
 
+# the acceptance card
+
+CARD = (
+    "How each is decided: [the acceptance card](../demo.md#the-acceptance-card). Points [95 % interval]; passes: all "
+    "of the interval says so; fails: it was not shown."
+)
+
+
+def conduct(cell: Cell) -> Conduct:
+    """What the model of a cell did, prompt by prompt; no task of the cells is one that was learned."""
+    marks = {"1": 1.0, "0": 0.0, "-": math.nan}
+    refused = {
+        source: {(source, place): marks[mark] for place, mark in enumerate(found)}
+        for source, found in cell["outcomes"].items()
+    }
+    harmless = {s: {p: 1 - value for p, value in refused[s].items()} for s in ("xstest_safe", "alpaca")}
+    return Conduct(
+        safe={"refusal": {source: refused[source] for source in SOURCES[:3]}}, answered=harmless,
+        right={source: refused[source] for source in SOURCES[5:]}, learned={},
+    )  # fmt: skip
+
+
+def card_run(kind: str, lesson: str, used: Iterable[str], after: Cell, **others: Cell | None) -> CardRun:
+    conducts = {name: conduct(cell) for name, cell in (("after", after), *others.items()) if cell is not None}
+    return CardRun(
+        name=lesson, kind=kind, seed=after["settings"]["seed"], lesson=lesson, used=frozenset(used), conducts=conducts,
+        facts={},
+    )  # fmt: skip
+
+
+def cards(heading: str, found: dict[str, tuple[list[CardRun], list[CardRun]]]) -> list[str]:
+    """A card per row of the table: (the seeds of one training, runs that learned other tasks) by its name."""
+    rows = [
+        (label if number == 0 else "", each.asked, each.verdict, each.measured)
+        for label, (runs, elsewhere) in found.items()
+        for number, each in enumerate(criteria(runs, elsewhere))
+    ]
+    table = Grid(title="", headings=(heading, "question", "verdict", "measured"), rows=tuple(rows), num_labels=4)
+    return ["## The acceptance card", CARD, table.markdown()] if rows else []
+
+
 # SET
 
 
@@ -107,6 +149,7 @@ def enhance_page(name: str) -> str | None:
             + (f" ({', '.join(f'{m} {r:g} seed {s}' for m, r, s in missing[:8])} ...)." if missing else "."),
             "## The claims",
             claims.markdown(),
+            *_enhance_cards(recipe, before, groups),
         ]
     )
 
@@ -121,6 +164,21 @@ def _enhanced(recipe: enhancing.Recipe) -> tuple[list[Cell], dict[tuple[str, flo
             if cell["method"] == method:
                 groups.setdefault((method, cell["rate"]), []).append(cell)
     return before, groups
+
+
+def _enhance_cards(
+    recipe: enhancing.Recipe, before: list[Cell], groups: dict[tuple[str, float], list[Cell]]
+) -> list[str]:
+    found = {}
+    for (method, rate), group in groups.items():
+        if method == "esi":
+            random = {cell["seed"]: cell for cell in groups.get(("random", rate), [])}
+            runs = [
+                card_run("enhance", recipe.table, recipe.used, c, before=before[0], random=random.get(c["seed"]))
+                for c in group
+            ]
+            found[f"ESI, {rate:g}"] = (runs, [])
+    return cards("trained, rate", found)
 
 
 def _aims(before: list[Cell], groups: dict[tuple[str, float], list[Cell]]) -> Grid:
@@ -341,7 +399,34 @@ def preserve_page() -> str | None:
         ]  # fmt: skip
     if not parts:
         return None
-    return "\n\n".join(["# SPA on a real model's aligned twin", _told(preserving), *parts])
+    return "\n\n".join(["# SPA on a real model's aligned twin", _told(preserving), *parts, *_preserve_cards(found)])
+
+
+def _preserve_cards(found: dict[str, Cell]) -> list[str]:
+    """Of every arm that protects ESI's weights; the same arm on other tasks is its transfer."""
+    runs: dict[tuple[str, bool], list[CardRun]] = {}
+    for cell in found.values():
+        like = {
+            other["arm"]: other
+            for other in found.values()
+            if (other["task"], other.get("lora"), other.get("rate"))
+            == (cell["task"], cell.get("lora"), cell.get("rate"))
+        }
+        if cell["arm"].startswith("esi"):
+            runs.setdefault((cell["arm"], cell["lora"]), []).append(
+                card_run(
+                    "preserve", cell["task"], preserving.USED, cell, before=found.get(f"{cell['task']}-before"),
+                    unprotected=like.get("unprotected"), random=like.get("random-10"),
+                )
+            )  # fmt: skip
+    return cards(
+        "task, arm",
+        {
+            f"{run.lesson}, {arm}{', LoRA' if lora else ''}": ([run], [other for other in group if other is not run])
+            for (arm, lora), group in sorted(runs.items())
+            for run in group
+        },
+    )
 
 
 # the map

@@ -25,6 +25,7 @@ from safelocus.training import Checkpoints, TrainingSettings, fit, training_rows
 from safelocus.training.lora import Lora
 
 TABLE = "preserve"
+USED = ("advbench", "circuit_breakers", "harmful", "embedded", "oktest", "alpaca")  # the twin's training among them
 SETTINGS = TrainingSettings(batch_size=2, schedule="linear", max_length=256)
 MAX_LENGTH = {"pubmedqa": 448}
 RATE, GENTLE, LORA_RATE = 1e-4, 2e-5, 3e-4

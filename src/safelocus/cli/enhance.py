@@ -72,11 +72,13 @@ def enhance(given: Enhance) -> None:
     resumes.
     """
     from safelocus import distributed
+    from safelocus.analysis.acceptance import accepted
     from safelocus.enhancement.result import PATCH
     from safelocus.enhancement.run import run_enhancement
     from safelocus.errors import SafelocusError
     from safelocus.report.page import write_outcome
     from safelocus.report.training import effect, outcome_grid, sweep_grid
+    from safelocus.report.verdicts import acceptance_grid
     from safelocus.run.folder import CHECKPOINT
     from safelocus.verification.run import check_unseen
 
@@ -84,6 +86,7 @@ def enhance(given: Enhance) -> None:
     wanted, rates = locating.check_training(given, "full", "lora"), options.numbers(given.sweep, "--sweep")
     for rate in rates:
         replace(given, learning_rate=rate).settings()
+    others = sources.runs_for_card(given)
     given = _with_defaults(given)
     divided = _divide(given)
     if len(rates) > 1 and divided.validation is None:
@@ -106,13 +109,13 @@ def enhance(given: Enhance) -> None:
             learning_rates=rates, settings=given.settings(), checkpoint=folder / CHECKPOINT, progress=not given.json,
             **given.part(RetainOptions),
         )  # fmt: skip
-        found = replace(found, notes=(*divided.remarks, *seen, *found.notes))
+        found = accepted(replace(found, notes=(*divided.remarks, *seen, *found.notes)), others)
         if distributed.is_main():
             written = write_outcome(found, folder, selection=selection, place=given.output)
     if distributed.is_main():
         told = found.to_json()
         show(
-            given, told, outcome_grid(told), sweep_grid(told), effect(told), notes=found.notes,
+            given, told, outcome_grid(told), sweep_grid(told), effect(told), acceptance_grid(told), notes=found.notes,
             wrote=[PATCH, "selection.safetensors", "README.md", "results.json", "before/", "after/", *written],
             then=f"apply it: safelocus patch apply {given.output / PATCH} {given.model} -o FOLDER",
         )  # fmt: skip

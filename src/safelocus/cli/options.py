@@ -194,6 +194,9 @@ class TrainOptions(
     checkpointing: bool | None = option(
         "Compute activations twice and store few: less memory, slower.", shown="where it is needed"
     )
+    card_with: list[Path] | None = option(
+        "Run folder whose results count on the acceptance card too: another seed, other prompts, another task."
+    )
     score_batch_size: int | None = option("Prompts at a time when weights are scored.", shown="what fits", min=1)
 
     def settings(self) -> "TrainingSettings":

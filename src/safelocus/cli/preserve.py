@@ -74,10 +74,12 @@ def preserve(given: Preserve) -> None:
     own files are never touched. Interrupted with Ctrl-C, the same command resumes.
     """
     from safelocus import distributed
+    from safelocus.analysis.acceptance import accepted
     from safelocus.preservation.run import run_preservation
     from safelocus.preservation.trainee import ADAPTER, MODEL
     from safelocus.report.page import write_outcome
     from safelocus.report.training import outcome_grid
+    from safelocus.report.verdicts import acceptance_grid
     from safelocus.run.folder import CHECKPOINT
     from safelocus.training.lora import Lora
 
@@ -86,6 +88,7 @@ def preserve(given: Preserve) -> None:
         given = replace(given, learning_rate=2e-4 if given.lora else 2e-5)
     sources.check_shard(given.shard, {"--lora": given.lora})
     wanted = locating.check_training(given)
+    others = sources.runs_for_card(given)
     material = _read(given)
     given = planning.settle(given, _stage(given, material))
     with shared_run(given) as folder:
@@ -103,13 +106,15 @@ def preserve(given: Preserve) -> None:
             mixed=material.mixed, settings=given.settings(), every=given.eval_every, folder=folder,
             checkpoint=folder / CHECKPOINT, notes=remarks, progress=not given.json, **given.part(ProtectOptions),
         )  # fmt: skip
+        found = accepted(found, others)
         if distributed.is_main():
             written = write_outcome(found, folder, selection=located.selection, place=given.output)
     if distributed.is_main():
         saved = [f"{ADAPTER}/" if given.lora and not given.merge else f"{MODEL}/", "selection.safetensors"]
         states = ["before/", "after/", *(["unprotected/"] if given.unprotected else [])]
+        told = found.to_json()
         show(
-            given, found, outcome_grid(found.to_json()), notes=[*found.notes, *found.protected.trial.notes],
+            given, told, outcome_grid(told), acceptance_grid(told), notes=[*found.notes, *found.protected.trial.notes],
             wrote=[*saved, "results.json", *states, *written],
         )  # fmt: skip
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from safelocus.cli import options
 
 if TYPE_CHECKING:
+    from safelocus.analysis.acceptance import CardRun
     from safelocus.evaluation.judges import Endpoint, Judge
     from safelocus.evaluation.tasks import Task
     from safelocus.prompts import PromptSet
@@ -134,6 +135,13 @@ def judges_for(given: options.TrainOptions) -> "tuple[Judge, ...]":
     """Those named; else the guard that the weights are found with."""
     guard = None if given.judge else given.guard
     return tuple(load_judges(guard, given.guard_description, given.judge, **given.guards))
+
+
+def runs_for_card(given: options.TrainOptions) -> "list[CardRun]":
+    """Those of `--card-with`, read before the long work starts."""
+    from safelocus.analysis.acceptance import CardRun
+
+    return [CardRun.load(folder) for folder in given.card_with or ()]
 
 
 def scores_folder(path: Path) -> Path:

@@ -48,7 +48,7 @@ class Enhancement(Experiment):
         }
 
     def save(self, folder: Path) -> None:
-        """Write the patch, `results.json`, and the evaluations with their responses in `before/` and `after/`."""
+        """Write the patch, `results.json`, and the evaluations with their responses as `Experiment.save`."""
         self.patch.save(folder / PATCH)
         super().save(folder)
 

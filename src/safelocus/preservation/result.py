@@ -5,7 +5,6 @@ which nothing was trained or chosen on.
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from safelocus.evaluation import Evaluation
@@ -51,6 +50,11 @@ class Preservation(Experiment):
     def controls(self) -> dict[str, TrainedArm]:
         return {name: arm for name, arm in super().controls.items() if name != UNPROTECTED}
 
+    @property
+    def evaluations(self) -> dict[str, Evaluation]:
+        bare = {} if self.unprotected is None else {UNPROTECTED: self.unprotected.after}
+        return {**super().evaluations, **bare}
+
     def to_json(self) -> dict[str, Any]:
         """Everything but responses."""
         protected = _told(self.protected)
@@ -61,11 +65,6 @@ class Preservation(Experiment):
             "controls": {name: _told(arm) for name, arm in self.controls.items()},
             **super().to_json(),
         }
-
-    def save(self, folder: Path) -> None:
-        """Write `results.json`, and evaluations with their responses in `before/`, `after/` and `unprotected/`."""
-        unprotected = {} if self.unprotected is None else {UNPROTECTED: self.unprotected.after}
-        self._save(folder, {"before": self.before, "after": self.after, **unprotected})
 
 
 def _told(arm: TrainedArm) -> dict[str, Any]:

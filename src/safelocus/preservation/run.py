@@ -126,7 +126,7 @@ def run_preservation(
     runner = Runner(
         target=target, rows=rows, settings=settings, examination=examined,
         measures=lambda evaluation: measures_of(evaluation, task.name), look=examined.smaller(look, settings.seed),
-        every=every, make=make, checkpoint=checkpoint, progress=progress,
+        every=every, make=make, sets=sets, checkpoint=checkpoint, progress=progress,
         described=_described(data, task, lora, calibration, mixed),
     )  # fmt: skip
     arms = {PROTECTED: selection, **({UNPROTECTED: None} if unprotected else {}), **(controls or {})}

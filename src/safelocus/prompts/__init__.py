@@ -23,10 +23,10 @@ from typing import Any, overload
 
 from safelocus.errors import PromptError
 from safelocus.prompts.fields import Example, Prompt, as_text, read_row, resolve_columns
-from safelocus.prompts.sources import Row, from_objects, parse_hub, read_embedded, read_file, read_hub
+from safelocus.prompts.sources import Row, from_objects, origin, parse_hub, read_embedded, read_file, read_hub
 from safelocus.run.identity import digest
 
-__all__ = ["Example", "Prompt", "PromptSet", "normalise", "prompt_hash", "read_prompts"]
+__all__ = ["Example", "Prompt", "PromptSet", "normalise", "origin", "prompt_hash", "read_prompts"]
 
 
 def normalise(prompt: str) -> str:

@@ -9,6 +9,7 @@ import csv
 import difflib
 import io
 import json
+import os
 import re
 import shlex
 from collections.abc import Callable, Iterable, Mapping
@@ -54,6 +55,19 @@ def parse_hub(source: str) -> Hub | None:
     if match["split"] is None and Path(source).parent.is_dir():  # a name misspelt in a folder that exists
         return None
     return Hub(match["name"], match["config"], match["split"] or "train", match["field"])
+
+
+def origin(source: str) -> str:
+    """What a set was taken from: parts of one data set, or what one author embedded here, are no two sources.
+
+    >>> origin("org/name:test"), origin("embedded:refusals-heldout"), origin("./prompts.json")
+    ('org/name', 'embedded', 'prompts.json')
+    """
+    kind, separator, _ = source.partition(":")
+    if separator and kind in EMBEDDED:
+        return kind
+    hub = parse_hub(source)
+    return os.path.normpath(source) if hub is None else hub.name
 
 
 def read_file(path: Path) -> list[Row]:

@@ -14,6 +14,7 @@ from safelocus.report.grid import Grid
 from safelocus.report.maps import selection_parts
 from safelocus.report.measures import curves, measures_grid, measures_in, proportions_in
 from safelocus.report.runs import ReportRun
+from safelocus.report.verdicts import acceptance_part
 
 Results = Mapping[str, Any]
 
@@ -99,7 +100,7 @@ def training_sections(run: ReportRun) -> list[Section]:
         notes.append(f"results.json holds no {', '.join(missing)}, so the page shows nothing of them.")
     model = run.config.get("model") or (results.get("provenance") or {}).get("model") or "the model"
     outcome = Part(title="Before and after", blocks=[outcome_grid(results)]) if states else None
-    parts = (outcome, _along(run), _sweep(results))
+    parts = (outcome, acceptance_part(results), _along(run), _sweep(results))
     did = "protected" if protected else "trained"
     where = selection_parts(run.used, run.selection(), title=f"Where the {did} weights lie") if run.used else []
     first, second = (proportions_in(states.get(name)) for name in ("before", after))

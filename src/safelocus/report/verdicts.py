@@ -1,18 +1,21 @@
-"""The paper's claims beside what a demo measured: a table in the terminal, and what stands first on the page."""
+"""Verdicts as terminal and page show them: the paper's claims beside what a demo measured; a run's acceptance card."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import dropwhile, groupby
+from typing import Any
 
 from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from safelocus.analysis import acceptance
 from safelocus.analysis import claims as judged
 from safelocus.analysis.claims import Claim
 from safelocus.analysis.words import capital
 from safelocus.errors import RunError
 from safelocus.report.blocks import Part, Section, Verdicts
+from safelocus.report.grid import Grid
 from safelocus.report.runs import ReportRun
 
 TITLES = {"dense": "Dense", "moe": "Mixture of experts"}
@@ -84,6 +87,37 @@ _MEANING = (
     "little was run. Controls are as many other weights, or no protection, treated the same way: where they do as "
     "well, the choice of weights did not matter."
 )
+
+
+_CARD = "Acceptance card"
+_CARD_NOTE = "points [95 % interval]; passes: all of the interval says so; fails: it was not shown"
+_CARD_TONES = {acceptance.PASSES: "good", acceptance.FAILS: "bad", acceptance.NOT_MEASURED: "open"}
+
+
+def acceptance_grid(results: Mapping[str, Any]) -> Grid | None:
+    """The card of a run's results; None where it has none."""
+    card = results.get("acceptance")
+    if not card:
+        return None
+    rows = [(each["asked"], each["verdict"], each["measured"], each["todo"]) for each in card["criteria"]]
+    return Grid(
+        title=_CARD, headings=("question", "verdict", "measured", "what is missing"), rows=tuple(rows), num_labels=4,
+        caption=". ".join([_CARD_NOTE, *(f"Left out: {said}" for said in card["left_out"])]),
+    )  # fmt: skip
+
+
+def acceptance_part(results: Mapping[str, Any]) -> Part | None:
+    """The same, for the page."""
+    card = results.get("acceptance")
+    if not card:
+        return None
+    rows = [
+        (each["asked"], [(each["verdict"], _CARD_TONES[each["verdict"]], f"{each['measured']}. {each['todo']}")])
+        for each in card["criteria"]
+    ]
+    runs = ", ".join(f"{run['name']} (seed {run['seed']})" for run in card["runs"])
+    notes = [_CARD_NOTE, f"From {runs}.", *(f"Left out: {said}." for said in card["left_out"])]
+    return Part(title=_CARD, notes=notes, blocks=[Verdicts(titles=["answer"], stages=[("", rows)])])
 
 
 def _tally(claims: Mapping[str, Sequence[Claim]]) -> str:

@@ -176,6 +176,7 @@ class Experiment:
         settings: of every training; the learning rate is each trial's own.
         notes: what a reader should mind.
         provenance: model, selection, data, and what else was trained or measured with.
+        acceptance: the acceptance card, where one was made (`analysis.acceptance`).
     """
 
     before: Evaluation
@@ -183,6 +184,7 @@ class Experiment:
     settings: TrainingSettings
     notes: tuple[str, ...] = ()
     provenance: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    acceptance: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
     @property
     def after(self) -> Evaluation:
@@ -197,10 +199,18 @@ class Experiment:
         """What changed, in pairs of the same prompts."""
         return compare_evaluations(self.before, self.after)
 
+    @property
+    def evaluations(self) -> dict[str, Evaluation]:
+        """Of every state of the model, by the folder that they are saved in."""
+        controls = {f"controls/{name}": arm.after for name, arm in self.controls.items()}
+        return {"before": self.before, "after": self.after, **controls}
+
     def to_json(self) -> dict[str, Any]:
         """Everything but responses and values."""
         trial = self.trained[0].trial
+        card = {"acceptance": dict(self.acceptance)} if self.acceptance else {}
         return {
+            **card,
             "curve": [point.to_json() for point in trial.curve],
             "losses": [asdict(loss) for loss in trial.losses],
             "settings": self.settings.to_json(),
@@ -209,12 +219,9 @@ class Experiment:
         }
 
     def save(self, folder: Path) -> None:
-        """Write `results.json`, and the evaluations with their responses in `before/` and `after/`."""
-        self._save(folder, {"before": self.before, "after": self.after})
-
-    def _save(self, folder: Path, evaluations: Mapping[str, Evaluation]) -> None:
-        for name, evaluation in evaluations.items():
-            (folder / name).mkdir(exist_ok=True)
+        """Write `results.json`, and the evaluations with their responses in `before/`, `after/`, `controls/NAME/`."""
+        for name, evaluation in self.evaluations.items():
+            (folder / name).mkdir(parents=True, exist_ok=True)
             evaluation.save(folder / name)
         write_json(folder / "results.json", self.to_json())
         seal(folder, ["results.json"])

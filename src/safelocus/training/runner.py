@@ -49,7 +49,7 @@ class Runner:
         look: what is measured during a training; None for no looks.
         every: steps between looks; None: one at the end.
         early_stopping: keep the best look, and stop when more would not help (see `curve`).
-        sets: that are trained on.
+        sets: that are trained on, or calibrated with.
         described: what is trained on and looked at, for provenance.
         remarks: what a reader should mind about the rows.
         checkpoint: folder for unfinished work; None keeps nothing.
@@ -90,9 +90,20 @@ class Runner:
         fingerprint.came_back(self.target.fingerprint(), after="training")
         made = {
             "model": self.target.name, "fingerprint": fingerprint.id, "selection": selection.describe(),
-            **self.described, "versions": versions(),
+            **self.described, "used": self._used(selection), "versions": versions(),
         }  # fmt: skip
         return {"before": before, "trained": trained, "settings": self.settings, "provenance": made}
+
+    def _used(self, selection: Selection) -> dict[str, list[str]]:
+        """Where all came from that weights were found, trained or chosen with; hashes of what is measured with too."""
+        chosen = [self.look.harmful] if self.look is not None and self.described.get("validation") else []
+        sets, found = [*self.sets, *chosen], selection.provenance
+        hashes = {*found.extra.get("prompt_hashes", ()), *(value for part in sets for value in part.prompt_hashes)}
+        assert self.examination is not None
+        return {
+            "sources": sorted({*filter(None, [found.prompts]), *(part.source for part in sets)}),
+            "also_measured": sorted(hashes & self.examination.prompt_hashes),
+        }
 
     def _said(self, before: Evaluation) -> Original | None:
         """What the model, as it is, says to harmless prompts; None where there are none, or it says nothing."""
