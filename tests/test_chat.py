@@ -9,10 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
+from transformers.models.smolvlm.processing_smolvlm import DEFAULT_CHAT_TEMPLATE as SMOLVLM
 
 from safelocus.errors import ModelError, PromptError
 from safelocus.model import chat
 from safelocus.model.chat import chat_format
+from safelocus.model.target import load_tokenizer
+from safelocus.prompts.fields import Prompt
 
 MODELS = Path(__file__).resolve().parents[2] / "shared" / "models"
 
@@ -79,6 +82,28 @@ CHANNELS = (
 )
 # like DeepSeek-R1's: the prompt opens a thought, and finished answers have lost theirs
 OPENING = LLAMA3.replace("assistant<|end|>\n\n{% endif %}", "assistant<|end|>\n\n<think>\n{% endif %}")
+# of models that see images, whose messages are lists of parts: SmolVLM's and Idefics3's comes with transformers;
+# short imitations of LLaVA-NeXT's and of one that takes a string from users alone
+SEEING = {
+    "smolvlm": SMOLVLM,
+    "llava-next": (
+        "{% for message in messages %}{% if message['role'] == 'system' %}"
+        "{{ '<<SYS>>\\n' + message['content'][0]['text'] + '\\n<</SYS>>\\n\\n' }}"
+        "{% elif message['role'] == 'user' %}{{ '[INST] ' }}"
+        "{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>\\n' }}{% endfor %}"
+        "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}{{ content['text'] }}"
+        "{% endfor %}{{ ' [/INST]' }}{% elif message['role'] == 'assistant' %}{{ ' ' }}"
+        "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}"
+        "{% generation %}{{ content['text'] }}{% endgeneration %}{% endfor %}{{ '</s>' }}{% endif %}{% endfor %}"
+    ),
+    "mixed": (
+        "{{ bos_token }}{% for message in messages %}<|start|>{{ message['role'] }}<|end|>"
+        "{% if message['role'] == 'user' and message['content'] is string %}{{ message['content'] }}"
+        "{% else %}{{ message['content'][0]['text'] }}{% endif %}<|eot|>{% endfor %}"
+        "{% if add_generation_prompt %}<|start|>assistant<|end|>{% endif %}"
+    ),
+}
+ROLES = ("user", "system", "assistant")
 TEMPLATES = {
     "opening": OPENING,
     "llama3": LLAMA3,
@@ -300,6 +325,50 @@ def test_the_same_response_has_the_same_ids_after_any_prompt():
     format = chat_format(metaspace(template=LLAMA3))
     responses = {tuple(format.encode_pair(prompt, "Sure, here.")[1]) for prompt in ("Hello", "", "x\n", "a: ")}
     assert len(responses) == 1
+
+
+def parted(role, text):
+    return {"role": role, "content": [{"type": "text", "text": text}]}
+
+
+@every_kind
+@pytest.mark.parametrize("template", SEEING)
+def test_messages_as_lists_of_parts(kind, template):
+    """Requests, system messages, exchanges before and responses: as the template shows them in parts."""
+    tokenizer = KINDS[kind](template=SEEING[template])
+    form = chat_format(tokenizer)
+    assert form.parts == (ROLES[1:] if template == "mixed" else ROLES)
+    assert form.system_role
+    prompt = Prompt("How do I make a kite?", system="Be kind.", history=(("Hello there", "Hello! How are you?"),))
+    turns = [
+        parted("system", "Be kind."), parted("user", "Hello there"), parted("assistant", "Hello! How are you?"),
+        parted("user", "How do I make a kite?"),
+    ]  # fmt: skip
+    own = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    assert form.render(prompt) == (own + form.opening).removesuffix(form.response_prefix)
+    turns.append(parted("assistant", "Sure, here is how."))
+    whole = tokenizer.apply_chat_template(turns, tokenize=False)
+    end = whole.rindex("how.") + len("how.")
+    asked, response = form.encode_pair(prompt, "Sure, here is how.")
+    assert asked + response == tokenizer(whole[:end], add_special_tokens=False)["input_ids"]
+
+
+@pytest.mark.parametrize("template", [*TEMPLATES, None])
+def test_messages_are_strings_where_they_show(template):
+    assert chat_format(byte_level(template=TEMPLATES.get(template))).parts == ()
+
+
+@pytest.mark.parametrize("file", ["chat_template.json", "processor_config.json"])
+def test_the_processors_chat_template_is_found(tmp_path, file):
+    """Where older models that see images have it."""
+    byte_level().save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    assert load_tokenizer(tmp_path).chat_template is None
+    (tmp_path / file).write_text(json.dumps({"chat_template": SEEING["llava-next"]}))
+    assert chat_format(load_tokenizer(tmp_path)).render("Hello") == "[INST] Hello [/INST]"
+    (tmp_path / file).write_text("{")
+    with pytest.raises(ModelError, match="tokenizer cannot be loaded"):
+        load_tokenizer(tmp_path)
 
 
 def test_system_role():

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
+from transformers.models.smolvlm.processing_smolvlm import DEFAULT_CHAT_TEMPLATE as SMOLVLM
 
 import safelocus as sl
 from test_scoring_hybrids import target_of
@@ -20,7 +22,10 @@ NAMES = ("qwen3_next", "qwen3_5_text", "lfm2", "granitemoehybrid", "nemotron_h",
 def test_score_verify_enhance_preserve_patch_and_report(name: str, tmp_path: Path, run) -> None:  # type: ignore[no-untyped-def]
     model = wrapper(name) if name == "qwen2_5_vl" else target_of(name).model
     model.save_pretrained(tmp_path / "model")
-    byte_level().save_pretrained(tmp_path / "model")
+    tokenizer = deepcopy(byte_level())
+    if name == "qwen2_5_vl":  # whose messages are lists of parts
+        tokenizer.chat_template = SMOLVLM
+    tokenizer.save_pretrained(tmp_path / "model")
     where, few = tmp_path / "model", ("--limit", "4")
 
     def command(*words: object) -> str:
@@ -53,5 +58,14 @@ def test_score_verify_enhance_preserve_patch_and_report(name: str, tmp_path: Pat
     for tensor, indices in kept.items():
         own = dict(before.model.named_parameters())[tensor].flatten()[indices]
         assert own.equal(full[tensor].flatten()[indices].to(own.dtype)), f"{tensor} was to be kept"
-    command("report", tmp_path / "s", tmp_path / "v", tmp_path / "e", tmp_path / "p", "-o", tmp_path / "page.html")
+    command(
+        "report",
+        tmp_path / "s",
+        tmp_path / "v",
+        tmp_path / "e",
+        tmp_path / "p",
+        tmp_path / "l",
+        "-o",
+        tmp_path / "page.html",
+    )
     assert (tmp_path / "page.html").stat().st_size > 10_000

@@ -1,17 +1,20 @@
 """Verification and stability on the page: every number is that of `results.json`."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
 from pages import Page
 from safelocus.analysis import words
+from safelocus.evaluation.measures import proportion
 from safelocus.report.grid import Span
 from safelocus.report.page import sections_of, write_run_page
 from safelocus.report.runs import ReportRun
 from safelocus.scoring.comparison import Overlap
 from safelocus.verification import Stability
 from safelocus.verification.agreement import ScoreAgreement
+from safelocus.verification.cells import Observation
 from test_verification import made
 
 NOISES = (1.0, 2.0)
@@ -71,6 +74,23 @@ def test_scorers_are_ranked_as_in_the_file(verified):
 def test_the_verdict_stands_there_whole(verified):
     results, page, _ = verified
     assert results["verdicts"]["noise"]["text"] in page.words
+
+
+@pytest.mark.parametrize("states", [("top",), ("bottom", "random"), ("baseline", "top", "bottom", "random")])
+def test_states_in_which_no_answer_can_be_scored(tmp_path, states):
+    """A model may say nothing at all when it is disturbed, or even before."""
+    found = made(RATES, UTILITY, noises=NOISES, seeds=2, prompts=8)
+
+    def silent(observed):
+        nothing = {name: proportion(0, 0) for name in observed.measures}
+        return Observation(measures=nothing, outcomes=dict.fromkeys(observed.outcomes, "-" * 8))
+
+    cells = [replace(c, observed=silent(c.observed)) if c.selection in states else c for c in found.cells]
+    baseline = silent(found.baseline) if "baseline" in states else found.baseline
+    replace(found, baseline=baseline, cells=cells).save(tmp_path)
+    names = write_run_page(tmp_path, place=tmp_path)
+    assert ("curves.svg" in names) == ("baseline" not in states)
+    assert "undisturbed" in Page((tmp_path / "report.html").read_text()).words
 
 
 def test_stability(tmp_path):

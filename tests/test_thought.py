@@ -16,7 +16,6 @@ from safelocus.evaluation.judges import Endpoint, GuardJudge, RefusalMatcher, Re
 from safelocus.evaluation.judges.endpoint import Answer
 from safelocus.evaluation.suites import run_suites
 from safelocus.model.chat import chat_format
-from safelocus.model.chat.template import apply
 from safelocus.model.generation import Response, generate
 from safelocus.model.thought import MARKERS, answer_of, left_open, split
 from safelocus.objective import Refusal
@@ -187,7 +186,7 @@ def test_templates_of_the_field(name):
         {"role": "user", "content": "Hello"},
         {"role": "assistant", "content": HELP, "reasoning_content": THOUGHT, "reasoning": THOUGHT, "thinking": THOUGHT},
     ]
-    whole = apply(tokenizer, turns, form.template_kwargs, generation=False)
+    whole = form.chat_template.apply(turns, generation=False)
     if THOUGHT not in whole:  # dropped from finished conversations
         assert name.startswith("deepseek")
         whole = f"{form.render('Hello')}{THOUGHT}\n</think>\n\n{HELP}"

@@ -60,7 +60,8 @@ def _talking_as(target: Target, library: Any) -> Any:
             self.chat_template_args = dict(chat.template_kwargs)
 
         def apply_chat_template(self, chat_history: Any, add_generation_prompt: bool = True) -> str:
-            text: str = super().apply_chat_template(chat_history, add_generation_prompt)
+            history = chat.chat_template.shaped(chat_history)
+            text: str = super().apply_chat_template(history, add_generation_prompt)
             return text + chat.opening if add_generation_prompt else text
 
         def _encode_pair(self, context: str, continuation: str) -> Any:

@@ -6,6 +6,7 @@ pickle is ever loaded), and afterwards that no weight was missing and silently i
 """
 
 import difflib
+import json
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ from transformers import (
     AutoTokenizer,
     PreTrainedTokenizerBase,
 )
+from transformers.utils.hub import cached_file
 
 from safelocus import distributed
 from safelocus.errors import ModelError, some
@@ -298,6 +300,8 @@ def load_tokenizer(name: str | Path, **hub: Any) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(where, **hub)
         tokenizer("a", truncation=True)  # some settings show only then that they are none
+        if tokenizer.chat_template is None:
+            tokenizer.chat_template = _processors_template(where, hub)
     except Exception as error:  # the tokenizers library raises nothing more precise
         raise ModelError(f"{name}: the tokenizer cannot be loaded: {_first_line(error)}") from error
     templates = tokenizer.chat_template
@@ -308,6 +312,19 @@ def load_tokenizer(name: str | Path, **hub: Any) -> PreTrainedTokenizerBase:
     if not tokenizer.is_fast:
         raise ModelError(f"{name}: only a slow tokenizer exists; a fast one (tokenizer.json) is needed for offsets")
     return tokenizer
+
+
+def _processors_template(where: str, hub: Mapping[str, Any]) -> Any:
+    """The chat template of older models that see images (LLaVA-NeXT, Idefics2), which is their processor's; or None."""
+    for name in ("chat_template.json", "processor_config.json"):
+        file = cached_file(
+            where, name, revision=hub.get("revision"), _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )  # fmt: skip
+        found = json.loads(Path(file).read_text(encoding="utf-8")) if file is not None else {}
+        if (template := found.get("chat_template")) is not None:
+            return template
+    return None
 
 
 def load_model(auto: Any, name: str | Path, *, dtype: Dtype = "auto", device: str | None = None, **options: Any) -> Any:

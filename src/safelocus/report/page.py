@@ -99,7 +99,7 @@ def write_run_page(folder: Path, *, place: Path) -> list[str]:
         write_picture(folder / f"{part.file}.svg", f"{section.title}: {section.what}", part.charts)
         for section in sections
         for part in section.parts
-        if part.file
+        if part.file and part.charts  # nothing is drawn where nothing could be scored
     )]  # fmt: skip
 
 

@@ -232,9 +232,9 @@ def _tiles(found: Verification) -> list[tuple[str, str]]:
     return [
         (_percent(before.value), "of harmful prompts refused, undisturbed"),
         *(
-            (_percent(entry.measures["refusal"].value), f"with the {which} weights disturbed ({effect.setting})")
+            (_percent(refused.value), f"with the {which} weights disturbed ({effect.setting})")
             for which, entry in pooled.items()
-            if entry is not None
+            if entry is not None and (refused := entry.measures.get("refusal")) is not None
         ),
     ]
 

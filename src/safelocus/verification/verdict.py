@@ -24,6 +24,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from safelocus.evaluation.measures import Measure
 from safelocus.verification.cells import Cells, Setting
 from safelocus.verification.pooling import Outcomes, difference
@@ -124,8 +126,10 @@ def effect_of(found: Cells, scorer: str, setting: Setting, *, num_looks: int = 1
 
 
 def lost_share(found: Cells, name: str, scorer: str, setting: Setting) -> Outcomes | None:
-    """[seeds, prompts]: fall under the top selection, in units of the baseline; None where that is 0 or unknown."""
+    """[seeds, prompts]: fall under the top weights, in units of the baseline; None where that is 0 or unknown."""
     changes = _changes(found, name, "top", scorer, setting)
+    if changes is not None and np.isnan(changes).all():
+        return None
     baseline = found.baseline.measures[name].value if changes is not None else None
     return None if changes is None or not baseline else -changes / baseline
 

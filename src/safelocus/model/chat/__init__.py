@@ -26,12 +26,23 @@ told apart by `split`.
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from safelocus.errors import ModelError, PromptError
-from safelocus.model.chat import template as chat_template
-from safelocus.model.chat.template import ANSWER, DATE, PLACEHOLDER, PLAIN_TEMPLATE, PROMPT, SYSTEM
+from safelocus.model.chat.template import (
+    ANSWER,
+    DATE,
+    PLACEHOLDER,
+    PLAIN_TEMPLATE,
+    PROMPT,
+    SYSTEM,
+    ChatTemplate,
+    decode_template,
+    default_system,
+    fill,
+    messages_of,
+)
 from safelocus.model.chat.turn import Turn, way_out
 from safelocus.model.thought import MARKERS, Markers, Split, left_open, split
 from safelocus.run.identity import digest
@@ -56,6 +67,7 @@ class ChatFormat:
     system_role: bool  # False: a system message is folded in front of the user's message
     thinking: bool = False
     template_kwargs: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    parts: tuple[str, ...] = ()  # roles whose messages the chat template takes as lists of parts alone
     opening: str = ""  # what the assistant's turn always starts with, beyond the generation prompt
     closing: str = ""  # what leads from there out of the thought, to a response that is given
     markers: tuple[Markers, ...] = MARKERS  # of thoughts
@@ -77,15 +89,17 @@ class ChatFormat:
         if system and not self.system_role:
             prompt, system = f"{system}\n\n{prompt}", None
         if self.template is not None:
-            text = chat_template.fill(self.template, prompt, system)
+            text = fill(self.template, prompt, system)
         else:
-            text = (
-                chat_template.apply(self.tokenizer, chat_template.messages_of(prompt, system), self.template_kwargs)
-                + self.opening
-            )
+            text = self.chat_template.apply(messages_of(prompt, system)) + self.opening
         if closed or not self.closing:
             text = (text + self.closing).removesuffix(self.response_prefix)
         return text
+
+    @property
+    def chat_template(self) -> ChatTemplate:
+        """The tokenizer's own, with the options of this format."""
+        return ChatTemplate(tokenizer=self.tokenizer, kwargs=self.template_kwargs, parts=self.parts)
 
     def encode_prompt(self, prompt: str, *, system: str | None = None, closed: bool = False) -> list[int]:
         """Ids of `render`, with the BOS token at most once."""
@@ -138,7 +152,8 @@ class ChatFormat:
         """All that the token ids of a conversation depend on."""
         vocabulary = json.loads(self.tokenizer.backend_tokenizer.to_str())
         tokenizer = {key: part for key, part in vocabulary.items() if key not in ("truncation", "padding")}
-        form = {key: value for key, value in vars(self).items() if key not in ("tokenizer", "system", "notes")}
+        # the parts follow from the template
+        form = {key: value for key, value in vars(self).items() if key not in ("tokenizer", "system", "parts", "notes")}
         template = None if self.template is not None else self.tokenizer.get_chat_template()
         return {
             "system prompt": self.system,
@@ -186,7 +201,7 @@ def chat_format(
             f"{', '.join([*template_kwargs, *['thinking'] * bool(thinking)])}: options for a chat template, but a "
             "plain template is in use. Leave them out, or use a tokenizer with a chat template."
         )
-    template = chat_template.decode_template(PLAIN_TEMPLATE if template is None else template)
+    template = decode_template(PLAIN_TEMPLATE if template is None else template)
     return _plain(tokenizer, system, template, generation_config)
 
 
@@ -231,7 +246,8 @@ def _chat(
     source = tokenizer.get_chat_template()
     notes = []
     kwargs = dict(template_kwargs)
-    switches = chat_template.switches(tokenizer, kwargs)
+    chat_template = ChatTemplate.of(tokenizer, template_kwargs)
+    switches = chat_template.switches()
     if thinking is None and any(switch in kwargs for switch in switches):
         thinking = any(kwargs.get(switch) for switch in switches)
     for switch in switches:
@@ -241,17 +257,21 @@ def _chat(
     if "date_string" in source or "strftime_now" in source:
         notes.append(f"the chat template's date is fixed: {kwargs.get('date_string', DATE)}")
 
-    alone = chat_template.render_alone(tokenizer, kwargs)
-    with_system = chat_template.try_apply(tokenizer, chat_template.messages_of(PROMPT, SYSTEM), kwargs)
+    chat_template = replace(chat_template, kwargs=kwargs)
+    if chat_template.parts:
+        notes.append(f"the chat template takes messages as lists of parts: {', '.join(chat_template.parts)}")
+
+    alone = chat_template.alone()
+    with_system = chat_template.try_apply(messages_of(PROMPT, SYSTEM))
     # a template may also drop the system message without a word
     system_role = with_system is not None and SYSTEM in with_system
     if not system_role:
         notes.append("the chat template takes no system message: it is put before the user's")
-    elif with_system is not None and (default := chat_template.default_system(alone, with_system)):
+    elif with_system is not None and (default := default_system(alone, with_system)):
         notes.append(f"without a system message the chat template adds its own: {default[:120]!r}")
 
-    before, _, after = chat_template.render_answered(tokenizer, kwargs).partition(ANSWER)
-    turn = Turn.of(tokenizer, kwargs, alone=alone, before=before, switches=switches, thinking=thinking)
+    before, _, after = chat_template.answered().partition(ANSWER)
+    turn = Turn.of(chat_template, alone=alone, before=before, switches=switches, thinking=thinking)
     notes += turn.notes
     ending = alone.rpartition(PROMPT)[2] + turn.opening + turn.closing
     prefix = _response_prefix(tokenizer, ending)
@@ -263,6 +283,7 @@ def _chat(
         system_role=system_role,
         thinking=turn.thinking,
         template_kwargs=kwargs,
+        parts=chat_template.parts,
         opening=turn.opening,
         closing=turn.closing,
         markers=turn.markers,

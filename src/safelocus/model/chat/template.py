@@ -6,8 +6,9 @@ Jinja, and are asked through stand-ins (`PROMPT`, `SYSTEM`, `ANSWER`) where they
 
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from os.path import commonprefix
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import jinja2
 
@@ -78,53 +79,117 @@ def fill(template: str, prompt: str, system: str | None) -> str:
     return PLACEHOLDER.sub(lambda match: values[match[1]], template)
 
 
-def apply(
-    tokenizer: "PreTrainedTokenizerBase",
-    messages: list[dict[str, str]],
-    kwargs: Mapping[str, Any],
-    *,
-    generation: bool = True,
-) -> str:
-    template = tokenizer.get_chat_template()
-    if "strftime_now" in template:
-        template = _STOPPED_CLOCK + template
-    with bounded(template):
-        text = tokenizer.apply_chat_template(
-            messages, chat_template=template, tokenize=False, add_generation_prompt=generation, **kwargs
-        )
-    assert isinstance(text, str)
-    return text
+@dataclass(frozen=True, kw_only=True)
+class ChatTemplate:
+    """A tokenizer's own chat template, with what it is always given.
 
+    Attributes:
+        kwargs: its options.
+        parts: roles whose messages it takes as lists of parts alone, `[{"type": "text", "text": ...}]`, as those of
+            models that see images may (Idefics3, SmolVLM, LLaVA-NeXT); a string shows nothing there.
+    """
 
-def try_apply(
-    tokenizer: "PreTrainedTokenizerBase",
-    messages: list[dict[str, str]],
-    kwargs: Mapping[str, Any],
-    *,
-    generation: bool = True,
-) -> str | None:
-    """None where the template refuses these messages."""
-    try:
-        return apply(tokenizer, messages, kwargs, generation=generation)
-    except jinja2.TemplateError:
+    tokenizer: "PreTrainedTokenizerBase"
+    kwargs: Mapping[str, Any]
+    parts: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, tokenizer: "PreTrainedTokenizerBase", kwargs: Mapping[str, Any]) -> Self:
+        """With the form that each role's messages have to have, by a trial."""
+        template = cls(tokenizer=tokenizer, kwargs=kwargs)
+        for role, text in (("user", PROMPT), ("system", SYSTEM), ("assistant", ANSWER)):
+            parted = replace(template, parts=(*template.parts, role))
+            if not template._shows(role, text) and parted._shows(role, text):
+                template = parted
+        return template
+
+    def _shows(self, role: str, text: str) -> bool:
+        messages = messages_of(PROMPT, SYSTEM if role == "system" else None)
+        if role == "assistant":
+            messages.append({"role": role, "content": text})
+        shown = self.try_apply(messages, generation=False) or ""
+        return shown.count(text) == 1 and str(_as_parts(text)) not in shown  # or the list as it is written in Python
+
+    def shaped(self, messages: list[dict[str, str]]) -> list[dict[str, Any]]:
+        """Messages in the form that the template takes."""
+        return [
+            {**message, "content": _as_parts(message["content"])} if message["role"] in self.parts else message
+            for message in messages
+        ]
+
+    def apply(self, messages: list[dict[str, str]], *, generation: bool = True, **more: Any) -> str:
+        """The text of a conversation; `more` options go over `kwargs`."""
+        source = self.tokenizer.get_chat_template()
+        if "strftime_now" in source:
+            source = _STOPPED_CLOCK + source
+        with bounded(source):
+            text = self.tokenizer.apply_chat_template(
+                self.shaped(messages), chat_template=source, tokenize=False, add_generation_prompt=generation,
+                **{**self.kwargs, **more},
+            )  # fmt: skip
+        assert isinstance(text, str)
+        return text
+
+    def try_apply(self, messages: list[dict[str, str]], *, generation: bool = True, **more: Any) -> str | None:
+        """None where the template refuses these messages."""
+        try:
+            return self.apply(messages, generation=generation, **more)
+        except jinja2.TemplateError:
+            return None
+
+    def alone(self, **more: Any) -> str:
+        """A lone user's message, which every chat template has to take."""
+        instead = "Give a plain template instead (template='User: {prompt}\\nAssistant: ')."
+        try:
+            text = self.apply(messages_of(PROMPT, None), **more)
+        except jinja2.TemplateError as error:
+            raise ModelError(
+                f"the tokenizer's chat template fails on a single user message: {error}. {instead}"
+            ) from error
+        if text.count(PROMPT) != 1:
+            raise ModelError(
+                f"the tokenizer's chat template shows the user's message {text.count(PROMPT)} times, expected once, "
+                f"as a string or as a list of parts. {instead}"
+            )
+        return text
+
+    def answered(self, **fields: str) -> str:
+        """A finished conversation; "" where the template takes none. `fields`: of the answer's message."""
+        answer = {"role": "assistant", "content": ANSWER, **fields}
+        return self.try_apply([*messages_of(PROMPT, None), answer], generation=False) or ""
+
+    def switches(self) -> list[str]:
+        """Variables by which a template is told whether to think: those that change a prompt."""
+
+        def prompt(**switch: bool) -> str | None:
+            return self.try_apply(messages_of(PROMPT, None), **switch)
+
+        named = [name for name in _SWITCHES if name in self.tokenizer.get_chat_template()]
+        return [name for name in named if prompt(**{name: True}) != prompt(**{name: False})]
+
+    def thought_markers(self, alone: str) -> tuple[str, str] | None:
+        """What it writes before and after a thought that it is given; with the white space after it.
+
+        Args:
+            alone: a prompt up to where the model writes.
+        """
+        source = self.tokenizer.get_chat_template()
+        for field in _REASONING:
+            if field not in source:
+                continue
+            head, found, rest = self.answered(**{field: THOUGHT}).partition(THOUGHT)
+            end, answered, _ = rest.partition(ANSWER)
+            start = head[len(commonprefix([head, alone])) :]  # noqa: RUF071 (characters, not paths)
+            tag = _LAST_TAG.search(head.rstrip())
+            if tag and tag[0].endswith(start.strip()):  # the prompt has it too, or its beginning
+                start = tag[0]
+            if found and answered and start.strip() and end.strip():
+                return start, end
         return None
 
 
-def render_alone(tokenizer: "PreTrainedTokenizerBase", kwargs: Mapping[str, Any]) -> str:
-    """A lone user's message, which every chat template has to take."""
-    try:
-        text = apply(tokenizer, messages_of(PROMPT, None), kwargs)
-    except jinja2.TemplateError as error:
-        raise ModelError(
-            f"the tokenizer's chat template fails on a single user message: {error}. "
-            "Give a plain template instead (template='User: {prompt}\\nAssistant: ')."
-        ) from error
-    if text.count(PROMPT) != 1:
-        raise ModelError(
-            f"the tokenizer's chat template shows the user's message {text.count(PROMPT)} times, "
-            "expected once. Give a plain template instead (template='User: {prompt}\\nAssistant: ')."
-        )
-    return text
+def _as_parts(text: str) -> list[dict[str, str]]:
+    return [{"type": "text", "text": text}]
 
 
 def default_system(alone: str, with_system: str) -> str:
@@ -133,44 +198,3 @@ def default_system(alone: str, with_system: str) -> str:
     head = alone.partition(PROMPT)[0]
     framed = head.startswith(start) and head.endswith(end) and len(head) > len(start) + len(end)
     return head[len(start) : len(head) - len(end)].strip() if framed and end else ""
-
-
-def switches(tokenizer: "PreTrainedTokenizerBase", kwargs: Mapping[str, Any]) -> list[str]:
-    """Variables by which a chat template is told whether to think: those that change a prompt."""
-
-    def prompt(**switch: bool) -> str | None:
-        return try_apply(tokenizer, messages_of(PROMPT, None), {**kwargs, **switch})
-
-    named = [name for name in _SWITCHES if name in tokenizer.get_chat_template()]
-    return [name for name in named if prompt(**{name: True}) != prompt(**{name: False})]
-
-
-def render_answered(tokenizer: "PreTrainedTokenizerBase", kwargs: Mapping[str, Any], **fields: str) -> str:
-    """A finished conversation; "" where the template takes none. `fields`: of the answer's message."""
-    answered: list[dict[str, str]] = [
-        *messages_of(PROMPT, None), {"role": "assistant", "content": ANSWER, **fields},
-    ]  # fmt: skip
-    return try_apply(tokenizer, answered, kwargs, generation=False) or ""
-
-
-def thought_markers(
-    tokenizer: "PreTrainedTokenizerBase", alone: str, kwargs: Mapping[str, Any]
-) -> tuple[str, str] | None:
-    """What a chat template writes before and after a thought that it is given; with the white space after it.
-
-    Args:
-        alone: a prompt up to where the model writes.
-    """
-    source = tokenizer.get_chat_template()
-    for field in _REASONING:
-        if field not in source:
-            continue
-        head, found, rest = render_answered(tokenizer, kwargs, **{field: THOUGHT}).partition(THOUGHT)
-        end, answered, _ = rest.partition(ANSWER)
-        start = head[len(commonprefix([head, alone])) :]  # noqa: RUF071 (characters, not paths)
-        tag = _LAST_TAG.search(head.rstrip())
-        if tag and tag[0].endswith(start.strip()):  # the prompt has it too, or its beginning
-            start = tag[0]
-        if found and answered and start.strip() and end.strip():
-            return start, end
-    return None

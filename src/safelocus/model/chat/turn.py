@@ -7,16 +7,13 @@ A template tells by what it renders: with its switch on and off, for a finished 
 brings its thought along. The way out of a thought is the empty one that it writes itself, or else the end marker.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Self
+from typing import Self
 
 from safelocus.errors import PromptError
-from safelocus.model.chat.template import PROMPT, render_alone, thought_markers
+from safelocus.model.chat.template import PROMPT, ChatTemplate
 from safelocus.model.thought import MARKERS, Markers, left_open
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,9 +29,8 @@ class Turn:
 
     @classmethod
     def of(
-        cls, tokenizer: "PreTrainedTokenizerBase", kwargs: Mapping[str, Any], *, alone: str, before: str,
-        switches: Sequence[str], thinking: bool | None,
-    ) -> Self:  # fmt: skip
+        cls, template: ChatTemplate, *, alone: str, before: str, switches: Sequence[str], thinking: bool | None
+    ) -> Self:
         """From what a chat template renders.
 
         Args:
@@ -43,7 +39,7 @@ class Turn:
             switches: variables by which the template is told whether to think.
             thinking: None where the template is to decide.
         """
-        written = thought_markers(tokenizer, alone, kwargs)
+        written = template.thought_markers(alone)
         own = [(written[0].strip(), written[1].strip())] if written else []
         markers = tuple(dict.fromkeys([*own, *MARKERS]))
         tail = alone.rpartition(PROMPT)[2]
@@ -53,7 +49,7 @@ class Turn:
         if opened and not way.strip():
             way = way_out(tail, markers, written)
         if thinking and switches and not way.strip():
-            off = render_alone(tokenizer, {**kwargs, **dict.fromkeys(switches, False)})
+            off = template.alone(**dict.fromkeys(switches, False))
             way = off.removeprefix(alone) if off.startswith(alone) else way
         if thinking and not (switches or way.strip()):
             raise PromptError(
