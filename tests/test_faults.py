@@ -5,6 +5,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import random
 import sys
 from pathlib import Path
 
@@ -14,8 +15,11 @@ import torch
 import safelocus as sl
 from made_runs import enhance_run
 from safelocus.errors import LayoutError, ModelError, NumericalError, PromptError, RunError
+from safelocus.evaluation.divergence import Original, answered
+from safelocus.model.generation import generate
 from safelocus.model.layout.rules import read_family
 from safelocus.model.target import load_tokenizer
+from safelocus.objective.presets import load_presets, render
 from safelocus.organism import resolve_model
 from safelocus.patch.checkpoint import weight_files
 from safelocus.report.page import write_page
@@ -31,6 +35,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks" / "faults"))
 
 import killing
 import mutating
+import poisoning
 
 
 def test_a_sample_of_mutations_finds_no_fault(tmp_path):
@@ -179,6 +184,26 @@ def test_settings_of_another_kind_are_errors_in_words(tmp_path, file, key, value
         sl.load(tmp_path).chat.encode_prompt("a")
 
 
+@pytest.mark.parametrize("names", [["rag"], ["rag", "tool_use"]])
+def test_chat_templates_of_which_none_is_the_default_are_an_error_in_words(tmp_path, names):
+    for each in Path(resolve_model("dense")).iterdir():
+        (tmp_path / each.name).symlink_to(each)
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    template = settings.pop("chat_template")
+    (tmp_path / "tokenizer_config.json").unlink()
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    (tmp_path / "additional_chat_templates").mkdir()
+    for name in names:
+        (tmp_path / "additional_chat_templates" / f"{name}.jinja").write_text(template)
+    with pytest.raises(ModelError, match=f"no default among its chat templates, which are called {', '.join(names)}"):
+        sl.load(tmp_path)
+    assert sl.load(tmp_path, template="Q: {prompt}\nA:").chat.kind == "plain"
+    with pytest.raises(ModelError, match="no default"):
+        render(load_tokenizer(tmp_path), load_presets()["llama-guard-1"], "request", "answer")
+    (tmp_path / "chat_template.jinja").write_text(template)
+    assert sl.load(tmp_path).chat.kind == "chat"
+
+
 def test_responses_of_another_form_are_errors_in_words_where_no_digest_vouches_for_them(tmp_path):
     folder = enhance_run(tmp_path / "run")
     (folder / "after" / "responses.jsonl").write_text('{"prompt": "p", "response": "r", "system": [1]}\n')
@@ -197,6 +222,87 @@ def test_scores_of_an_attempt_that_was_killed_are_replaced(tmp_path):
     make().save(tmp_path / "scores")
     make().save(tmp_path / "scores", overwrite=True)
     assert [path.name for path in tmp_path.iterdir()] == ["scores"]
+
+
+# ---- NaN and infinity: the stages in miniature
+
+
+def _scored():
+    target = dense()
+    prompts = sl.read_prompts("organism:harmful").limit(4)
+    found = sl.score(target, prompts, objective=sl.Refusal(), batch_size=2, progress=False)
+    return found.statistics, 0
+
+
+def _trained():
+    target = dense()
+    rows = training_rows(sl.read_prompts("organism:refusals").limit(6), target.chat)
+    losses = fit(target, rows, TrainingSettings(steps=3, batch_size=2, learning_rate=1e-3), progress=False)
+    return (losses, [weight.detach().clone().tolist() for weight in target.model.parameters()]), 0
+
+
+def _evaluated():
+    prompts = sl.read_prompts("organism:harmful").limit(3)
+    found = sl.evaluate(
+        dense(), harmful=[prompts], harmless=[sl.read_prompts("organism:harmless").limit(3)], original=dense(seed=1),
+        perplexity=sl.read_prompts("organism:refusals").limit(3), batch_size=2, max_new_tokens=4, progress=False,
+    )  # fmt: skip
+    return found.rows, sum(row["failure"] is not None or row.get("kl", 0) is None for row in found.rows)
+
+
+@pytest.mark.parametrize("stage", [_scored, _trained, _evaluated])
+def test_a_sample_of_poisons_is_refused_counted_or_without_effect(stage):
+    calm, failures = stage()
+    rng, outcomes = random.Random(5), set()
+    for place in ("logits", "activations", "weights", "gradients", "losses"):
+        with poisoning.Poison(place) as counter:
+            stage()
+        for value in poisoning.VALUES if counter.count else ():
+            at = rng.randrange(counter.count)
+            try:
+                with poisoning.Poison(place, value, at, f"{at}"):
+                    found, num_failed = stage()
+            except NumericalError:
+                outcomes.add("refused")
+                continue
+            assert found == calm or num_failed > failures, f"{value} in {place} at moment {at} of {counter.count}"
+            outcomes.add("no effect" if found == calm else "counted")
+    assert outcomes & {"refused", "counted"}
+
+
+def test_a_gradient_of_the_last_step_that_is_no_number_ends_the_training():
+    target = dense()
+    rows = training_rows(sl.read_prompts("organism:refusals").limit(6), target.chat)
+    settings = TrainingSettings(steps=2, batch_size=2, learning_rate=1e-3)
+    with poisoning.Poison("gradients") as counter:
+        fit(target, rows, settings, progress=False)
+    with (
+        poisoning.Poison("gradients", float("nan"), counter.count - 1),
+        pytest.raises(NumericalError, match="gradient's norm of step 2"),
+    ):
+        fit(dense(), rows, settings, progress=False)
+
+
+def test_weights_that_the_last_step_left_as_no_numbers_end_the_training():
+    target = dense()
+    rows = training_rows(sl.read_prompts("organism:refusals").limit(2), target.chat)
+    with pytest.raises(NumericalError, match="trained tensors hold NaN or infinity, first of them model"):
+        fit(target, rows, TrainingSettings(steps=1, batch_size=2, learning_rate=1e39), progress=False)
+
+
+def test_answers_that_rest_on_no_numbers_are_not_scored_with():
+    with poisoning.Poison("logits", float("nan"), 1), pytest.raises(NumericalError, match="1 of 1 responses"):
+        generate(dense(), ["help"], max_new_tokens=4)
+
+
+def test_an_original_that_says_no_numbers_is_none():
+    answers = answered([("help", None, "no"), ("how", None, "so")])
+    with poisoning.Poison("logits", float("nan"), 0), pytest.raises(NumericalError, match="distributions of"):
+        Original.of(dense(), answers, batch_size=1, progress=False)
+    original = Original.of(dense(), answers, batch_size=1, progress=False)
+    with poisoning.Poison("logits", float("nan"), 0):
+        found = original.kl_per_token(dense(), batch_size=1, progress=False)
+    assert sorted(value is None for value in found) == [False, True]
 
 
 @pytest.fixture

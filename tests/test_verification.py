@@ -308,7 +308,7 @@ def test_saved_and_loaded(tiny, tmp_path):
     with pytest.raises(RunError, match="damaged"):
         Verification.load(tmp_path)
     shutil.rmtree(tmp_path)
-    with pytest.raises(RunError, match="no verification"):
+    with pytest.raises(RunError, match="expected a run of `verify`"):
         Verification.load(tmp_path)
 
 

@@ -1,9 +1,10 @@
 """What becomes of a command that is killed, finds no space, or meets itself, at any moment?
 
-    python benchmarks/faults/killing.py [--number 100] [--seed 0] [--only NAME]
+    python benchmarks/faults/killing.py [--number 100] [--rare 25] [--seed 0] [--only NAME] [--kept FOLDER]
 
-Commands run in copies of this process (forked when everything is imported). Each first runs undisturbed: its files are
-what counts, but for times, paths and versions in them. Then, so many times:
+Commands run in copies of this process (forked when it has imported what they import). Each first runs undisturbed: its
+files are what counts, but for times, paths and versions in them. Then, so many times, the last three as often as
+--rare says:
 
     kill    SIGKILL, half of the times after a random time, half of them just before a random change of the file system
     full    from a random change on, every file that is opened to be written finds no space
@@ -11,11 +12,14 @@ what counts, but for times, paths and versions in them. Then, so many times:
     twice   the command started twice at once, into one place
 
 and then the same command again, undisturbed. Faults: it fails, or its files have other bits; a traceback of the one
-that found no space; two that both claim the place and leave other bits; files that nobody needs.
+that found no space; two that both claim the place and leave other bits; files that nobody needs. A campaign that was
+stopped goes on where its outcomes are kept.
 """
 
 import argparse
 import errno
+import gc
+import importlib
 import json
 import os
 import random
@@ -31,13 +35,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safelocus.errors import PlanError
 from safelocus.run.files import digest_of
+from safelocus.run.resume import Journal, claim
 
 sys.path.insert(0, str(Path(__file__).parent))
 
 from page import record
 
-_QUICK = 3.0  # seconds: such commands are disturbed five times as often
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 _CHANGES = ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate")
 _SMALL = ["--max-new-tokens", "6", "--batch-size", "4", "--json"]
@@ -53,12 +58,14 @@ class Command:
         arguments: all of it, but where it writes; {work} is a folder of its own.
         place: where it writes, within that folder.
         prepare: makes the place what it is before.
+        within: only changes of files with this in their path are moments to disturb it at.
     """
 
     name: str
     arguments: list[str]
     place: str = "out"
     prepare: Callable[[Path], None] = lambda work: None
+    within: str = ""
 
 
 def commands(folder: Path) -> list[Command]:
@@ -82,10 +89,13 @@ def commands(folder: Path) -> list[Command]:
             "--json",
         ],
     ):
-        assert _run(lambda arguments=arguments: main(arguments), folder / "log") == 0, (folder / "log").read_text()
+        assert run_copy(lambda arguments=arguments: main(arguments), folder / "log") == 0, (folder / "log").read_text()
     trained = ["--selection", str(scored), "--steps", "4", "--seed", "1", "--allow-mismatch"]
     model = ["organism:dense-unaligned", *trained]
     apply = ["patch", "apply", str(patch), "organism:dense", "--json"]
+
+    preserve = ["preserve", *model, "--data", small_data("task", folder), "--judge", "refusal", *_MEASURED, *_SMALL,
+                "-o", "{work}/out"]  # fmt: skip
 
     def with_model(work: Path) -> None:
         from safelocus.organism import resolve_model
@@ -106,14 +116,12 @@ def commands(folder: Path) -> list[Command]:
         ),
         Command(
             name="enhance",
-            arguments=["enhance", *model, "--data", "organism:refusals", "--retain", "none", "--judge", "refusal",
-                       "--validation", "0", *_MEASURED, *_SMALL, "-o", "{work}/out"],
+            arguments=["enhance", *model, "--data", small_data("refusals", folder), "--retain", "none",
+                       "--judge", "refusal", "--validation", "0", *_MEASURED, *_SMALL, "-o", "{work}/out"],
         ),
-        Command(
-            name="preserve",
-            arguments=["preserve", *model, "--data", "organism:task", "--judge", "refusal", *_MEASURED, *_SMALL,
-                       "-o", "{work}/out"],
-        ),
+        Command(name="preserve", arguments=preserve),
+        Command(name="preserve, saving the model", arguments=preserve, within="model"),
+        Command(name="preserve --lora, saving it", arguments=[*preserve, "--lora"], within="adapter"),
         Command(name="patch apply -o", arguments=[*apply, "-o", "{work}/out"]),
         Command(
             name="patch apply --in-place", place="model", prepare=with_model,
@@ -122,7 +130,7 @@ def commands(folder: Path) -> list[Command]:
     ]  # fmt: skip
 
 
-def _run(function: Callable[[], object], log: Path, disturb: Callable[[int], None] | None = None) -> int:
+def run_copy(function: Callable[[], object], log: Path, disturb: Callable[[int], None] | None = None) -> int:
     """Exit code of a function in a copy of this process; that of a kill is negative."""
     child = os.fork()
     if child == 0:
@@ -146,16 +154,38 @@ def _run(function: Callable[[], object], log: Path, disturb: Callable[[int], Non
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
+def import_what_runs(function: Callable[[], object], folder: Path) -> None:
+    """Import here whatever a function imports: its next copies need not. Its own state stays in its copy."""
+    found = folder / "imported"
+
+    def run() -> None:
+        try:
+            function()
+        finally:
+            found.write_text("\n".join(sys.modules))
+
+    run_copy(run, folder / "log")
+    for name in found.read_text().splitlines():
+        if name not in sys.modules and importlib.util.find_spec(name) is not None:
+            importlib.import_module(name)
+    gc.freeze()  # a collection, of which every training has several, would search through all that was imported
+
+
 class Changes:
     """Counts the changes of the file system below a folder, by this process, and does something at one of them."""
 
-    def __init__(self, below: Path, at: int = -1, then: Callable[[str], None] = lambda _: None) -> None:
-        self.count, self._below, self._at, self._then = 0, str(below), at, then
+    def __init__(
+        self, below: Path, within: str = "", *, at: int = -1, then: Callable[[str], None] = lambda _: None
+    ) -> None:
+        self.count, self._below, self._within, self._at, self._then = 0, str(below), within, at, then
         sys.addaudithook(self._hear)
 
     def _hear(self, event: str, arguments: tuple[Any, ...]) -> None:
         is_open = event == "open" and isinstance(arguments[2], int) and bool(arguments[2] & _WRITES)
-        if not (is_open or event in _CHANGES) or not str(arguments[0]).startswith(self._below):
+        if not (is_open or event in _CHANGES):
+            return
+        before, below, path = str(arguments[0]).partition(self._below)
+        if before or not below or self._within not in path:
             return
         self.count += 1
         if self.count > self._at >= 0:
@@ -197,17 +227,19 @@ class Trial:
         self.command, self.folder = command, folder
         self.work = folder / "work"
         self.anew()
+        import_what_runs(self.call, folder)
+        self.anew()
         began = time.monotonic()
         counted = folder / "count"
 
         def count() -> None:
-            changes = Changes(self.work)
+            changes = Changes(self.work, self.command.within)
             try:
                 self.call()
             finally:
                 counted.write_text(str(changes.count))
 
-        code = _run(count, folder / "log")
+        code = run_copy(count, folder / "log")
         assert code == 0, f"{command.name}: {(folder / 'log').read_text()[-2000:]}"
         self.seconds, self.changes = time.monotonic() - began, int(counted.read_text())
         self.expected = files_of(self.place)
@@ -228,10 +260,10 @@ class Trial:
 
     def disturbed(self, at: int, then: Callable[[str], None]) -> int:
         def run() -> None:
-            Changes(self.work, at, then)
+            Changes(self.work, self.command.within, at=at, then=then)
             self.call()
 
-        return _run(run, self.folder / "log")
+        return run_copy(run, self.folder / "log")
 
     def again(self) -> tuple[str, str]:
         """(what the second command came to, more about a fault)."""
@@ -240,7 +272,7 @@ class Trial:
         done = "--overwrite" not in arguments and (self.work / "out" / "run.toml").is_file()
         copied = "apply" in arguments and (self.work / "out").is_dir()
         if not done and not copied:
-            code = _run(self.call, self.folder / "log")
+            code = run_copy(self.call, self.folder / "log")
             if code:
                 return "not resumable", (self.folder / "log").read_text()[-2000:]
         found = files_of(self.place)
@@ -258,14 +290,14 @@ def disturb(trial: Trial, kind: str, rng: random.Random) -> tuple[str, str]:
     """One disturbance and the command again."""
     trial.anew()
     at = rng.randrange(trial.changes)
-    if kind == "kill" and rng.random() < 0.5:
+    if kind == "kill" and not trial.command.within and rng.random() < 0.5:
         moment = rng.random() * trial.seconds
 
         def kill(child: int) -> None:
             time.sleep(moment)
             os.kill(child, signal.SIGKILL)
 
-        _run(trial.call, trial.folder / "log", kill)
+        run_copy(trial.call, trial.folder / "log", kill)
     elif kind == "kill":
         trial.disturbed(at, _kill)
     elif kind == "twice":
@@ -281,9 +313,9 @@ def _twice(trial: Trial) -> tuple[str, str]:
     other: list[int] = []
 
     def start(_: int) -> None:
-        other.append(_run(trial.call, trial.folder / "log-of-second"))
+        other.append(run_copy(trial.call, trial.folder / "log-of-second"))
 
-    codes = [_run(trial.call, trial.folder / "log", start), *other]
+    codes = [run_copy(trial.call, trial.folder / "log", start), *other]
     told = [(trial.folder / name).read_text()[-1500:] for name in ("log", "log-of-second")]
     if sorted(codes) not in ([0, 0], [0, 2]):
         return "traceback", "\n".join(told)
@@ -295,43 +327,88 @@ def _twice(trial: Trial) -> tuple[str, str]:
     )
 
 
-def campaign(folder: Path, numbers: dict[str, int], seed: int = 0, only: str = "") -> dict[str, Any]:
+def campaign(folder: Path, numbers: dict[str, int], *, seed: int, only: str, kept: Path | None) -> dict[str, Any]:
     """Disturb every command so many times in each way; counts, and the faults."""
     found: dict[str, Any] = {kind: {} for kind in numbers}
-    for number, command in enumerate(each for each in commands(folder) if only in each.name):
-        (folder / str(number)).mkdir()
-        trial = Trial(command, folder / str(number))
-        print(f"{command.name}: {trial.seconds:.1f} s, {trial.changes} changes of the file system", flush=True)
-        for kind, times in numbers.items():
-            rng, counts = random.Random(f"{seed} {command.name} {kind}"), Counter[str]()
-            for _ in range(times * (5 if trial.seconds < _QUICK else 1)):
-                outcome, why = disturb(trial, kind, rng)
-                counts[outcome] += 1
+    claim(kept, {"seed": seed})
+    journal = Journal(kept, "outcomes")
+    for command in commands(folder):
+        if only not in command.name:
+            continue
+        asked = [(command.name, kind, n) for kind, times in numbers.items() for n in range(times)]
+        trial = None
+        for key in asked:
+            if key not in journal:
+                trial = trial or _trial(command, folder)
+                outcome, why = disturb(trial, key[1], random.Random(f"{seed} {key}"))
+                journal.add([(key, outcome)])
                 if why:
-                    print(f"\n{outcome} ({kind}, {command.name})\n{why}\n", flush=True)
-            found[kind][command.name] = dict(counts)
-            print(f"    {kind:8} {dict(counts)}", flush=True)
+                    print(f"\n{outcome} {key}\n{why}\n", flush=True)
+        for kind in numbers:
+            found[kind][command.name] = dict(Counter(journal[key] for key in asked if key[1] == kind))
+            print(f"    {kind:8} {found[kind][command.name]}", flush=True)
     return found
+
+
+def _no_plan(*_: object, **__: object) -> None:
+    raise PlanError("not planned here")
+
+
+def _trial(command: Command, folder: Path) -> Trial:
+    place = Path(tempfile.mkdtemp(dir=folder))
+    trial = Trial(command, place)
+    print(f"{command.name}: {trial.seconds:.1f} s, {trial.changes} changes of the file system", flush=True)
+    return trial
+
+
+def prepare() -> None:
+    """Make this process one whose copies are quick: what is read and parsed first is there, and nothing is planned."""
+    os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0"}
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
+    import safelocus.enhancement.run
+    import safelocus.preservation.run  # noqa: F401 (imported before the copies)
+    from safelocus import resources
+    from safelocus.model.layout.rules import families
+    from safelocus.prompts import read_prompts
+    from safelocus.report import page
+    from safelocus.training import Checkpoints
+
+    Checkpoints.__init__.__kwdefaults__["every_seconds"] = 0.001  # a checkpoint of every step
+    for choose in ("choose", "choose_training"):  # half the time, in which nothing is written
+        setattr(resources, choose, _no_plan)
+    for name in ("harmful", "harmful-heldout", "harmless", "harmless-heldout", "refusals", "task"):
+        read_prompts(f"organism:{name}")
+    families()
+    get_checkpoint_conversion_mapping("llama")
+    page._template()
+
+
+def small_data(name: str, folder: Path, number: int = 24) -> str:
+    """The first rows of an embedded set, in a file."""
+    from safelocus.prompts import read_prompts
+
+    rows = [
+        {"prompt": each.prompt, "response": each.response} for each in read_prompts(f"organism:{name}").limit(number)
+    ]
+    file = folder / f"{name}.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(file)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--number", type=int, default=100)
+    parser.add_argument("--rare", type=int, default=25)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", default="", help="commands whose name has this; nothing is recorded then")
     parser.add_argument("--kinds", default="kill,full,frozen,twice")
+    parser.add_argument("--kept", type=Path, help="folder for outcomes, from which a stopped campaign goes on")
     options = parser.parse_args()
-    os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0"}
-    import safelocus.enhancement.run
-    import safelocus.preservation.run
-    import safelocus.report.page  # noqa: F401 (imported once, before the copies)
-    from safelocus.training import Checkpoints
-
-    Checkpoints.__init__.__kwdefaults__["every_seconds"] = 0.001  # a checkpoint of every step
-
+    prepare()
     with tempfile.TemporaryDirectory() as folder:
-        numbers = {kind: options.number if kind == "kill" else options.number // 4 for kind in options.kinds.split(",")}
-        found = campaign(Path(folder), numbers, options.seed, options.only)
+        numbers = {kind: options.number if kind == "kill" else options.rare for kind in options.kinds.split(",")}
+        found = campaign(Path(folder), numbers, seed=options.seed, only=options.only, kept=options.kept)
     print(json.dumps(found, indent=1))
     if not options.only:
         record("disturbances", found)

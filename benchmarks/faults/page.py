@@ -24,6 +24,8 @@ def page(numbers: dict[str, Any]) -> str:
         parts.append(_mutations(numbers["mutations"]["formats"]))
     if "disturbances" in numbers:
         parts.append(_disturbances(numbers["disturbances"]))
+    if "poisons" in numbers:
+        parts.append(_poisons(numbers["poisons"]))
     return "\n\n".join(parts) + "\n"
 
 
@@ -47,6 +49,16 @@ def _disturbances(found: dict[str, dict[str, dict[str, int]]]) -> str:
         for name, counts in commands.items()
     ]
     return f"{_DISTURBANCES}\n\n{table(['command', 'disturbed by', 'n', *_OUTCOMES], rows)}"
+
+
+def _poisons(found: dict[str, dict[str, dict[str, int]]]) -> str:
+    outcomes = ["refused", "counted", "no effect", "traceback", "silent"]
+    rows = [
+        [name, place, sum(counts.values()), *(counts.get(outcome, 0) for outcome in outcomes)]
+        for name, places in found.items()
+        for place, counts in places.items()
+    ]
+    return f"{_POISONS}\n\n{table(['command', 'place', 'n', *outcomes], rows)}"
 
 
 def _sum(counts: dict[str, int], *outcomes: str) -> int:
@@ -81,3 +93,11 @@ from a random change on there is no space. *frozen*: from then on nothing can be
 *twice*: started twice at once into one place. *Begun anew*, *resumed*, *finished*: what the second command did; its
 files are, to the bit, those of a command that nobody disturbed (but for times). *Faults*: other bits, an error of
 the second command, a traceback of the first, or files left that nobody needs."""
+
+_POISONS = """## NaN and infinity
+
+`python benchmarks/faults/poisoning.py`: one value, or a token's, becomes NaN, infinite or negatively infinite at a
+random moment: in logits and activations of a model or guard, in weights (for good), in gradients, in losses, in a
+guard's log-odds. *Refused*: an error that speaks of it. *Counted*: answers that failed, or could not be judged, are
+more than without it. *No effect*: the same files, to the bit. *Traceback*, and *silent* (other files, and nothing says
+why), are faults."""

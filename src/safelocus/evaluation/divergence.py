@@ -9,6 +9,7 @@ It is never more than KL(p || q), from which it differs by p_rest times the dive
 original's own answers its mean is what a training that retains behaviour holds down, and what is measured afterwards.
 """
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,9 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from safelocus.errors import ModelError, PromptError
+from safelocus.errors import ModelError, NumericalError, PromptError
 from safelocus.evaluation.perplexity import along
 from safelocus.model.forcing import Forced
+from safelocus.model.generation import LOOK_AT_WEIGHTS, NO_NUMBER
 from safelocus.model.target import Target
 from safelocus.prompts import Example, PromptSet, read_prompts
 
@@ -71,17 +73,27 @@ class Original:
 
     @classmethod
     def of(cls, target: Target, answers: PromptSet, *, batch_size: int = 8, progress: bool = True) -> "Original":
-        """Of a model as it is, one pass over its answers."""
+        """Of a model as it is, one pass over its answers.
+
+        Raises:
+            NumericalError: it computes NaN or infinity along them.
+        """
 
         def kept(forced: Forced, rows: Sequence[int]) -> list[Said]:
             lengths = forced.row.bincount(minlength=len(rows)).tolist()
             return list(zip(*(part.cpu().split(lengths) for part in likeliest(forced.logits.float())), strict=True))
 
         said = [each for each, _ in along(target, answers, kept, batch_size=batch_size, progress=progress)]
+        if without := sum(each is not None and not bool(each[1].isfinite().all()) for each in said):
+            raise NumericalError(
+                f"{without} of {len(said)} distributions of {target.name} are {NO_NUMBER}; {LOOK_AT_WEIGHTS}"
+            )
         return cls(name=target.name, answers=answers, said=said, vocabulary=target.tokenizer.get_vocab())
 
     def kl_per_token(self, target: Target, *, batch_size: int = 8, progress: bool = True) -> list[float | None]:
-        """Mean divergence in nats of a model from this one along each of its answers; None where there is nothing.
+        """Mean divergence in nats of a model from this one along each of its answers.
+
+        None where an answer has no tokens, and where the model computes NaN or infinity along it.
 
         Raises:
             ModelError: the two do not share a vocabulary, so their distributions are over different things.
@@ -97,7 +109,7 @@ class Original:
             return forced.totals(divergences(forced.logits.float(), tokens, log_probs), len(rows)).tolist()
 
         found = along(target, self.answers, apart, batch_size=batch_size, progress=progress)
-        return [None if total is None else total / num for total, num in found]
+        return [total / num if total is not None and math.isfinite(total) else None for total, num in found]
 
     def identity(self) -> dict[str, Any]:
         return {"model": self.name, "answers": self.answers}

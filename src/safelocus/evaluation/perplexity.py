@@ -26,7 +26,8 @@ def nats_per_token(
 ) -> list[tuple[float | None, int]]:
     """(mean negative log-likelihood of the response's tokens, their number) per example, in order.
 
-    None where the response has no tokens or does not fit the model's positions. All examples have responses.
+    None where the response has no tokens or does not fit the model's positions; NaN or infinity where the model
+    computes such on the way. All examples have responses.
     """
 
     def surprise(forced: Forced, rows: Sequence[int]) -> list[float]:

@@ -16,7 +16,7 @@ from safelocus import distributed
 from safelocus.errors import ResourceError
 from safelocus.evaluation.judges.endpoint import Endpoint, Failure
 from safelocus.model.forcing import batches_by_length
-from safelocus.model.generation import generate_from, longest_prompt
+from safelocus.model.generation import NO_NUMBER, generate_from, longest_prompt
 from safelocus.model.target import Target
 from safelocus.model.thought import UNFINISHED, split
 from safelocus.progress import track
@@ -123,7 +123,7 @@ class TargetResponder:
                 if response.in_thought:
                     reply = replace(reply, text=None, failure=UNFINISHED)
                 if not response.is_number:
-                    reply = Reply(text=None, failure="the model computed NaN or infinity on the way")
+                    reply = Reply(text=None, failure=NO_NUMBER)
                 replies.append(reply)
         return replies
 

@@ -25,10 +25,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
-from safelocus.errors import MALFORMED, RunError
+from safelocus.errors import RunError
 from safelocus.evaluation.measures import Measure, mean, rate
 from safelocus.prompts import normalise
-from safelocus.run.files import read_json, read_text, seal, write_json, write_text
+from safelocus.run.files import read_json, read_text, reading, seal, write_json, write_text
 
 Row = dict[str, Any]
 Identity = tuple[str, ...]
@@ -131,7 +131,7 @@ class Evaluation:
         Raises:
             RunError: the folder holds no evaluation.
         """
-        try:
+        with reading(folder, "evaluate"):
             results = read_json(folder / "results.json")
             if not isinstance(results, dict) or not {"judges", "counts", "provenance"} <= set(results):
                 raise RunError(f"{folder}: results.json is not that of an evaluation; expected a run of `evaluate`")
@@ -143,12 +143,6 @@ class Evaluation:
                 agreement=results["agreement"],
                 provenance=results["provenance"],
             )
-        except OSError as error:
-            raise RunError(f"{folder}: cannot be read ({error}); expected a run of `evaluate`") from error
-        except RunError:
-            raise
-        except MALFORMED as error:
-            raise RunError(f"{folder}: a damaged evaluation ({error!r}); run `evaluate` again") from error
 
 
 def in_thought(row: Row) -> bool:
@@ -226,7 +220,7 @@ def measures_of(rows: Sequence[Row], judge_names: Sequence[str], *, seed: int = 
     found = {name: rate(values.values()) for name, values in outcomes(rows, judge_names).items()}
     if texts := [row for row in rows if row["set"] == PERPLEXITY]:
         found["perplexity"] = _perplexity([row["nll"] for row in texts], seed)
-    if kl := [row["kl"] for row in rows if row.get("kl") is not None]:
+    if kl := [row["kl"] for row in rows if "kl" in row]:
         found["kl"] = mean(kl, seed=seed)
     return found
 

@@ -11,6 +11,7 @@ verdicts are kept as they come, and an interrupted evaluation goes on where it s
 batches of a single one; each ends with the whole evaluation.
 """
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -40,6 +41,7 @@ from safelocus.evaluation.result import (
 )
 from safelocus.evaluation.suites import run_suites
 from safelocus.evaluation.tasks import Task, TaskExample
+from safelocus.model.generation import NO_NUMBER
 from safelocus.model.target import Target
 from safelocus.prompts import Example, PromptSet, read_prompts
 from safelocus.run.identity import Identity
@@ -329,6 +331,8 @@ def _perplexity_rows(target: Target, prompts: PromptSet, batch_size: int, progre
         answered, nats_per_token(target, answered, batch_size=batch_size, progress=progress), strict=True
     ):
         failure = f"{num_tokens} tokens do not fit the model" if nats is None else None
+        if nats is not None and not math.isfinite(nats):
+            nats, failure = None, NO_NUMBER
         rows.append(
             {
                 "set": PERPLEXITY, "source": prompts.source, "prompt": example.prompt, "system": example.system,

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
-from safelocus.errors import PromptError
+from safelocus.errors import NumericalError, PromptError
 from safelocus.model.autocast import many_passes
 from safelocus.model.forcing import pad
 
@@ -25,6 +25,10 @@ if TYPE_CHECKING:
 
 
 _ROLES = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
+
+
+NO_NUMBER = "made of NaN or infinity, which the model computed on the way"
+LOOK_AT_WEIGHTS = "are its weights finite (`safelocus inspect`), and is its dtype (--dtype) wide enough?"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,13 +63,17 @@ def generate(target: "Target", prompts: Sequence[str], *, max_new_tokens: int = 
 
     Raises:
         PromptError: a prompt leaves no room for the answer within the model's positions.
+        NumericalError: the model computed NaN or infinity on the way to a response.
     """
-    return generate_from([target.chat.encode_prompt(prompt) for prompt in prompts], target, max_new_tokens)
+    found = generate_from([target.chat.encode_prompt(prompt) for prompt in prompts], target, max_new_tokens)
+    if without := sum(not response.is_number for response in found):
+        raise NumericalError(f"{without} of {len(found)} responses of {target.name} are {NO_NUMBER}; {LOOK_AT_WEIGHTS}")
+    return found
 
 
 @torch.no_grad()
 def generate_from(encoded: Sequence[Sequence[int]], target: "Target", max_new_tokens: int) -> list[Response]:
-    """`generate`, for prompts that are token ids already."""
+    """`generate`, for prompts that are token ids already; what rests on NaN or infinity is marked, and no error."""
     longest = max(len(tokens) for tokens in encoded)
     if longest > (room := longest_prompt(target, max_new_tokens)):
         raise PromptError(
@@ -85,7 +93,7 @@ def generate_from(encoded: Sequence[Sequence[int]], target: "Target", max_new_to
         decoder_start_token_id=getattr(target.model.config, "decoder_start_token_id", None),
         stop_strings=list(target.chat.stop_strings) or None,
     )
-    finite = _Finite()
+    finite = Finite()
     with as_used(target.model), many_passes(target.autocast):
         output = target.model.generate(
             input_ids=ids,
@@ -99,12 +107,11 @@ def generate_from(encoded: Sequence[Sequence[int]], target: "Target", max_new_to
     skip = 1 if target.model.config.is_encoder_decoder else ids.shape[1]
     responses = [read_response(target, row) for row in output[:, skip:].tolist()]
     return [
-        replace(each, is_number=is_number)
-        for each, is_number in zip(responses, torch.as_tensor(finite.rows).expand(len(output)).tolist(), strict=True)
+        replace(each, is_number=is_number) for each, is_number in zip(responses, finite.of(len(output)), strict=True)
     ]
 
 
-class _Finite(LogitsProcessor):
+class Finite(LogitsProcessor):
     """Which rows of a batch have had finite logits at every token; the greatest of NaN and a number is NaN."""
 
     rows: Any = True
@@ -112,6 +119,10 @@ class _Finite(LogitsProcessor):
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         self.rows = scores.amax(dim=-1).isfinite() & self.rows
         return scores
+
+    def of(self, num_rows: int) -> list[bool]:
+        found: list[bool] = torch.as_tensor(self.rows).expand(num_rows).tolist()
+        return found
 
 
 @contextmanager

@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import AutoModelForCausalLM, GenerationConfig, LogitsProcessorList
 
 from safelocus.errors import ModelError
 from safelocus.model.forcing import logits_at, pad
-from safelocus.model.generation import as_used
+from safelocus.model.generation import LOOK_AT_WEIGHTS, NO_NUMBER, Finite, as_used
 from safelocus.model.layout.sizes import auto_class
 from safelocus.model.target import Dtype, dtype_on, load_config, load_model, load_tokenizer
 from safelocus.objective.presets import GuardPreset, find_preset, read_preset, render, verdict_token_ids
@@ -145,10 +145,14 @@ class Guard(TextObjective):
             eos_token_id=self.tokenizer.eos_token_id,
             stop_strings=[marker],
         )
+        finite = Finite()
         with as_used(self.model):
             output = self.model.generate(
-                input_ids=ids, attention_mask=mask, generation_config=settings, tokenizer=self.tokenizer
-            )
+                input_ids=ids, attention_mask=mask, generation_config=settings, tokenizer=self.tokenizer,
+                logits_processor=LogitsProcessorList([finite]),
+            )  # fmt: skip
+        if without := finite.of(len(texts)).count(False):
+            raise ModelError(f"{self.name}: {without} of {len(texts)} verdicts are {NO_NUMBER}; {LOOK_AT_WEIGHTS}")
         written = self.tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=False)
         if without := sum(marker not in text for text in written):
             raise ModelError(

@@ -25,6 +25,7 @@ from typing import Any, Literal, get_args
 from jinja2 import TemplateError
 
 from safelocus.errors import ModelError, PromptError
+from safelocus.model.chat.template import check_chosen
 
 Format = Literal["chat", "text"]
 _SLOTS = ("{prompt}", "{response}")
@@ -256,6 +257,7 @@ def _render_chat(tokenizer: Any, preset: GuardPreset, prompt: str) -> tuple[str,
             f"preset {preset.name!r} uses the tokenizer's chat template and this tokenizer has none; "
             'expected a guard\'s tokenizer, or a description with format = "text" (docs/guards.md).'
         )
+    check_chosen(tokenizer)
     asked, answered = _marker("Request", prompt), _marker("Answer", prompt)
     problems = []
     # Some templates take a message as a string and some as a list of parts; those for parts silently

@@ -13,8 +13,8 @@ from typing import Any, Self
 
 from safelocus.analysis.map import SafetyMap, safety_map
 from safelocus.analysis.patterns import Pattern, patterns
-from safelocus.errors import MALFORMED, RunError
-from safelocus.run.files import inside, read_json, read_text
+from safelocus.errors import RunError
+from safelocus.run.files import inside, read_json, read_text, reading
 from safelocus.run.folder import read_config
 from safelocus.selection.selection import Selection
 
@@ -93,10 +93,8 @@ class ReportRun:
     def maps(self) -> dict[str, SafetyMap]:
         """Model -> map; none for runs that locate nothing."""
         if self.kind == "map":
-            try:
+            with reading(self.folder, self.command):
                 return {name: SafetyMap.from_json(values) for name, values in self.results["maps"].items()}
-            except MALFORMED as error:
-                raise RunError(f"{self.folder}: a damaged map ({error!r}); run `{self.command}` again") from error
         return {}
 
     @cached_property

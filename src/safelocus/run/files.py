@@ -17,7 +17,7 @@ from typing import Any
 
 import xxhash
 
-from safelocus.errors import RunError
+from safelocus.errors import MALFORMED, RunError
 from safelocus.run.identity import digest
 
 DIGESTS = "digests.json"
@@ -58,6 +58,23 @@ def read_json(path: Path) -> Any:
         return json.loads(read_text(path))
     except (json.JSONDecodeError, RecursionError) as error:
         raise RunError(f"{path}: not valid JSON ({error}); copy it again, or make it again") from error
+
+
+@contextmanager
+def reading(folder: Path, command: str) -> Iterator[None]:
+    """Within: the reading of what a run of `command` wrote, put together to what it was.
+
+    Raises:
+        RunError: a file cannot be read, or has another shape than one of such a run.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise RunError(f"{folder}: cannot be read ({error}); expected a run of `{command}`") from error
+    except RunError:
+        raise
+    except MALFORMED as error:
+        raise RunError(f"{folder}: damaged results ({error!r}); run `{command}` again") from error
 
 
 def seal(folder: Path, names: Iterable[str] | None = None) -> None:

@@ -165,6 +165,7 @@ def fit(
             run.train(resume_from_checkpoint=None if latest is None else str(latest))
     if watch.interrupted:
         raise KeyboardInterrupt
+    _check_finite(run._trained())
     return [
         LossPoint(step=int(entry["step"]), loss=entry["loss"], learning_rate=entry["learning_rate"])
         for entry in run.state.log_history
@@ -253,17 +254,28 @@ class _Watch(TrainerCallback):
             shutil.rmtree(folder / f"checkpoint-{step}")
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-        if not math.isfinite(logs.get("loss", 0.0)):
-            raise NumericalError(
-                f"the loss of step {state.global_step} is {logs['loss']}: training diverged. "
-                f"Lower the learning rate (now {args.learning_rate:g}), or train in bf16 or fp32, not fp16"
-            )
+        for name, key in (("loss", "loss"), ("gradient's norm", "grad_norm")):
+            if not math.isfinite(logs.get(key, 0.0)):
+                raise NumericalError(
+                    f"the {name} of step {state.global_step} is {logs[key]}: training diverged. "
+                    f"Lower the learning rate (now {args.learning_rate:g}), or train in bf16 or fp32, not fp16"
+                )
 
     def close(self) -> None:
         self._open.close()
 
     def _ask_to_save(self, _done: int) -> None:
         self._saving = True
+
+
+def _check_finite(trained: Mapping[str, torch.nn.Parameter]) -> None:
+    """What the last step made of the weights no later loss would show. All processes find the same."""
+    bad = [name for name, weight in trained.items() if not bool(distributed.local(weight.detach()).isfinite().all())]
+    if bad := list(dict.fromkeys(name for part in distributed.gather_objects(bad) for name in part)):
+        raise NumericalError(
+            f"{len(bad)} of the trained tensors hold NaN or infinity, first of them {bad[0]}: training diverged. "
+            "Lower the learning rate, or train in bf16 or fp32, not fp16"
+        )
 
 
 @contextmanager

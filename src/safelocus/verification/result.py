@@ -10,8 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
-from safelocus.errors import MALFORMED, RunError
-from safelocus.run.files import read_json, read_text, seal, write_json, write_text
+from safelocus.run.files import read_json, read_text, reading, seal, write_json, write_text
 from safelocus.verification.cells import Cell, Cells, observation
 from safelocus.verification.ranking import Rank, rank
 from safelocus.verification.verdict import VerificationVerdict, verdict_of
@@ -74,7 +73,7 @@ class Verification(Cells):
     def load(cls, folder: Path) -> Self:
         """Read what `save` wrote; RunError for a folder that holds no verification."""
         folder = Path(folder)
-        try:
+        with reading(folder, "verify"):
             results = read_json(folder / "results.json")
             first, *rows = map(json.loads, read_text(folder / "cells.jsonl").splitlines())
             return cls(
@@ -83,9 +82,3 @@ class Verification(Cells):
                 provenance=results["provenance"],
                 notes=tuple(results["notes"]),
             )
-        except OSError as error:
-            raise RunError(f"{folder}: holds no verification ({error}); expected a run of `verify`") from error
-        except RunError:
-            raise
-        except MALFORMED as error:
-            raise RunError(f"{folder}: a damaged verification ({error!r}); run `verify` again") from error

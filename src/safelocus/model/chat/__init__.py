@@ -192,9 +192,11 @@ def chat_format(
     contributes to `end_of_turn_ids`.
 
     Raises:
+        ModelError: the tokenizer has chat templates by name and no default.
         PromptError: options for a chat template without one; thinking is asked of a template that knows of none.
     """
     if template is None and getattr(tokenizer, "chat_template", None):
+        chat_template.check_chosen(tokenizer)
         return _chat(tokenizer, system, thinking, generation_config, template_kwargs)
     if template_kwargs or thinking:
         raise PromptError(

@@ -64,6 +64,16 @@ def decode_template(template: str) -> str:
     return template
 
 
+def check_chosen(tokenizer: "PreTrainedTokenizerBase") -> None:
+    """Raise ModelError where a tokenizer has chat templates by name, and none that is meant where none is named."""
+    templates = getattr(tokenizer, "chat_template", None)
+    if isinstance(templates, dict) and templates and "default" not in templates:
+        raise ModelError(
+            f"the tokenizer has no default among its chat templates, which are called {', '.join(sorted(templates))}. "
+            "Save the one to use as chat_template.jinja beside tokenizer.json, or give a plain one (--template)."
+        )
+
+
 def messages_of(prompt: str, system: str | None) -> list[dict[str, str]]:
     turns = [{"role": "system", "content": system}] if system else []
     for request, response in getattr(prompt, "history", ()):
