@@ -38,6 +38,7 @@ from safelocus.model.chat.template import (
     PROMPT,
     SYSTEM,
     ChatTemplate,
+    check_chosen,
     decode_template,
     default_system,
     fill,
@@ -196,7 +197,7 @@ def chat_format(
         PromptError: options for a chat template without one; thinking is asked of a template that knows of none.
     """
     if template is None and getattr(tokenizer, "chat_template", None):
-        chat_template.check_chosen(tokenizer)
+        check_chosen(tokenizer)
         return _chat(tokenizer, system, thinking, generation_config, template_kwargs)
     if template_kwargs or thinking:
         raise PromptError(
