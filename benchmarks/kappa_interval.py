@@ -1,7 +1,7 @@
 """Does the interval of Cohen's kappa hold what it promises? Coverage by simulation, ours against the usual one.
 
 Tables of two judges are drawn from known joint probabilities; printed is the share of 95 % intervals that
-hold the true kappa: ours (evaluation/agreement.py) and that of Fleiss, Cohen and Everitt (1969), which
+hold the true kappa: ours (evaluation/measures.py) and that of Fleiss, Cohen and Everitt (1969), which
 most packages give. Samples in which kappa is undefined are left out.
 
     python benchmarks/kappa_interval.py [--num 1500]

@@ -5,11 +5,11 @@ control, with its `learning_rate`; `curve` measures per training step; `losses` 
 per learning rate; `selection.safetensors`, the weights that were used. What is missing is left out, and named.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from safelocus.analysis.words import UNKNOWN, capital, count, in_words, kind_label
-from safelocus.report.blocks import Lines, Part, Section, Value
+from safelocus.report.blocks import Lines, Part, Section
 from safelocus.report.grid import Grid
 from safelocus.report.maps import selection_parts
 from safelocus.report.measures import curves, measures_grid, measures_in, proportions_in
@@ -36,7 +36,7 @@ def outcome_grid(results: Results, *, title: str = "Before and after") -> Grid:
     kind, arms = _kind(results), _arms(results)
     held = "num_protected" if kind == "preserve" else "num_weights"
     numbers = [values.get(held) for values in arms.values()]
-    states = {"before": results.get("before"), **{name: _after(values) for name, values in arms.items()}}
+    states = {"before": results.get("before"), **arms}
     caption = "percent [95 % interval], on prompts that nothing was trained on or chosen by"
     if _controls(results):
         caption += "; the others: the same data and steps, other weights"
@@ -56,7 +56,7 @@ def sweep_grid(results: Results) -> Grid | None:
         return None
     firsts = [n for n, e in enumerate(entries) if n == 0 or e.get("kind") != entries[n - 1].get("kind")]
     grid = measures_grid(
-        "Learning rates", {str(number): entry.get("measures", entry) for number, entry in enumerate(entries)},
+        "Learning rates", {str(number): entry for number, entry in enumerate(entries)},
         heading="trained", sections=tuple(firsts),
         extra={
             "rate": [f"{e['learning_rate']:g}" + (" *" if e.get("chosen") else "") for e in entries],
@@ -91,11 +91,11 @@ def training_sections(run: ReportRun) -> list[Section]:
     after = "protected" if protected else "after"
     states = {"before": results.get("before"), after: results.get("after")}
     if protected and results.get("unprotected") is not None:
-        states["unprotected"] = _after(results["unprotected"])
+        states["unprotected"] = results["unprotected"]
     states = {name: values for name, values in states.items() if measures_in(values)}
     expected = () if protected else ("controls", "losses")
     missing = [key for key in ("before", "after", "curve", *expected) if results.get(key) is None]
-    notes = _texts(results.get("notes"))
+    notes = list(results.get("notes") or ())
     if missing:
         notes.append(f"results.json holds no {', '.join(missing)}, so the page shows nothing of them.")
     model = run.config.get("model") or (results.get("provenance") or {}).get("model") or "the model"
@@ -107,7 +107,7 @@ def training_sections(run: ReportRun) -> list[Section]:
     return [
         Section(
             title=run.name, what=f"{'Fine-tuning' if protected else 'Enhancing'} {model}",
-            summary=[*_summary(states, after), *_texts(results.get("verdict"))],
+            summary=_summary(states, after),
             tiles=[
                 (f"{100 * first[name]['value']:.0f} → {100 * second[name]['value']:.0f} %", words)
                 for name, words in _CLAUSES[:4]
@@ -134,36 +134,17 @@ def _summary(states: Results, after: str) -> list[str]:
 def _along(run: ReportRun) -> Part | None:
     """Measures along the training, of the run, of the unprotected one, of controls; and the loss."""
     own = "protected" if run.kind == "preserve" else kind_label("selection")
-    points = list(_points(own, run.results.get("curve")))
-    unprotected = run.results.get("unprotected")
-    if isinstance(unprotected, Mapping):
-        points += _points("unprotected", unprotected.get("curve"))
-    for name, control in _controls(run.results).items():
-        points += _points(kind_label(name), control.get("curve"))
+    arms = {own: run.results, "unprotected": run.results.get("unprotected") or {}}
+    arms |= {kind_label(name): control for name, control in _controls(run.results).items()}
+    points = [(name, point["step"], point) for name, arm in arms.items() for point in _entries(arm.get("curve"))]
     charts = [*curves(points, x="step", x_title="training step"), *_losses(run.results)]
     if not charts:
         return None
     return Part(title="Along the training", blocks=charts, side_by_side=True, file="curve")
 
 
-def _points(series: str, curve: Any) -> Iterator[tuple[str, float, Any]]:
-    """Points of `[{step, measures}]`, of `[{step, asr, ...}]`, or of several such lists by name."""
-    if isinstance(curve, Mapping):
-        for name, inner in curve.items():
-            yield from _points(str(name), inner)
-    for point in _entries(curve):
-        if isinstance(point.get("step"), int | float):
-            yield str(point.get("run", series)), point["step"], point.get("measures", point)
-
-
 def _losses(results: Results) -> list[Lines]:
-    losses = results.get("losses")
-    rows: list[list[Value]] = []
-    for number, entry in enumerate(losses if isinstance(losses, Sequence) and not isinstance(losses, str) else []):
-        loss = entry.get("loss") if isinstance(entry, Mapping) else entry
-        step = entry.get("step", number + 1) if isinstance(entry, Mapping) else number + 1
-        if isinstance(loss, int | float):
-            rows.append(["loss", step, loss])
+    rows = [["loss", entry["step"], entry["loss"]] for entry in _entries(results.get("losses"))]
     columns = {"curve": "text", "step": "number", "loss": "number"}
     loss = Lines(
         title="Training loss", columns=columns, rows=rows, series="curve", x="step", value="loss", plain=True,
@@ -178,7 +159,7 @@ def _sweep(results: Results) -> Part | None:
     if grid is None:
         return None
     entries = _sweep_entries(results)
-    points = [(_kind_of(entry), entry["learning_rate"], entry.get("measures", entry)) for entry in entries]
+    points = [(_kind_of(entry), entry["learning_rate"], entry) for entry in entries]
     charts = curves(points, x="learning rate", x_title="learning rate", kind="log")
     note = "On the validation part that the rate was chosen by."
     return Part(
@@ -197,7 +178,7 @@ def _arms(results: Results) -> dict[str, dict[str, Any]]:
     """Every training by its name for people, the selection's first."""
     after, controls = results.get("after") or {}, _controls(results)
     if _kind(results) == "enhance":
-        own = {**(results.get("training") or {}), "after": after}
+        own = {**(results.get("training") or {}), **after}
         return {kind_label(kind): dict(values) for kind, values in {"selection": own, **controls}.items()}
     bare = {} if results.get("unprotected") is None else {"unprotected": results["unprotected"]}
     return {"protected": after, **bare, **{f"{kind_label(kind)} protected": c for kind, c in controls.items()}}
@@ -207,14 +188,7 @@ def _controls(results: Results) -> dict[str, Results]:
     found = results.get("controls")
     if not isinstance(found, Mapping):
         return {}
-    return {str(name): c for name, c in found.items() if isinstance(c, Mapping) and measures_in(_after(c))}
-
-
-def _after(control: Any) -> Any:
-    """The measures of a control: under `after`, or the control's own values."""
-    if isinstance(control, Mapping) and isinstance(control.get("after"), Mapping):
-        return control["after"]
-    return control
+    return {str(name): c for name, c in found.items() if isinstance(c, Mapping) and measures_in(c)}
 
 
 def _entries(values: Any) -> list[Results]:
@@ -229,15 +203,6 @@ def _sweep_entries(results: Results) -> list[Results]:
 
 def _kind_of(entry: Results) -> str:
     return kind_label(str(entry.get("kind", "selection")))
-
-
-def _texts(value: Any) -> list[str]:
-    """Sentences, however they are kept: one string, a list of them, or an object with `text`."""
-    if isinstance(value, Mapping):
-        value = value.get("text")
-    if isinstance(value, str):
-        return [value]
-    return [str(line) for line in value] if isinstance(value, Sequence) else []
 
 
 def _spelled(value: Any) -> str:
