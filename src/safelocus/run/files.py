@@ -10,6 +10,7 @@ means to deceive can write new ones.
 
 import json
 import os
+import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -194,6 +195,28 @@ def alone(path: Path) -> Iterator[None]:
             yield
         finally:
             lock.unlink(missing_ok=True)
+
+
+@contextmanager
+def replacing(folder: Path) -> Iterator[Path]:
+    """Within: an empty folder beside the one to be, which takes its place at the end, complete or not at all.
+
+    Raises RunError where another process of safelocus writes there.
+    """
+    partial, old = (folder.with_name(f".{folder.name}.{what}") for what in ("partial", "old"))
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with alone(folder):
+        try:
+            for left in (partial, old):  # by a process that was killed
+                shutil.rmtree(left, ignore_errors=True)
+            partial.mkdir()
+            yield partial
+            if folder.exists():
+                os.replace(folder, old)
+            os.replace(partial, folder)
+        finally:
+            for left in (partial, old):
+                shutil.rmtree(left, ignore_errors=True)
 
 
 def inside(folder: Path, name: str) -> Path:

@@ -12,8 +12,6 @@ It is written under a temporary name beside its place and renamed when complete.
 hold the scores (see `distributed`), the first one writes.
 """
 
-import os
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from decimal import Decimal
@@ -30,7 +28,7 @@ from safelocus import distributed
 from safelocus.errors import MALFORMED, RunError, SelectionError, some
 from safelocus.model.fingerprint import digest as tensor_digest
 from safelocus.model.layout import GRANULARITIES, Layout, Matrix, TensorMapping, canonical_name
-from safelocus.run.files import alone, inside, read_json, require_intact, seal, write_json
+from safelocus.run.files import inside, read_json, replacing, require_intact, seal, write_json
 from safelocus.run.identity import Provenance, digest
 from safelocus.run.tensors import owned
 from safelocus.scoring.statistics import MatrixStatistics, matrix_statistics
@@ -222,21 +220,9 @@ class Scores(TensorMapping):
             raise RunError(f"{folder}: exists already; choose another folder, or overwrite it")
         if folder.exists() and any(folder.iterdir()) and not (folder / _JSON).is_file():
             raise RunError(f"{folder}: holds no scores ({_JSON} is missing), so it is not replaced")
-        partial, old = (folder.with_name(f".{folder.name}.{what}") for what in ("partial", "old"))
         try:
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            with alone(folder):
-                for left in (partial, old):  # by a process that was killed
-                    shutil.rmtree(left, ignore_errors=True)
-                partial.mkdir()
-                try:
-                    self._write(partial, tensors, shard_bytes)
-                    if folder.exists():
-                        os.replace(folder, old)
-                    os.replace(partial, folder)
-                finally:
-                    for left in (partial, old):
-                        shutil.rmtree(left, ignore_errors=True)
+            with replacing(folder) as partial:
+                self._write(partial, tensors, shard_bytes)
         except (OSError, SafetensorError) as error:
             raise RunError(f"{folder}: cannot be written ({error}); choose another folder") from error
 
