@@ -12,7 +12,7 @@ from safelocus.cli.output import mind, note, shared_run, show, together
 if TYPE_CHECKING:
     from safelocus.model.target import Target
     from safelocus.objective import Objective
-    from safelocus.objective.answers import AnswerLog
+    from safelocus.objective.text import AnswerLog
     from safelocus.prompts import PromptSet
 
 
@@ -68,7 +68,7 @@ def score(given: Score) -> None:
     from safelocus.analysis.map import safety_map
     from safelocus.errors import PromptError
     from safelocus.model.target import load_config
-    from safelocus.objective.answers import AnswerLog
+    from safelocus.objective.text import AnswerLog
     from safelocus.report.maps import map_parts
     from safelocus.report.page import write_map
     from safelocus.run.folder import CHECKPOINT

@@ -28,8 +28,7 @@ from safelocus.report.drawing import svg, write_picture
 from safelocus.report.evaluation import evaluation_sections
 from safelocus.report.maps import BARS, map_sections
 from safelocus.report.provenance import origin_of
-from safelocus.report.responses import responses_json
-from safelocus.report.runs import ReportRun, with_parts
+from safelocus.report.runs import ReportRun, responses_json, with_parts
 from safelocus.report.training import training_sections
 from safelocus.report.verdicts import claims_sections
 from safelocus.report.verification import stability_sections, verification_sections

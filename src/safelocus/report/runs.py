@@ -1,4 +1,4 @@
-"""Run folders as a report reads them: what they are, what they found, and how to make them again.
+"""Run folders as a report reads them: what they are, what they found, how to make them again, and what was answered.
 
 Input: the folder of a run. Output: a frozen `ReportRun`. The kind is told by what `results.json` holds, so a
 folder without `run.toml` (saved from Python) can be reported too.
@@ -28,6 +28,8 @@ _KINDS: dict[str, frozenset[str]] = {
     "enhance": frozenset({"before", "after"}),
     "evaluate": frozenset({"judges", "counts"}),
 }
+
+_ALIKE = ("set", "system", "prompt")  # of answers to the same prompt
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,3 +159,42 @@ def _lines(file: Path, command: str, *, whole: bool = False) -> list[dict[str, A
     except json.JSONDecodeError as error:
         raise RunError(f"{file}: damaged ({error}); run `{command}` again") from error
     return [row for row in rows if isinstance(row, dict)]
+
+
+def responses_json(runs: Sequence[ReportRun]) -> dict[str, Any]:
+    """What models answered, prompt by prompt: answers to the same one stand side by side. Only ever made on request.
+
+    `columns`: runs and states; `rows`: set, prompt, and per column the answer with its tags, or None.
+    """
+    columns: list[str] = []
+    rows: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for run in runs:
+        for state, lines in run.responses.items():
+            columns.append(f"{run.name}, {state}" if state else run.name)
+            for line in lines:
+                if isinstance(line.get("prompt"), str) and isinstance(
+                    line.get("response"), str
+                ):  # none where it failed
+                    key = tuple(line.get(name) for name in _ALIKE)
+                    answer = {"text": line["response"], "tags": _tags(line)}
+                    rows.setdefault(key, {}).setdefault(columns[-1], answer)
+    return {
+        "columns": columns,
+        "rows": [
+            {"set": kind or "harmful", "prompt": prompt, "answers": [answers.get(column) for column in columns]}
+            for (kind, _, prompt), answers in rows.items()
+        ],
+    }
+
+
+def _tags(row: Mapping[str, Any]) -> list[str]:
+    """What was made of an answer, in a few words."""
+    tags = [name for name in ("refused", "incoherent") if row.get(name)]
+    if isinstance(row.get("correct"), bool):
+        tags.append("right" if row["correct"] else "wrong")
+    judgements = row.get("judgements")
+    if isinstance(judgements, Mapping):
+        tags += [f"{v.get('verdict')} ({judge})" for judge, v in judgements.items() if isinstance(v, Mapping)]
+    if isinstance(row.get("safety"), int | float):
+        tags.append(f"safety {row['safety']:+.2f}")
+    return tags

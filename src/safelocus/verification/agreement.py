@@ -29,8 +29,6 @@ from safelocus.scoring.comparison import Overlap, compare
 from safelocus.scoring.run import Method, score
 from safelocus.scoring.scores import Scores
 
-KINDS = ("prompts", "seeds", "objectives")
-
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreAgreement:
