@@ -232,7 +232,7 @@ def test_what_is_no_run_is_refused(tmp_path):
         with pytest.raises(RunError, match=message):
             ReportRun.read(tmp_path)
     file.write_text('{"maps": {"tiny": {}}}')
-    with pytest.raises(RunError, match="damaged map"):
+    with pytest.raises(RunError, match="damaged results"):
         _ = ReportRun.read(tmp_path).maps
 
 
