@@ -173,6 +173,7 @@ def num_failures(place: Path) -> int:
     found = 0
     for file in place.rglob("*.json*"):
         for line in file.read_text(encoding="utf-8").splitlines():
+            found += line.count("null") if file.name == "cells.jsonl" else 0  # outcomes that cannot be told
             found += sum(map(int, re.findall(r'"num_failed": (\d+)', line))) + line.count('"verdict": "unscorable"')
             found += bool(re.search(r'"failure": "|"kl": null|"explanation": ".*log-odds are', line)) + (
                 NO_NUMBER in line
