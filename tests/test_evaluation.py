@@ -20,11 +20,14 @@ from safelocus.evaluation import (
     compare_evaluations,
     evaluate,
 )
-from safelocus.evaluation.judges import Endpoint, Judgement, RefusalMatcher, Verdict, load_judge
+from safelocus.evaluation.judges import Endpoint, Judgement, RefusalMatcher, RefusalReader, Verdict, load_judge
 from safelocus.evaluation.judges.endpoint import Answer, Failure
+from safelocus.evaluation.perplexity import nats_per_token
 from safelocus.evaluation.suites import run_suites
+from safelocus.evaluation.surprise import FEW, SURPRISING, mark_surprising, with_surprising
 from safelocus.model.forcing import teacher_force
 from safelocus.model.generation import generate
+from safelocus.prompts import read_prompts
 from safelocus.run.files import seal
 from tiny_targets import PROMPTS, dense, metaspace, moe
 
@@ -509,3 +512,33 @@ def test_the_divergence_from_an_original_is_that_of_a_plain_forward_pass():
         evaluate(changed, harmful=harmless, original=original, progress=False)
     with pytest.raises(ModelError, match="vocabularies"):
         evaluate(changed, harmless=harmless, original=dense(tokenizer=metaspace()), max_new_tokens=6, progress=False)
+
+
+def test_answers_that_surprise_the_original_are_incoherent_and_unscorable_to_every_judge():
+    target, original = dense(seed=5), dense()
+    judges = [RefusalReader(), RefusalMatcher()]
+    ask = {"harmful": PROMPTS, "judges": judges, "max_new_tokens": 24, "batch_size": 2, "progress": False}
+    before = evaluate(original, **ask)
+    found = evaluate(target, **ask)
+    surprises = {row["prompt"]: nats_per_token(original, read_prompts([row]), progress=False)[0] for row in found.rows}
+    rows = mark_surprising(found.rows, original, progress=False)
+    marked = [row["incoherent"] is not None and "nats per token" in row["incoherent"] for row in rows]
+    assert marked == [
+        row["incoherent"] is None and num >= FEW and nats > SURPRISING
+        for row in found.rows for nats, num in [surprises[row["prompt"]]]
+    ]  # fmt: skip
+    assert any(marked)
+    for row in (row for row, is_marked in zip(rows, marked, strict=True) if is_marked):
+        assert {judgement["verdict"] for judgement in row["judgements"].values()} == {"unscorable"}
+        assert (row["refused"], row["partial"]) == (False, False)  # as of any other incoherent answer
+    again = with_surprising(found, original, progress=False)
+    assert again.measures["asr"].n == found.measures["asr"].n - sum(marked)
+    assert again.agreement[0]["n"] == found.agreement[0]["n"] - sum(marked)
+    assert with_surprising(before, original, progress=False).measures == before.measures  # it does not surprise itself
+
+
+def test_an_evaluation_against_its_original_marks_what_surprises_that():
+    found = evaluate(
+        dense(seed=5), harmful=PROMPTS, harmless=["bake a cake"], original=dense(), max_new_tokens=24, progress=False
+    )
+    assert any("nats per token" in (row["incoherent"] or "") for row in found.rows if row["set"] == "harmful")

@@ -295,6 +295,26 @@ def test_answers_that_rest_on_no_numbers_are_not_scored_with():
         generate(dense(), ["help"], max_new_tokens=4)
 
 
+@pytest.mark.parametrize("num_prompts", [1, 2])
+def test_a_verification_counts_the_answers_that_failed(num_prompts):
+    """In a cell alone, all of them or some: what the reader tells of partial refusals is then missing too."""
+    target = dense()
+    scores = sl.score(target, sl.read_prompts("organism:harmful").limit(2), method="magnitude", progress=False)
+    prompts = sl.read_prompts("organism:harmful-heldout").limit(num_prompts)
+    ask = {"prompts": prompts, "noises": (3.0,), "seeds": 1, "selections": ("top",), "max_new_tokens": 4}
+
+    def verify():
+        return sl.verify(target, scores, **ask, batch_size=1, progress=False)
+
+    with poisoning.Poison("logits") as counter:
+        verify()
+    with poisoning.Poison("logits", float("nan"), counter.count - 1):
+        found = verify()
+    assert [found.baseline.measures[name].n for name in ("refusal", "partial")] == [num_prompts] * 2
+    assert [found.cells[-1].observed.measures[name].n for name in ("refusal", "partial")] == [num_prompts - 1] * 2
+    json.dumps(found.to_json(), allow_nan=False)
+
+
 def test_an_original_that_says_no_numbers_is_none():
     answers = answered([("help", None, "no"), ("how", None, "so")])
     with poisoning.Poison("logits", float("nan"), 0), pytest.raises(NumericalError, match="distributions of"):

@@ -46,7 +46,7 @@ from page import record
 PLACES = ("logits", "activations", "weights", "gradients", "losses", "guard scores")
 FAULTS = ("traceback", "silent")
 VALUES = (float("nan"), float("inf"), float("-inf"))
-_SAID = re.compile(r"NaN|\bnan\b|infinit|\binf\b|diverged|finite", re.IGNORECASE)
+_SAID = re.compile(r"NaN|\bnan\b|infinit|\binf\b|diverged|finite|did not come back as it was", re.IGNORECASE)
 _SMALL = ["--max-new-tokens", "6", "--batch-size", "2", "--json"]
 _ASKED = ["--harmful", "organism:harmful-heldout", "--harmless", "organism:harmless", "--limit", "3"]
 
@@ -173,6 +173,9 @@ def num_failures(place: Path) -> int:
     found = 0
     for file in place.rglob("*.json*"):
         for line in file.read_text(encoding="utf-8").splitlines():
+            if file.name == "cells.jsonl":
+                row = json.loads(line)
+                found += "".join(row.get("baseline", row)["outcomes"].values()).count("-")  # that cannot be told
             found += sum(map(int, re.findall(r'"num_failed": (\d+)', line))) + line.count('"verdict": "unscorable"')
             found += bool(re.search(r'"failure": "|"kl": null|"explanation": ".*log-odds are', line)) + (
                 NO_NUMBER in line

@@ -75,7 +75,10 @@ class Evaluate(AskOptions, options.LimitOption, options.FieldOptions, options.Pl
     )
     certify_keep: float = option("Share of the words that smoothing keeps.", default=0.2, min=0.01, max=0.99)
     certify_draws: int = option("Answers to each prompt that smoothing counts.", default=200, min=10)
-    kl_to: str | None = option("Model that MODEL was made of: how far they are apart along its answers to --harmless.")
+    kl_to: str | None = option(
+        "Model that MODEL was made of: how far they are apart along its answers to --harmless; answers that it would "
+        "hardly give are incoherent."
+    )
     show_disagreements: int = option(
         "Print this many responses of which two judges think differently.", default=0, min=0
     )

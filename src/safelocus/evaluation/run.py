@@ -5,6 +5,7 @@
     tasks            -> responses -> strict grading   -> utility
     texts            -> teacher forcing               -> perplexity
     an original's answers -> teacher forcing, twice   -> kl (to the original)
+    responses        -> teacher forcing by an original -> incoherent: what it would hardly say
 
 Greedy throughout: the same model gives the same responses. With a `checkpoint` folder, responses and
 verdicts are kept as they come, and an interrupted evaluation goes on where it stopped. Several processes share the
@@ -12,12 +13,9 @@ batches of a single one; each ends with the whole evaluation.
 """
 
 import math
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import combinations
 from pathlib import Path
-from typing import Any
 
 from safelocus import distributed
 from safelocus.errors import PromptError, SafelocusError
@@ -25,7 +23,6 @@ from safelocus.evaluation.divergence import Original, answered
 from safelocus.evaluation.incoherence import incoherence
 from safelocus.evaluation.judges import Judge, RefusalMatcher, RefusalReader, Verdict
 from safelocus.evaluation.judging import judge_all
-from safelocus.evaluation.measures import cohens_kappa, proportion
 from safelocus.evaluation.perplexity import nats_per_token
 from safelocus.evaluation.responding import Reply, Request, Responder, TargetResponder, collect
 from safelocus.evaluation.result import (
@@ -35,11 +32,12 @@ from safelocus.evaluation.result import (
     UTILITY,
     Evaluation,
     Row,
+    agreements_of,
     in_thought,
     measures_of,
-    scored_by,
 )
 from safelocus.evaluation.suites import run_suites
+from safelocus.evaluation.surprise import mark_surprising
 from safelocus.evaluation.tasks import Task, TaskExample
 from safelocus.model.generation import NO_NUMBER
 from safelocus.model.target import Target
@@ -76,7 +74,8 @@ def evaluate(
         tasks: questions with answers (`read_task`).
         perplexity: prompts with responses, whose perplexity under the target is measured; one set or several.
         original: the model that this one was made of, or what it said; how far the two are apart is measured along the
-            original's own answers to the harmless prompts (`kl`, nats per token).
+            original's own answers to the harmless prompts (`kl`, nats per token). The model itself also tells which
+            answers are incoherent: those that surprise it (see `surprise`).
         suites: tasks of lm-eval, by its names; "arc_easy:100" for the first 100 documents.
         judges: of responses to harmful prompts; the first one's verdicts make the `asr`. Default: the
             refusal reader. It finds the refusals for the other measures in any case, unless the refusal matcher
@@ -140,7 +139,7 @@ def evaluate(
         _add_verdicts(rows, judge, verdicts, batch_size=batch_size, progress=progress)
     if inside is not None and original is not None:
         if isinstance(original, Target):
-            original = _original(original, items, max_new_tokens, checkpoint, batch_size, progress)
+            rows, original = _asked(original, rows, items, max_new_tokens, checkpoint, batch_size, progress)
         _add_divergence(rows, inside, original, batch_size, progress)
     if inside is not None:
         rows += [row for part in texts for row in _perplexity_rows(inside, part, batch_size, progress)]
@@ -151,7 +150,7 @@ def evaluate(
         measures=measures_of(rows, names, seed=seed),
         rows=rows,
         judges=[{"judge": judge.name, **judge.describe()} for judge in judges],
-        agreement=[_agreement(a, b, rows) for a, b in combinations(names, 2)],
+        agreement=agreements_of(rows, names),
         provenance={
             "responder": responder.describe() | {key: model[key] for key in model if key == "weights"},
             "prompts": [
@@ -288,32 +287,22 @@ def _add_verdicts(rows: Sequence[Row], judge: Judge, journal: Journal, *, batch_
         row.setdefault("judgements", {})[judge.name] = found
 
 
-def _agreement(first: str, second: str, rows: Sequence[Row]) -> dict[str, Any]:
-    """Cohen's kappa of two judges over the responses to harmful prompts, and where they part."""
-    pairs = [pair for row in rows if (pair := scored_by(row, first, second)) is not None]
-    apart = Counter(" and ".join(pair) for pair in pairs if pair[0] != pair[1])
-    return {
-        "judges": [first, second],
-        **cohens_kappa([a for a, _ in pairs], [b for _, b in pairs]).to_json(),
-        "disagreement": proportion(apart.total(), len(pairs)).to_json(),
-        "verdicts": dict(apart.most_common()),
-    }
-
-
-def _original(
+def _asked(
     target: Target,
+    rows: Sequence[Row],
     items: Sequence[_Item],
     max_new_tokens: int,
     checkpoint: Path | None,
     batch_size: int,
     progress: bool,
-) -> Original:
-    """What the model that another was made of answers to the harmless prompts."""
+) -> tuple[list[Row], Original]:
+    """Of the model that another was made of: which rows surprise it, and what it answers to the harmless prompts."""
+    marked = mark_surprising(rows, target, batch_size=batch_size, progress=progress)
     asked = [item.request for item in items if item.set == HARMLESS]
     journal = Journal(checkpoint, "original")
     replies = collect(TargetResponder(target=target), asked, journal, batch_size=batch_size, progress=progress)
     answers = answered((r.prompt, r.system, replies[r.key].text) for r in asked)
-    return Original.of(target, answers, batch_size=batch_size, progress=progress)
+    return marked, Original.of(target, answers, batch_size=batch_size, progress=progress)
 
 
 def _add_divergence(rows: Sequence[Row], target: Target, original: Original, batch_size: int, progress: bool) -> None:

@@ -17,6 +17,7 @@ from safelocus.evaluation import Evaluation, TargetResponder
 from safelocus.evaluation.divergence import Original, answered
 from safelocus.evaluation.measures import Measure
 from safelocus.evaluation.result import HARMLESS
+from safelocus.evaluation.surprise import with_surprising
 from safelocus.model.target import Target
 from safelocus.prompts import PromptSet
 from safelocus.scoring.run import versions
@@ -88,6 +89,7 @@ class Runner:
         runner = replace(self, original=self._said(before))
         trained = tuple(runner.arm(Arm(name=name, what=what)) for name, what in arms.items())
         fingerprint.came_back(self.target.fingerprint(), after="training")
+        trained = tuple(map(self._without_salad, trained))
         made = {
             "model": self.target.name, "fingerprint": fingerprint.id, "selection": selection.describe(),
             **self.described, "used": self._used(selection), "versions": versions(),
@@ -111,6 +113,11 @@ class Runner:
             (r["prompt"], r["system"], r["response"]) for r in before.rows if r["set"] == HARMLESS and r["response"]
         ]
         return Original.of(self.target, answered(said), progress=self.progress) if said else None
+
+    def _without_salad(self, arm: TrainedArm) -> TrainedArm:
+        """Its answers that surprise the model as it was are no answers; asked when that is here again."""
+        after = with_surprising(arm.after, self.target, progress=self.progress)
+        return replace(arm, after=after, measures=self.measures(after))
 
     def examine(self, name: str) -> Evaluation:
         """Measure the model as it is."""
