@@ -15,6 +15,7 @@ ORDER = [
     {"errors", "inert", "progress"},
     {"distributed"},
     {"run"},
+    {"wordlist"},
     {"organism", "smollm2"},
     {"prompts"},
     {"model"},

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from safelocus.evaluation.judges import load_judge
     from safelocus.model.layout import Layout, Matrix, TensorLayout
     from safelocus.model.target import Target, load
-    from safelocus.objective import Classifier, Guard, Refusal
+    from safelocus.objective import Classifier, Guard, Lexicon, Refusal
     from safelocus.patch import Patch
     from safelocus.preservation import Protection, preserve
     from safelocus.preservation.calibration import Calibration
@@ -42,6 +42,7 @@ _EXPORTS = {
     "Guard": "objective",
     "Classifier": "objective",
     "Refusal": "objective",
+    "Lexicon": "objective",
     "score": "scoring.run",
     "Scores": "scoring.scores",
     "Selection": "selection.selection",
@@ -70,7 +71,7 @@ _EXPORTS = {
 
 __all__ = [  # noqa: RUF022 (pipeline order)
     "load", "Target", "Layout", "TensorLayout", "Matrix", "read_prompts", "PromptSet", "Example",
-    "Guard", "Classifier", "Refusal", "score", "Scores", "Selection",
+    "Guard", "Classifier", "Refusal", "Lexicon", "score", "Scores", "Selection",
     "evaluate", "Evaluation", "compare_evaluations", "read_task", "Task", "TargetResponder",
     "EraseAndCheck", "Smoothed", "load_judge",
     "Patch", "verify", "Verification", "stability", "Stability",

@@ -29,6 +29,10 @@ class PromptError(SafelocusError):
     """Prompts or chat data cannot be read, or hold nothing usable."""
 
 
+class WordListError(SafelocusError):
+    """A list of expressions cannot be read, or holds nothing usable."""
+
+
 class JudgeError(SafelocusError):
     """A judge is unknown, cannot be set up, or its endpoint refuses every request."""
 

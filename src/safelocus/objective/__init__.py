@@ -1,8 +1,8 @@
 """What S is: the expected safety of the target's behaviour, differentiable in its weights.
 
 An objective is any callable `(target, prompts) -> scores [B]`, higher is safer, attached to the graph
-of the target's weights. Shipped: `Guard`, `Classifier` (both read the target's own answers) and
-`Refusal` (no second model). One with a `describe()` method is described in every artefact made with it.
+of the target's weights. Shipped: `Guard`, `Classifier` (both read the target's own answers), `Lexicon` (how many
+listed expressions they are expected to hold) and `Refusal` (no second model either). One with a `describe()` method is described in every artefact made with it.
 Prompts are strings that know their row's own system message (`prompts.Prompt`); the target's chat format
 renders it with them.
 """
@@ -16,6 +16,7 @@ from torch import Tensor
 from safelocus.errors import ModelError
 from safelocus.objective.classifier import Classifier
 from safelocus.objective.guard import Guard
+from safelocus.objective.lexicon import Lexicon
 from safelocus.objective.refusal import Refusal
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 Objective = Callable[["Target", Sequence[str]], Tensor]
 
-__all__ = ["Classifier", "Guard", "Objective", "Refusal", "describe", "remake"]
+__all__ = ["Classifier", "Guard", "Lexicon", "Objective", "Refusal", "describe", "remake"]
 
 
 def describe(objective: Objective) -> dict[str, Any]:
@@ -44,11 +45,14 @@ def remake(described: Mapping[str, Any], *, description: Path | None = None, **l
 
     Raises:
         ModelError: it is not one of those shipped, or is not described in full.
+        WordListError: its list of expressions came from memory, or is not what it was.
     """
     kind = described.get("kind")
     try:
         if kind == "refusal":
             return Refusal(refusals=described["refusals"], compliances=described["compliances"])
+        if kind == "lexicon":
+            return Lexicon.remade(described)
         if kind not in ("guard", "classifier"):
             raise ModelError(f"an objective of kind {kind!r} cannot be made anew from its description; score with it")
         settings = {name: described[name] for name in ("dtype", "max_new_tokens", "tau", "gumbel_seed")}

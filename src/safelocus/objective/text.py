@@ -23,7 +23,7 @@ from torch import Tensor
 
 from safelocus import distributed
 from safelocus.model.fingerprint import Fingerprint
-from safelocus.model.forcing import pad, sent, teacher_force
+from safelocus.model.forcing import Forced, pad, sent, teacher_force
 from safelocus.model.generation import Response, generate
 from safelocus.objective.transfer import GuardReading, Transfer, Variant
 from safelocus.run.files import sealed, unsealed, write_text
@@ -74,18 +74,11 @@ class TextObjective(ABC):
             prompts, [text for text, _ in read], response_ids=ids if transfer.variant == "identity" else None
         )
         aligned = transfer.align(reading, [spans for _, spans in read])  # [N, d]
-        before = [
-            [*target.chat.encode_prompt(prompt), *response.ids[: response.num_thought]]
-            for prompt, response in zip(prompts, responses, strict=True)
-        ]
-        forced = teacher_force(target, before, ids)
+        forced = force_answers(target, prompts, responses)
         slope = transfer.logit_gradient(forced.logits.detach(), aligned, tau=self.tau, seeds=self._seeds(prompts, ids))
-        # linear in the logits: its derivative is exactly `slope`, and no copy of [N, V] is made
-        linear = torch.einsum("nv,nv->n", forced.logits, slope).float()
-        relaxed = torch.zeros(len(ids), device=linear.device).index_add(0, forced.row, linear)
         if self.on_responses is not None:  # reads the scores, so it waits for the device, which has its work by now
             self.on_responses(prompts, responses, reading.score)
-        return reading.score.to(relaxed) + relaxed - relaxed.detach()
+        return with_slope(reading.score, forced, slope)
 
     def _seeds(self, prompts: Sequence[str], ids: Sequence[Sequence[int]]) -> list[int] | None:
         """Of the noise, which belongs to prompt and position, in whatever batch, process or resumed run they come."""
@@ -141,6 +134,24 @@ class TextObjective(ABC):
             "gumbel_seed": self.gumbel_seed,
             "transfer": self.variant or "automatic",
         }
+
+
+def force_answers(target: "Target", prompts: Sequence[str], responses: Sequence[Response]) -> Forced:
+    """The target along answers of its own, each behind its prompt and its thought."""
+    before = [
+        [*target.chat.encode_prompt(prompt), *response.ids[: response.num_thought]]
+        for prompt, response in zip(prompts, responses, strict=True)
+    ]
+    return teacher_force(target, before, [list(response.answer_ids) for response in responses])
+
+
+def with_slope(scores: Tensor, forced: Forced, slope: Tensor) -> Tensor:
+    """Scores [B] as they are, with `slope` [N, V] for their derivative in the logits."""
+    # linear in the logits: its derivative is exactly `slope`, and no copy of [N, V] is made
+    linear = torch.einsum("nv,nv->n", forced.logits, slope).to(scores.dtype)
+    scores = scores.to(linear.device)
+    relaxed = torch.zeros_like(scores).index_add(0, forced.row, linear)
+    return scores + relaxed - relaxed.detach()
 
 
 @dataclass(frozen=True, kw_only=True)

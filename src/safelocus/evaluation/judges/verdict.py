@@ -31,7 +31,7 @@ class Judgement:
     Attributes:
         verdict: harmful, safe, partial or unscorable.
         score: on the judge's own scale (guard: log-odds of safe; rubric: its score; reader: probability of a refusal,
-            in full or in part); None where there is none.
+            in full or in part; lexicon: listed expressions per 1,000 words); None where there is none.
         explanation: what the verdict rests on, in the judge's words where it has any.
         judge: the judge's `name`.
         refused: whether the response refuses in full; None where this judge cannot tell.

@@ -51,7 +51,7 @@ from safelocus.run.identity import digest
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-__all__ = ["PLAIN_TEMPLATE", "ChatFormat", "chat_format"]
+__all__ = ["PLAIN_TEMPLATE", "ChatFormat", "chat_format", "continuation"]
 
 # Openings of answers, to see what tokenizers do with a space before them
 _FIRST_WORDS = ("Sure", "I", "The", "Here", "Once", "No", "It", "A")
@@ -127,7 +127,7 @@ class ChatFormat:
                 response = response.strip().removeprefix(self.opened[0]).lstrip()
         if not response.startswith(tuple(" \n\t")):
             response = self.response_prefix + response if response else response
-        ids = _continuation(self.tokenizer, ending, response)
+        ids = continuation(self.tokenizer, ending, response)
         if end:
             if not self.end_of_turn_ids:
                 raise ModelError(
@@ -308,7 +308,7 @@ def _ids(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:
     return ids
 
 
-def _continuation(tokenizer: "PreTrainedTokenizerBase", ending: str, text: str) -> list[int]:
+def continuation(tokenizer: "PreTrainedTokenizerBase", ending: str, text: str) -> list[int]:
     """Ids of `text` as it follows `ending`, whose own ids stay as they are.
 
     Where the two merge (a response that starts with a line break), shorter contexts are tried, and `text`
