@@ -96,7 +96,6 @@ def save_like(
     output: Path,
     *,
     dtype: torch.dtype | None = None,
-    progress: bool = False,
 ) -> None:
     """Write a model's weights into a copy of the folder it was loaded from.
 
@@ -116,11 +115,11 @@ def save_like(
     """
     parameters = {canonical_name(name): parameter for name, parameter in model.named_parameters()}
     names = {form: name for name in parameters if checkpoint.holds(name) for form in checkpoint.forms(name)}
-    with _copied(checkpoint, output, progress) if distributed.is_main() else nullcontext() as copy:
+    with _copied(checkpoint, output) if distributed.is_main() else nullcontext() as copy:
         if copy is not None and dtype is not None:
             retype(copy, dtype)
             checkpoint = replace(checkpoint, folder=copy, stored=stored_in(copy))
-        for group in track(checkpoint.groups, "save", enabled=progress):
+        for group in checkpoint.groups:
             values = {form: distributed.whole(parameters[names[form]].detach()) for form in group if form in names}
             if copy is None or not values:
                 continue
@@ -212,7 +211,7 @@ def _edits(checkpoint: Checkpoint, patch: Patch, goal: Goal, names: list[str]) -
 
 
 @contextmanager
-def _copied(checkpoint: Checkpoint, output: Path, progress: bool) -> Iterator[Path]:
+def _copied(checkpoint: Checkpoint, output: Path, progress: bool = False) -> Iterator[Path]:
     """Within: a copy of the model's folder to change, which gets its name at the end."""
     left_out = tuple(_other_weights(checkpoint))
     files = [path for path in _files(checkpoint.folder) if path not in left_out]

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Self
 
-from safelocus.errors import PromptError
+from safelocus.errors import PromptError, some
 
 RESPONSES = ("response", "completion", "output", "answer")
 CATEGORIES = (
@@ -355,8 +355,6 @@ def _no_usable_field(found: Sequence[str], source: str) -> str:
     return message
 
 
-def _listing(names: Sequence[str], limit: int = 12) -> str:
+def _listing(names: Sequence[str]) -> str:
     """Names for a message, each at most 60 characters."""
-    shown = [repr(name if len(name) <= 60 else name[:57] + "...") for name in map(str, names[:limit])]
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return (", ".join(shown) or "none") + more
+    return some([repr(name if len(name) <= 60 else name[:57] + "...") for name in map(str, names)], 12) or "none"

@@ -33,9 +33,9 @@ _DENSITY_LIMIT = 3  # doublings
 # tables
 
 
-def map_parts(located: SafetyMap, *, top: int = 10) -> Iterator[Grid | str]:
+def map_parts(located: SafetyMap) -> Iterator[Grid | str]:
     """Layer x component, experts, top matrices, concentration, and the summary, for the terminal."""
-    grids = layers_grid(located), experts_grid(located), matrices_grid(located, n=top), concentration_grid(located)
+    grids = layers_grid(located), experts_grid(located), matrices_grid(located, n=10), concentration_grid(located)
     for grid in grids:
         if grid is not None:
             yield from (grid, "")
@@ -68,12 +68,12 @@ def layers_grid(located: SafetyMap, *, max_rows: int = MAX_ROWS) -> Grid:
     )
 
 
-def experts_grid(located: SafetyMap, *, n: int = 15, max_rows: int = MAX_ROWS) -> Grid | None:
+def experts_grid(located: SafetyMap, *, n: int = 15) -> Grid | None:
     """Enrichment of the routed experts: all where they fit, else the top `n`. None for dense models."""
     if not located.experts:
         return None
     caption = f"{words.unrouted_note(located)}: their scores say nothing" if located.unrouted else ""
-    if located.num_experts > MAX_EXPERT_COLUMNS or len(located.layer_keys) > max_rows:
+    if located.num_experts > MAX_EXPERT_COLUMNS or len(located.layer_keys) > MAX_ROWS:
         return replace(top_experts_grid(located, n=n), caption=caption)
     limit = colours.log2_limit(region.enrichment for region in located.experts)
     numbers = range(located.num_experts)

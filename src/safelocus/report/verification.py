@@ -26,10 +26,10 @@ _SAYS = {
 # tables
 
 
-def settings_grid(found: Verification, scorer: str | None = None, *, measures: Sequence[str] = ()) -> Grid:
+def settings_grid(found: Verification, scorer: str | None = None) -> Grid:
     """Levels of every measure at every setting: baseline, then top, random and bottom."""
     scorer = scorer or found.scorers[0]
-    names = [name for name in (*MEASURES, *measures) if name in found.measure_names]
+    names = [name for name in MEASURES if name in found.measure_names]
     rows = [("baseline", "", *(Span(found.baseline.measures[name]) for name in names), "1")]
     sections = []
     for setting in found.settings:
@@ -44,7 +44,7 @@ def settings_grid(found: Verification, scorer: str | None = None, *, measures: S
                 rows.append((label, entry.selection, *levels, str(entry.num_cells)))
     return Grid(
         title=f"Disturbing the top weights by {method_label(scorer)}, and as many others",
-        headings=("change", "selection", *(MEASURES.get(name, name.partition("@")[2]) for name in names), "cells"),
+        headings=("change", "selection", *(MEASURES[name] for name in names), "cells"),
         rows=tuple(rows), sections=tuple(sections), num_labels=2,
         caption="percent [95 % interval over seeds and prompts]; sigma: standard deviation of a weight's own matrix",
     )  # fmt: skip
