@@ -49,8 +49,9 @@ fix: $(READY)  ## format and mend what can be mended
 types: $(READY)
 	$(BIN)/mypy
 
-docs: $(READY)  ## rebuild docs/api.md from the docstrings
+docs: $(READY)  ## rebuild docs/api.md from the docstrings, and the table of docs/recipes.md
 	$(BIN)/python docs/build_api.py
+	$(BIN)/python docs/build_recipes.py
 
 pictures: $(READY)  ## draw the pictures of docs/concepts.md again
 	$(BIN)/python docs/build_images.py

@@ -6,21 +6,48 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import typer
 from rich.markup import escape
 
-from safelocus.cli.command import ConfigOptions, command, flag, option
+from safelocus.cli.command import ConfigOptions, command, flag, load_config, option
 from safelocus.cli.enhance import Enhance
 from safelocus.cli.options import AnswerOption, DtypeOption, HubOptions, ModelArgument, OffloadOption, RatioOption
 from safelocus.cli.output import note, print_json, results
 from safelocus.cli.preserve import Preserve
+from safelocus.run.folder import read_config
 
 if TYPE_CHECKING:
     from safelocus.report.grid import Grid
     from safelocus.resources import Answering, Choice, Device, Scoring, Subject, Training
 
 
+STAGES = ("score", "evaluate", "enhance", "preserve", "preserve --lora")
+
+
+def take_run(context: typer.Context, value: Path | None) -> Path | None:
+    """Make the defaults those of a run of another command, as far as a plan depends on them; plan that stage alone."""
+    values = {} if value is None else read_config(value)
+    name = values.get("command")
+    if name not in STAGES:
+        load_config(context, value)
+        return None
+    if name == "evaluate":
+        guards = [judge.removeprefix("guard:") for judge in values.get("judge", []) if judge.startswith("guard:")]
+        values |= {"prompts": next(iter(values.get("prompts", [])), None), "guard": next(iter(guards), None)}
+    values["stage"] = f"{name} --lora" if values.get("lora") else name
+    context.default_map = {
+        p.name: values[p.name] for p in context.command.params if values.get(str(p.name)) is not None
+    }
+    return value
+
+
 @dataclass(frozen=True, kw_only=True)
 class PlanOptions(ModelArgument, RatioOption, AnswerOption, OffloadOption, DtypeOption, HubOptions, ConfigOptions):
+    config: Path | None = option(
+        "Plan the run of this run.toml or recipe, of score, evaluate, enhance or preserve.",
+        is_eager=True, callback=take_run,
+    )  # fmt: skip
+    stage: str | None = option(f"Plan this one alone: {', '.join(STAGES)}.", shown="all")
     device: str | None = option(
         "cpu, cuda:0, auto (this machine); H200, RTX 4090, 24GB, 2x80GB, ... (any).", shown="what models are loaded to"
     )
@@ -36,11 +63,13 @@ class PlanOptions(ModelArgument, RatioOption, AnswerOption, OffloadOption, Dtype
 @command
 def plan(given: PlanOptions) -> None:
     """Say what memory and time each stage needs, from the configuration alone, and which settings fit."""
-    from safelocus.errors import ModelError
+    from safelocus.errors import ModelError, SafelocusError
     from safelocus.model.quantised import Quantisation
     from safelocus.model.target import dtype_on
     from safelocus.resources import Subject, find_device
 
+    if given.stage is not None and given.stage not in STAGES:
+        raise SafelocusError(f"--stage {given.stage}: expected {', '.join(STAGES)}")
     where = find_device(given.device)
     dtype = dtype_on("cpu" if where.is_cpu else given.device, given.dtype)
     subject = Subject.load(given.model, dtype=dtype, **given.part(HubOptions))
@@ -85,9 +114,15 @@ def _stages(given: PlanOptions, subject: "Subject", reader: "Subject | None", wh
     most = max(number // processes, 1)
     asked = ["--prompts", given.prompts or "PROMPTS", "--max-new-tokens", str(given.max_new_tokens)]
     words = ["score", model, *asked, *(["--guard", guard] if guard else ["--refusal"])]
-    found = [_stage("score", words, scoring, number, lambda: choose(scoring, where, most=most, **placed))]
+    found: list[_Planned] = []
+
+    def add(name: str, words: list[str], *how: Any) -> None:
+        if given.stage in (None, name):
+            found.append(_stage(name, [words[0], "--config", str(given.config)] if given.config else words, *how))
+
+    add("score", words, scoring, number, lambda: choose(scoring, where, most=most, **placed))
     words = ["evaluate", model, *asked, *(["--judge", f"guard:{guard}"] if guard else [])]
-    found.append(_stage("evaluate", words, answering, number, lambda: choose(answering, where, most=most, **placed)))
+    add("evaluate", words, answering, number, lambda: choose(answering, where, most=most, **placed))
     for name, kind, rows, num_steps, data in (
         ("enhance", "sparse", Enhance.rows, Enhance.steps, ["--data", "REFUSALS", "--retain", "HARMLESS"]),
         ("preserve", "full", Preserve.rows, Preserve.steps, ["--data", "TASK"]),
@@ -101,7 +136,7 @@ def _stages(given: PlanOptions, subject: "Subject", reader: "Subject | None", wh
         command, *flags = name.split()
         words = [command, model, "--selection", "SELECTION", *data, *flags, "--steps", str(times)]
         choice = lambda training=training, size=size: choose_training(training, where, batch_size=size, **placed)  # noqa: E731
-        found.append(_stage(name, [*words, "--max-length", str(given.max_length)], training, times, choice))
+        add(name, [*words, "--max-length", str(given.max_length)], training, times, choice)
     return found
 
 
@@ -121,7 +156,7 @@ class _Planned:
         start = ["safelocus"]
         if chosen.sharded:
             start = ["torchrun", "--nproc-per-node", str(chosen.count), "-m", "safelocus"]
-        steps = ["--accumulation", str(chosen.accumulation)] if "--steps" in self.words else []
+        steps = ["--accumulation", str(chosen.accumulation)] if self.name not in ("score", "evaluate") else []
         settings = ["--batch-size", str(chosen.batch_size), *steps, *(["--checkpointing"] * chosen.checkpointing)]
         return shlex.join([*start, *self.words, *settings, *chosen.options, "-o", str(Path("runs") / self.words[0])])
 
