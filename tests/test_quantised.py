@@ -246,9 +246,11 @@ def packed(request, tmp_path):
 def test_what_bitsandbytes_packed_is_loaded_as_what_it_is_worth(packed, tmp_path):
     model, folder = packed
     target, ids = sl.load(folder, dtype="float32"), torch.tensor([[3, 4, 5, 6]])
-    with torch.no_grad():
-        off = (target.model(input_ids=ids).logits - model(input_ids=ids).logits).abs().max()
-    assert off == 0 if model.is_loaded_in_4bit else off < 0.2  # 8 bit rounds what goes into its products too
+    # with gradients, as in training: without, a CPU's kernels want larger layers
+    off = (target.model(input_ids=ids).logits - model(input_ids=ids).logits).abs().max()
+    assert (
+        off == 0 if getattr(model, "is_loaded_in_4bit", False) else off < 0.2
+    )  # 8 bit rounds what goes into its products too
     assert not same(everything(target.model), everything(dense().model))
     selection = sl.score(target, PROMPTS[:2], objective=sl.Refusal(), progress=False).select(0.01)
     target.model.save_pretrained(tmp_path / "again")

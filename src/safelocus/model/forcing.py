@@ -202,9 +202,9 @@ def _try_packed(target: "Target", size: int) -> bool:
     return bool(difference.median() < precision**0.5)
 
 
-def decoder_start(config: Any) -> int | None:
+def decoder_start(config: Any) -> Any:
     """What a decoder beside an encoder begins with: of its own configuration where the whole has none (T5Gemma 2)."""
-    start: int | None = getattr(config, "decoder_start_token_id", None)
+    start = getattr(config, "decoder_start_token_id", None)
     if start is None and config.is_encoder_decoder:
         start = config.get_text_config(decoder=True).bos_token_id
     return start

@@ -228,7 +228,7 @@ def load(
         model, tokenizer, name=str(name), layout=layout, skip_unknown=skip_unknown, system=system, template=template,
         thinking=thinking,
     )  # fmt: skip
-    try_text(target)
+    try_text(name, model, tokenizer)
     target = replace(target, origin=(str(name), revision))
     quicker = autocast.quicker(config) if kind != dtype else None  # on a CPU, and nothing else was asked for
     return target if quicker is None else replace(target, autocast=Autocast.attach(model, quicker))
