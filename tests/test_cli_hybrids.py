@@ -58,14 +58,5 @@ def test_score_verify_enhance_preserve_patch_and_report(name: str, tmp_path: Pat
     for tensor, indices in kept.items():
         own = dict(before.model.named_parameters())[tensor].flatten()[indices]
         assert own.equal(full[tensor].flatten()[indices].to(own.dtype)), f"{tensor} was to be kept"
-    command(
-        "report",
-        tmp_path / "s",
-        tmp_path / "v",
-        tmp_path / "e",
-        tmp_path / "p",
-        tmp_path / "l",
-        "-o",
-        tmp_path / "page.html",
-    )
+    command("report", *(tmp_path / run for run in ("s", "v", "e", "p", "l")), "-o", tmp_path / "page.html")
     assert (tmp_path / "page.html").stat().st_size > 10_000

@@ -18,7 +18,7 @@ from transformers import AutoConfig
 
 from safelocus.errors import LayoutError
 from safelocus.model.layout import COMPONENTS, ELIGIBLE, Layout, TensorLayout, canonical_name, is_adapter
-from safelocus.model.layout.rules import families
+from safelocus.model.layout.rules import Family, families, read_family
 from tiny_models import ATTENTIONLESS, NAMES, build, config
 
 
@@ -374,6 +374,30 @@ def test_a_quantised_model_is_refused() -> None:
         Layout.of(model)
 
 
+def test_a_family_takes_the_layers_of_another_under_a_beginning_of_its_own(tmp_path: Path) -> None:
+    """Llama's rules for other names: the same matrices; its own rules come first."""
+    names = {"model.embed_tokens.weight": (40, 24), "tower.0.self_attn.q_proj.weight": (32, 24),
+             "tower.0.mlp.up_proj.weight": (20, 24), "tower.0.fc1.weight": (20, 24)}  # fmt: skip
+    (tmp_path / "mine.toml").write_text(
+        'extends = "base"\nlayers = "tower.{layer}."\nlayer_of = { "tower.{layer}." = ["llama", "opt"] }\n'
+        '[layer]\n"mlp.up_proj.weight" = "gate"\n'
+    )
+    family, sizes = read_family(tmp_path / "mine.toml"), Family.sizes_for
+    found = {name: family.find(name, shape, sizes(family, config("llama"))) for name, shape in names.items()}
+    assert [layout and layout.components for layout in found.values()] == [
+        ("embedding",), ("query",), ("gate",), ("up",),
+    ]  # fmt: skip
+    query = found["tower.0.self_attn.q_proj.weight"]
+    assert query is not None
+    assert query.view == (4, 8, 24)
+
+
+def test_parts_without_extent_are_none() -> None:
+    """GLM-5 Next's key has no rotary part; a matrix of no weights would have no sigma."""
+    tensor = layout_of("glm5_next").tensors["model.language_model.layers.0.self_attn.kv_a_proj_with_mqa.weight"]
+    assert tensor.components == ("key_value",)
+
+
 def test_a_configuration_of_no_text_model_is_refused() -> None:
     with pytest.raises(LayoutError, match=r"'vit'.*generates text"):
         Layout.from_config(AutoConfig.for_model("vit"))
@@ -385,6 +409,7 @@ def test_a_configuration_of_no_text_model_is_refused() -> None:
         ("[model\n", "is not TOML"),
         ('colour = "red"', "unknown keys colour"),
         ('extends = "nobody"', "extends 'nobody', which is no family"),
+        ('layer_of = { "a." = "nobody" }', "layer_of 'nobody', which is no family"),
         ('[layer]\n"x" = "up"', "needs `layers`"),
         ('[model]\n"**" = "sideways"', "component 'sideways'; choose one of query"),
         ('[model]\n"**" = { component = "up", colour = 1 }', "neither a component nor a table"),

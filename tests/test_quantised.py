@@ -4,11 +4,13 @@ import json
 
 import pytest
 import torch
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import safelocus as sl
-from safelocus.errors import ModelError
+from safelocus.errors import ModelError, SelectionError
 from safelocus.model import quantised as quantisation
 from safelocus.model import target as loading
 from safelocus.model.quantised import Quantisation
@@ -223,3 +225,42 @@ def test_shards_and_what_is_turned_back_afterwards():
         Quantisation(method="fp8").prepare(config, "m", shard=True)
     found = Quantisation(method="bitsandbytes_4bit").settle(Packed(2, 2), torch.bfloat16)
     assert type(found) is nn.Linear
+
+
+@pytest.fixture(params=["4bit", "8bit"])
+def packed(request, tmp_path):
+    """(a model that bitsandbytes packed, its folder)"""
+    pytest.importorskip("bitsandbytes", reason="needs bitsandbytes: pip install bitsandbytes")
+    target = dense()
+    for folder in ("plain", "q"):
+        target.tokenizer.save_pretrained(tmp_path / folder)
+    target.model.save_pretrained(tmp_path / "plain")
+    how = BitsAndBytesConfig(**{f"load_in_{request.param}": True})
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "plain", quantization_config=how, dtype=torch.float32)
+    model.save_pretrained(tmp_path / "q")
+    return model, tmp_path / "q"
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_what_bitsandbytes_packed_is_loaded_as_what_it_is_worth(packed, tmp_path):
+    model, folder = packed
+    target, ids = sl.load(folder, dtype="float32"), torch.tensor([[3, 4, 5, 6]])
+    # with gradients, as in training: without, a CPU's kernels want larger layers
+    off = (target.model(input_ids=ids).logits - model(input_ids=ids).logits).abs().max()
+    assert (
+        off == 0 if getattr(model, "is_loaded_in_4bit", False) else off < 0.2
+    )  # 8 bit rounds what goes into its products too
+    assert not same(everything(target.model), everything(dense().model))
+    selection = sl.score(target, PROMPTS[:2], objective=sl.Refusal(), progress=False).select(0.01)
+    target.model.save_pretrained(tmp_path / "again")
+    assert same(everything(AutoModelForCausalLM.from_pretrained(tmp_path / "again")), everything(target.model))
+    # an adapter is trained on what is packed, and protected on what that is worth
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False))
+    with pytest.raises(SelectionError, match=r"is quantised \((Params4bit|Int8Params).*mode=\"patch\""):
+        sl.preserve(adapted, selection, mode="patch")
+    adapted.save_pretrained(tmp_path / "adapter")
+    held = gather(target.model, selection)
+    merged = sl.preserve(PeftModel.from_pretrained(target.model, tmp_path / "adapter"), selection, mode="patch").merge()
+    assert same(gather(merged, selection), held)
+    assert not same(everything(merged), everything(sl.load(folder, dtype="float32").model))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
 import safelocus as sl
-from safelocus.errors import SafelocusError
+from safelocus.errors import ModelError, SafelocusError
 from safelocus.model import forcing
 from safelocus.model.generation import generate
 from safelocus.model.target import Target
@@ -100,3 +102,22 @@ def test_wanda_sees_the_inputs_of_every_matrix(name: str) -> None:
 def test_wanda_refuses_experts_that_share_an_axis() -> None:
     with pytest.raises(SafelocusError, match=r"ffn\.experts\.mlp\.w1.*one below the other.*another method"):
         sl.score(target_of("dbrx"), PROMPTS, method="wanda", max_new_tokens=3, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("bert", {"is_decoder": False}, r"sees what follows a token \(BertLMHeadModel"),
+        ("xlm", {"causal": False}, r"sees what follows a token \(XLMWithLMHeadModel"),
+        ("xlnet", {}, r"sees what follows a token \(XLNetLMHeadModel"),
+        ("kosmos-2", {}, r"fails on text alone \(ValueError: .*pixel_values"),
+    ],
+)
+def test_models_that_cannot_continue_text_are_refused_when_they_are_loaded(
+    name: str, changes: dict[str, bool], message: str, tmp_path: Path
+) -> None:
+    tokenizer = byte_level()
+    build(name, vocab_size=len(tokenizer) + 6, pad_token_id=5, **changes).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=message):
+        sl.load(tmp_path)

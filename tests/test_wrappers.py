@@ -16,14 +16,9 @@ from safelocus.patch import Patch, apply_to_folder, revert_folder
 from safelocus.selection.sparse import gather
 from safelocus.selection.topk import random_k
 from test_patch import everything, same, strange
-from tiny_models import DELTA, LLAMA, SQUARE
+from tiny_models import DELTA, LLAMA, SQUARE, TOWER
 from tiny_targets import PROMPTS, byte_level
 
-TOWER = {
-    "hidden_size": 16, "intermediate_size": 20, "num_hidden_layers": 2, "num_attention_heads": 2, "num_heads": 2,
-    "depth": 2, "image_size": 16, "patch_size": 8, "out_hidden_size": 24, "fullatt_block_indexes": [1],
-    "deepstack_visual_indexes": [0], "num_position_embeddings": 4, "head_dim": 8,
-}  # fmt: skip
 MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}}
 # type -> (settings of its language model, of the whole)
 WRAPPERS = {

@@ -13,13 +13,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForSeq2SeqLM,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+
+from safelocus.model.auto import auto_class
 
 VOCABULARY = 40
 SPECIAL = {"vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -96,6 +92,12 @@ GEMMA4 = {
     "global_head_dim": 12,
     "vocab_size_per_layer_input": VOCABULARY,
     "hidden_size_per_layer_input": 6,
+}
+T5GEMMA2 = {
+    **LLAMA,
+    "vocab_size": 400,
+    "bos_token_id": 0,
+    "layer_types": ["sliding_attention", "full_attention"],
 }
 HYBRID = {**LLAMA, "layer_types": ["full_attention", "linear_attention"]}  # attention first, so that all look there
 DELTA = {
@@ -288,6 +290,63 @@ _UNUSUAL: dict[str, tuple[str, dict[str, Any]]] = {
     "ctrl": ("ctrl", {**SPECIAL, "n_embd": 24, "n_layer": 2, "n_head": 4, "dff": 20, "n_positions": 64}),
     "hrm_text": ("hrm_text", {**SQUARE, "num_hidden_layers": 16}),
     "bert-generation": ("bert-generation", {**SQUARE, "is_decoder": True}),
+    "xlm": (
+        "xlm", {**SPECIAL, "emb_dim": 24, "n_layers": 2, "n_heads": 4, "causal": True, "use_lang_emb": False},
+    ),
+    "zamba": (
+        "zamba",
+        {**SPECIAL, "hidden_size": 24, "attention_hidden_size": 48, "intermediate_size": 20, "num_hidden_layers": 4,
+         "num_attention_heads": 4, "num_key_value_heads": 4, "attention_head_dim": 12, "mamba_d_state": 7,
+         "mamba_dt_rank": 3, "use_mamba_kernels": False, "max_position_embeddings": 64,
+         "layers_block_type": ["linear_attention", "hybrid"] * 2},
+    ),
+    "prophetnet": (
+        "prophetnet",
+        {**SPECIAL, "hidden_size": 24, "encoder_ffn_dim": 20, "decoder_ffn_dim": 20, "num_encoder_layers": 2,
+         "num_decoder_layers": 2, "num_encoder_attention_heads": 4, "num_decoder_attention_heads": 6,
+         "decoder_start_token_id": 2},
+    ),
+    "glm5_next": (
+        "glm5_next",
+        {"text_config": {**KIMI, **INDEXER, "q_lora_rank": 14, "qk_rope_head_dim": 0, "head_dim": 0,
+                         "layer_types": ["indexed_attention", "linear_attention"], "indexer_types": ["full"] * 2,
+                         "hc_mult": 2, "index_kpool": 4}},
+    ),
+    "muse_spark": (
+        "muse_spark",
+        {"text_config": {**MOE, "moe_hidden_size": 16, "layer_types": ["full_attention", "sliding_attention"],
+                         "mlp_layer_types": ["dense", "sparse"], "layer_rope_theta": [0, 1e4]},
+         "audio_config": {"hidden_sizes": [8] * 4, "depths": [1] * 4, "out_hidden_size": 24}},
+    ),
+    "mistral_large4": (
+        "mistral_large4",
+        {"text_config": {**LATENT, **INDEXER, "q_lora_rank": None, "layer_types": ["indexed_attention"] * 2,
+                         "indexer_types": ["full"] * 2, "mlp_layer_types": ["dense", "sparse"],
+                         "no_rope_layers": [1, 0], "kv_source_layers": [0, 1],
+                         "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}},
+    ),
+    "t5gemma2": (
+        "t5gemma2",
+        {"encoder": {"text_config": T5GEMMA2,
+                     "vision_config": {"hidden_size": 16, "intermediate_size": 20, "num_hidden_layers": 1,
+                                       "num_attention_heads": 2, "image_size": 16, "patch_size": 8}},
+         "decoder": T5GEMMA2},
+    ),
+}  # fmt: skip
+# laid out, and refused when they are loaded: nothing can be forced on them
+_REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
+    "xlnet": ("xlnet", {**SPECIAL, "d_model": 24, "n_layer": 2, "n_head": 4, "d_head": 6, "d_inner": 20}),
+    "kosmos-2": (
+        "kosmos-2",
+        {"text_config": {**SPECIAL, "embed_dim": 24, "layers": 2, "ffn_dim": 20, "attention_heads": 4,
+                         "max_position_embeddings": 64}, "latent_query_num": 4},
+    ),
+}  # fmt: skip
+# of models that see images
+TOWER = {
+    "hidden_size": 16, "intermediate_size": 20, "num_hidden_layers": 2, "num_attention_heads": 2, "num_heads": 2,
+    "depth": 2, "image_size": 16, "patch_size": 8, "out_hidden_size": 24, "fullatt_block_indexes": [1],
+    "deepstack_visual_indexes": [0], "num_position_embeddings": 4, "head_dim": 8,
 }  # fmt: skip
 NAMES = tuple(_MODELS)
 UNUSUAL = tuple(_UNUSUAL)
@@ -297,14 +356,19 @@ DENSE, MIXTURE = "llama", "qwen3_moe"  # the usual two, where any model will do
 
 
 def config(name: str, **changes: Any) -> PreTrainedConfig:
-    model_type, settings = (_MODELS | _UNUSUAL)[name]
+    model_type, settings = (_MODELS | _UNUSUAL | _REFUSED)[name]
+    if "text_config" in settings:
+        default = AutoConfig.for_model(model_type)
+        text = {"model_type": default.text_config.model_type, **settings["text_config"], **changes}
+        tower = {"model_type": default.vision_config.model_type, **TOWER}
+        return AutoConfig.for_model(model_type, **{**settings, "text_config": text, "vision_config": tower})
     return AutoConfig.for_model(model_type, **{**settings, **changes})
 
 
 def build(name: str, *, seed: int = 0, attention: str = "eager", **changes: Any) -> PreTrainedModel:
     """A seeded model; every weight is random, norms and biases too, so that none hides behind 0 or 1."""
     configuration = config(name, **changes)
-    auto = AutoModelForSeq2SeqLM if configuration.is_encoder_decoder else AutoModelForCausalLM
+    auto = auto_class(configuration)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = auto.from_config(configuration, attn_implementation=attention).float().eval()

@@ -72,7 +72,7 @@ def teacher_force(target: "Target", prompts: Sequence[Sequence[int]], responses:
     row = torch.repeat_interleave(torch.arange(len(responses)), lengths)
     within = torch.arange(len(row)) - torch.repeat_interleave(lengths.cumsum(0) - lengths, lengths)
     if target.model.config.is_encoder_decoder:
-        start = target.model.config.decoder_start_token_id
+        start = decoder_start(target.model.config)
         decoder, _ = pad([[start, *response[:-1]] for response in responses], target.tokenizer.pad_token_id, device)
         ids, mask = pad(prompts, target.tokenizer.pad_token_id, device)
         inputs = {"input_ids": ids, "attention_mask": mask, "decoder_input_ids": decoder}
@@ -182,7 +182,7 @@ def _has_running_state(target: "Target") -> bool:
 @torch.no_grad()
 def _try_packed(target: "Target", size: int) -> bool:
     room = getattr(target.model.config.get_text_config(), "max_position_embeddings", None) or size
-    size = min(size, room)
+    size = min(size, room) if room > 0 else size
     added = target.tokenizer.added_tokens_decoder  # special ones may stand for images
     words = torch.tensor([i for i in range(len(target.tokenizer)) if i not in added])
     chosen = torch.randint(len(words), (2 * size,), generator=torch.Generator().manual_seed(0))
@@ -202,25 +202,41 @@ def _try_packed(target: "Target", size: int) -> bool:
     return bool(difference.median() < precision**0.5)
 
 
+def decoder_start(config: Any) -> Any:
+    """What a decoder beside an encoder begins with: of its own configuration where the whole has none (T5Gemma 2)."""
+    start = getattr(config, "decoder_start_token_id", None)
+    if start is None and config.is_encoder_decoder:
+        start = config.get_text_config(decoder=True).bos_token_id
+    return start
+
+
 def logits_at(model: Any, inputs: dict[str, Tensor], flat_positions: Tensor) -> Tensor:
     """Logits [N, V] at `flat_positions` [N] (row * width + column) of one padded forward pass."""
     head = model.get_output_embeddings()
     if head is None:
         return model(**inputs, use_cache=False).logits.flatten(0, 1)[flat_positions]
-    with _gather_before(head, flat_positions):
+    with _gather_before(head, flat_positions) as gathered:
         logits = model(**inputs, use_cache=False).logits
+    if not gathered:  # it projects more than one state of each token (ProphetNet)
+        return logits.flatten(0, 1)[flat_positions]
     assert logits.shape[:2] == (1, len(flat_positions)), "the output projection was called in an unknown way"
     return logits[0]
 
 
 @contextmanager
-def _gather_before(head: torch.nn.Module, flat_positions: Tensor) -> Iterator[None]:
+def _gather_before(head: torch.nn.Module, flat_positions: Tensor) -> Iterator[list[bool]]:
+    """Yields a list that holds something once states [B, T, H] came by."""
+    gathered: list[bool] = []
+
     def gather(_: torch.nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        if args[0].dim() != 3:
+            return args
+        gathered.append(True)
         return (args[0].flatten(0, 1)[flat_positions.to(args[0].device)].unsqueeze(0), *args[1:])
 
     handle = head.register_forward_pre_hook(gather)
     try:
-        yield
+        yield gathered
     finally:
         handle.remove()
 

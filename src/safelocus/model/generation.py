@@ -18,7 +18,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from safelocus.errors import NumericalError, PromptError
 from safelocus.model.autocast import many_passes
-from safelocus.model.forcing import pad
+from safelocus.model.forcing import decoder_start, pad
 
 if TYPE_CHECKING:
     from safelocus.model.target import Target
@@ -90,7 +90,7 @@ def generate_from(encoded: Sequence[Sequence[int]], target: "Target", max_new_to
         pad_token_id=padding,
         eos_token_id=list(ends) or None,
         bos_token_id=target.tokenizer.bos_token_id,
-        decoder_start_token_id=getattr(target.model.config, "decoder_start_token_id", None),
+        decoder_start_token_id=decoder_start(target.model.config),
         stop_strings=list(target.chat.stop_strings) or None,
     )
     finite = Finite()

@@ -34,6 +34,7 @@ from safelocus.model.fingerprint import Fingerprint
 from safelocus.model.layout import Layout, canonical_name, is_adapter
 from safelocus.model.layout.sizes import auto_class
 from safelocus.model.quantised import Quantisation
+from safelocus.model.trial import try_text
 
 _QUICK_BYTES = 1 << 30  # weights below this load in a moment
 
@@ -189,7 +190,8 @@ def load(
             for a model that is larger than that. Several processes shard it too. Nothing happens without accelerator.
 
     Raises:
-        ModelError: missing or damaged files, pickle-only weights, missing tensors, weights quantised for good.
+        ModelError: missing or damaged files, pickle-only weights, missing tensors, weights quantised for good; a model
+            that cannot read text alone, or sees what follows a token.
         LayoutError: an architecture that is not understood; the message shows how to describe it.
         PromptError: a template that is not one; thinking is asked of a chat template that knows of none.
 
@@ -226,6 +228,7 @@ def load(
         model, tokenizer, name=str(name), layout=layout, skip_unknown=skip_unknown, system=system, template=template,
         thinking=thinking,
     )  # fmt: skip
+    try_text(name, model, tokenizer)
     target = replace(target, origin=(str(name), revision))
     quicker = autocast.quicker(config) if kind != dtype else None  # on a CPU, and nothing else was asked for
     return target if quicker is None else replace(target, autocast=Autocast.attach(model, quicker))

@@ -6,6 +6,7 @@ A family is a TOML file (`families/*.toml`, or the user's own):
     by_names = false                        # nothing in its tensors' names tells it: only for these types
     extends = "base"                        # a family whose rules follow this one's
     layers = "(model.|)layers.{layer}."     # what the names in [layer] begin with
+    layer_of = { "model.{stack}.layers.{layer}." = "llama" }  # whose [layer] counts under another beginning, or several
     [sizes]                                 # names for the axes' sizes, over those of `sizes_of`
     head_dim = "hidden // heads"
     [layer]                                 # tensors of a layer
@@ -16,8 +17,8 @@ A family is a TOML file (`families/*.toml`, or the user's own):
     [model]                                 # all others
     "(model.|)embed_tokens.weight" = "embedding"
 
-The first rule whose pattern is the whole name wins: the family's own before those it extends, and
-[layer] before [model]. A pattern knows {layer}, {expert} (numbers), {stack} (encoder, decoder, ...),
+The first rule whose pattern is the whole name wins: the family's own before those of `layer_of`, these before those it
+extends, and [layer] before [model]. A pattern knows {layer}, {expert} (numbers), {stack} (encoder, decoder, ...),
 (a|b), `*` (within one dotted segment) and `**` (anything). A rule is a component, or a table of
 `component` or `parts`, `axes`, `shared_expert`, `block` (a name for one MLP whose tensors lie in
 several modules) and `when` (a condition on the configuration), or a list of such tables of which
@@ -175,7 +176,10 @@ class Rule:
 
     def _parts(self, extent: int, sizes: Sizes) -> tuple[tuple[str, int], ...]:
         if isinstance(self.parts, dict):
-            return tuple((component, sizes.evaluate(size)) for component, size in self.parts.items())
+            extents = {component: sizes.evaluate(size) for component, size in self.parts.items()}
+            return tuple(
+                (component, extent) for component, extent in extents.items() if extent
+            )  # GLM-5 Next: no rotary key
         components = self.parts if self.parts is not None else [str(self.component)]
         return tuple((component, extent // len(components)) for component in components)
 
@@ -251,8 +255,18 @@ def families() -> dict[str, Family]:
 
 @functools.cache
 def _family(name: str) -> Family:
+    return _parse(name, _text(name), where=f"families/{name}.toml")
+
+
+def _text(name: str) -> str:
     file = importlib.resources.files("safelocus.model.layout") / "families" / f"{name}.toml"
-    return _parse(name, file.read_text(encoding="utf-8"), where=f"families/{name}.toml")
+    return file.read_text(encoding="utf-8")
+
+
+def _check_known(name: Any, key: str, where: str) -> None:
+    known = importlib.resources.files("safelocus.model.layout") / "families"
+    if f"{name}.toml" not in [file.name for file in known.iterdir()]:
+        raise LayoutError(f"{where}: {key} {name!r}, which is no family")
 
 
 def _parse(name: str, text: str, *, where: str) -> Family:
@@ -260,22 +274,25 @@ def _parse(name: str, text: str, *, where: str) -> Family:
         table = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise LayoutError(f"{where} is not TOML: {error}") from error
-    unknown = unknown_keys(table, "model_types by_names extends layers sizes layer model")
+    unknown = unknown_keys(table, "model_types by_names extends layers layer_of sizes layer model")
     if unknown:
         raise LayoutError(f"{where}: unknown keys {', '.join(unknown)}")
     if table.get("layer") and "layers" not in table:
         raise LayoutError(f"{where}: [layer] needs `layers`, what its names begin with")
+    tables = [(table.get("layers", ""), table.get("layer", {})), ("", table.get("model", {}))]
+    for prefix, names in table.get("layer_of", {}).items():
+        for other in names if isinstance(names, list) else [names]:
+            _check_known(other, "layer_of", where)
+            tables.append((prefix, tomllib.loads(_text(other)).get("layer", {})))
     rules = [
         Rule.parse(prefix + pattern, value, where=where)
-        for prefix, key in ((table.get("layers", ""), "layer"), ("", "model"))
-        for pattern, values in table.get(key, {}).items()
+        for prefix, patterns in tables
+        for pattern, values in patterns.items()
         for value in (values if isinstance(values, list) else [values])
     ]
     sizes = dict(table.get("sizes", {}))
     if "extends" in table:
-        known = importlib.resources.files("safelocus.model.layout") / "families"
-        if f"{table['extends']}.toml" not in [file.name for file in known.iterdir()]:
-            raise LayoutError(f"{where}: extends {table['extends']!r}, which is no family")
+        _check_known(table["extends"], "extends", where)
         parent = _family(table["extends"])
         rules += parent.rules
         sizes = {**parent.sizes, **sizes}
