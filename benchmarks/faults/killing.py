@@ -94,7 +94,7 @@ def commands(folder: Path) -> list[Command]:
     model = ["organism:dense-unaligned", *trained]
     apply = ["patch", "apply", str(patch), "organism:dense", "--json"]
 
-    preserve = ["preserve", *model, "--data", small_data("task", folder), "--judge", "refusal", *_MEASURED, *_SMALL,
+    preserve = ["preserve", *model, "--data", small_data("task", folder, 60), "--judge", "refusal", *_MEASURED, *_SMALL,
                 "-o", "{work}/out"]  # fmt: skip
 
     def with_model(work: Path) -> None:

@@ -92,7 +92,8 @@ SIGKILL, half of the times after a random time, half of them just before a rando
 from a random change on there is no space. *frozen*: from then on nothing can be written, renamed or removed.
 *twice*: started twice at once into one place. *Begun anew*, *resumed*, *finished*: what the second command did; its
 files are, to the bit, those of a command that nobody disturbed (but for times). *Faults*: other bits, an error of
-the second command, a traceback of the first, or files left that nobody needs."""
+the second command, a traceback of the first, or files left that nobody needs. *Saving*: killed just before a random
+change within the model, or adapter, that is saved."""
 
 _POISONS = """## NaN and infinity
 

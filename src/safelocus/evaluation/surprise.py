@@ -2,7 +2,7 @@
 
     -log q(answer | prompt) / number of its tokens  >  SURPRISING nats            q: the original's, teacher-forced
 
-What a sound model of another kind answers surprises a small one with 2 nats, rarely with 5; its words in a random order
+What a sound model of another kind answers surprises a small one with 2 nats, rarely with 5; words in a random order
 do with 7. The threshold, false alarms and what is found beyond the cheap statistics of `incoherence`:
 docs/results/judges.md (`benchmarks/judges/surprise.py`).
 """
