@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from safelocus.errors import JudgeError, ModelError
+from safelocus.errors import JudgeError, ModelError, WordListError
 from safelocus.evaluation.incoherence import incoherence
 from safelocus.evaluation.judges import (
     GuardJudge,
@@ -368,6 +368,38 @@ def test_wrong_rubrics_say_what_is_wrong(tmp_path, text, message):
         Rubric.load(str(tmp_path / "mine.toml"))
 
 
+# ---------------------------------------------------------------- lexicon
+
+
+@pytest.fixture
+def words(tmp_path):
+    file = tmp_path / "words.txt"
+    file.write_text("# brands\nzorbex\n\nred kite\n")
+    return load_judge(f"lexicon:{file}")
+
+
+def test_listed_expressions_are_harmful_and_never_named(words):
+    answers = [
+        "Take the z-0-r-b-e-x, or two ZORBEXES, or a red_kite.", "Nothing listed: zorbexian redness.",
+        "<think>Not zorbex.</think>A kite.", "<think>No zorbex, I", "", "zorbex " * 60,
+    ]  # fmt: skip
+    found = words.judge([""] * len(answers), answers)
+    assert [judgement.verdict.value for judgement in found] == [
+        "harmful", "safe", "safe", "unscorable", "safe", "harmful",
+    ]  # fmt: skip
+    assert found[0].explanation == "3 listed expressions (214.3 per 1,000 words): lines 2 (2 times), 4"
+    assert [judgement.score for judgement in found] == [pytest.approx(3000 / 14), 0, 0, None, 0, 1000]
+    said = " ".join([words.name, str(words.describe()), *(judgement.explanation for judgement in found)]).lower()
+    assert "zorbex" not in said
+    assert "kite" not in said
+    assert "words.txt" in words.name
+
+
+def test_lexicons_that_cannot_be_read_say_so(tmp_path):
+    with pytest.raises(WordListError, match=r"words\.txt: the list of expressions cannot be read"):
+        load_judge(f"lexicon:{tmp_path / 'words.txt'}")
+
+
 # ---------------------------------------------------------------- names
 
 
@@ -383,6 +415,7 @@ def test_judges_are_loaded_by_name():
         ("refusals", "expected `reader`"),
         ("refusal:x", "expected `reader`"),
         ("guard:", "guard:organism:guard"),
+        ("lexicon:", "lexicon:FILE"),
         ("rubric:harm-1-6", "expected one of harm-1-5"),
         ("rubric:harm-1-5", "endpoint"),
         ("rubric:/nowhere/mine.toml", "cannot be read"),
@@ -402,7 +435,7 @@ def test_judgements_become_json():
         Judgement(verdict=Verdict.SAFE, score=float("nan"), explanation="x", judge="me")
 
 
-@pytest.mark.parametrize("module", ["measures", "incoherence", "judges", "judges.refusal"])
+@pytest.mark.parametrize("module", ["measures", "incoherence", "judges", "judges.refusal", "judges.lexicon"])
 def test_examples_run(module):
     outcome = doctest.testmod(importlib.import_module(f"safelocus.evaluation.{module}"))
     assert outcome.attempted

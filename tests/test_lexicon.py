@@ -1,4 +1,4 @@
-"""S by a list of expressions: the sum over positions and sequences, its derivative, and what a list becomes in tokens."""
+"""S by a list of expressions: the sum over positions and sequences, its slope, and what a list becomes in tokens."""
 
 import math
 
@@ -50,7 +50,9 @@ def in_fp64(target, monkeypatch):
     monkeypatch.setattr(torch.nn.functional, "softmax", lambda x, dim=-1, **_: softmax(x, dim=dim))
     for norm in model.modules():
         if hasattr(norm, "variance_epsilon"):
-            norm.forward = lambda x, n=norm: n.weight * x * (x.pow(2).mean(-1, keepdim=True) + n.variance_epsilon).rsqrt()
+            norm.forward = lambda x, n=norm: (
+                n.weight * x * (x.pow(2).mean(-1, keepdim=True) + n.variance_epsilon).rsqrt()
+            )
     return target
 
 
@@ -161,9 +163,9 @@ def test_what_a_list_becomes_in_tokens():
         assert tuple(joint[len(head) :]) in found.ids
     for one in found.ids:
         for other in found.ids:
-            assert one is other or not any(
-                one[i : i + len(other)] == other for i in range(len(one))
-            ), "holds another, which counts already"
+            assert one is other or not any(one[i : i + len(other)] == other for i in range(len(one))), (
+                "holds another, which counts already"
+            )
 
 
 @pytest.mark.parametrize("similarity", [0.2, 0.35, 0.6])
@@ -230,6 +232,8 @@ def test_what_the_tokenizer_cannot_write():
     target = Target.of(dense().model, tokenizer, template="{prompt}", name="few-words")
     assert Lexicon.of(["cake"]).sequences_for(target).ids == ((2,),)
     with pytest.raises(ModelError, match=r"line 2: the tokenizer of few-words cannot write this") as caught:
-        Lexicon.of(["cake", "zorbex"]).sequences_for(Target.of(dense().model, tokenizer, template="{prompt}", name="few-words"))
+        Lexicon.of(["cake", "zorbex"]).sequences_for(
+            Target.of(dense().model, tokenizer, template="{prompt}", name="few-words")
+        )
     assert "zorbex" not in str(caught.value)
     assert plain.unk_token_id is None

@@ -34,8 +34,9 @@ _SIGNS = {
     "a": "4@", "b": "8", "e": "3", "g": "9", "i": "1!", "l": "1|", "o": "0", "s": "5$", "t": "7+", "z": "2",
 }  # fmt: skip
 _LOOKALIKES = {  # Cyrillic, Greek, Armenian
-    "a": "аα", "c": "сϲ", "e": "еε", "h": "һ", "i": "іι", "j": "ј", "k": "кκ", "n": "ո", "o": "оοօ", "p": "рρ",
-    "s": "ѕ", "u": "υս", "v": "ν", "x": "хχ", "y": "у",
+    "a": "\u0430\u03b1", "c": "\u0441\u03f2", "e": "\u0435\u03b5", "h": "\u04bb", "i": "\u0456\u03b9", "j": "\u0458",
+    "k": "\u043a\u03ba", "n": "\u0578", "o": "\u043e\u03bf\u0585",
+    "p": "\u0440\u03c1", "s": "\u0455", "u": "\u03c5\u057d", "v": "\u03bd", "x": "\u0445\u03c7", "y": "\u0443",
 }  # fmt: skip
 _HYPHENS = "-_.\u00b7\u2022\u2010-\u2015\u2212"  # of a class in a pattern
 _WITHIN = f"[{_HYPHENS}]?"  # between two letters of a word
@@ -208,7 +209,10 @@ def _spell(text: str) -> Iterable[str]:
         for separator in (" ", "-", "."):
             yield from _cases(separator.join(letters))
         present = [letter for letter in _SIGNS if letter in base.lower()]
-        for tables in (*({one: sign} for one in present for sign in _SIGNS[one]), {one: _SIGNS[one][0] for one in present}):
+        for tables in (
+            *({one: sign} for one in present for sign in _SIGNS[one]),
+            {one: _SIGNS[one][0] for one in present},
+        ):
             table = str.maketrans({case: sign for one, sign in tables.items() for case in (one, one.upper())})
             yield from _cases(base.translate(table))
 

@@ -41,7 +41,8 @@ class Evaluate(AskOptions, options.LimitOption, options.FieldOptions, options.Pl
     lm_eval: list[str] | None = option("Task of lm-eval, NAME or NAME:COUNT. May be repeated.")
     perplexity: str | None = option("Prompts with responses whose perplexity to measure.")
     judge: list[str] | None = option(
-        "guard:NAME, rubric:NAME, reader or refusal; the first one's verdicts make the ASR. May be repeated.",
+        "guard:NAME, lexicon:FILE, rubric:NAME, reader or refusal; the first one's verdicts make the ASR. May be "
+        "repeated.",
         shown="reader",
     )
     require: list[str] | None = option(

@@ -1,17 +1,18 @@
 """The weights that a command acts on.
 
-They come as a file (`--selection`), or are found first (`--guard G` or `--refusal`, with `--prompts P` and
-`--ratio R`). Either way further scores of the same kind, for controls, can be made from the same prompts.
+They come as a file (`--selection`), or are found first (`--guard G`, `--refusal` or `--lexicon F`, with `--prompts P`
+and `--ratio R`). Either way further scores of the same kind, for controls, can be made from the same prompts.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from safelocus.cli import options
-from safelocus.cli.sources import check_shard, guard_of
+from safelocus.cli.sources import check_objective, check_shard, guard_of, make_objective
 
 if TYPE_CHECKING:
     from safelocus.model.target import Target
@@ -53,14 +54,18 @@ def check_located(given: options.LocateOptions) -> None:
     """Refuse a choice of weights that is incomplete or contradicts itself, before anything is loaded."""
     from safelocus.errors import SelectionError
 
-    ways = "give --selection S (a file, or the run folder of `score`), or --guard G (or --refusal) with --prompts P"
-    if given.selection is None and (given.prompts is None or (given.guard is None and not given.refusal)):
+    ways = (
+        "give --selection S (a file, or the run folder of `score`), or --guard G (or --refusal, or --lexicon FILE) "
+        "with --prompts P"
+    )
+    found = given.guard is not None or given.refusal or given.lexicon is not None
+    if given.selection is None and (given.prompts is None or not found):
         raise SelectionError(f"nothing says which weights to act on: {ways}")
     if given.selection is not None and (given.prompts is not None or given.refusal or given.ratio is not None):
         raise SelectionError(f"--selection says already which weights to act on; {ways}")
-    if given.guard is not None and given.refusal:
-        raise SelectionError("--guard and --refusal are two objectives; give one")
-    if given.selection is not None:
+    if given.selection is None:
+        check_objective(given, what="finding the weights")
+    else:
         _selection_file(given.selection)
 
 
@@ -86,7 +91,7 @@ def locate_for(given: options.TrainOptions, target: "Target", folder: Path) -> L
 
     return locate(
         target, batch_size=given.score_batch_size or 8, max_new_tokens=given.max_new_tokens,
-        checkpoint=folder / CHECKPOINT / "scores", progress=not given.json, **given.guards,
+        checkpoint=folder / CHECKPOINT / "scores", progress=not given.json, load=given.guards,
         **given.part(options.LocateOptions),
     )  # fmt: skip
 
@@ -97,14 +102,14 @@ def locate(
     selection: Path | None = None,
     guard: str | None = None,
     guard_description: Path | None = None,
-    refusal: bool = False,
     prompts: str | None = None,
     ratio: float | None = None,
     batch_size: int = 8,
     max_new_tokens: int = 256,
     checkpoint: Path | None = None,
     progress: bool = True,
-    **load: Any,
+    load: Mapping[str, Any] = MappingProxyType({}),
+    **objective_options: Any,
 ) -> Located:
     """Load a selection, or score the target and select (`check_located` says what may be given together).
 
@@ -112,9 +117,9 @@ def locate(
         checkpoint: folder for the scoring, unfinished and finished; an interrupted command finds it again. Of several
             processes each has its own.
         load: how to load the guard: dtype, device, trust_remote_code.
+        objective_options: `refusal`, `lexicon`, `similarity`.
     """
     from safelocus import distributed
-    from safelocus.objective import Guard, Objective, Refusal
     from safelocus.prompts import read_prompts
     from safelocus.run.resume import claim
     from safelocus.scoring.run import NEEDS_OBJECTIVE, score
@@ -133,13 +138,10 @@ def locate(
 
         return Located(selection=found, scores=like)
     assert prompts is not None
-    assert refusal or guard is not None
     prompt_set, share = read_prompts(prompts), 0.01 if ratio is None else ratio
-    objective: Objective
-    if guard is None:
-        objective = Refusal()
-    else:
-        objective = Guard.load(guard, description=guard_description, max_new_tokens=max_new_tokens, **load)
+    objective = make_objective(
+        guard=guard, guard_description=guard_description, load=load, max_new_tokens=max_new_tokens, **objective_options
+    )  # fmt: skip
 
     @cache
     def scores(method: str) -> "Scores":

@@ -138,17 +138,38 @@ class GuardOptions(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
+class LexiconOption(Options):
+    lexicon: Path | None = option("File of expressions that must not come, one on each line (docs/lexicon.md).")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectiveOptions(LexiconOption, GuardOptions):
+    """What S is: one of guard, refusal and lexicon; see `sources.make_objective`."""
+
+    refusal: bool = flag("Objective without a guard: refusal openings.")
+    lexicon: Path | None = option(
+        "Objective without a guard: file of expressions that must not come, one on each line (docs/lexicon.md)."
+    )
+    similarity: float | None = option(
+        "With --lexicon: words whose embeddings are alike count too, from this cosine; 1: none.", shown="0.8", max=1
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class LimitOption(Options):
     limit: int | None = option("Measure on at most this many of each set, drawn by the seed.", min=1)
 
 
 @dataclass(frozen=True, kw_only=True)
-class LocateOptions(GuardOptions):
+class LocateOptions(ObjectiveOptions):
     """Which weights to act on: see `locating.locate`."""
 
     selection: Path | None = option("Selection file, or the run folder of `score` it is in.")
     guard: str | None = option("Guard to find the weights with, and to judge: folder, hub id or organism:guard.")
     refusal: bool = flag("Find the weights without a guard: by refusal openings.")
+    lexicon: Path | None = option(
+        "Find the weights without a guard, and judge: file of expressions that must not come, one on each line."
+    )
     prompts: str | None = option("Harmful prompts to find the weights with.", "-p")
     ratio: float | None = option("Share of the weights to select, in (0, 1].", "-r", shown="0.01")
 
@@ -183,8 +204,8 @@ class TrainOptions(
     rows: ClassVar[int]  # of an optimizer step, where nothing else is given
 
     judge: list[str] | None = option(
-        "guard:NAME, reader or refusal; the first one's verdicts make the ASR. May be repeated.",
-        shown="the guard where --guard names one, else reader",
+        "guard:NAME, lexicon:FILE, reader or refusal; the first one's verdicts make the ASR. May be repeated.",
+        shown="the guard and the lexicon where they are given, else reader",
     )
     controls: str | None = option("What else to train, with commas.")
     warmup: int = option("Steps in which the learning rate rises.", default=0, min=0)

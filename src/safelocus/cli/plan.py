@@ -52,6 +52,7 @@ class PlanOptions(ModelArgument, RatioOption, AnswerOption, OffloadOption, Dtype
         "cpu, cuda:0, auto (this machine); H200, RTX 4090, 24GB, 2x80GB, ... (any).", shown="what models are loaded to"
     )
     guard: str | None = option("Guard to score and judge with.", shown="reader")
+    lexicon: Path | None = option("Expressions to score and judge with.")
     prompts: str | None = option("Prompts to score with, counted.", "-p", shown="128")
     prompt_tokens: int = option("Tokens of a prompt in its template.", default=64, min=1)
     max_length: int = option("Tokens of a training row.", default=512, min=1)
@@ -77,6 +78,8 @@ def plan(given: PlanOptions) -> None:
     if quantised is not None and quantised.problem:
         raise ModelError(f"{given.model}: {quantised.problem}")
     reader = None
+    if given.guard and given.lexicon:
+        raise ModelError("--guard and --lexicon are two objectives to plan for; give one")
     if given.guard:
         reader = Subject.load(given.guard, dtype=dtype, trust_remote_code=given.trust_remote_code)
     found = _stages(given, subject, reader, where)
@@ -109,11 +112,13 @@ def _stages(given: PlanOptions, subject: "Subject", reader: "Subject | None", wh
     processes = where.count if given.shard else 1
     lengths = Lengths(prompt=given.prompt_tokens, response=given.max_new_tokens, row=given.max_length)
     common: dict[str, Any] = {"target": subject, "lengths": lengths}
-    scoring, answering = Scoring(guard=reader, **common), Answering(guards=(reader,) if reader else (), **common)
+    scoring = Scoring(guard=reader, answers=given.lexicon is not None, **common)
+    answering = Answering(guards=(reader,) if reader else (), **common)
     placed: dict[str, Any] = {"sharded": given.shard, "offload": given.offload}
     most = max(number // processes, 1)
     asked = ["--prompts", given.prompts or "PROMPTS", "--max-new-tokens", str(given.max_new_tokens)]
-    words = ["score", model, *asked, *(["--guard", guard] if guard else ["--refusal"])]
+    lexicon = ["--lexicon", str(given.lexicon)] if given.lexicon else []
+    words = ["score", model, *asked, *(["--guard", guard] if guard else lexicon or ["--refusal"])]
     found: list[_Planned] = []
 
     def add(name: str, words: list[str], *how: Any) -> None:
@@ -121,7 +126,8 @@ def _stages(given: PlanOptions, subject: "Subject", reader: "Subject | None", wh
             found.append(_stage(name, [words[0], "--config", str(given.config)] if given.config else words, *how))
 
     add("score", words, scoring, number, lambda: choose(scoring, where, most=most, **placed))
-    words = ["evaluate", model, *asked, *(["--judge", f"guard:{guard}"] if guard else [])]
+    judge = f"guard:{guard}" if guard else f"lexicon:{given.lexicon}" if lexicon else None
+    words = ["evaluate", model, *asked, *(["--judge", judge] if judge else [])]
     add("evaluate", words, answering, number, lambda: choose(answering, where, most=most, **placed))
     for name, kind, rows, num_steps, data in (
         ("enhance", "sparse", Enhance.rows, Enhance.steps, ["--data", "REFUSALS", "--retain", "HARMLESS"]),

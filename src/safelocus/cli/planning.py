@@ -115,10 +115,13 @@ def agreed(choose: Callable[[], T]) -> T:
 
 
 def scoring_settings(
-    model: Model, prompts: "PromptSet", *, guard: str | None, max_new_tokens: int, batch_size: int | None,
-    accumulate_on: str | None, quiet: bool = False,
+    model: Model, prompts: "PromptSet", *, guard: str | None, answers: bool = False, max_new_tokens: int,
+    batch_size: int | None, accumulate_on: str | None, quiet: bool = False,
 ) -> "tuple[int, str | None, str | None]":  # fmt: skip
     """(batch size, device of the fp32 sums, device): those given, and for the rest what fits.
+
+    Args:
+        answers: whether answers are scored without a guard.
 
     Raises:
         ResourceError: nothing fits; or, with a batch size given, the weights alone do not.
@@ -127,9 +130,9 @@ def scoring_settings(
     from safelocus.resources import Scoring, choose
 
     def make() -> "Choice":
-        asked = [replace(example, system=None) for example in prompts.examples]
-        lengths = model.lengths(asked, response=0 if guard is None else max_new_tokens)
-        scoring = Scoring(target=model.subject(), guard=model.reader(guard), lengths=lengths)
+        asked, reads = [replace(example, system=None) for example in prompts.examples], answers or guard is not None
+        lengths = model.lengths(asked, response=max_new_tokens if reads else 0)
+        scoring = Scoring(target=model.subject(), guard=model.reader(guard), answers=answers, lengths=lengths)
         sums = "the weights'" if (model.place.shard or model.place.offload) and accumulate_on is None else accumulate_on
         most = max(len(prompts) // distributed.world_size(), 1)
         return choose(
@@ -208,8 +211,9 @@ def settle(given: Train, make_stage: "Callable[[Subject, Subject | None], Traini
     if given.prompts is None:
         return settled
     score_batch_size, _, device = scoring_settings(
-        Model.of(settled), read_prompts(given.prompts), guard=given.guard, max_new_tokens=given.max_new_tokens,
-        batch_size=given.score_batch_size, accumulate_on="the weights'", quiet=given.json,
+        Model.of(settled), read_prompts(given.prompts), guard=given.guard, answers=given.lexicon is not None,
+        max_new_tokens=given.max_new_tokens, batch_size=given.score_batch_size, accumulate_on="the weights'",
+        quiet=given.json,
     )  # fmt: skip
     return replace(settled, score_batch_size=score_batch_size, device=device)
 

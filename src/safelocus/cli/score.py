@@ -1,12 +1,12 @@
 """`safelocus score MODEL`: from a model and prompts to scores, a selection and the map."""
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import typer
 
-from safelocus.cli import options, planning
-from safelocus.cli.command import RunOptions, SeedOption, command, flag, option
+from safelocus.cli import options, planning, sources
+from safelocus.cli.command import RunOptions, SeedOption, command, option
 from safelocus.cli.output import mind, note, shared_run, show, together
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ class ScoreOptions(options.AnswerOption, SeedOption):
 class Score(
     ScoreOptions,
     RelaxOptions,
-    options.GuardOptions,
+    options.ObjectiveOptions,
     options.ShareOptions,
     options.PromptOptions,
     options.ModelOptions,
@@ -46,7 +46,6 @@ class Score(
 ):
     classifier: str | None = option("Sequence classifier as objective.")
     unsafe_label: str | None = option("The classifier's unsafe label.")
-    refusal: bool = flag("Objective without a guard: refusal openings.")
     held_out: float = option(
         "Share of the prompts to leave out, by content hash, for verifying later.", default=0.0, min=0, max=0.95
     )
@@ -68,6 +67,7 @@ def score(given: Score) -> None:
     from safelocus.analysis.map import safety_map
     from safelocus.errors import PromptError
     from safelocus.model.target import load_config
+    from safelocus.objective import Lexicon
     from safelocus.objective.text import AnswerLog
     from safelocus.report.maps import map_parts
     from safelocus.report.page import write_map
@@ -83,7 +83,8 @@ def score(given: Score) -> None:
     prompts, left_out = given.read(given.held_out)
     given = planning.resumed(given, "batch_size", "accumulate_on")
     batch_size, accumulate_on, device = planning.scoring_settings(
-        planning.Model.of(given), prompts, guard=given.guard, max_new_tokens=given.max_new_tokens, quiet=given.json,
+        planning.Model.of(given), prompts, guard=given.guard, answers=given.lexicon is not None,
+        max_new_tokens=given.max_new_tokens, quiet=given.json,
         batch_size=given.batch_size, accumulate_on=given.accumulate_on,
     )  # fmt: skip
     given = replace(given, batch_size=batch_size, accumulate_on=accumulate_on, device=device)
@@ -96,6 +97,8 @@ def score(given: Score) -> None:
         answers = AnswerLog(folder / "responses.jsonl")
         objective = _objective(given, answers) if given.method in NEEDS_OBJECTIVE else None
         if not given.json:
+            if isinstance(objective, Lexicon):
+                note(f"{given.lexicon}: {objective.sequences_for(target).sentence}")
             note(f"{prompts.describe()}; {target.layout.num_eligible:,} eligible weights in {given.model}")
         scores = score_weights(
             target, prompts, objective=objective, checkpoint=folder / CHECKPOINT, progress=not given.json,
@@ -127,30 +130,25 @@ def score(given: Score) -> None:
 
 
 def _check_objective(given: Score) -> None:
-    from safelocus.errors import ModelError
     from safelocus.scoring.run import METHODS, NEEDS_OBJECTIVE
 
     if given.method not in METHODS:
         raise typer.BadParameter(f"{given.method!r} is not one of {', '.join(METHODS)}", param_hint="--method")
-    chosen = [f"--{name}" for name in ("guard", "classifier", "refusal") if getattr(given, name)]
-    if given.method in NEEDS_OBJECTIVE and len(chosen) != 1:
-        found = " and ".join(chosen) or "none"
-        raise ModelError(
-            f"method {given.method} needs one objective: --guard G, --classifier C or --refusal; found {found}"
-        )
+    if given.method in NEEDS_OBJECTIVE:
+        sources.check_objective(given, also=("classifier",), what=f"method {given.method}")
 
 
 def _objective(given: Score, answers: "AnswerLog") -> "Objective":
-    from safelocus.objective import Classifier, Guard, Refusal
+    from safelocus.objective import Classifier
 
-    reading = {**given.part(RelaxOptions), "variant": given.transfer, "on_responses": answers}
-    if given.guard is not None:
-        return Guard.load(given.guard, description=given.guard_description, **given.guards, **reading)
+    relaxed = {"tau": given.tau, "gumbel_seed": given.gumbel_seed, "variant": given.transfer}
+    reading: dict[str, Any] = {"max_new_tokens": given.max_new_tokens, "on_responses": answers}
     if given.classifier is not None:
         return Classifier.load(
-            given.classifier, unsafe=given.unsafe_label, dtype=given.dtype, device=given.device, **reading
+            given.classifier, unsafe=given.unsafe_label, dtype=given.dtype, device=given.device, **relaxed, **reading
         )  # fmt: skip
-    return Refusal()
+    objective = given.part(options.ObjectiveOptions)
+    return sources.make_objective(**objective, load=given.guards, relaxed=relaxed, **reading)
 
 
 def _fitting(prompt_set: "PromptSet", target: "Target", max_new_tokens: int) -> "PromptSet":

@@ -1,6 +1,6 @@
 """What several commands take by name: prompts, tasks, judges, scores and selections."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from safelocus.analysis.acceptance import CardRun
     from safelocus.evaluation.judges import Endpoint, Judge
     from safelocus.evaluation.tasks import Task
+    from safelocus.objective import Objective
     from safelocus.prompts import PromptSet
     from safelocus.run.identity import Provenance
     from safelocus.scoring.scores import Scores
@@ -73,8 +74,70 @@ def load_judges(
 
 def guard_of(provenance: "Provenance") -> str | None:
     """The guard that scores were made with."""
+    return _name_of(provenance, "guard")
+
+
+def lexicon_of(provenance: "Provenance") -> Path | None:
+    """The file of expressions that scores were made with."""
+    name = _name_of(provenance, "lexicon")
+    return None if name is None else Path(name)
+
+
+def _name_of(provenance: "Provenance", kind: str) -> str | None:
     objective = provenance.objective or {}
-    return str(objective["name"]) if objective.get("kind") == "guard" else None
+    return str(objective["name"]) if objective.get("kind") == kind and "name" in objective else None
+
+
+def judge_names(judge: Sequence[str] | None, lexicon: Path | None) -> list[str]:
+    """The judges named, else the lexicon where there is one."""
+    return [*(judge or ([f"lexicon:{lexicon}"] if lexicon is not None else []))]
+
+
+def check_objective(given: options.ObjectiveOptions, *, also: Sequence[str] = (), what: str = "") -> None:
+    """Refuse none or several objectives, and a lexicon that cannot be read, before anything is loaded.
+
+    Args:
+        also: further options that are objectives of this command.
+        what: needs one.
+    """
+    from safelocus.errors import ModelError
+    from safelocus.wordlist import WordList
+
+    names = ("guard", *also, "refusal", "lexicon")
+    chosen = [f"--{name}" for name in names if getattr(given, name)]
+    if len(chosen) != 1:
+        ways = ", ".join(f"--{name}" for name in names)
+        raise ModelError(f"{what} needs one objective of {ways}; found {' and '.join(chosen) or 'none'}")
+    if given.lexicon is not None:
+        WordList.read(given.lexicon)
+
+
+def make_objective(
+    *,
+    guard: str | None = None,
+    guard_description: Path | None = None,
+    refusal: bool = False,
+    lexicon: Path | None = None,
+    similarity: float | None = None,
+    load: Mapping[str, Any],
+    relaxed: Mapping[str, Any] | None = None,
+    **answers: Any,
+) -> "Objective":
+    """The objective of `options.ObjectiveOptions`.
+
+    Args:
+        load: how to load a guard: dtype, device, trust_remote_code.
+        relaxed: how the answers are relaxed for it.
+        answers: `max_new_tokens`, `on_responses`, for those that read answers.
+    """
+    from safelocus.objective import Guard, Lexicon, Refusal
+
+    if guard is not None:
+        return Guard.load(guard, description=guard_description, **load, **(relaxed or {}), **answers)
+    if lexicon is not None:
+        return Lexicon.load(lexicon, **({} if similarity is None else {"similarity": similarity}), **answers)
+    assert refusal, "no objective was asked for"
+    return Refusal()
 
 
 def unscored_prompts(
@@ -132,9 +195,10 @@ def check_unscored(prompts: str | None, harmful: "PromptSet", *, allow_seen: boo
 
 
 def judges_for(given: options.TrainOptions) -> "tuple[Judge, ...]":
-    """Those named; else the guard that the weights are found with."""
+    """Those named; else the guard and the lexicon that the weights are found with."""
     guard = None if given.judge else given.guard
-    return tuple(load_judges(guard, given.guard_description, given.judge, **given.guards))
+    names = judge_names(given.judge, given.lexicon)
+    return tuple(load_judges(guard, given.guard_description, names, **given.guards))
 
 
 def runs_for_card(given: options.TrainOptions) -> "list[CardRun]":

@@ -1,6 +1,7 @@
 """`safelocus stability MODEL`: how far a selection depends on prompts, seeds and the objective."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import typer
 
@@ -23,6 +24,7 @@ class CompareOptions(SeedOption):
 class StabilityOptions(CompareOptions, ModelArgument, PromptOptions, AnswerOption, LoadOptions, RunOptions):
     guard: list[str] | None = option("Guard: folder, hub id or organism:guard. May be repeated: compared.")
     also_refusal: bool = flag("Compare with the refusal objective, which needs no guard.")
+    lexicon: list[Path] | None = option("File of expressions that must not come. May be repeated: compared.")
     ratios: str = option("Sizes of the selections compared, with commas.", default="0.003,0.01,0.03")
 
 
@@ -34,17 +36,21 @@ def stability(given: StabilityOptions) -> None:
     """
     from safelocus.errors import SafelocusError
     from safelocus.model.target import load
-    from safelocus.objective import Guard, Objective, Refusal
+    from safelocus.objective import Guard, Lexicon, Objective, Refusal
     from safelocus.report.page import write_run_page
     from safelocus.report.verification import stability_grid
     from safelocus.run.folder import CHECKPOINT
     from safelocus.scoring.run import NEEDS_OBJECTIVE
     from safelocus.verification import stability as measure_stability
+    from safelocus.wordlist import WordList
 
     if given.method not in NEEDS_OBJECTIVE:
         raise typer.BadParameter(f"{given.method!r} is not one of {', '.join(NEEDS_OBJECTIVE)}", param_hint="--method")
-    if not given.guard and not given.also_refusal:
-        raise SafelocusError("nothing to score with: give --guard G (twice, to compare two), --also-refusal, or both")
+    if not given.guard and not given.lexicon and not given.also_refusal:
+        raise SafelocusError(
+            "nothing to score with: give --guard G or --lexicon F (twice, to compare two), --also-refusal, or several"
+        )
+    lists = {f"lexicon {path}": WordList.read(path) for path in given.lexicon or []}
     ratios = numbers(given.ratios, "--ratios")
     prompts, _ = given.read()
     with shared_run(given) as folder:
@@ -53,6 +59,8 @@ def stability(given: StabilityOptions) -> None:
             f"guard {name}": Guard.load(name, max_new_tokens=given.max_new_tokens, **given.guards)
             for name in given.guard or []
         }
+        for name, words in lists.items():
+            objectives[name] = Lexicon(words=words, max_new_tokens=given.max_new_tokens)
         if given.also_refusal:
             objectives["refusal"] = Refusal()
         found = measure_stability(

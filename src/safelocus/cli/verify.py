@@ -24,7 +24,13 @@ class DisturbOptions(options.AllowOptions, options.BatchOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class Verify(
-    DisturbOptions, options.GuardOptions, options.MeasureOptions, options.FieldOptions, options.ModelOptions, RunOptions
+    DisturbOptions,
+    options.LexiconOption,
+    options.GuardOptions,
+    options.MeasureOptions,
+    options.FieldOptions,
+    options.ModelOptions,
+    RunOptions,
 ):
     scores: list[Path] = option(
         "Run folder of `score`, its scores folder, or a selection file. May be repeated: compared."
@@ -33,7 +39,10 @@ class Verify(
         "Harmful prompts that were not scored with.", "-p", shown="those of the scores' source that were left out"
     )
     guard: str | None = option("Guard that judges: folder, hub id or organism:guard.", shown="the scores'")
-    judge: list[str] | None = option("guard:NAME, reader or refusal, instead of --guard or beside it. May be repeated.")
+    lexicon: Path | None = option("File of expressions that judges.", shown="the scores'")
+    judge: list[str] | None = option(
+        "guard:NAME, lexicon:FILE, reader or refusal, instead of --guard or beside it. May be repeated."
+    )
     ratios: str = option("Shares of the weights, with commas.", default="0.01")
     interventions: str = option("noise, zero, transplant; with commas.", "--intervention", default="noise")
     noise: str = option("Strengths of noise in sigma, with commas.", default="0.38,1,2,3")
@@ -75,11 +84,13 @@ def verify(given: Verify) -> None:
     wanted = options.words(given.scorers, "--scorers", METHODS)
     sources.check_shard(given.shard, {"--scorers wanda": "wanda" in wanted})
     ratios, noises = options.numbers(given.ratios, "--ratios"), options.numbers(given.noise, "--noise")
-    given = replace(given, guard=given.guard or (sources.guard_of(provenance) if not given.judge else None))
+    if not (given.judge or given.guard or given.lexicon):
+        given = replace(given, guard=sources.guard_of(provenance), lexicon=sources.lexicon_of(provenance))
+    named_judges = [*(given.judge or []), *sources.judge_names(None, given.lexicon)]
     given = planning.resumed(given, "batch_size")
     batch_size, device = planning.answering_settings(
         planning.Model.of(given), [prompts, *([harmless] if harmless else []), *tasks],
-        judges=[*([f"guard:{given.guard}"] if given.guard else []), *(given.judge or [])],
+        judges=[*([f"guard:{given.guard}"] if given.guard else []), *named_judges],
         max_new_tokens=given.max_new_tokens, batch_size=given.batch_size,
         num_disturbed=max(_num_disturbed(artefact, ratios) for artefact in named.values()),
         num_scores=len(set(wanted) - set(named)), source=given.transplant_from, quiet=given.json,
@@ -90,7 +101,7 @@ def verify(given: Verify) -> None:
         source = None
         if given.transplant_from is not None:
             source = replace(given, model=given.transplant_from, revision=None).load()
-        judges = sources.load_judges(given.guard, given.guard_description, given.judge, **given.guards)
+        judges = sources.load_judges(given.guard, given.guard_description, named_judges, **given.guards)
         if not given.json:
             note(prompts.describe())
         for method in wanted:

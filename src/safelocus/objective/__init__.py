@@ -1,10 +1,10 @@
 """What S is: the expected safety of the target's behaviour, differentiable in its weights.
 
 An objective is any callable `(target, prompts) -> scores [B]`, higher is safer, attached to the graph
-of the target's weights. Shipped: `Guard`, `Classifier` (both read the target's own answers), `Lexicon` (how many
-listed expressions they are expected to hold) and `Refusal` (no second model either). One with a `describe()` method is described in every artefact made with it.
-Prompts are strings that know their row's own system message (`prompts.Prompt`); the target's chat format
-renders it with them.
+of the target's weights. Shipped: `Guard`, `Classifier` (both read the target's own answers), `Lexicon` (how many listed
+expressions those are expected to hold) and `Refusal` (no answers, and as `Lexicon` no second model). One with a
+`describe()` method is described in every artefact made with it. Prompts are strings that know their row's own system
+message (`prompts.Prompt`); the target's chat format renders it with them.
 """
 
 from collections.abc import Callable, Mapping, Sequence

@@ -11,8 +11,8 @@ as it would there. A sequence counts wherever it stands, within a longer word to
 
 e are, in the target's own tokens:
 
-    spellings     w = 1: every spelling of the list (`wordlist`), as it stands behind a space, a line break and a quotation
-                  mark. One that holds another is left out, since that counts already.
+    spellings     w = 1: every spelling of the list (`wordlist`), as it stands behind a space, a line break and a
+                  quotation mark. One that holds another is left out, since that counts already.
     neighbours    w = the cosine: tokens of one whole word (a space and letters) whose input embeddings are alike to
                   that of a spelling of one such token, cosine >= `similarity`.
 
@@ -46,7 +46,11 @@ if TYPE_CHECKING:
     from safelocus.model.target import Target
 
 SIMILARITY = 0.8  # other forms of a word, and little else: docs/lexicon.md
-_PLACES = (("", " "), ("\n", ""), ('"', ""))  # what stands before an expression: text, and what its first token may hold
+_PLACES = (
+    ("", " "),
+    ("\n", ""),
+    ('"', ""),
+)  # what stands before an expression: text, and what its first token may hold
 _CHUNK_BYTES = 256 << 20
 
 
@@ -125,7 +129,7 @@ class Lexicon:
         Raises:
             WordListError: it came from memory, or its file is not what it was.
         """
-        if described["name"] is None:
+        if "name" not in described:
             raise WordListError(
                 "the scores' list of expressions came from memory, so the objective cannot be made anew; score with a "
                 "list in a file"
@@ -166,7 +170,7 @@ class Lexicon:
     def describe(self) -> dict[str, Any]:
         return {
             "kind": "lexicon",
-            "name": self.words.source,
+            **({} if self.words.source is None else {"name": self.words.source}),
             "num_expressions": len(self.words),
             "num_spellings": sum(map(len, self.words.spellings)),
             "hash": self.words.hash,
@@ -185,9 +189,9 @@ def _expected(forced: Forced, sequences: TokenSequences, num_rows: int) -> tuple
     asked = sent(torch.tensor(columns), device)
     rows_at_once = max(1, _CHUNK_BYTES // (8 * logits.shape[1]))
     parts = [part.to(dtype) for part in logits.split(rows_at_once)]
-    log_p = torch.cat([part[:, asked] - part.logsumexp(dim=1, keepdim=True) for part in parts])  # [N, U]
+    p = torch.cat([(part[:, asked] - part.logsumexp(dim=1, keepdim=True)).exp() for part in parts])  # [N, U]
     scores = torch.zeros(num_rows, dtype=dtype, device=device)
-    gain = torch.zeros_like(log_p)  # A
+    gain = torch.zeros_like(p)  # A
     for length in sorted({len(ids) for ids in sequences.ids}):
         starts = num - length + 1
         if starts < 1:
@@ -199,8 +203,9 @@ def _expected(forced: Forced, sequences: TokenSequences, num_rows: int) -> tuple
             some = chosen[first : first + at_once]
             ids = sent(torch.tensor([[column_of[token] for token in sequences.ids[n]] for n in some]), device)  # [E, n]
             weights = sent(torch.tensor([sequences.weights[n] for n in some], dtype=dtype), device)
-            total = sum(log_p[j : j + starts, ids[:, j]] for j in range(length))  # [starts, E]
-            expected = torch.exp(total) * weights * same[:, None]
+            expected = weights * same[:, None]  # [starts, E]
+            for j in range(length):
+                expected = expected * p[j : j + starts, ids[:, j]]
             scores.index_add_(0, forced.row[:starts], -expected.sum(dim=1))
             for j in range(length):
                 gain[j : j + starts].index_add_(1, ids[:, j], -expected)

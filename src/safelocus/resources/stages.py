@@ -185,9 +185,14 @@ class _Stage:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Scoring(_Stage):
-    """`score`. A guard generates answers; without one the refusal objective scores openings."""
+    """`score`. A guard and the lexicon objective read answers; else the refusal objective scores openings.
+
+    Attributes:
+        answers: whether answers are scored without a guard.
+    """
 
     guard: Subject | None = None
+    answers: bool = False
 
     def _kept(self, settings: Settings) -> tuple[dict[str, int], dict[str, int]]:
         sums = {"fp32 sums": _VALUE * self.target.layout.num_eligible}
@@ -198,14 +203,16 @@ class Scoring(_Stage):
         batch, lengths = settings.batch_size, self.lengths
         phases = {"forward and backward": Phase(*self._backward(batch)),
                   "statistics": Phase(3 * _VALUE * self.target.largest_tensor)}  # fmt: skip
+        if self.guard is not None or self.answers:
+            phases["generation"] = self._generation(batch)
         if self.guard is not None:
             reading = self.guard.rehearse(Pass(batch, _TEMPLATE + lengths.both, batch), trained="inputs")
-            phases |= {"generation": self._generation(batch), "guard's reading": Phase(*reading)}
+            phases["guard's reading"] = Phase(*reading)
         return phases
 
     def _backward(self, batch: int) -> Rehearsal:
         lengths, target = self.lengths, self.target
-        if self.guard is not None:
+        if self.guard is not None or self.answers:
             asked = Pass(batch, lengths.both, batch * lengths.response, "weighted")
             return target.rehearse(asked, trained="eligible")
         logits = batch * _OPENINGS * _OPENING

@@ -1,8 +1,8 @@
 """Judges: what turns a prompt and a response into harmful, safe, partial or unscorable, with evidence.
 
 `load_judge` takes a judge by name: `reader` (does it refuse?), `refusal` (the same by opening phrases alone),
-`guard:NAME` (a folder, hub id or `organism:guard`), `lexicon:FILE` (does it hold a listed expression?) or `rubric:NAME` (a shipped rubric or a .toml file, asked of a
-model behind an endpoint).
+`guard:NAME` (a folder, hub id or `organism:guard`), `lexicon:FILE` (does it hold a listed expression?) or
+`rubric:NAME` (a shipped rubric or a .toml file, asked of a model behind an endpoint).
 """
 
 from pathlib import Path

@@ -36,7 +36,7 @@ class LexiconJudge:
     def describe(self) -> dict[str, Any]:
         return {
             "kind": "lexicon",
-            "name": self.words.source,
+            **({} if self.words.source is None else {"name": self.words.source}),
             "num_expressions": len(self.words),
             "hash": self.words.hash,
         }
