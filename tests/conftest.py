@@ -5,6 +5,7 @@ import itertools
 import os
 import pkgutil
 import signal
+import sys
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -36,6 +37,22 @@ def run(capsys):
         return stop.value.code or 0, out, " ".join(err.split())
 
     return run
+
+
+@pytest.fixture
+def scripts(monkeypatch):
+    """Makes the modules of a folder of scripts importable, for one test: other folders have some of their names."""
+    kept = {}
+
+    def importable(folder):
+        kept.update({name: sys.modules.pop(name, None) for path in folder.glob("[!_]*.py") for name in [path.stem]})
+        monkeypatch.syspath_prepend(folder)
+
+    yield importable
+    for name, module in kept.items():
+        sys.modules.pop(name, None)
+        if module is not None:
+            sys.modules[name] = module
 
 
 @pytest.fixture

@@ -46,9 +46,15 @@ def sharded(target):
     return Target.of(target.model, target.tokenizer, name=target.name)
 
 
+def copies():
+    """A context of multiprocessing whose processes start as copies of one that has imported."""
+    set_forkserver_preload(PRELOADED)
+    return torch.multiprocessing.get_context("forkserver")
+
+
 def together(num_processes, function, folder, *arguments):
     """Run `function(folder, *arguments)` in every process of a group; they start as copies of one that has imported."""
-    set_forkserver_preload(PRELOADED)
+    copies()
     torch.multiprocessing.start_processes(
         _join, (num_processes, function, folder, arguments), nprocs=num_processes, start_method="forkserver"
     )
@@ -70,11 +76,10 @@ def command(num_processes, folder, *arguments, first=None):
     Each process calls `first`, if given, before the command. Returns (exit codes, standard outputs, error streams), in
     the order of the processes.
     """
-    set_forkserver_preload(PRELOADED)
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    context = torch.multiprocessing.get_context("forkserver")
+    context = copies()
     given = (num_processes, port, str(folder), [str(argument) for argument in arguments], first)
     processes = [context.Process(target=_launched, args=(rank, *given)) for rank in range(num_processes)]
     for process in processes:

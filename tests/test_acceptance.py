@@ -1,9 +1,8 @@
 """The acceptance card: every verdict from outcomes whose truth is known, and from runs as they are saved."""
 
 import json
-import subprocess
-import sys
 from dataclasses import replace
+from importlib import import_module
 from math import nan
 from pathlib import Path
 
@@ -187,21 +186,15 @@ def test_the_page_shows_what_the_file_says(tmp_path):
     assert "x: <b>the</b> same seed" in words
 
 
-def test_the_real_models_cards_are_computed_from_its_cells():
-    """In a process of its own: the script is called `pages`, as a module of these tests is."""
-    scripts = Path(__file__).parents[1] / "benchmarks" / "real"
-    code = """if True:
-        import json, pages
-        found = dict(pages.cells.kept("enhance"))
-        after, before = (found[name]["outcomes"]["harmbench"] for name in ("esi-0.0001-0", "before"))
-        recipe = pages.enhancing.RECIPES["plain"]
-        card = pages._enhance_cards(recipe, *pages._enhanced(recipe))[-1]
-        effect = (after.count("1") - before.count("1")) / len(after)
-        print(json.dumps([card, round(100 * effect)]))
-    """
-    out = subprocess.run([sys.executable, "-c", code], cwd=scripts, capture_output=True, text=True, check=True).stdout
-    card, effect = json.loads(out)
+def test_the_real_models_cards_are_computed_from_its_cells(scripts):
+    scripts(Path(__file__).parents[1] / "benchmarks" / "real")
+    pages = import_module("pages")
+    found = dict(pages.cells.kept("enhance"))
+    after, before = (found[name]["outcomes"]["harmbench"] for name in ("esi-0.0001-0", "before"))
+    recipe = pages.enhancing.RECIPES["plain"]
+    card = pages._enhance_cards(recipe, *pages._enhanced(recipe))[-1]
+    effect = (after.count("1") - before.count("1")) / len(after)
     row = next(line for line in card.splitlines() if "fresh semantics" in line)
-    assert f"harmbench {effect} [" in row
+    assert f"harmbench {round(100 * effect)} [" in row
     assert "advbench 9" not in row  # weights are found with it
     assert "one seed" in card

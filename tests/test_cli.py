@@ -244,7 +244,7 @@ def test_ctrl_c_stops_at_a_batch_and_the_same_command_resumes(tmp_path, run):
     """A real process and a real SIGINT."""
     command = [
         "score", "organism:dense", "-p", "organism:harmful", "--guard",
-        "organism:guard", "--max-new-tokens", "24", "--batch-size", "1", "--limit", "16", "--dtype", "float32", "-o",
+        "organism:guard", "--max-new-tokens", "16", "--batch-size", "1", "--limit", "16", "--dtype", "float32", "-o",
     ]  # fmt: skip
     process = subprocess.Popen(
         [sys.executable, "-m", "safelocus", *command, str(tmp_path / "run")],

@@ -14,7 +14,10 @@ from test_scoring_hybrids import target_of
 from test_wrappers import wrapper
 from tiny_targets import byte_level
 
-NAMES = ("qwen3_next", "qwen3_5_text", "lfm2", "granitemoehybrid", "nemotron_h", "gemma3n_text", "qwen2_5_vl")
+NAMES = (
+    "qwen3_next", "lfm2", "granitemoehybrid", "nemotron_h", "gemma3n_text", "qwen2_5_vl",
+    pytest.param("qwen3_5_text", marks=pytest.mark.long),  # the layers of qwen3_next
+)  # fmt: skip
 
 
 @pytest.mark.slow

@@ -105,9 +105,9 @@ def test_everything_at_once(few, tmp_path, run):
     unsafe = write(tmp_path / "a.jsonl", [{"prompt": p} for p in sl.read_prompts("organism:harmful").limit(8).texts])
     calibrate = ["--calibrate", few, "--calibrate-every", "1", "--mix", few]
     code, out, err = run(
-        "preserve", "organism:moe", *SETS, *REFUSAL, "--prompts", unsafe, *SMALL, *calibrate, "--max-new-tokens", "32",
-        "--limit", "3", "--lora", "--lora-rank", "4", "--controls", "bottom", "--unprotected", "--accumulation", "2",
-        "--checkpointing", "--schedule", "linear", "--warmup", "1", "--json", "-o", folder,
+        "preserve", "organism:dense", *SETS, *REFUSAL, "--prompts", unsafe, *SMALL, *calibrate, "--max-new-tokens",
+        "32", "--limit", "3", "--lora", "--lora-rank", "4", "--controls", "bottom", "--unprotected", "--accumulation",
+        "2", "--checkpointing", "--schedule", "linear", "--warmup", "1", "--json", "-o", folder,
     )  # fmt: skip
     assert code == 0, err
     results = json.loads(out)
@@ -117,7 +117,7 @@ def test_everything_at_once(few, tmp_path, run):
     assert results["provenance"]["mixed"]["share"] == 0.1
     assert results["provenance"]["lora"]["rank"] == 4
     assert (folder / "adapter" / "adapter_model.safetensors").is_file()
-    target = sl.load("organism:moe", dtype="float32")
+    target = sl.load("organism:dense", dtype="float32")
     assert sl.Patch.load(folder / "adapter" / PATCH).apply(target)
     assert run("preserve", "--config", folder, "-o", tmp_path / "again")[0] == 0
     again = json.loads((tmp_path / "again" / "results.json").read_text())

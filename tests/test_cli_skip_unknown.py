@@ -47,7 +47,8 @@ def test_what_is_left_out_is_said_by_every_command_and_artefact(tmp_path, run):
 
     code, _, err = run(
         "enhance", "organism:dense", *how, "--selection", tmp_path / "scored" / "selection.safetensors", "--data",
-        "organism:refusals", "--steps", "1", "--limit", "4", "--seed", "0", "-o", tmp_path / "tuned",
+        "organism:refusals", "--retain", "none", "--steps", "1", "--limit", "4", "--seed", "0", "-o",
+        tmp_path / "tuned",
     )  # fmt: skip
     assert code == 0, err
     assert any(SAID in remark for remark in json.loads((tmp_path / "tuned" / "results.json").read_text())["notes"])

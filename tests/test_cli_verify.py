@@ -52,7 +52,7 @@ def test_verify_several_scorers_with_utility(scored, tmp_path, run):
         "verify", "organism:dense", "--scores", scored, "-p", "organism:harmful-heldout", "--harmless",
         "organism:harmless-heldout", "--task", "organism:utility", "--scorers", "magnitude,snip", "--intervention",
         "noise,zero,transplant", "--transplant-from", "organism:dense-unaligned", "--ratios", "0.01,0.02",
-        "--no-bottom", "--json", *VERIFY, "-o", tmp_path / "v",
+        "--no-bottom", "--json", *VERIFY, "--max-new-tokens", "8", "-o", tmp_path / "v",
     )  # fmt: skip
     assert code == 0, err
     printed = json.loads(out)

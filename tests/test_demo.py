@@ -10,16 +10,19 @@ import pytest
 from rich.console import Console
 from typer.main import get_command
 
+import safelocus as sl
 from made_runs import enhance_run, score_run
 from safelocus.analysis.claims import Claim
 from safelocus.cli import app, main
 from safelocus.demo import FULL, QUICK, story
 from safelocus.demo.ahead import running_ahead
-from safelocus.demo.stages import Found, Place
+from safelocus.demo.stages import Found, Place, guard
 from safelocus.errors import RunError
+from safelocus.evaluation.judges import GuardJudge
 from safelocus.report.grid import Grid
 from safelocus.report.runs import ReportRun
 from safelocus.verification import Verification
+from several import copies
 from test_claims import all_claims
 
 RUNS = ("score", "enhance")
@@ -141,8 +144,14 @@ def place(folder):
     return Place(organism="moe", folder=folder, final=folder, sizes=QUICK, checkpoint=folder)
 
 
+@pytest.fixture
+def started_quickly(monkeypatch):
+    """The other process is a copy of one that has imported; that of the quick demo imports anew."""
+    monkeypatch.setattr("safelocus.demo.ahead.get_context", lambda _: copies())
+
+
 @pytest.mark.slow
-def test_stages_run_ahead_in_another_process_in_their_order(tmp_path):
+def test_stages_run_ahead_in_another_process_in_their_order(tmp_path, started_quickly):
     with running_ahead([an_easy_stage, a_stage_that_fails, an_easy_stage], place(tmp_path)) as following:
         found = following()
         assert found.lines == [str(tmp_path)]
@@ -154,7 +163,7 @@ def test_stages_run_ahead_in_another_process_in_their_order(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_process_that_is_lost_is_an_error_and_no_wait(tmp_path):
+def test_a_process_that_is_lost_is_an_error_and_no_wait(tmp_path, started_quickly):
     with running_ahead([a_stage_that_dies], place(tmp_path)) as following, pytest.raises(RunError, match="exit code 3"):
         following()
 
@@ -218,6 +227,10 @@ def test_the_quick_demo(quick):
         assert found["spa-calibrated"]["verdict"] != "holds"  # too few prompts and steps for that
         # every number is that of the run's own file
         enhanced = json.loads((quick / organism / "enhance" / "results.json").read_text())
+        before, after = enhanced["before"], enhanced["after"]
+        assert before["asr"]["value"] > 0.9
+        assert after["asr"]["value"] < 0.1
+        assert after["over_refusal"]["value"] < 0.1
         change = enhanced["change"]["asr"]["value"] / enhanced["before"]["asr"]["value"]
         assert found["set-asr"]["numbers"]["share of the ASR gone"]["value"] == pytest.approx(-change)
         frozen, calibrated = (
@@ -230,6 +243,15 @@ def test_the_quick_demo(quick):
         verification = Verification.load(quick / organism / "verify")
         effect = verification.verdict.effect
         assert found["more-noise"]["numbers"]["beyond bottom"] == effect.beyond_bottom.to_json()
+        refusal = {
+            each: verification.pool(each, "esi", effect.setting).measures["refusal"]
+            for each in ("top", "random", "bottom")
+        }
+        assert refusal["top"].high < min(refusal["random"].low, refusal["bottom"].low)
+        draws = [cell.observed.measures["refusal"] for cell in verification.cells if cell.selection == "random"]
+        assert len(draws) == QUICK.num_seeds
+        assert all(refusal["top"].high < draw.low for draw in draws)
+        assert verification.verdict.kind == "general"  # noise is blunt: that utility falls with it is not hidden
     html = (quick / "report.html").read_text(encoding="utf-8")
     body = unescape(html[: html.index('<section id="provenance"')])
     for found in results["claims"].values():
@@ -253,3 +275,21 @@ def test_every_stages_run_is_one_of_its_command(quick, tmp_path, run):
     first, second = (json.loads((folder / "results.json").read_text()) for folder in (config, output))
     assert first["after"]["asr"] == second["after"]["asr"]
     assert first["losses"] == second["losses"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("organism", ["dense", "moe"])
+def test_the_unaligned_twins_values_take_refusals_and_leave_utility(quick, organism):
+    """Noise is blunt; these values are not: the damage is specific."""
+    target, twin = (sl.load(f"organism:{organism}{end}", dtype="float32") for end in ("", "-unaligned"))
+    before = target.fingerprint()
+    swap = sl.verify(
+        target, sl.Scores.load(quick / organism / "score" / "scores"), ratios=(0.2,), interventions=("transplant",),
+        transplant_from=twin, seeds=3, prompts=sl.read_prompts("organism:harmful-heldout").limit(16, seed=0),
+        harmless=sl.read_prompts("organism:harmless-heldout").limit(8, seed=0),
+        tasks=sl.read_task("organism:utility").limit(16, seed=0), judges=[GuardJudge(guard=guard(), batch_size=64)],
+        batch_size=64, max_new_tokens=32, progress=False,
+    )  # fmt: skip
+    assert swap.verdict.kind == "specific"
+    assert swap.verdict.effect.beyond_random.low > 0.2
+    assert target.fingerprint() == before

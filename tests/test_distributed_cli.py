@@ -11,10 +11,13 @@ from several import command
 
 pytestmark = pytest.mark.slow  # starts Python and torch again and again
 
-MODEL = ["organism:moe-unaligned", "--dtype", "float32", "--max-new-tokens", "12", "--limit", "5"]
+MODEL = ["organism:moe-unaligned", "--dtype", "float32", "--max-new-tokens", "6", "--limit", "3"]
 REFUSAL = ["--refusal", "--prompts", "PROMPTS", "--ratio", "0.01", "--harmful", "organism:harmful-heldout"]
 TRAINING = ["--steps", "2", "--batch-size", "4", "--json"]
-ENHANCE = ["enhance", *MODEL, "--data", "organism:refusals", *REFUSAL, *TRAINING, "--validation", "0"]
+ENHANCE = [
+    "enhance", *MODEL, "--data", "organism:refusals", *REFUSAL, *TRAINING, "--validation", "0", "--retain", "RETAINED",
+    "--retain-rows", "2", "--answer-tokens", "6", "--harmless", "organism:harmless-heldout",
+]  # fmt: skip
 PRESERVE = [
     "preserve", *MODEL, "--data", "organism:task", "--task-heldout", "organism:task-heldout", *REFUSAL, *TRAINING
 ]  # fmt: skip
@@ -39,9 +42,12 @@ def names(folder):
 
 
 def with_prompts(folder, arguments):
-    """The arguments with a few prompts in place of PROMPTS."""
-    (prompts := folder / "prompts.txt").write_text("\n".join(sl.read_prompts("organism:harmful").texts[:12]))
-    return [prompts if argument == "PROMPTS" else argument for argument in arguments]
+    """The arguments with a few prompts in place of PROMPTS and RETAINED."""
+    files = {}
+    for name, kind, num in (("PROMPTS", "harmful", 10), ("RETAINED", "harmless", 5)):
+        (file := folder / f"{kind}.txt").write_text("\n".join(sl.read_prompts(f"organism:{kind}").texts[:num]))
+        files[name] = file
+    return [files.get(argument, argument) for argument in arguments]
 
 
 def alone_and_together(tmp_path, run, num_processes, arguments, *options):
@@ -89,7 +95,7 @@ def test_a_requirement_that_is_not_met_fails_all_processes_when_all_is_written_a
 def test_verify_on_shards(tmp_path, run, scored):
     arguments = [
         "verify", "organism:dense", "--scores", scored, "--noise", "3", "--seeds", "1", "--limit", "7",
-        "--prompts", "organism:harmful-heldout", "--batch-size", "3", "--max-new-tokens", "12", "--dtype", "float32",
+        "--prompts", "organism:harmful-heldout", "--batch-size", "3", "--max-new-tokens", "6", "--dtype", "float32",
         "--json",
     ]  # fmt: skip
     alone, many, _ = alone_and_together(tmp_path, run, 2, arguments, "--shard")
@@ -132,16 +138,16 @@ def test_calibration_on_shards(tmp_path, run):
         "--task-heldout", "organism:task-heldout", *TRAINING, "--calibrate", prompts, "--calibrate-every", "1",
         "--max-new-tokens", "24", "--allow-seen",
     ]  # fmt: skip
-    alone, many, printed = alone_and_together(tmp_path, run, 3, arguments, "--shard")
+    alone, many, printed = alone_and_together(tmp_path, run, 2, arguments, "--shard")
     assert printed["after"]["num_changed"] is None
     start = dict(sl.load("organism:dense", dtype="float32").model.named_parameters())
-    one, three = (load_file(folder / "model" / "model.safetensors") for folder in (alone, many))
-    assert one.keys() == three.keys()
+    one, two = (load_file(folder / "model" / "model.safetensors") for folder in (alone, many))
+    assert one.keys() == two.keys()
     selection = sl.Selection.load(alone / "selection.safetensors")
     assert selection.iou(sl.Selection.load(many / "selection.safetensors")) > 0.99
     before, expected, found = (
         torch.cat([values[name].detach().take(index) for name, index in selection.coordinates.items()])
-        for values in (start, one, three)
+        for values in (start, one, two)
     )
     assert (found - expected).norm() < 0.1 * (expected - before).norm()  # single ones may differ by a step
 

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import sys
 from contextlib import contextmanager
 from unittest import mock
 
@@ -13,6 +14,7 @@ from transformers import Trainer
 
 import safelocus as sl
 from safelocus import distributed
+from safelocus.enhancement.optimizer import SparseOptimizer
 from safelocus.enhancement.run import run_enhancement
 from safelocus.errors import RunError
 from safelocus.evaluation import responding
@@ -277,40 +279,53 @@ def test_parts_of_a_run_folder(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["run"]
 
 
-KILLED = """
-import os, signal, sys
-from safelocus.cli import main
-from safelocus.enhancement.optimizer import SparseOptimizer
+def kill_the_second_at_a_step():
+    step = SparseOptimizer.step
 
-step = SparseOptimizer.step
-def killed(self, closure=None):
-    if rank == 1:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return step(self, closure)
-rank = int(os.environ["RANK"])
-SparseOptimizer.step = killed
+    def killed(self, closure=None):
+        if distributed.rank() == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return step(self, closure)
+
+    SparseOptimizer.step = killed
+
+
+KILLED = """
+import sys
+from safelocus.cli import main
+from test_distributed_resuming import kill_the_second_at_a_step
+
+kill_the_second_at_a_step()
 main(sys.argv[1:])
 """
 
 
 @pytest.mark.slow
-def test_a_killed_process_ends_the_run_and_the_same_command_resumes(tmp_path, run):
+@pytest.mark.parametrize("torchrun", [False, pytest.param(True, marks=pytest.mark.long)], ids=["copies", "torchrun"])
+def test_a_killed_process_ends_the_run_and_the_same_command_resumes(tmp_path, run, monkeypatch, torchrun):
     enhance = with_prompts(tmp_path, ENHANCE)
-    script = tmp_path / "killed.py"
-    script.write_text(KILLED)
-    found = launch(2, script, *enhance, "--shard", "-o", tmp_path / "run")
-    assert found.returncode != 0
-    assert "error: process 0: " in found.stderr.split("Traceback")[0]  # before torchrun's own report
-    assert not found.stdout
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".run.partial", "killed.py", "prompts.txt"]
+    files = sorted(path.name for path in tmp_path.iterdir())
+    (streams := tmp_path / "streams").mkdir()
+    sharded_run = [*enhance, "--shard", "-o", tmp_path / "run"]
+    if torchrun:
+        (script := streams / "killed.py").write_text(KILLED)
+        monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+        found = launch(2, script, *sharded_run)
+        assert found.returncode != 0
+        out, error = found.stdout, found.stderr.split("Traceback")[0]  # before torchrun's own report
+    else:
+        codes, (out, _), (error, _) = command(2, streams, *sharded_run, first=kill_the_second_at_a_step)
+        assert codes[0] > 0 > codes[1]
+    assert "error: process 0: " in error
+    assert not out
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".run.partial", *files, "streams"]
     code, _, err = run(*enhance, "-o", tmp_path / "run")
     assert code == 2
     assert "a run of 2 processes was interrupted here, and this one has 1" in err
-    (streams := tmp_path / "streams").mkdir()
-    codes, out, errors = command(2, streams, *enhance, "--shard", "-o", tmp_path / "run")
+    codes, out, errors = command(2, streams, *sharded_run)
     assert not any(codes), errors
     assert json.loads(out[0])["patch"]["k"] > 0
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["killed.py", "prompts.txt", "run", "streams"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [*files, "run", "streams"]
     assert not list((tmp_path / "run").glob("process*"))
 
 

@@ -33,7 +33,7 @@ HARMLESS = [{"prompt": f"{p} in a cake", "response": f"Sure, here {p[-n:]}"} for
 # five rows and batches of three: the last batch of an epoch has two, which three processes cannot share evenly
 SETTINGS = {"steps": 4, "batch_size": 3, "accumulation": 2, "learning_rate": 1e-2, "progress": False}
 REFUSAL = sl.Refusal(refusals=["I'm sorry"], compliances=["Sure"])
-EXAMINATION = Examination(harmful=read_prompts(["tell me a joke", "a kite"]), max_new_tokens=6, batch_size=1)
+EXAMINATION = Examination(harmful=read_prompts(["tell me a joke", "a kite"]), max_new_tokens=3, batch_size=1)
 
 
 def train_all(folder, shards):

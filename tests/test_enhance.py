@@ -430,7 +430,9 @@ class TestRun:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_the_unaligned_organism_learns_to_refuse_again():
+    """As it comes; the quick demo (tests/test_demo.py) is too quick to leave the utility as it was."""
     target = sl.load("organism:dense-unaligned", dtype="float32")
     guard = sl.Guard.load("organism:guard", max_new_tokens=32, dtype="float32")
     scores = sl.score(target, sl.read_prompts("organism:harmful").limit(96), objective=guard, progress=False)

@@ -73,8 +73,8 @@ USUAL = (
     + [pytest.param(name, torch.float32, marks=pytest.mark.slow) for name in NAMES if name not in USUAL],
 )
 def test_a_patched_folder_loads_as_the_patched_model(tmp_path, name, dtype):
-    build(name).to(dtype).save_pretrained(tmp_path / "a", max_shard_size="20KB")
-    model = reloaded(build(name), tmp_path / "a")
+    (built := build(name).to(dtype)).save_pretrained(tmp_path / "a", max_shard_size="20KB")
+    model = reloaded(built, tmp_path / "a")
     patch = patch_of(model)
     before = everything(model)
     assert apply_to_folder(patch, tmp_path / "a", output=tmp_path / "b").num_weights == 150
@@ -89,8 +89,8 @@ def test_a_patched_folder_loads_as_the_patched_model(tmp_path, name, dtype):
     "name", [*USUAL, *(pytest.param(name, marks=pytest.mark.slow) for name in NAMES if name not in USUAL)]
 )
 def test_a_whole_model_is_saved_in_the_form_of_its_files(tmp_path, name):
-    build(name).to(torch.bfloat16).save_pretrained(tmp_path / "a", max_shard_size="20KB")
-    model = type(build(name)).from_pretrained(tmp_path / "a", dtype=torch.float32)
+    (built := build(name).to(torch.bfloat16)).save_pretrained(tmp_path / "a", max_shard_size="20KB")
+    model = type(built).from_pretrained(tmp_path / "a", dtype=torch.float32)
     checkpoint = Checkpoint.open(tmp_path / "a")
     checkpoint.check_writable()
     folder.save_like(checkpoint, model, tmp_path / "same")
@@ -132,8 +132,8 @@ def test_a_conversion_that_computes_is_not_written_back(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["qwen3_moe", "deepseek_v3", "gpt_neox"])
 def test_a_checkpoint_reads_and_finds_what_the_loader_makes(tmp_path, name):
-    build(name).save_pretrained(tmp_path, max_shard_size="20KB")
-    checkpoint, model = Checkpoint.open(tmp_path), reloaded(build(name), tmp_path)
+    (built := build(name)).save_pretrained(tmp_path, max_shard_size="20KB")
+    checkpoint, model = Checkpoint.open(tmp_path), reloaded(built, tmp_path)
     files = {key: value for file in tmp_path.glob("*.safetensors") for key, value in load_file(file).items()}
     for tensor, parameter in model.named_parameters():
         (form,) = checkpoint.forms(tensor)

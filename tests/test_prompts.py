@@ -541,7 +541,8 @@ def test_split_share_and_salt():
     prompts = read_prompts([f"prompt {n}" for n in range(2000)])
     identification, held_out = prompts.split(0.2)
     assert 320 < len(held_out) < 480
-    assert identification.texts == [text for text in prompts.texts if text in set(identification.texts)]
+    chosen = set(identification.texts)
+    assert identification.texts == [text for text in prompts.texts if text in chosen]
     # a larger share takes more, and gives nothing back
     assert set(held_out.texts) < set(prompts.split(0.5)[1].texts)
     assert held_out.texts != prompts.split(0.2, salt="other")[1].texts

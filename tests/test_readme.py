@@ -41,7 +41,11 @@ EXAMPLES = [
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "less", [{"--limit": "6", "--steps": "2", "--seeds": "1"}, pytest.param({}, marks=pytest.mark.long)]
+    "less",
+    [
+        {"--limit": "6", "--steps": "2", "--seeds": "1", "--max-new-tokens": "12"},
+        pytest.param({}, marks=pytest.mark.long),
+    ],
 )
 def test_every_command_runs_once(tmp_path, monkeypatch, less):
     """The quickstart's list, in order and in one folder, as a reader would, but with less of what they ask for."""

@@ -1,6 +1,9 @@
 """The benchmark of speed runs, at a size where nothing is to be learned from its figures."""
 
+import contextlib
+import io
 import json
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -10,9 +13,20 @@ import pytest
 BENCHMARK = Path(__file__).parents[1] / "benchmarks" / "scale"
 
 
-def run(*arguments: str) -> str:
-    command = [sys.executable, str(BENCHMARK), "--sizes", "1M", "--rounds", "1", "--prompts", "4", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+@pytest.fixture
+def run(monkeypatch, scripts):
+    """The script, and the processes that it starts, all in this one, which has imported; returns what is printed."""
+
+    def run(command, **_):
+        monkeypatch.setattr(sys, "argv", command[1:])
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            runpy.run_path(command[1], run_name="__main__")
+        return subprocess.CompletedProcess(command, 0, stdout=printed.getvalue())
+
+    scripts(BENCHMARK)
+    monkeypatch.setattr(subprocess, "run", run)
+    script = [sys.executable, str(BENCHMARK), "--sizes", "1M", "--rounds", "1", "--prompts", "4"]
+    return lambda *arguments: run([*script, *arguments]).stdout
 
 
 def check(output: str, stages: list[str]) -> None:
@@ -28,14 +42,13 @@ def check(output: str, stages: list[str]) -> None:
 
 
 @pytest.mark.slow
-def test_every_stage_compares_with_a_baseline_and_a_limit():
+def test_every_stage_compares_with_a_baseline_and_a_limit(run):
     stages = ["scoring", "topk", "set", "spa", "patch"]
     output = run("--device", "cpu", "--tokens", "4", "--step-tokens", "16", "--json", "--stages", *stages)
     check(output, stages)
 
 
-@pytest.mark.slow
-def test_memory_is_within_weights_sums_and_activations():
+def test_memory_is_within_weights_sums_and_activations(run):
     (row,) = json.loads(
         run("--device", "cpu", "--kinds", "dense", "--json", "--stages", "memory").splitlines()[-1],
     )

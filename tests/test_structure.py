@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+from functools import cache
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -37,9 +38,22 @@ ORDER = [
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
 
 
+@cache
+def parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def named_in(path: Path) -> set[str]:
+    """Whatever a file imports, at its top or anywhere in it."""
+    nodes = list(ast.walk(parsed(path)))
+    named = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    return named | {node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)}
+
+
+@cache
 def imports(path: Path) -> set[str]:
     """Rooms of safelocus that a file imports when it runs (not under TYPE_CHECKING)."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
+    tree = parsed(path)
     skipped = {
         id(node)
         for block in ast.walk(tree)
@@ -73,9 +87,7 @@ def test_no_two_modules_import_each_other_not_even_for_their_types():
     modules = {name.removesuffix(".__init__"): path for name, path in files.items()}
     graph: dict[str, set[str]] = {}
     for name, path in modules.items():
-        nodes = [
-            node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.ImportFrom)
-        ]
+        nodes = [node for node in ast.walk(parsed(path)) if isinstance(node, ast.ImportFrom)]
         named = [(node.module or "", f"{node.module}.{alias.name}") for node in nodes for alias in node.names]
         graph[name] = {member if member in modules else module for module, member in named} & modules.keys() - {name}
     graph["safelocus"] = set()  # exports everything, late
@@ -84,10 +96,13 @@ def test_no_two_modules_import_each_other_not_even_for_their_types():
 
 def test_analysis_knows_nothing_of_how_it_is_shown():
     for path in (SOURCE / "analysis").glob("*.py"):
-        nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
-        named = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
-        named |= {node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)}
-        assert not {name.partition(".")[0] for name in named} & {"rich", "jinja2", "markupsafe", "html"}, path
+        named = {name.partition(".")[0] for name in named_in(path)}
+        assert not named & {"rich", "jinja2", "markupsafe", "html"}, path
+
+
+def test_pictures_need_no_chart_library():
+    for path in SOURCE.rglob("*.py"):
+        assert not {name.partition(".")[0] for name in named_in(path)} & {"matplotlib", "plotly"}, path
 
 
 @pytest.mark.parametrize("room", ["verification", "enhancement", "preservation"])
@@ -123,7 +138,7 @@ def test_names_are_told_apart_and_functions_fit_a_screen():
     places: dict[str, list[str]] = {}
     long = []
     for path in SOURCE.rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        for node in ast.walk(parsed(path)):
             if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
                 places.setdefault(node.name, []).append(str(path.relative_to(SOURCE)))
             if isinstance(node, ast.FunctionDef):

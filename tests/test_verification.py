@@ -490,10 +490,11 @@ def test_stability_says_what_it_cannot_vary():
         sl.stability(dense(), sl.read_prompts(PROMPTS[:1]), objectives={"refusal": sl.Refusal()}, progress=False)
 
 
-# the claim itself, on both organisms
+# the claim itself, on both organisms; tests/test_demo.py asserts the same of the quick demo's fewer prompts
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["dense", "moe"])
 def test_esi_breaks_refusals_far_beyond_controls(name):
     target = sl.load(f"organism:{name}", dtype="float32")
