@@ -13,9 +13,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
-
 from safelocus.model.auto import auto_class
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 VOCABULARY = 40
 SPECIAL = {"vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}

@@ -5,7 +5,8 @@
 plain: each step has 4 refusals (circuit-breakers) and 4 benign rows (instruct), rows cut to 128 tokens, the loss on the
 responses of both. contrast: 6 refusals of one sentence, and 6 rows of the first 24 tokens of the model's own answers,
 two to one to alarming but harmless requests and to ordinary ones, cut to 112 tokens. AdamW, the rate falling to zero
-along a line. One cell per method, rate and seed, in this order: every method at every rate with one seed, the paper's
+along a line. "gone back": on the straight line to the original, as far as 96 % of the validation part, on which
+nothing was trained, are still refused. One cell per method, rate and seed, in this order: every method at every rate with one seed, the paper's
 rate (plain), further seeds of what the claim compares.
 """
 
@@ -15,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import aligning
 import cells
 import sets
 
@@ -25,6 +27,8 @@ from safelocus.training import TrainingSettings
 from safelocus.training.arm import Arm
 
 METHODS = ("esi", "random", "gradient", "snip", "magnitude", "lora", "full")
+BACK = " gone back"  # as far as the validation part is still refused (`aligning.gone_back`)
+SHOWN = (*METHODS, f"esi{BACK}")
 PAPER_RATE = 3e-5
 RATIO = 0.01
 SETTINGS = TrainingSettings(steps=100, schedule="linear")
@@ -49,7 +53,7 @@ class Recipe:
         """(method, rate, seed) of every cell."""
         first = [(method, rate, 0) for rate in self.rates for method in self.methods]
         paper = [(method, PAPER_RATE, 0) for method in self.paper]
-        return [*first, *paper, *((m, rate, seed) for seed in (1, 2) for rate in self.rates for m in self.methods[:2])]
+        return [*first, *paper, *((m, rate, seed) for seed in (1, 2) for rate in self.rates for m in METHODS[:2])]
 
 
 RECIPES = {
@@ -59,7 +63,7 @@ RECIPES = {
         used=("advbench", "circuit_breakers", "instruct"),
     ),
     "contrast": Recipe(
-        table="contrast", rates=(1e-3, 3e-3, 3e-4), methods=("esi", "random", "full", "lora", "gradient", "snip"),
+        table="contrast", rates=(1e-3, 3e-3, 3e-4), methods=("esi", f"esi{BACK}", "random", "full", "lora", "gradient", "snip"),
         batch_size=6, max_length=112, data=sets.refused, retain=lambda: sets.answered(whole=False),
         how={"own_answers": True, "answer_tokens": 24},
         used=("advbench", "circuit_breakers", "harmful", "embedded", "oktest", "alpaca"),
@@ -71,8 +75,8 @@ def trained(recipe: Recipe, target: Target, method: str, rate: float, seed: int,
     settings = replace(
         SETTINGS, learning_rate=rate, seed=seed, batch_size=recipe.batch_size, max_length=recipe.max_length
     )
-    k = int(RATIO * target.layout.num_weights)
-    what: Any = method if method in ("lora", "full") else cells.selection(target, method, RATIO, seed=seed)
+    k, chosen = int(RATIO * target.layout.num_weights), method.removesuffix(BACK)
+    what: Any = chosen if chosen in ("lora", "full") else cells.selection(target, chosen, RATIO, seed=seed)
     runner = enhancer(
         target, recipe.data(), retain=recipe.retain(), retain_kl=0.0, retain_weight=1.0, retain_rows=1,
         settings=settings, checkpoint=unfinished, num_weights=k, **recipe.how,
@@ -80,12 +84,13 @@ def trained(recipe: Recipe, target: Target, method: str, rate: float, seed: int,
     arm = Arm(name="arm", what=what)
     trial = runner.train(arm, settings)
     with runner.shown(arm, trial):
+        back = aligning.gone_back(target) if method.endswith(BACK) else {}
         measured = cells.measured(target, unfinished / "after", **_asked(recipe))
     return {
         "method": method, "rate": rate, "seed": seed, "num_weights": trial.num_weights,
         "settings": settings.to_json(), "training_seconds": round(trial.seconds),
         "losses": [round(loss.loss, 4) for loss in trial.losses], **cells.described(target),
-        **cells.outcome(measured),
+        **back, **cells.outcome(measured),
     }  # fmt: skip
 
 
@@ -108,7 +113,7 @@ def main() -> None:
     given = parser.parse_args()
     recipe, target = RECIPES[given.recipe], cells.subject("smollm2")
     work = {"before": partial(untrained, recipe, target)} | {
-        f"{method}-{rate:g}-{seed}": partial(trained, recipe, target, method, rate, seed)
+        f"{method.replace(' ', '-')}-{rate:g}-{seed}": partial(trained, recipe, target, method, rate, seed)
         for method, rate, seed in recipe.plan()
     }
     cells.work(recipe.table, work, given.share, given.only)

@@ -40,7 +40,7 @@ PAGES = cells.ROOT / "docs" / "results"
 SOURCES = ("harmbench", "advbench", "xstest_unsafe", "xstest_safe", "alpaca", "ag_news", "pubmedqa")
 HEADINGS = ("HarmBench", "AdvBench", "XSTest unsafe", "XSTest safe", "Alpaca", "AG News", "PubMedQA", "perplexity")
 NAMES = {
-    "esi": "ESI", "random": "random", "gradient": "gradient", "snip": "SNIP", "magnitude": "magnitude",
+    "esi": "ESI", "esi gone back": "ESI, gone back", "random": "random", "gradient": "gradient", "snip": "SNIP", "magnitude": "magnitude",
     "lora": "LoRA of equal size", "full": "all weights", "before": "before",
 }  # fmt: skip
 README_RATE = 1e-4
@@ -160,7 +160,7 @@ def _enhanced(recipe: enhancing.Recipe) -> tuple[list[Cell], dict[tuple[str, flo
     found = dict(cells.kept(recipe.table))
     before = [found.pop("before")] if "before" in found else []
     groups: dict[tuple[str, float], list[Cell]] = {}
-    for method in enhancing.METHODS:
+    for method in enhancing.SHOWN:
         for cell in sorted(found.values(), key=lambda cell: (cell["rate"], cell["seed"])):
             if cell["method"] == method:
                 groups.setdefault((method, cell["rate"]), []).append(cell)
@@ -214,7 +214,7 @@ def _frontier_figure() -> Figure:
     for axis, (wanted, unwanted) in zip(axes, (("harmbench", "xstest_safe"), ("advbench", "alpaca")), strict=True):
         for name, style in (("plain", ":"), ("contrast", "-")):
             _, groups = _enhanced(enhancing.RECIPES[name])
-            for colour, method in zip(LIGHT.series, enhancing.METHODS, strict=False):
+            for colour, method in zip(LIGHT.series, enhancing.SHOWN, strict=False):
                 points = [
                     (level(outcomes(group, unwanted)).value, level(outcomes(group, wanted)).value)
                     for (m, _), group in sorted(groups.items())
@@ -239,7 +239,7 @@ def _enhance_claims(before: list[Cell], groups: dict[tuple[str, float], list[Cel
         if ("esi", rate) not in groups:
             continue
         falls = {}
-        for method in enhancing.METHODS:
+        for method in enhancing.SHOWN:
             if (method, rate) in groups:
                 change = difference(
                     1 - outcomes(groups[method, rate], "harmbench"), 1 - outcomes(before, "harmbench"), paired="prompts"
@@ -295,7 +295,7 @@ def _enhance_figure(
     axes = figure.subplots(2, 2, sharex=True, sharey=True)
     for axis, (source, title) in zip(axes.flat, shown, strict=True):
         axis.axhline(np.nanmean(outcomes(before, source)), color="#999999", linewidth=0.8, linestyle=":")
-        for colour, method in zip(LIGHT.series, enhancing.METHODS, strict=False):
+        for colour, method in zip(LIGHT.series, enhancing.SHOWN, strict=False):
             points = [(rate, level(outcomes(group, source))) for (m, rate), group in groups.items() if m == method]
             if points:
                 _curve(axis, points, colour, NAMES[method])
