@@ -6,8 +6,8 @@ plain: each step has 4 refusals (circuit-breakers) and 4 benign rows (instruct),
 responses of both. contrast: 6 refusals of one sentence, and 6 rows of the first 24 tokens of the model's own answers,
 two to one to alarming but harmless requests and to ordinary ones, cut to 112 tokens. AdamW, the rate falling to zero
 along a line. "gone back": on the straight line to the original, as far as 96 % of the validation part, on which
-nothing was trained, are still refused. One cell per method, rate and seed, in this order: every method at every rate with one seed, the paper's
-rate (plain), further seeds of what the claim compares.
+nothing was trained, are still refused. One cell per method, rate and seed, in this order: every method at every rate
+with one seed, the paper's rate (plain), further seeds of what the claim compares.
 """
 
 from collections.abc import Callable
@@ -63,7 +63,8 @@ RECIPES = {
         used=("advbench", "circuit_breakers", "instruct"),
     ),
     "contrast": Recipe(
-        table="contrast", rates=(1e-3, 3e-3, 3e-4), methods=("esi", f"esi{BACK}", "random", "full", "lora", "gradient", "snip"),
+        table="contrast", rates=(1e-3, 3e-3, 3e-4),
+        methods=("esi", f"esi{BACK}", "random", "full", "lora", "gradient", "snip"),
         batch_size=6, max_length=112, data=sets.refused, retain=lambda: sets.answered(whole=False),
         how={"own_answers": True, "answer_tokens": 24},
         used=("advbench", "circuit_breakers", "harmful", "embedded", "oktest", "alpaca"),

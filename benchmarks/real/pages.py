@@ -40,7 +40,8 @@ PAGES = cells.ROOT / "docs" / "results"
 SOURCES = ("harmbench", "advbench", "xstest_unsafe", "xstest_safe", "alpaca", "ag_news", "pubmedqa")
 HEADINGS = ("HarmBench", "AdvBench", "XSTest unsafe", "XSTest safe", "Alpaca", "AG News", "PubMedQA", "perplexity")
 NAMES = {
-    "esi": "ESI", "esi gone back": "ESI, gone back", "random": "random", "gradient": "gradient", "snip": "SNIP", "magnitude": "magnitude",
+    "esi": "ESI", "esi gone back": "ESI, gone back", "random": "random", "gradient": "gradient",
+    "snip": "SNIP", "magnitude": "magnitude",
     "lora": "LoRA of equal size", "full": "all weights", "before": "before",
 }  # fmt: skip
 README_RATE = 1e-4
