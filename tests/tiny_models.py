@@ -13,14 +13,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-<<<<<<< HEAD
-from safelocus.model.auto import auto_class
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
-=======
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from safelocus.model.layout.sizes import auto_class
->>>>>>> h15
 
 VOCABULARY = 40
 SPECIAL = {"vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
