@@ -10,7 +10,7 @@ infinite or negatively infinite, so many times for each command and each place:
     activations   what the embedding gives
     weights       from a pass on, and for good
     gradients     of a matrix, in a backward pass
-    losses        that a model gives to a trainer
+    losses        of a training
     guard scores  a guard's log-odds
 
 Right is an error in words that speaks of it (*refused*), a failure that is counted where it was not before (*counted*),
@@ -37,6 +37,7 @@ from safelocus.model import forcing
 from safelocus.model.generation import NO_NUMBER
 from safelocus.objective.guard import Guard
 from safelocus.run.resume import Journal, claim
+from safelocus.training.sharing import SharingTrainer
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -101,11 +102,16 @@ class Poison:
         if self.place == "guard scores":
             self._open.enter_context(patch.object(Guard, "_log_odds", self._scores(Guard._log_odds)))
             return self
+        if self.place == "losses":
+            self._open.enter_context(
+                patch.object(SharingTrainer, "compute_loss", self._loss(SharingTrainer.compute_loss))
+            )
+            return self
         modules = torch.nn.modules.module
         if self.place == "weights":
             handle = modules.register_module_forward_pre_hook(self._weights)
         else:
-            hooks = {"logits": self._logits, "losses": self._losses, "activations": self._activations}
+            hooks = {"logits": self._logits, "activations": self._activations}
             handle = modules.register_module_forward_hook(hooks.get(self.place, self._gradients))
         self._open.callback(handle.remove)
         return self
@@ -144,13 +150,16 @@ class Poison:
 
         return called
 
+    def _loss(self, own: Callable[..., Any]) -> Callable[..., Any]:
+        def called(*arguments: Any, **options: Any) -> Any:
+            found = own(*arguments, **options)
+            return found + self._value if self._is_now() else found
+
+        return called
+
     def _logits(self, module: Any, _: Any, output: Any) -> None:
         if getattr(output, "logits", None) is not None and self._is_now():
             output.logits = self._poisoned(output.logits, whole=self._value < 0)
-
-    def _losses(self, module: Any, _: Any, output: Any) -> None:
-        if getattr(output, "loss", None) is not None and self._is_now():
-            output.loss = output.loss + self._value
 
     def _activations(self, module: Any, _: Any, output: Any) -> Any:
         is_one = isinstance(module, torch.nn.Embedding) and not output.is_meta
@@ -169,13 +178,14 @@ class Poison:
 
 
 def num_failures(place: Path) -> int:
-    """Whatever is counted as failed or unscorable, and whatever is said of it, in the files of a run."""
+    """Whatever is counted as failed or unscorable, is said to be, or is missing where measures count, in a run."""
     found = 0
     for file in place.rglob("*.json*"):
         for line in file.read_text(encoding="utf-8").splitlines():
             if file.name == "cells.jsonl":
                 row = json.loads(line)
                 found += "".join(row.get("baseline", row)["outcomes"].values()).count("-")  # that cannot be told
+            found -= sum(map(int, re.findall(r'"n": (\d+)', line)))  # a look at a training tells no more than this
             found += sum(map(int, re.findall(r'"num_failed": (\d+)', line))) + line.count('"verdict": "unscorable"')
             found += bool(re.search(r'"failure": "|"kl": null|"explanation": ".*log-odds are', line)) + (
                 NO_NUMBER in line
