@@ -418,7 +418,7 @@ def _preserve_cards(found: dict[str, Cell]) -> list[str]:
             runs.setdefault((cell["arm"], cell["lora"]), []).append(
                 card_run(
                     "preserve", cell["task"], preserving.USED, cell, before=found.get(f"{cell['task']}-before"),
-                    unprotected=like.get("unprotected"), random=like.get("random-10"),
+                    unprotected=like.get("unprotected"), random=like.get(cell["arm"].replace("esi", "random")),
                 )
             )  # fmt: skip
     return cards(
