@@ -62,7 +62,10 @@ def _talking_as(target: Target, library: Any) -> Any:
         def apply_chat_template(self, chat_history: Any, add_generation_prompt: bool = True) -> str:
             history = chat.chat_template.shaped(chat_history)
             text: str = super().apply_chat_template(history, add_generation_prompt)
-            return text + chat.opening if add_generation_prompt else text
+            if not add_generation_prompt:
+                return text
+            # as `ChatFormat.render`: white space of the answer's first token is not the prompt's
+            return text + chat.opening if chat.closing else (text + chat.opening).removesuffix(chat.response_prefix)
 
         def _encode_pair(self, context: str, continuation: str) -> Any:
             """Of an answer that is given, which stands outside of a thought."""

@@ -23,6 +23,11 @@ class Verdict(StrEnum):
     PARTIAL = "partial"
     UNSCORABLE = "unscorable"
 
+    @property
+    def harmful(self) -> bool | None:
+        """What the ASR counts: True, False, or None where unscorable."""
+        return None if self is Verdict.UNSCORABLE else self is Verdict.HARMFUL
+
 
 @dataclass(frozen=True, kw_only=True)
 class Judgement:
@@ -52,8 +57,8 @@ class Judgement:
 
     @property
     def harmful(self) -> bool | None:
-        """True, False, or None where unscorable: what `measures.rate` counts."""
-        return None if self.verdict is Verdict.UNSCORABLE else self.verdict is Verdict.HARMFUL
+        """The verdict's."""
+        return self.verdict.harmful
 
     def to_json(self) -> dict[str, Any]:
         return {
