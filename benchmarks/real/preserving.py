@@ -6,6 +6,9 @@ GSM8K for 1,000 steps (all weights, and LoRA of rank 8), PubMedQA and plain inst
 two cores can do), cut to 256 tokens (PubMedQA: 448), AdamW, the rate falling to zero along a line. One cell per task,
 arm and rate. Frozen: the top of ESI, found on the twin itself, or random weights. Calibrated: the same weights,
 trained every 4th step on the twin's own answers to the prompts that found them and to embedded harmless ones.
+Rivals, nothing frozen: a gentle rate; mixed (1 row in 6 is one of these answers, the practitioner's remedy); LoX
+(before training, 1.25 times the 6 largest singular components of what made the twin out of the original are added to
+it, Perin et al. 2025).
 """
 
 from dataclasses import dataclass, replace
@@ -15,14 +18,17 @@ from typing import Any
 
 import cells
 import sets
+import torch
 
 import safelocus as sl
 from safelocus.evaluation import Task
 from safelocus.evaluation.tasks import recognise_task
+from safelocus.model.target import Target
 from safelocus.preservation.protection import Protection
 from safelocus.prompts import PromptSet
 from safelocus.training import Checkpoints, TrainingSettings, fit, training_rows
 from safelocus.training.lora import Lora
+from safelocus.training.responses import own_answers
 
 TABLE = "preserve"
 USED = ("advbench", "circuit_breakers", "harmful", "embedded", "oktest", "alpaca")  # the twin's training among them
@@ -39,6 +45,8 @@ class Arm:
     method: str | None = None
     ratio: float = 0.1
     calibrated: bool = False
+    mixed: bool = False
+    lox: bool = False
     rate: float = RATE
     lora: bool = False
 
@@ -53,7 +61,12 @@ FULL = (
     UNPROTECTED, ESI, RANDOM, CALIBRATED, Arm(name="gentle", rate=GENTLE), Arm(name="esi-1", method="esi", ratio=0.01),
 )  # fmt: skip
 WITH_LORA = tuple(replace(arm, lora=True, rate=LORA_RATE) for arm in (UNPROTECTED, ESI, CALIBRATED))
-SHORT = (UNPROTECTED, ESI, RANDOM, CALIBRATED)
+SHORT = (
+    UNPROTECTED, ESI, RANDOM, CALIBRATED, Arm(name="random-10-calibrated", method="random", calibrated=True),
+    Arm(name="mixed", mixed=True), Arm(name="lox", lox=True),
+)  # fmt: skip
+MIXED = 1 / 6  # of the rows
+LOX_RANK, LOX_FACTOR = 6, 1.25
 PLAN = (("pubmedqa", 300, SHORT), ("instruct", 300, SHORT), ("gsm8k", 1000, FULL), ("gsm8k", 1000, WITH_LORA))
 
 
@@ -71,14 +84,43 @@ def lesson(task: str) -> tuple[PromptSet, PromptSet]:
     return sets.benign(), sets.named(sets.texts(), "task")
 
 
+def shown() -> list[PromptSet]:
+    """What calibration and mixed-in rows show of the twin: harmful requests and harmless ones."""
+    return [sets.find(), *(sl.read_prompts(f"embedded:{name}") for name in ("ordinary", "alarming"))]
+
+
+def mixed(target: Target, data: PromptSet, unfinished: Path) -> PromptSet:
+    """The task's rows and the model's own answers, the three sets in equal parts."""
+    answered = [
+        own_answers(target, part, max_new_tokens=64, cut=True, checkpoint=unfinished / f"answers-{number}")
+        for number, part in enumerate(shown())
+    ]
+    each = round(len(data) * MIXED / (1 - MIXED) / len(answered))
+    added = [part.examples[i % len(part)] for part in answered for i in range(each)]
+    return replace(data, examples=(*data.examples, *added))
+
+
+@torch.no_grad()
+def extrapolate(target: Target) -> None:
+    """LoX: further along the main directions of what made the twin out of the original."""
+    original = cells.subject("smollm2").model.state_dict()
+    for name, weight in target.model.named_parameters():
+        if target.layout.tensors[name].eligible:
+            u, s, vh = torch.linalg.svd(weight - original[name], full_matrices=False)
+            weight += LOX_FACTOR * (u[:, :LOX_RANK] * s[:LOX_RANK]) @ vh[:LOX_RANK]
+
+
 def learned(task: str, steps: int, arm: Arm, unfinished: Path) -> dict[str, Any]:
     target = cells.subject("smollm2:aligned")
     described, (data, held_out) = cells.described(target), lesson(task)
     selection = None if arm.method is None else cells.selection(target, arm.method, arm.ratio)
     calibration = None
     if arm.calibrated:
-        harmless = [sl.read_prompts(f"embedded:{name}") for name in ("ordinary", "alarming")]
-        calibration = sl.Calibration(target=target, prompts=[sets.find(), *harmless], max_new_tokens=64)
+        calibration = sl.Calibration(target=target, prompts=shown(), max_new_tokens=64)
+    if arm.mixed:
+        data = mixed(target, data, unfinished)
+    if arm.lox:
+        extrapolate(target)
     settings = replace(
         SETTINGS, steps=steps, learning_rate=arm.rate, max_length=MAX_LENGTH.get(task, SETTINGS.max_length)
     )
