@@ -1,4 +1,4 @@
-"""The commands of quickstart and stories are well formed: options exist, values parse. Nothing is run."""
+"""The commands of quickstart, lexicon and stories are well formed: options exist, values parse. Nothing is run."""
 
 import re
 import shlex
@@ -10,7 +10,7 @@ import typer
 from safelocus.cli import app
 
 DOCS = Path(__file__).parents[1] / "docs"
-PAGES = [DOCS / "quickstart.md", *sorted((DOCS / "stories").glob("*.md"))]
+PAGES = [DOCS / "quickstart.md", DOCS / "lexicon.md", *sorted((DOCS / "stories").glob("*.md"))]
 COMMANDS = [
     pytest.param(line.partition(" #")[0], id=f"{page.stem}:{number}")
     for page in PAGES
@@ -28,5 +28,5 @@ def test_commands_parse(line):
 
 
 def test_every_page_has_commands():
-    assert len(PAGES) == 4
+    assert len(PAGES) == 5
     assert all("safelocus " in page.read_text(encoding="utf-8") for page in PAGES)

@@ -24,7 +24,7 @@ def found(text, words=WORDS):
         "zor-bex", "zorbexes", "Zorbexed", "zorbexing", "\uff5a\uff4f\uff52\uff42\uff45\uff58", "zo\u00adrbex",
         "z\u200bo\u200drbex", "zo\u0301rbex", "\x1b[31mzor\x1b[1mbex\x1b[0m", "zor\x00bex", "\u202exebroz\u202c",
         "\u2066zorbex\u2069", "z\u043erb\u0435x", "\U0001d433\U0001d428\U0001d42b\U0001d41b\U0001d41e\U0001d431",
-        "\x1b]8;;http://x\x07zorbex\x1b]8;;\x07", "zorbex\U0001f600",
+        "\x1b]8;;http://x\x07zorbex\x1b]8;;\x07", "\x1b]zorbex", "\x1bzorbex", "zorbex\U0001f600",
     ],
 )  # fmt: skip
 def test_spellings_are_found(text):

@@ -44,7 +44,7 @@ _BETWEEN = rf"(?:\s{{1,3}}|[{_HYPHENS}]?)"  # between two words of an expression
 _APART = rf"(?:\s{{1,3}}|\s?[{_HYPHENS}*]\s?)"  # between letters that stand apart
 _JOINT = re.compile(r"[\s\-_\u2010-\u2015]+")
 
-_TERMINAL = re.compile("\x1b(?:\\[[0-?]*[ -/]*[@-~]|\\][^\x07\x1b]*(?:\x07|\x1b\\\\)?|[ -/]*[0-~])")
+_TERMINAL = re.compile("\x1b(?:\\[[0-?]*[ -/]*[@-~]|\\][^\x07\x1b]*(?:\x07|\x1b\\\\)|[ -/]+[0-~])")
 _REVERSED = re.compile("\u202e([^\u202c\n]*)\u202c?")
 _CONTROL = re.compile("[\0-\x08\x0e-\x1f\x7f-\x9f\u034f\u115f\u1160\u17b4\u17b5\ufe00-\ufe0f\u20d0-\u20ff]")
 _MARKS = re.compile("(?<=[a-zA-Z])[\u0300-\u036f]+")
