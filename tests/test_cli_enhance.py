@@ -136,7 +136,7 @@ def test_run_toml_repeats_the_run(scored, tmp_path, run):
     [
         ([], "nothing says which weights to act on"),
         (["--refusal"], "nothing says which weights to act on"),
-        ([*REFUSAL, "--guard", "organism:guard"], "needs one objective of .* found --guard and --refusal"),
+        ([*REFUSAL, "--guard", "organism:guard"], "found --guard and --refusal"),
         ([*REFUSAL, "--selection", "x.safetensors"], "--selection says already"),
         (["--selection", "x.safetensors"], "x.safetensors: does not exist"),
         ([*REFUSAL, "--controls", "best"], "--controls best: expected random, bottom, full, lora"),

@@ -151,3 +151,11 @@ def test_what_is_wrong_is_said_before_the_work(words, tmp_path, run, arguments, 
     assert code == 2
     assert message in err
     assert not (tmp_path / "r").exists()
+
+
+def test_a_run_with_two_judges_is_planned(words, tmp_path, run):
+    file = tmp_path / "run.toml"
+    file.write_text(f'command = "enhance"\nmodel = "{MODEL}"\nguard = "organism:guard"\nlexicon = "{words}"\n')
+    code, out, err = run("plan", "--config", file, "--json")
+    assert code == 0, err
+    assert [*json.loads(out)["stages"]] == ["enhance"]

@@ -78,7 +78,7 @@ def plan(given: PlanOptions) -> None:
     if quantised is not None and quantised.problem:
         raise ModelError(f"{given.model}: {quantised.problem}")
     reader = None
-    if given.guard and given.lexicon:
+    if given.guard and given.lexicon and given.config is None:  # a run may judge by both
         raise ModelError("--guard and --lexicon are two objectives to plan for; give one")
     if given.guard:
         reader = Subject.load(given.guard, dtype=dtype, trust_remote_code=given.trust_remote_code)
