@@ -19,16 +19,8 @@ from safelocus.model.target import Target
 from tiny_targets import dense
 
 STREAMS = ("out", "err")
-PRELOADED = [
-    "safelocus.report.page",
-    "safelocus.enhancement.run",
-    "safelocus.preservation.run",
-    "safelocus.scoring.run",
-    "torch.distributed.fsdp",
-    "torch.distributed.tensor",
-    "transformers.models.llama.modeling_llama",
-    "transformers.models.qwen3_moe.modeling_qwen3_moe",
-]
+# the server that copies are made of has no sys.path of ours
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]))
 
 
 def odd():
@@ -48,7 +40,7 @@ def sharded(target):
 
 def copies():
     """A context of multiprocessing whose processes start as copies of one that has imported."""
-    set_forkserver_preload(PRELOADED)
+    set_forkserver_preload(["imported"])
     return torch.multiprocessing.get_context("forkserver")
 
 
