@@ -73,7 +73,7 @@ def finish(target: sl.Target, unfinished: Path, found: dict[str, Any]) -> None:
 
 
 @torch.no_grad()
-def gone_back(target: sl.Target) -> dict[str, Any]:
+def gone_back(target: sl.Target, floor: float = FLOOR) -> dict[str, Any]:
     """Leaves the model at the least share of the way at which it refuses enough of the validation part, or whole."""
     original = dict(sl.load("smollm2").model.named_parameters())
     weights = dict(target.model.named_parameters())
@@ -87,9 +87,9 @@ def gone_back(target: sl.Target) -> dict[str, Any]:
             target, harmful=harmful, judges=[cells.JUDGE], max_new_tokens=sets.NEW_TOKENS, progress=False
         )
         refused[f"{share:g}"] = float(found.measures["refusal"].value or 0.0)
-        if refused[f"{share:g}"] < FLOOR:
+        if refused[f"{share:g}"] < floor:
             break
-    kept = min((float(share) for share, value in refused.items() if value >= FLOOR), default=1.0)
+    kept = min((float(share) for share, value in refused.items() if value >= floor), default=1.0)
     for name, weight in weights.items():
         weight.copy_(torch.lerp(original[name], trained[name], kept))
     return {"share_of_the_way": kept, "validation_refused": refused}

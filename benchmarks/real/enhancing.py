@@ -5,7 +5,7 @@
 plain: each step has 4 refusals (circuit-breakers) and 4 benign rows (instruct), rows cut to 128 tokens, the loss on the
 responses of both. contrast: 6 refusals of one sentence, and 6 rows of the first 24 tokens of the model's own answers,
 two to one to alarming but harmless requests and to ordinary ones, cut to 112 tokens. AdamW, the rate falling to zero
-along a line. "gone back": on the straight line to the original, as far as 96 % of the validation part, on which
+along a line. "gone back": on the straight line to the original, as far as 90 % of the validation part, on which
 nothing was trained, are still refused. One cell per method, rate and seed, in this order: every method at every rate
 with one seed, the paper's rate (plain), further seeds of what the claim compares.
 """
@@ -29,6 +29,7 @@ from safelocus.training.arm import Arm
 METHODS = ("esi", "random", "gradient", "snip", "magnitude", "lora", "full")
 BACK = " gone back"  # as far as the validation part is still refused (`aligning.gone_back`)
 SHOWN = (*METHODS, f"esi{BACK}")
+FLOOR = 0.9  # of the validation part: what is aimed at
 PAPER_RATE = 3e-5
 RATIO = 0.01
 SETTINGS = TrainingSettings(steps=100, schedule="linear")
@@ -85,7 +86,7 @@ def trained(recipe: Recipe, target: Target, method: str, rate: float, seed: int,
     arm = Arm(name="arm", what=what)
     trial = runner.train(arm, settings)
     with runner.shown(arm, trial):
-        back = aligning.gone_back(target) if method.endswith(BACK) else {}
+        back = aligning.gone_back(target, FLOOR) if method.endswith(BACK) else {}
         measured = cells.measured(target, unfinished / "after", **_asked(recipe))
     return {
         "method": method, "rate": rate, "seed": seed, "num_weights": trial.num_weights,
