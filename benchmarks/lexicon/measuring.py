@@ -25,7 +25,7 @@ from safelocus.model.forcing import pad
 from safelocus.wordlist import WordList
 
 INPUTS, TRIGGERED, CERTIFIED, DRAWS, RADIUS = 400, 200, 12, 200, 3
-ATTACKED, GREEDY_WORDS = 2, 20
+ATTACKED, GREEDY_WORDS = 1, 20
 BATCH = 512
 LISTED, UNLISTED, MILD = (
     LexiconJudge(words=WordList.of(words)) for words in (casual.LISTED, casual.UNLISTED, casual.MILD)

@@ -85,11 +85,15 @@ def untrained(seed: int) -> sl.Target:
         forced_eos_token_id=None, init_std=0.06,
     )  # fmt: skip
     torch.manual_seed(seed)
-    return sl.Target.of(BartForConditionalGeneration(config), tokenizer(), name="lexicon-organism", template="{prompt}")
+    return _target(BartForConditionalGeneration(config), "untrained")
 
 
 def load(folder: Path) -> sl.Target:
-    return sl.load(folder, dtype="float32", device="cpu", template="{prompt}")
+    return _target(BartForConditionalGeneration.from_pretrained(folder), folder.name)
+
+
+def _target(model: Any, name: str) -> sl.Target:
+    return sl.Target.of(model, tokenizer(), name=name, template="{prompt}")
 
 
 def pattern(scout: sl.Target) -> Pattern:

@@ -22,7 +22,7 @@ from safelocus.errors import TrainingError
 
 
 class Projection:
-    """Steps of an optimizer that do not lower an objective, to first order.
+    """Steps of an optimizer that do not lower an objective, to first order; until `remove()`, or the end of `with`.
 
     Attributes:
         num_steps: how many were taken.
@@ -45,27 +45,32 @@ class Projection:
         if distributed.world_size() > 1:
             raise TrainingError("updates are projected in one process; start it without torchrun")
         self._objective = objective
-        self._handles: list[Any] = []
+        self._hooks: list[Any] = []
+        self._callback: _Attach | None = None
         self._before: list[tuple[nn.Parameter, Tensor, Tensor]] = []  # weights, their values, dS in them
         self.num_steps = self.num_projected = 0
         if isinstance(what, Trainer):
-            what.add_callback(_Attach(self))
+            self._callback = _Attach(self, what)
+            what.add_callback(self._callback)
         elif isinstance(what, torch.optim.Optimizer):
             self.follow(what)
         else:
             raise TrainingError(f"a projection takes a torch optimizer or a transformers.Trainer; found {type(what)}")
 
     def follow(self, optimizer: Any) -> None:
-        """Project the steps of this optimizer from now on; a trainer's is followed when training begins."""
+        """Project the steps of this optimizer from now on, and of no other; a trainer's when training begins."""
+        self._let_go()
         optimizer = getattr(optimizer, "optimizer", optimizer)  # out of accelerate's wrapper
-        self._handles += [
+        self._hooks = [
             optimizer.register_step_pre_hook(self._before_step), optimizer.register_step_post_hook(self._after_step)
         ]  # fmt: skip
 
     def remove(self) -> None:
-        """Let go of the optimizer."""
-        while self._handles:
-            self._handles.pop().remove()
+        """Let go of the optimizer or trainer."""
+        self._let_go()
+        if self._callback is not None:
+            self._callback.trainer.remove_callback(self._callback)
+            self._callback = None
 
     def __enter__(self) -> Self:
         return self
@@ -73,10 +78,18 @@ class Projection:
     def __exit__(self, *_: object) -> None:
         self.remove()
 
+    def _let_go(self) -> None:
+        while self._hooks:
+            self._hooks.pop().remove()
+
     def _before_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         weights = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
         with torch.enable_grad():
             score = self._objective()
+            if score.numel() != 1:
+                raise TrainingError(
+                    f"the objective of the projection has {score.numel()} values; expected one, their mean say"
+                )
             if not torch.isfinite(score):
                 raise TrainingError(f"the objective of the projection is {score.item()}; expected a finite number")
             if not score.requires_grad:
@@ -103,14 +116,12 @@ class Projection:
 class _Attach(TrainerCallback):
     """A trainer makes its optimizer late."""
 
-    def __init__(self, projection: Projection) -> None:
+    def __init__(self, projection: Projection, trainer: Trainer) -> None:
         self._projection = projection
+        self.trainer = trainer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, *, optimizer: Any = None, **_: Any) -> None:
         self._projection.follow(optimizer)
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self._projection.remove()
 
 
 def _sum(parts: Sequence[Tensor]) -> Tensor:
