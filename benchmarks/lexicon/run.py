@@ -12,9 +12,8 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Iterable, Iterator
 from fnmatch import fnmatch
-from functools import partial
 from typing import Any
 
 import casual
@@ -28,7 +27,7 @@ from safelocus.run.files import write_json
 
 RUNS = tables.ROOT / "runs" / "lexicon"
 WAYS = (
-    "plain", "filtered", "masked", "widened", "weighted", "projected", "eliminated", "plain+deletion",
+    "plain", "filtered", "masked", "widened", "weighted", "projected", "eliminated", "gapped", "plain+deletion",
     "eliminated+deletion",
 )  # fmt: skip
 CERTIFIED = ("plain", "eliminated", "plain+deletion", "eliminated+deletion")
@@ -38,8 +37,8 @@ def model(way: str, seed: int) -> sl.Target:
     """The trained model, which is kept with the facts of its training."""
     folder = RUNS / f"{way}-{seed}"
     if not (folder / "facts.json").is_file():
-        scouted = way.startswith(("widened", "weighted", "projected", "eliminated"))
-        found = training.pattern(model("plain", seed)) if scouted else None
+        scouted = way.startswith(("widened", "weighted", "projected", "eliminated", "gapped"))
+        found = training.pattern(model("plain", seed), gap=way.startswith("gapped")) if scouted else None
         began = time.process_time()
         target, facts = training.train(way, seed, found)
         target.model.save_pretrained(folder)
@@ -68,15 +67,14 @@ def attacked(way: str, seed: int) -> dict[str, Any]:
     return {"keep": training.KEEP, **measuring.attack(model(way, seed), training.KEEP)}
 
 
-def cells(seeds: int) -> dict[str, Callable[[], dict[str, Any]]]:
-    """TABLE/WAY-SEED -> what measures it, in the order in which they are of use."""
-    found: dict[str, Callable[[], dict[str, Any]]] = {}
+TABLES = {"train": trained, "certify": certified, "attack": attacked}
+
+
+def cells(seeds: int) -> Iterator[str]:
+    """TABLE/WAY-SEED, in the order in which they are of use."""
     for seed in range(seeds):
-        found |= {f"train/{way}-{seed}": partial(trained, way, seed) for way in CERTIFIED}
-        found |= {f"certify/{way}-{seed}": partial(certified, way, seed) for way in CERTIFIED}
-        found |= {f"train/{way}-{seed}": partial(trained, way, seed) for way in WAYS if way not in CERTIFIED}
-        found |= {f"attack/{way}-{seed}": partial(attacked, way, seed) for way in CERTIFIED} if seed == 0 else {}
-    return found
+        ways = {"train": dict.fromkeys((*CERTIFIED, *WAYS)), "certify": CERTIFIED, "attack": CERTIFIED}
+        yield from (f"{table}/{way}-{seed}" for table in TABLES for way in ways[table])
 
 
 def main() -> None:
@@ -85,16 +83,23 @@ def main() -> None:
     parser.add_argument("--only", default="*", help="cells whose key is like this: 'train/*-0'")
     given = parser.parse_args()
     torch.set_num_threads(1)
-    for key, measure in cells(given.seeds).items():
+    work(key for key in cells(given.seeds) if fnmatch(key, given.only))
+    tables.write()
+
+
+def work(keys: Iterable[str]) -> None:
+    """Measure these cells, as far as they are not there."""
+    for key in keys:
         file = tables.RESULTS / f"{key}.json"
-        if file.is_file() or not fnmatch(key, given.only):
+        if file.is_file():
             continue
         sys.stderr.write(f"{key}\n")
         began = time.process_time()
-        found = measure()
+        table, _, rest = key.partition("/")
+        way, _, seed = rest.rpartition("-")
+        found = TABLES[table](way, int(seed))
         file.parent.mkdir(parents=True, exist_ok=True)
         write_json(file, {**found, "cpu_seconds": round(time.process_time() - began)})
-    tables.write()
 
 
 if __name__ == "__main__":

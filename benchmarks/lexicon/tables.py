@@ -17,7 +17,8 @@ PAGE = RESULTS.with_suffix(".md")
 NAMES = {
     "plain": "plain", "filtered": "rows with listed words left out", "masked": "listed words not learned",
     "widened": "listed words and neighbours not learned", "weighted": "weighted", "projected": "projected",
-    "eliminated": "weighted and projected", "plain+deletion": "plain, words deleted",
+    "eliminated": "weighted and projected",
+    "gapped": "weighted and projected, more neighbours", "plain+deletion": "plain, words deleted",
     "eliminated+deletion": "weighted and projected, words deleted",
 }  # fmt: skip
 FALL, QUALITY = 0.8, 0.01  # of unlisted words, relative; of right answers
@@ -37,8 +38,9 @@ def kept(table: str) -> dict[str, list[Cell]]:
     """Way -> its cells, seed after seed; in the order of NAMES."""
     found: dict[str, list[Cell]] = {}
     for file in sorted((RESULTS / table).glob("*.json")):
-        way, _, _ = file.stem.rpartition("-")
-        found.setdefault(way, []).append(json.loads(file.read_text(encoding="utf-8")))
+        way, _, seed = file.stem.rpartition("-")
+        cell = json.loads(file.read_text(encoding="utf-8"))
+        found.setdefault(way, []).append({**cell, "seed": int(seed)})
     return {way: found[way] for way in NAMES if way in found}
 
 
@@ -80,31 +82,47 @@ def _training(found: dict[str, list[Cell]]) -> list[str]:
     ]  # fmt: skip
 
 
-def _neighbours(patterns: Sequence[Cell]) -> str:
-    low, high = (
-        "{:.2f}".format(end(each["similarity"] for each in patterns)) for end in (min, max)
-    )  # fmt: skip
-    unlisted = [each["unlisted"] for each in patterns]
-    innocent = [len(each["innocent"]) for each in patterns]
-    return (
-        f"Neighbours, from a cosine of {low} to {high} on (which the list decides): {min(unlisted)} to "
-        f"{max(unlisted)} of the 20 unlisted words, and {min(innocent)} to {max(innocent)} other words."
-    )
+def _neighbours(facts: Mapping[str, Sequence[Cell]]) -> str:
+    said = []
+    for name, patterns in facts.items():
+        cosine, unlisted, others = (
+            _span([value(each) for each in patterns])
+            for value in (
+                lambda each: f"{each['similarity']:.2f}", lambda each: each["unlisted"],
+                lambda each: len(each["innocent"]),
+            )
+        )  # fmt: skip
+        said.append(f"{name}, from a cosine of {cosine} on: {unlisted} of the 20 unlisted words, {others} others")
+    return f"Neighbours. {'. '.join(said)}."
 
 
-def _verdicts(found: dict[str, list[Cell]]) -> list[str]:
-    if not {"plain", "eliminated"} <= found.keys():
-        return []
-    before, after = (
-        {name: rates(found[way], name).value for name in ("unlisted", "right")} for way in ("plain", "eliminated")
-    )
-    fall, lost = 1 - after["unlisted"] / before["unlisted"], before["right"] - after["right"]
-    return [
-        f"Aims: unlisted words fall by at least {percent(FALL)}: by {percent(fall)}, "
-        f"{'met' if fall >= FALL else 'missed'}. Right answers within {100 * QUALITY:g} point: "
-        f"{100 * lost:.1f} points lost, "
-        f"{'met' if lost <= QUALITY else 'missed'}."
-    ]
+def _span(values: Sequence[Any]) -> str:
+    low, high = min(values), max(values)
+    return str(low) if low == high else f"{low} to {high}"
+
+
+def _patterns(found: Mapping[str, Sequence[Cell]]) -> dict[str, list[Cell]]:
+    """What was found by each of the two rules, once for each seed."""
+    rules = {"By the list": "eliminated", "By the gap": "gapped"}
+    return {name: [cell["training"]["pattern"] for cell in found[way]] for name, way in rules.items() if way in found}
+
+
+def _verdicts(found: Mapping[str, Sequence[Cell]]) -> list[str]:
+    """Of each way that is ours, over the seeds that it shares with the plain one."""
+    said = []
+    for way in ("eliminated", "gapped"):
+        seeds = {cell["seed"] for cell in found.get(way, ())}
+        both = [[cell for cell in found.get(each, ()) if cell["seed"] in seeds] for each in ("plain", way)]
+        if not all(both):
+            continue
+        before, after = ({name: rates(cells, name).value for name in ("unlisted", "right")} for cells in both)
+        fall, lost = 1 - after["unlisted"] / before["unlisted"], before["right"] - after["right"]
+        said.append(
+            f"Aims, {NAMES[way]}: unlisted words fall by at least {percent(FALL)}: by {percent(fall)}, "
+            f"{'met' if fall >= FALL else 'missed'}. Right answers within {100 * QUALITY:g} point: "
+            f"{100 * lost:.1f} points lost, {'met' if lost <= QUALITY else 'missed'}."
+        )
+    return said
 
 
 def _certificates(found: dict[str, list[Cell]]) -> list[str]:
