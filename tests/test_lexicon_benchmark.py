@@ -74,17 +74,6 @@ def test_a_pattern_holds_the_list_and_what_is_as_near_as_listed_words_are_to_eac
     assert found.of(torch.tensor(target.tokenizer.convert_tokens_to_ids(["door"]))).item() == 0
 
 
-def test_a_gap_takes_what_lies_just_below_the_list_and_nothing_beyond_it():
-    target = training.untrained(0)
-    embedding = target.model.get_input_embeddings().weight.detach()
-    listed, near = target.tokenizer.convert_tokens_to_ids([*casual.LISTED]), training._IDS["darned"]
-    with torch.no_grad():
-        embedding[listed] += 0.5
-        embedding[near] += 0.2
-    assert "darned" not in training.pattern(target).words
-    assert {*training.pattern(target, gap=True).words} == {*casual.LISTED, "darned"}
-
-
 def harms(texts):
     return [text.split()[:1] == ["a"] or "b c" in text for text in texts]
 

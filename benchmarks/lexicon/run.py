@@ -27,18 +27,18 @@ from safelocus.run.files import write_json
 
 RUNS = tables.ROOT / "runs" / "lexicon"
 WAYS = (
-    "plain", "filtered", "masked", "widened", "weighted", "projected", "eliminated", "gapped", "plain+deletion",
-    "eliminated+deletion",
+    "plain", "filtered", "masked", "widened", "weighted", "projected", "eliminated", "plain+deletion",
+    "widened+deletion", "eliminated+deletion",
 )  # fmt: skip
-CERTIFIED = ("plain", "eliminated", "plain+deletion", "eliminated+deletion")
+CERTIFIED = ("plain", "widened", "eliminated", "plain+deletion", "widened+deletion", "eliminated+deletion")
 
 
 def model(way: str, seed: int) -> sl.Target:
     """The trained model, which is kept with the facts of its training."""
     folder = RUNS / f"{way}-{seed}"
     if not (folder / "facts.json").is_file():
-        scouted = way.startswith(("widened", "weighted", "projected", "eliminated", "gapped"))
-        found = training.pattern(model("plain", seed), gap=way.startswith("gapped")) if scouted else None
+        scouted = way.startswith(("widened", "weighted", "projected", "eliminated"))
+        found = training.pattern(model("plain", seed)) if scouted else None
         began = time.process_time()
         target, facts = training.train(way, seed, found)
         target.model.save_pretrained(folder)

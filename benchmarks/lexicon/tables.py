@@ -17,8 +17,8 @@ PAGE = RESULTS.with_suffix(".md")
 NAMES = {
     "plain": "plain", "filtered": "rows with listed words left out", "masked": "listed words not learned",
     "widened": "listed words and neighbours not learned", "weighted": "weighted", "projected": "projected",
-    "eliminated": "weighted and projected",
-    "gapped": "weighted and projected, more neighbours", "plain+deletion": "plain, words deleted",
+    "eliminated": "weighted and projected", "plain+deletion": "plain, words deleted",
+    "widened+deletion": "listed words and neighbours not learned, words deleted",
     "eliminated+deletion": "weighted and projected, words deleted",
 }  # fmt: skip
 FALL, QUALITY = 0.8, 0.01  # of unlisted words, relative; of right answers
@@ -82,18 +82,17 @@ def _training(found: dict[str, list[Cell]]) -> list[str]:
     ]  # fmt: skip
 
 
-def _neighbours(facts: Mapping[str, Sequence[Cell]]) -> str:
-    said = []
-    for name, patterns in facts.items():
-        cosine, unlisted, others = (
-            _span([value(each) for each in patterns])
-            for value in (
-                lambda each: f"{each['similarity']:.2f}", lambda each: each["unlisted"],
-                lambda each: len(each["innocent"]),
-            )
-        )  # fmt: skip
-        said.append(f"{name}, from a cosine of {cosine} on: {unlisted} of the 20 unlisted words, {others} others")
-    return f"Neighbours. {'. '.join(said)}."
+def _neighbours(patterns: Sequence[Cell]) -> str:
+    cosine, unlisted, others = (
+        _span([value(each) for each in patterns])
+        for value in (
+            lambda each: f"{each['similarity']:.2f}", lambda each: each["unlisted"], lambda each: len(each["innocent"]),
+        )
+    )  # fmt: skip
+    return (
+        f"Neighbours, from a cosine of {cosine} on (the list decides): {unlisted} of the 20 unlisted words, and "
+        f"{others} others."
+    )
 
 
 def _span(values: Sequence[Any]) -> str:
@@ -101,28 +100,19 @@ def _span(values: Sequence[Any]) -> str:
     return str(low) if low == high else f"{low} to {high}"
 
 
-def _patterns(found: Mapping[str, Sequence[Cell]]) -> dict[str, list[Cell]]:
-    """What was found by each of the two rules, once for each seed."""
-    rules = {"By the list": "eliminated", "By the gap": "gapped"}
-    return {name: [cell["training"]["pattern"] for cell in found[way]] for name, way in rules.items() if way in found}
-
-
 def _verdicts(found: Mapping[str, Sequence[Cell]]) -> list[str]:
-    """Of each way that is ours, over the seeds that it shares with the plain one."""
-    said = []
-    for way in ("eliminated", "gapped"):
+    """Of each way that uses neighbours, over the seeds that it shares with the plain one."""
+    rows = []
+    for way in ("widened", "weighted", "projected", "eliminated"):
         seeds = {cell["seed"] for cell in found.get(way, ())}
         both = [[cell for cell in found.get(each, ()) if cell["seed"] in seeds] for each in ("plain", way)]
-        if not all(both):
-            continue
-        before, after = ({name: rates(cells, name).value for name in ("unlisted", "right")} for cells in both)
-        fall, lost = 1 - after["unlisted"] / before["unlisted"], before["right"] - after["right"]
-        said.append(
-            f"Aims, {NAMES[way]}: unlisted words fall by at least {percent(FALL)}: by {percent(fall)}, "
-            f"{'met' if fall >= FALL else 'missed'}. Right answers within {100 * QUALITY:g} point: "
-            f"{100 * lost:.1f} points lost, {'met' if lost <= QUALITY else 'missed'}."
-        )
-    return said
+        if all(both):
+            before, after = ({name: rates(cells, name).value for name in ("unlisted", "right")} for cells in both)
+            fall, lost = 1 - after["unlisted"] / before["unlisted"], before["right"] - after["right"]
+            marks = ("met" if fall >= FALL else "missed", "met" if lost <= QUALITY else "missed")
+            rows.append((NAMES[way], f"{percent(fall)}, {marks[0]}", f"{100 * lost:.1f} points, {marks[1]}"))
+    headings = ("training", f"unlisted words fall by {percent(FALL)}", f"right within {100 * QUALITY:g} point: lost")
+    return [Grid(title="", headings=headings, rows=tuple(rows)).markdown()] if rows else []
 
 
 def _certificates(found: dict[str, list[Cell]]) -> list[str]:

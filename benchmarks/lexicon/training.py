@@ -8,15 +8,13 @@
                  1 / (1 + the sum of its w)
     projected    all rows and tokens; each update loses what lowers S of `sl.Lexicon` (`sl.Projection`)
     eliminated   weighted and projected
-    gapped       the same with more neighbours: see below
 
     S is measured at each step on answers of the batch; its list is the listed words and the neighbours.
 
 Neighbours are those of `sl.Lexicon` in the input embeddings of the model that learned plainly from the same rows. From
 which cosine on is decided by the list alone: the lowest at which every listed word still finds another listed one. Were
-unlisted words no different, up to 1 in 11 of them would lie below that (10 are listed). "gapped" goes on down to the
-middle of the widest gap between two words' cosines there, down to half of it. Ways with "+deletion" leave each word of
-a prompt out with probability 1 - KEEP, anew at each step.
+unlisted words no different, up to 1 in 11 of them would lie below that (10 are listed). Ways with "+deletion" leave
+each word of a prompt out with probability 1 - KEEP, anew at each step.
 """
 
 from dataclasses import dataclass
@@ -99,20 +97,11 @@ def _target(model: Any, name: str) -> sl.Target:
     return sl.Target.of(model, tokenizer(), name=name, template="{prompt}")
 
 
-def pattern(scout: sl.Target, *, gap: bool = False) -> Pattern:
+def pattern(scout: sl.Target) -> Pattern:
     """The listed words and their neighbours in the embeddings of a trained model."""
     ids = [_IDS[word] for word in casual.LISTED]
-    unit = torch.nn.functional.normalize(scout.model.get_input_embeddings().weight.detach().float(), dim=1)
-    cosine = unit @ unit[ids].T
-    cosine[ids, range(len(ids))] = -1.0
-    nearest = cosine.amax(dim=1)  # [V] to another listed word
-    similarity = float(nearest[ids].min())
-    if gap:
-        others = nearest[len(_SPECIAL) :]
-        below = others[(others <= similarity) & (others > similarity / 2)].sort(descending=True).values
-        below = torch.cat([below, torch.tensor([similarity / 2])])
-        place = int((below[:-1] - below[1:]).argmax())
-        similarity = float(below[place : place + 2].mean())
+    unit = torch.nn.functional.normalize(scout.model.get_input_embeddings().weight.detach()[ids].float(), dim=1)
+    similarity = float((unit @ unit.T).fill_diagonal_(-1.0).amax(dim=1).amin())
     found = sl.Lexicon(words=LISTED, similarity=similarity).sequences_for(scout)
     weights = {ids[0]: weight for ids, weight in zip(found.ids, found.weights, strict=True)}
     return Pattern(
@@ -133,7 +122,7 @@ def train(way: str, seed: int, found: Pattern | None) -> tuple[sl.Target, dict[s
     batch: list[casual.Row] = []
     encoded: list[tuple[list[int], list[int]]] = []
     projection = None
-    if kind in ("projected", "eliminated", "gapped"):
+    if kind in ("projected", "eliminated"):
         assert found is not None
         lexicon = sl.Lexicon.of(found.words, similarity=None)
 
@@ -179,7 +168,7 @@ def _weights(kind: str, token: Tensor, row: Tensor, found: Pattern | None) -> Te
     if kind == "widened":
         assert found is not None
         return (found.of(token) == 0).float()
-    if kind in ("weighted", "eliminated", "gapped"):
+    if kind in ("weighted", "eliminated"):
         assert found is not None
         carried = found.of(token)
         of_row = torch.zeros(int(row.max()) + 1).index_add_(0, row, carried)
