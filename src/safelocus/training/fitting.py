@@ -165,7 +165,7 @@ def fit(
             run.train(resume_from_checkpoint=None if latest is None else str(latest))
     if watch.interrupted:
         raise KeyboardInterrupt
-    _check_finite(run._trained())
+    _check_finite(run.model)
     return [
         LossPoint(step=int(entry["step"]), loss=entry["loss"], learning_rate=entry["learning_rate"])
         for entry in run.state.log_history
@@ -268,9 +268,10 @@ class _Watch(TrainerCallback):
         self._saving = True
 
 
-def _check_finite(trained: Mapping[str, torch.nn.Parameter]) -> None:
+def _check_finite(model: Any) -> None:
     """What the last step made of the weights no later loss would show. All processes find the same."""
-    bad = [name for name, weight in trained.items() if not bool(distributed.local(weight.detach()).isfinite().all())]
+    trained = [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad]
+    bad = [name for name, weight in trained if not bool(distributed.local(weight.detach()).isfinite().all())]
     if bad := list(dict.fromkeys(name for part in distributed.gather_objects(bad) for name in part)):
         raise NumericalError(
             f"{len(bad)} of the trained tensors hold NaN or infinity, first of them {bad[0]}: training diverged. "
