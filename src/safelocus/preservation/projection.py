@@ -108,8 +108,8 @@ class Projection:
         self.num_steps += 1
         if change < 0:
             self.num_projected += 1
-            for p, _, slope in self._before:
-                p.sub_((change / size).to(p.dtype) * slope)
+            for weight, _old, slope in self._before:
+                weight.sub_((change / size).to(slope) * slope)
         self._before = []
 
 
