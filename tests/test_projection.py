@@ -1,11 +1,16 @@
-"""Projection, against brute force: what a step changes, less what lowers the objective, and nothing else."""
+"""`benchmarks/lexicon/projection.py`, against brute force: a step, less what lowers the objective, and nothing else."""
 
 import copy
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from datasets import Dataset
 from transformers import BartConfig, BartForConditionalGeneration, Trainer, TrainingArguments
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks" / "lexicon"))
+from projection import Projection
 
 import safelocus as sl
 from safelocus.errors import TrainingError
@@ -69,7 +74,7 @@ def learn(model, optimizer, step):
 def test_a_step_loses_what_lowers_the_objective_and_nothing_else(kind, rule):
     model = MODELS[kind]()
     optimizer = OPTIMIZERS[rule](model.parameters())
-    projection = sl.Projection(optimizer, lambda: risk(model))
+    projection = Projection(optimizer, lambda: risk(model))
     for step in range(6):
         free, own = copy.deepcopy((model, optimizer.state_dict()))
         other = OPTIMIZERS[rule](free.parameters())
@@ -88,7 +93,7 @@ def test_a_step_loses_what_lowers_the_objective_and_nothing_else(kind, rule):
 def test_a_step_that_does_not_lower_it_keeps_its_bits():
     free, model = dense().model, dense().model
     optimizers = [OPTIMIZERS["sgd"](each.parameters()) for each in (free, model)]
-    projection = sl.Projection(optimizers[1], lambda: -lessons(model, 0))
+    projection = Projection(optimizers[1], lambda: -lessons(model, 0))
     for each, optimizer in zip((free, model), optimizers, strict=True):
         learn(each, optimizer, 0)
     assert (projection.num_steps, projection.num_projected) == (1, 0)
@@ -99,7 +104,7 @@ def test_what_must_not_be_learned_is_not_and_is_once_the_projection_is_removed()
     model = dense().model
     start = risk(model, 0).item()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    with sl.Projection(optimizer, lambda: risk(model, 0)):
+    with Projection(optimizer, lambda: risk(model, 0)):
         for _ in range(15):
             learn(model, optimizer, 0)
         held = risk(model, 0).item()
@@ -113,7 +118,7 @@ def test_a_lexicon_is_an_objective_for_it():
     target = dense()
     lexicon = sl.Lexicon.of(["cake"], max_new_tokens=4)
     optimizer = torch.optim.SGD(target.model.parameters(), lr=0.1)
-    projection = sl.Projection(optimizer, lambda: lexicon(target, ["bake a cake"]).mean())
+    projection = Projection(optimizer, lambda: lexicon(target, ["bake a cake"]).mean())
     learn(target.model, optimizer, 0)
     assert projection.num_steps == 1
 
@@ -132,7 +137,7 @@ def test_a_trainers_steps_are_projected_until_it_is_let_go(tmp_path):
     model = dense().model
     start = risk(model).item()
     trainer = trainer_of(model, tmp_path)
-    with sl.Projection(trainer, lambda: risk(model)) as projection:
+    with Projection(trainer, lambda: risk(model)) as projection:
         trainer.train()
     held = risk(model).item()
     assert projection.num_steps == 4
@@ -154,11 +159,11 @@ def test_a_trainers_steps_are_projected_until_it_is_let_go(tmp_path):
 def test_an_objective_that_is_none_is_an_error(objective, said):
     model = dense().model
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    sl.Projection(optimizer, lambda: objective(model))
+    Projection(optimizer, lambda: objective(model))
     with pytest.raises(TrainingError, match=said):
         learn(model, optimizer, 0)
 
 
 def test_only_what_takes_steps_is_projected():
     with pytest.raises(TrainingError, match="torch optimizer"):
-        sl.Projection(dense().model, lambda: torch.zeros(1))
+        Projection(dense().model, lambda: torch.zeros(1))

@@ -6,7 +6,7 @@
     widened      the same with their neighbours: no loss at these either
     weighted     loss at a token times 1 - w, w: 1 for listed words, for their neighbours the cosine; of a row times
                  1 / (1 + the sum of its w)
-    projected    all rows and tokens; each update loses what lowers S of `sl.Lexicon` (`sl.Projection`)
+    projected    all rows and tokens; each update loses what lowers S of `sl.Lexicon` (`Projection`)
     eliminated   weighted and projected
 
     S is measured at each step on answers of the batch; its list is the listed words and the neighbours.
@@ -24,6 +24,7 @@ from typing import Any
 import casual
 import numpy as np
 import torch
+from projection import Projection
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import Tensor
 from transformers import BartConfig, BartForConditionalGeneration, PreTrainedTokenizerFast
@@ -130,7 +131,7 @@ def train(way: str, seed: int, found: Pattern | None) -> tuple[sl.Target, dict[s
             given = [Response(ids=tuple(answer[:-1]), text="", finished=True) for _, answer in encoded[:MEASURED]]
             return lexicon.score_responses(target, [row.prompt for row in batch[:MEASURED]], given).mean()
 
-        projection = sl.Projection(optimizer, risk)
+        projection = Projection(optimizer, risk)
     for _ in range(STEPS):
         batch = [rows[i] for i in generator.integers(len(rows), size=BATCH)]
         if deletion:

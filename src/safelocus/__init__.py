@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from safelocus.model.target import Target, load
     from safelocus.objective import Classifier, Guard, Lexicon, Refusal
     from safelocus.patch import Patch
-    from safelocus.preservation import Projection, Protection, preserve
+    from safelocus.preservation import Protection, preserve
     from safelocus.preservation.calibration import Calibration
     from safelocus.prompts import Example, PromptSet, read_prompts
     from safelocus.scoring.run import score
@@ -67,7 +67,6 @@ _EXPORTS = {
     "preserve": "preservation",
     "Protection": "preservation",
     "Calibration": "preservation.calibration",
-    "Projection": "preservation",
 }
 
 __all__ = [  # noqa: RUF022 (pipeline order)
@@ -77,7 +76,6 @@ __all__ = [  # noqa: RUF022 (pipeline order)
     "EraseAndCheck", "Smoothed", "load_judge",
     "Patch", "verify", "Verification", "stability", "Stability",
     "TrainingSettings", "enhance", "Enhancement", "SparseOptimizer", "preserve", "Protection", "Calibration",
-    "Projection",
 ]  # fmt: skip
 
 

@@ -1,11 +1,10 @@
 """Preserve (SPA): keep the selected weights while everything else is fine-tuned.
 
-`attachment` has the verb, `protection` what it gives; `projection` keeps updates from lowering an objective; `run` the
-whole run, `result` what that finds, `trainee` what learns the task in it.
+`attachment` has the verb, `protection` what it gives; `run` the whole run, `result` what that finds, `trainee` what
+learns the task in it.
 """
 
 from safelocus.preservation.attachment import preserve
-from safelocus.preservation.projection import Projection
 from safelocus.preservation.protection import Protection
 
-__all__ = ["Projection", "Protection", "preserve"]
+__all__ = ["Protection", "preserve"]
