@@ -14,18 +14,19 @@ import torch
 
 import safelocus as sl
 from made_runs import enhance_run
-from safelocus.errors import LayoutError, ModelError, NumericalError, PromptError, RunError
+from safelocus.errors import LayoutError, ModelError, NumericalError, PromptError, RunError, SafelocusError
 from safelocus.evaluation.divergence import Original, answered
+from safelocus.evaluation.judges import Rubric
 from safelocus.model.generation import generate
 from safelocus.model.layout.rules import read_family
 from safelocus.model.target import load_tokenizer
-from safelocus.objective.presets import load_presets, render
+from safelocus.objective.presets import load_presets, read_preset, render
 from safelocus.organism import resolve_model
 from safelocus.patch.checkpoint import weight_files
 from safelocus.report.page import write_page
 from safelocus.report.runs import ReportRun
 from safelocus.run.files import alone
-from safelocus.run.folder import CHECKPOINT, run_folder
+from safelocus.run.folder import CHECKPOINT, read_config, run_folder
 from safelocus.run.resume import claim
 from safelocus.training import TrainingSettings, fit, training_rows
 from test_scores import make
@@ -365,3 +366,14 @@ def test_an_answer_that_rests_on_no_numbers_is_none(poisoned):
     assert sum(failure is not None for failure in failures) == 1
     assert "NaN or infinity" in next(filter(None, failures))
     assert found.measures["asr"].n == calm.measures["asr"].n - 1
+
+
+@pytest.mark.parametrize(
+    "read", [read_config, read_family, read_preset, lambda file: Rubric.load(str(file))],
+    ids=["run.toml", "layout", "guard", "rubric"],
+)  # fmt: skip
+def test_toml_nested_without_end_is_an_error_in_words(read, tmp_path):
+    file = tmp_path / "deep.toml"
+    file.write_text("a = " + "[" * 20_000 + "]" * 20_000 + "\n")
+    with pytest.raises(SafelocusError, match=r"deep\.toml.*recursion"):
+        read(file)

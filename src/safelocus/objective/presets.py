@@ -114,7 +114,7 @@ def read_preset(path: Path) -> GuardPreset:
         table = tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise ModelError(f"{path}: cannot read the guard's description: {error.strerror}.") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (tomllib.TOMLDecodeError, RecursionError, UnicodeDecodeError) as error:
         raise ModelError(f"{path}: the guard's description is not TOML: {error}.\n{_DESCRIBE}") from error
     return _preset(table, str(path))
 

@@ -131,7 +131,7 @@ def read_config(path: Path) -> dict[str, Any]:
         return tomllib.loads(read_text(file))
     except OSError as error:
         raise RunError(f"{file}: cannot be read ({error.strerror or error})") from error
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise RunError(f"{file}: not valid TOML: {error}") from error
 
 

@@ -203,7 +203,7 @@ def _read(file: Any) -> dict[str, Rubric]:
         return {table["name"]: Rubric.from_toml(table) for table in tables}
     except OSError as error:
         raise JudgeError(f"{file}: the rubric cannot be read ({error.strerror or error})") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, TypeError, KeyError, AttributeError) as error:
+    except (tomllib.TOMLDecodeError, RecursionError, UnicodeDecodeError, TypeError, KeyError, AttributeError) as error:
         raise JudgeError(f"{file}: no rubric of the form in docs/judges.md: {error}") from error
 
 

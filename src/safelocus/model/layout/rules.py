@@ -272,7 +272,7 @@ def _check_known(name: Any, key: str, where: str) -> None:
 def _parse(name: str, text: str, *, where: str) -> Family:
     try:
         table = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise LayoutError(f"{where} is not TOML: {error}") from error
     unknown = unknown_keys(table, "model_types by_names extends layers layer_of sizes layer model")
     if unknown:
