@@ -5,6 +5,7 @@ from itertools import combinations, product
 
 import numpy as np
 import pytest
+import torch
 
 import safelocus as sl
 from safelocus.errors import PromptError, SafelocusError
@@ -91,6 +92,19 @@ def test_no_attack_gets_past_erase_and_check_and_the_filter_is_the_models_own(ag
     nothing = EraseAndCheck(responder=responder, radius=2, against=against, threshold=1e9)
     request = Request(prompt=PROMPTS[0], max_new_tokens=4)
     assert nothing.respond([request]) == responder.respond([request])
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 16])
+def test_every_erasure_is_checked_however_they_are_divided(batch_size):
+    """Whichever of them is the only one that is recognised."""
+    prompt, target = "w0 w1 w2 w3 w4 w5", dense()
+    left = list(erasures(prompt, 2, "infused"))
+    for only in left:
+        model = EraseAndCheck(
+            responder=TargetResponder(target=target), radius=2, against="infused", batch_size=batch_size,
+            objective=lambda _, texts, only=only: torch.tensor([1.0 if text == only else -1.0 for text in texts]),
+        )  # fmt: skip
+        assert model.recognises([(None, prompt)]) == [True], only
 
 
 class Words:

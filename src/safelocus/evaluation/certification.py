@@ -17,7 +17,7 @@ import hashlib
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import combinations
+from itertools import combinations, islice
 from math import comb
 from typing import Any, Literal
 
@@ -105,7 +105,6 @@ class EraseAndCheck:
     objective: Objective = field(default_factory=Refusal)
     refusal: str = REFUSAL
     batch_size: int = 16
-    scored: dict[tuple[str | None, str], float] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.radius < 0 or self.against not in ("appended", "inserted", "infused"):
@@ -133,14 +132,17 @@ class EraseAndCheck:
         if not erase:
             return found
         for i, (system, prompt) in enumerate(prompts):
-            rest = iter(erasures(prompt, self.radius, self.against))
-            while not found[i] and (batch := [(system, text) for text, _ in zip(rest, range(self.batch_size))]):
-                found[i] = max(self._scores(batch)) > self.threshold
+            rest = islice(erasures(prompt, self.radius, self.against), 1, None)  # the first is all of its words
+            while not found[i] and (batch := [(system, text) for text in islice(rest, self.batch_size)]):
+                found[i] = max(self.scores(batch)) > self.threshold
         return found
 
+    @torch.no_grad()
     def scores(self, prompts: Sequence[tuple[str | None, str]]) -> list[float]:
         """S of each (system message, prompt) as it is, its words with single spaces between them."""
-        return self._scores([(system, " ".join(prompt.split())) for system, prompt in prompts])
+        texts = [Prompt(" ".join(prompt.split()), system=system) for system, prompt in prompts]
+        batches = [texts[i : i + self.batch_size] for i in range(0, len(texts), self.batch_size)]
+        return [score for batch in batches for score in self.objective(self.responder.target, batch).tolist()]
 
     def identity(self) -> dict[str, Any]:
         return {**self.responder.identity(), "the filter": self._how()}
@@ -153,15 +155,6 @@ class EraseAndCheck:
             "kind": "erase-and-check", "radius": self.radius, "against": self.against, "threshold": self.threshold,
             "objective": describe_objective(self.objective), "refusal": self.refusal,
         }  # fmt: skip
-
-    @torch.no_grad()
-    def _scores(self, prompts: Sequence[tuple[str | None, str]]) -> list[float]:
-        new = [each for each in dict.fromkeys(prompts) if each not in self.scored]
-        for i in range(0, len(new), self.batch_size):
-            batch = new[i : i + self.batch_size]
-            texts = [Prompt(text, system=system) for system, text in batch]
-            self.scored.update(zip(batch, self.objective(self.responder.target, texts).tolist(), strict=True))
-        return [self.scored[each] for each in prompts]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -267,10 +260,7 @@ def certify_erasing(
     _one_process()
     kept = [(example.system, example.prompt) for example in harmless or ()]
     checks = [num_erasures(prompt, model.radius, model.against) for _, prompt in kept]
-    scores = [
-        model.scores([(example.system, example.prompt)])[0]
-        for example in track(list(harmful), "recognising", enabled=progress)
-    ]
+    scores = model.scores([(example.system, example.prompt) for example in harmful])
     certified = _exact(sum(score > model.threshold + MARGIN for score in scores), len(scores))
     began = time.monotonic()
     flagged = [model.recognises([each])[0] for each in track(kept, "erasing", enabled=progress)]
