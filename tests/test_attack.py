@@ -9,7 +9,7 @@ import torch
 import safelocus as sl
 from safelocus.errors import SafelocusError
 from safelocus.evaluation import Ablation, Attacked, Reply, TargetResponder, askings, attack, evaluate
-from safelocus.evaluation.attack import _means, attack_names, decoder_layers
+from safelocus.evaluation.attack import _batches, _means, attack_names, decoder_layers
 from safelocus.evaluation.responding import Request
 from safelocus.model.generation import generate_from
 from tiny_targets import PROMPTS, dense, moe
@@ -114,7 +114,7 @@ def test_an_ablated_model_computes_without_the_direction_and_is_itself_again_aft
 def test_means_are_those_of_the_last_token_one_prompt_at_a_time():
     target = dense()
     prompts = sl.read_prompts(PROMPTS)
-    found = _means(target, decoder_layers(target), prompts, batch_size=3)
+    found = _means(target, decoder_layers(target), _batches(target, prompts, 3))
     rows = []
     for prompt in PROMPTS:
         ids = torch.tensor([target.chat.encode_prompt(prompt, closed=True)])
@@ -130,7 +130,7 @@ def test_the_direction_found_is_the_one_under_which_refusal_is_least_likely(monk
     target = dense(num_hidden_layers=6)
     harmful, harmless = sl.read_prompts(PROMPTS[:3]), sl.read_prompts(PROMPTS[3:])
     found = Ablation.find(target, harmful, harmless, progress=False)
-    means = [_means(target, decoder_layers(target), prompts, 8) for prompts in (harmful, harmless)]
+    means = [_means(target, decoder_layers(target), _batches(target, prompts, 8)) for prompts in (harmful, harmless)]
     apart = torch.nn.functional.normalize(means[0] - means[1], dim=-1)
     scores = {}
     for layer in range(1, 5):

@@ -239,3 +239,7 @@ def test_the_command_certifies_and_shows_it(run, tmp_path):
     )
     assert code == 2
     assert "--prompts" in errors
+    code, _, errors = run(*common, "--attack", "prefill", "-o", tmp_path / "no")
+    assert code == 2
+    assert "behind an attack; --certify-against edited takes any" in " ".join(errors.split())
+    assert not (tmp_path / "no").exists()

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from safelocus.evaluation.responding import Responder
     from safelocus.prompts import PromptSet
 
+ERASE = "erase-and-check"
 DIRECTION_PROMPTS = 64  # of each kind; more do not move a difference of means much
 
 
@@ -252,7 +253,7 @@ def _responder(given: Evaluate) -> "Responder":
 
 def _check_certifiable(given: Evaluate, harmless: "list[PromptSet]") -> None:
     """What --certify cannot do, found before a model is loaded."""
-    from safelocus.errors import PromptError
+    from safelocus.errors import PromptError, SafelocusError
     from safelocus.evaluation.certification import num_erasures
 
     if given.certify is None:
@@ -260,6 +261,12 @@ def _check_certifiable(given: Evaluate, harmless: "list[PromptSet]") -> None:
     if not given.prompts:
         raise PromptError("--certify says something of harmful prompts; give some with --prompts")
     if given.certify_against != "edited":
+        if given.endpoint is not None or given.attack is not None:
+            under = "an attack" if given.endpoint is None else "an endpoint"
+            raise SafelocusError(
+                f"{ERASE} ({given.certify_against}) asks the model itself, which is not to be had behind {under}; "
+                "--certify-against edited takes any"
+            )
         for example in (example for part in harmless for example in part):
             num_erasures(example.prompt, given.certify, given.certify_against)
 
@@ -272,9 +279,8 @@ def _certificates(
     judges: "list[Judge]",
 ) -> dict[str, Any] | None:
     """What --certify asks for, of all harmful and all harmless prompts."""
-    from safelocus.errors import SafelocusError
-    from safelocus.evaluation import TargetResponder
     from safelocus.evaluation.certification import EraseAndCheck, Smoothed, certify_erasing, certify_smoothed
+    from safelocus.evaluation.responding import inside
     from safelocus.prompts import read_prompts
 
     if given.certify is None:
@@ -288,11 +294,10 @@ def _certificates(
             progress=not given.json,
         )  # fmt: skip
         return found.to_json()
-    if not isinstance(responder, TargetResponder):
-        raise SafelocusError(f"erase-and-check needs the model itself, but {responder.name} only answers")
     checked = EraseAndCheck(
-        responder=responder, radius=given.certify, against=given.certify_against, threshold=given.certify_threshold
-    )
+        responder=inside(responder, ERASE), radius=given.certify, against=given.certify_against,
+        threshold=given.certify_threshold,
+    )  # fmt: skip
     return certify_erasing(checked, asked, spared or None, progress=not given.json).to_json()
 
 

@@ -24,6 +24,7 @@ from safelocus.selection.sparse import restoring, scatter
 from safelocus.training import TrainingSettings
 from safelocus.training.arm import Trainee
 from safelocus.training.lora import Lora, unwrap
+from safelocus.training.sharing import trained_weights
 
 Control = Selection | Literal["full", "lora"]
 
@@ -97,7 +98,7 @@ def adapter(
     torch.manual_seed(settings.seed)
     try:
         wrapped = Lora(rank=rank, modules=tuple(modules)).wrap(model, target.layout)
-        trained = {name: p for name, p in wrapped.named_parameters() if p.requires_grad}
+        trained = trained_weights(wrapped)
 
         @torch.no_grad()
         def write(values: Mapping[str, Tensor]) -> None:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from safelocus.errors import SafelocusError
-from safelocus.evaluation.responding import Reply, Request, Responder, TargetResponder
+from safelocus.evaluation.responding import Reply, Request, Responder, inside
 from safelocus.model.forcing import batches_by_length, pad, teacher_force
 from safelocus.model.layout import canonical_name
 from safelocus.model.target import Target
@@ -30,6 +30,8 @@ from safelocus.objective import Refusal
 from safelocus.progress import track
 from safelocus.prompts import PromptSet
 from safelocus.run.identity import digest
+
+Batches = list[list[list[int]]]  # of prompts as token ids
 
 ABLATION = "ablation"
 MAX_KL = 0.1  # nats at the first token of harmless answers, beyond which a direction carries more than refusal (Arditi)
@@ -121,21 +123,22 @@ class Ablation:
         Raises:
             SafelocusError: the model is behind an endpoint, is no decoder, or has too few layers.
         """
-        target = target if isinstance(target, Target) else _target_responder(target, ABLATION).target
+        target = target if isinstance(target, Target) else inside(target, ABLATION).target
         layers = decoder_layers(target)
         last = max(1, round(len(layers) * (1 - LAST_LAYERS)))
         if last < 2:
             raise SafelocusError(
                 f"{target.name} has {len(layers)} layers; ablation looks for a direction among several"
             )
-        means = [_means(target, layers, prompts, batch_size) for prompts in (harmful, harmless)]  # [layers, width]
+        encoded = [_batches(target, prompts, batch_size) for prompts in (harmful, harmless)]
+        means = [_means(target, layers, batches) for batches in encoded]  # [layers, width]
         apart = nn.functional.normalize(means[0] - means[1], dim=-1)
-        before = _first_logits(target, harmless, batch_size)
+        before = _first_logits(target, encoded[1])
         candidates = []
         for layer in track(range(1, last), "ablating", enabled=progress):
             found = cls(direction=apart[layer], layer=layer, kl=0.0, prompts=(harmful.hash, harmless.hash))
             with found.applied(target):
-                after, score = _first_logits(target, harmless, batch_size), _refusal(target, harmful, batch_size)
+                after, score = _first_logits(target, encoded[1]), _refusal(target, harmful, batch_size)
             kl = nn.functional.kl_div(after, before, log_target=True, reduction="batchmean").item()
             candidates.append((score, replace(found, kl=kl)))
         mild = [each for each in candidates if each[1].kl <= MAX_KL] or candidates
@@ -157,7 +160,7 @@ class Ablation:
         return request
 
     def within(self, responder: Responder) -> AbstractContextManager[None]:
-        return self.applied(_target_responder(responder, self.name).target)
+        return self.applied(inside(responder, self.name).target)
 
     def describe(self) -> dict[str, Any]:
         return {
@@ -198,7 +201,7 @@ class Attacked:
 
     def __post_init__(self) -> None:
         if self.attack.opening:
-            responder = _target_responder(self.responder, self.attack.name)
+            responder = inside(self.responder, self.attack.name)
             if responder.target.model.config.is_encoder_decoder:
                 raise SafelocusError(
                     f"{responder.name} has an encoder; {self.attack.name} is defined for decoders only"
@@ -265,14 +268,13 @@ def _attention_outputs(target: Target) -> list[nn.Module]:
     return found
 
 
-def _batches(target: Target, prompts: PromptSet, batch_size: int) -> Iterator[list[list[int]]]:
+def _batches(target: Target, prompts: PromptSet, batch_size: int) -> Batches:
     encoded = [target.chat.encode_prompt(each.prompt, system=each.system, closed=True) for each in prompts]
-    for batch in batches_by_length([len(ids) for ids in encoded], batch_size):
-        yield [encoded[i] for i in batch]
+    return [[encoded[i] for i in batch] for batch in batches_by_length([len(ids) for ids in encoded], batch_size)]
 
 
 @torch.no_grad()
-def _means(target: Target, layers: nn.ModuleList, prompts: PromptSet, batch_size: int) -> Tensor:
+def _means(target: Target, layers: nn.ModuleList, batches: Batches) -> Tensor:
     """[layers, width] fp32: mean over prompts of what each layer reads at the last token."""
     totals: list[Tensor | float] = [0.0] * len(layers)
     ends = torch.empty(0)
@@ -287,21 +289,21 @@ def _means(target: Target, layers: nn.ModuleList, prompts: PromptSet, batch_size
 
     handles = [layer.register_forward_pre_hook(keep(n), with_kwargs=True) for n, layer in enumerate(layers)]
     try:
-        for batch in _batches(target, prompts, batch_size):
+        for batch in batches:
             ends = torch.tensor([len(ids) - 1 for ids in batch])
             ids, mask = pad(batch, target.tokenizer.pad_token_id, target.device)
             target.model(input_ids=ids, attention_mask=mask, use_cache=False)
     finally:
         for handle in handles:
             handle.remove()
-    return torch.stack([torch.as_tensor(total) for total in totals]).float() / len(prompts)
+    return torch.stack([torch.as_tensor(total) for total in totals]).float() / sum(map(len, batches))
 
 
 @torch.no_grad()
-def _first_logits(target: Target, prompts: PromptSet, batch_size: int) -> Tensor:
+def _first_logits(target: Target, batches: Batches) -> Tensor:
     """[prompts, V] log-probabilities of the answer's first token, in the batches' order, on the CPU."""
     found = []
-    for batch in _batches(target, prompts, batch_size):
+    for batch in batches:
         forced = teacher_force(target, batch, [[0]] * len(batch))
         found.append(forced.logits.float().log_softmax(-1).cpu())
     return torch.cat(found)
@@ -312,9 +314,3 @@ def _refusal(target: Target, prompts: PromptSet, batch_size: int) -> float:
     objective, texts = Refusal(), prompts.texts
     scores = [objective(target, texts[i : i + batch_size]) for i in range(0, len(texts), batch_size)]
     return float(torch.cat(scores).mean())
-
-
-def _target_responder(responder: Responder, attack: str) -> TargetResponder:
-    if not isinstance(responder, TargetResponder):
-        raise SafelocusError(f"{attack} needs the model itself, but {responder.name} only answers")
-    return responder

@@ -13,7 +13,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 
 from safelocus import distributed
-from safelocus.errors import ResourceError
+from safelocus.errors import ResourceError, SafelocusError
 from safelocus.evaluation.judges.endpoint import Endpoint, Failure
 from safelocus.model.forcing import batches_by_length
 from safelocus.model.generation import NO_NUMBER, generate_from, longest_prompt
@@ -149,6 +149,17 @@ class TargetResponder:
             else:
                 self._encoded[key] = chat.encode_prompt(request.prompt, system=request.system)
         return self._encoded[key]
+
+
+def inside(responder: Responder, what: str) -> TargetResponder:
+    """The responder, for what needs more of a model than answers.
+
+    Raises:
+        SafelocusError: it only answers.
+    """
+    if not isinstance(responder, TargetResponder):
+        raise SafelocusError(f"{what} needs the model itself, but {responder.name} only answers")
+    return responder
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

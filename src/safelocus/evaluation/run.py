@@ -24,7 +24,7 @@ from safelocus.evaluation.incoherence import incoherence
 from safelocus.evaluation.judges import Judge, RefusalMatcher, RefusalReader, Verdict
 from safelocus.evaluation.judging import judge_all
 from safelocus.evaluation.perplexity import nats_per_token
-from safelocus.evaluation.responding import Reply, Request, Responder, TargetResponder, collect
+from safelocus.evaluation.responding import Reply, Request, Responder, TargetResponder, collect, inside
 from safelocus.evaluation.result import (
     HARMFUL,
     HARMLESS,
@@ -201,9 +201,7 @@ def _inside(responder: Responder, wanted: Sequence[str]) -> Target | None:
     """The model itself, for what needs more of it than answers; None where nothing does."""
     if not wanted:
         return None
-    if not isinstance(responder, TargetResponder):
-        raise SafelocusError(f"{wanted[0]} needs the model itself, but {responder.name} only answers")
-    return responder.target
+    return inside(responder, wanted[0]).target
 
 
 @dataclass(frozen=True, kw_only=True)

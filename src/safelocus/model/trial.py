@@ -4,6 +4,7 @@ Forcing responses takes it that the logits at a token depend on it and those bef
 gaps (XLNet, BERT that is no decoder) see what follows as well; others read nothing without an image (Kosmos-2).
 """
 
+from itertools import islice
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ def try_text(name: object, model: Any, tokenizer: Any) -> None:
         ModelError: the model fails on text, or sees what follows a token.
     """
     added = tokenizer.added_tokens_decoder  # special ones may stand for images
-    words = [i for i in range(len(tokenizer)) if i not in added][:4]
+    words = list(islice((i for i in range(len(tokenizer)) if i not in added), 4))
     if len(words) < 4:
         return
     ids = torch.tensor(

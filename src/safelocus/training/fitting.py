@@ -30,7 +30,7 @@ from safelocus.run.checking import require_checked
 from safelocus.run.files import DIGESTS, seal
 from safelocus.run.resume import StopAtBoundary, claim, newest
 from safelocus.training.settings import TrainingSettings
-from safelocus.training.sharing import SharingTrainer, on_own_device, seen_alone
+from safelocus.training.sharing import SharingTrainer, on_own_device, seen_alone, trained_weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -270,8 +270,8 @@ class _Watch(TrainerCallback):
 
 def _check_finite(model: Any) -> None:
     """What the last step made of the weights no later loss would show. All processes find the same."""
-    trained = [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad]
-    bad = [name for name, weight in trained if not bool(distributed.local(weight.detach()).isfinite().all())]
+    trained = trained_weights(model)
+    bad = [name for name, weight in trained.items() if not bool(distributed.local(weight.detach()).isfinite().all())]
     if bad := list(dict.fromkeys(name for part in distributed.gather_objects(bad) for name in part)):
         raise NumericalError(
             f"{len(bad)} of the trained tensors hold NaN or infinity, first of them {bad[0]}: training diverged. "

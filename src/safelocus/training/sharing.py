@@ -70,21 +70,26 @@ class SharingTrainer(SFTTrainer):
         """What is trained, by the names and shapes of the model in memory: those of its files may be others."""
         folder = Path(output_dir or str(self.args.output_dir))
         folder.mkdir(parents=True, exist_ok=True)
-        _FILE.write(folder / _TRAINED, {}, {name: distributed.local(p.detach()) for name, p in self._trained().items()})
+        _FILE.write(
+            folder / _TRAINED,
+            {},
+            {name: distributed.local(p.detach()) for name, p in trained_weights(self.model).items()},
+        )
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        own = self._trained()
+        own = trained_weights(self.model)
         with torch.no_grad():
             for name, value in _FILE.read(Path(resume_from_checkpoint) / _TRAINED)[1].items():
                 distributed.local(own[name]).copy_(value)
 
-    def _trained(self) -> dict[str, torch.nn.Parameter]:
-        model: Any = self.model
-        return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-
     def _defer_fsdp_gradient_reduction(self) -> Any:
         """Nothing is put off: gradients that wait for the last pass of a step wait whole, all of them at once."""
         return nullcontext()
+
+
+def trained_weights(model: Any) -> dict[str, torch.nn.Parameter]:
+    """The parameters that require gradients, by their names in memory."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def _save_by_rows(optimizer: torch.optim.Optimizer) -> None:
