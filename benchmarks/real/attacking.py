@@ -50,13 +50,9 @@ def patched() -> Target:
     target, recipe = cells.subject("smollm2"), enhancing.RECIPES["contrast"]
     file = cells.RUNS / "patches" / f"contrast-esi-{SET_RATE:g}.safetensors"
     if not file.is_file():
-        settings = replace(
-            enhancing.SETTINGS, learning_rate=SET_RATE, batch_size=recipe.batch_size, max_length=recipe.max_length
-        )
         patch = sl.enhance(
-            target, cells.selection(target, "esi", enhancing.RATIO), recipe.data(), retain=recipe.retain(),
-            retain_kl=0.0, retain_weight=1.0, retain_rows=1, settings=settings,
-            checkpoint=cells.RUNS / "unfinished" / "patches", **recipe.how,
+            target, cells.selection(target, "esi", enhancing.RATIO), **enhancing.training(recipe, SET_RATE),
+            checkpoint=cells.RUNS / "unfinished" / "patches",
         )  # fmt: skip
         file.parent.mkdir(parents=True, exist_ok=True)
         patch.save(file)

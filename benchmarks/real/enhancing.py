@@ -73,24 +73,30 @@ RECIPES = {
 }  # fmt: skip
 
 
-def trained(recipe: Recipe, target: Target, method: str, rate: float, seed: int, unfinished: Path) -> dict[str, Any]:
+def training(recipe: Recipe, rate: float, seed: int = 0) -> dict[str, Any]:
+    """What `enhance` and `enhancer` are called with."""
     settings = replace(
         SETTINGS, learning_rate=rate, seed=seed, batch_size=recipe.batch_size, max_length=recipe.max_length
     )
+    return {
+        "data": recipe.data(), "retain": recipe.retain(), "retain_kl": 0.0, "retain_weight": 1.0, "retain_rows": 1,
+        "settings": settings, **recipe.how,
+    }  # fmt: skip
+
+
+def trained(recipe: Recipe, target: Target, method: str, rate: float, seed: int, unfinished: Path) -> dict[str, Any]:
+    how = training(recipe, rate, seed)
     k, chosen = int(RATIO * target.layout.num_weights), method.removesuffix(BACK)
     what: Any = chosen if chosen in ("lora", "full") else cells.selection(target, chosen, RATIO, seed=seed)
-    runner = enhancer(
-        target, recipe.data(), retain=recipe.retain(), retain_kl=0.0, retain_weight=1.0, retain_rows=1,
-        settings=settings, checkpoint=unfinished, num_weights=k, **recipe.how,
-    )  # fmt: skip
+    runner = enhancer(target, checkpoint=unfinished, num_weights=k, **how)
     arm = Arm(name="arm", what=what)
-    trial = runner.train(arm, settings)
+    trial = runner.train(arm, how["settings"])
     with runner.shown(arm, trial):
         back = aligning.gone_back(target, FLOOR) if method.endswith(BACK) else {}
         measured = cells.measured(target, unfinished / "after", **_asked(recipe))
     return {
         "method": method, "rate": rate, "seed": seed, "num_weights": trial.num_weights,
-        "settings": settings.to_json(), "training_seconds": round(trial.seconds),
+        "settings": how["settings"].to_json(), "training_seconds": round(trial.seconds),
         "losses": [round(loss.loss, 4) for loss in trial.losses], **cells.described(target),
         **back, **cells.outcome(measured),
     }  # fmt: skip
