@@ -11,6 +11,7 @@ what was measured of it beside it (`twin.json`, and in docs/results/real).
 """
 
 import argparse
+import json
 import shutil
 import time
 from pathlib import Path
@@ -93,6 +94,12 @@ def gone_back(target: sl.Target, floor: float = FLOOR) -> dict[str, Any]:
     for name, weight in weights.items():
         weight.copy_(torch.lerp(original[name], trained[name], kept))
     return {"share_of_the_way": kept, "validation_refused": refused}
+
+
+def record() -> dict[str, Any]:
+    """What was measured of the twin, and how it was trained."""
+    found: dict[str, Any] = json.loads((smollm2.folder("smollm2:aligned") / "twin.json").read_text(encoding="utf-8"))
+    return found
 
 
 def save(target: sl.Target, folder: Path, record: dict[str, Any]) -> None:

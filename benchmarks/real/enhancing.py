@@ -1,11 +1,12 @@
-"""SET on the real model: 100 steps on 1 % of the weights, by every method and at every rate; two recipes.
+"""SET on the real model: 1 % of the weights, by every method and at every rate; three recipes.
 
     python benchmarks/real/enhancing.py [--recipe contrast] [--share 0/2] [--only 'esi-*']
 
-plain: each step has 4 refusals (circuit-breakers) and 4 benign rows (instruct), rows cut to 128 tokens, the loss on the
-responses of both. contrast: 6 refusals of one sentence, and 6 rows of the first 24 tokens of the model's own answers,
-two to one to alarming but harmless requests and to ordinary ones, cut to 112 tokens. AdamW, the rate falling to zero
-along a line. "gone back": on the straight line to the original, as far as 90 % of the validation part, on which
+plain: 100 steps; each has 4 refusals (circuit-breakers) and 4 benign rows (instruct), rows cut to 128 tokens, the loss on the
+responses of both. contrast: 100 steps of 6 refusals of one sentence, and 6 rows of the first 24 tokens of the model's own answers,
+two to one to alarming but harmless requests and to ordinary ones, cut to 112 tokens. contrast-long: the same for 300 steps, the
+first 20 of them warming up, as the aligned twin was trained; its "all weights" is that twin. AdamW, the rate falling to
+zero along a line. "gone back": on the straight line to the original, as far as 90 % of the validation part, on which
 nothing was trained, are still refused. One cell per method, rate and seed, in this order: every method at every rate
 with one seed, the paper's rate (plain), further seeds of what the claim compares.
 """
@@ -28,7 +29,7 @@ from safelocus.training.arm import Arm
 
 METHODS = ("esi", "random", "gradient", "snip", "magnitude", "lora", "full")
 BACK = " gone back"  # as far as the validation part is still refused (`aligning.gone_back`)
-SHOWN = (*METHODS, f"esi{BACK}")
+SHOWN = (*METHODS, *(f"{method}{BACK}" for method in ("esi", "random", "full")))
 FLOOR = 0.9  # of the validation part: what is aimed at
 PAPER_RATE = 3e-5
 RATIO = 0.01
@@ -49,12 +50,15 @@ class Recipe:
     retain: Callable[[], list[PromptSet]]
     used: tuple[str, ...]  # sources that weights are found, trained or chosen with
     how: dict[str, Any]
+    steps: int = 100
+    warmup_steps: int = 0
+    compared: tuple[str, ...] = METHODS[:2]  # with further seeds
 
     def plan(self) -> list[tuple[str, float, int]]:
         """(method, rate, seed) of every cell."""
         first = [(method, rate, 0) for rate in self.rates for method in self.methods]
         paper = [(method, PAPER_RATE, 0) for method in self.paper]
-        return [*first, *paper, *((m, rate, seed) for seed in (1, 2) for rate in self.rates for m in METHODS[:2])]
+        return [*first, *paper, *((m, rate, seed) for seed in (1, 2) for rate in self.rates for m in self.compared)]
 
 
 RECIPES = {
@@ -71,13 +75,19 @@ RECIPES = {
         used=("advbench", "circuit_breakers", "harmful", "embedded", "oktest", "alpaca"),
     ),
 }  # fmt: skip
+RECIPES["contrast-long"] = replace(
+    RECIPES["contrast"], table="contrast-long", rates=(1e-3,), steps=300, warmup_steps=20,
+    methods=tuple(f"{method}{BACK}" for method in ("esi", "random", "full")),
+    compared=tuple(f"{method}{BACK}" for method in METHODS[:2]),
+)  # fmt: skip
 
 
 def training(recipe: Recipe, rate: float, seed: int = 0) -> dict[str, Any]:
     """What `enhance` and `enhancer` are called with."""
     settings = replace(
-        SETTINGS, learning_rate=rate, seed=seed, batch_size=recipe.batch_size, max_length=recipe.max_length
-    )
+        SETTINGS, learning_rate=rate, seed=seed, batch_size=recipe.batch_size, max_length=recipe.max_length,
+        steps=recipe.steps, warmup_steps=recipe.warmup_steps,
+    )  # fmt: skip
     return {
         "data": recipe.data(), "retain": recipe.retain(), "retain_kl": 0.0, "retain_weight": 1.0, "retain_rows": 1,
         "settings": settings, **recipe.how,
@@ -85,6 +95,8 @@ def training(recipe: Recipe, rate: float, seed: int = 0) -> dict[str, Any]:
 
 
 def trained(recipe: Recipe, target: Target, method: str, rate: float, seed: int, unfinished: Path) -> dict[str, Any]:
+    if recipe.table == "contrast-long" and method.startswith("full"):
+        return _twin(recipe, unfinished)
     how = training(recipe, rate, seed)
     k, chosen = int(RATIO * target.layout.num_weights), method.removesuffix(BACK)
     what: Any = chosen if chosen in ("lora", "full") else cells.selection(target, chosen, RATIO, seed=seed)
@@ -99,6 +111,19 @@ def trained(recipe: Recipe, target: Target, method: str, rate: float, seed: int,
         "settings": how["settings"].to_json(), "training_seconds": round(trial.seconds),
         "losses": [round(loss.loss, 4) for loss in trial.losses], **cells.described(target),
         **back, **cells.outcome(measured),
+    }  # fmt: skip
+
+
+def _twin(recipe: Recipe, unfinished: Path) -> dict[str, Any]:
+    """The aligned twin, gone back to the same floor; it lies at 0.8 of the way already."""
+    target, made = cells.subject("smollm2:aligned"), aligning.record()
+    back, settings = aligning.gone_back(target, FLOOR), made["settings"]
+    back["share_of_the_way"] *= made["share_of_the_way"]
+    measured = cells.measured(target, unfinished / "after", **_asked(recipe))
+    return {
+        "method": f"full{BACK}", "rate": settings["learning_rate"], "seed": settings["seed"],
+        "num_weights": target.layout.num_weights, "settings": settings, "training_seconds": made["training_seconds"],
+        "losses": [], **cells.described(target), **back, **cells.outcome(measured),
     }  # fmt: skip
 
 

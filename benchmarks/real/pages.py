@@ -40,10 +40,10 @@ PAGES = cells.ROOT / "docs" / "results"
 SOURCES = ("harmbench", "advbench", "xstest_unsafe", "xstest_safe", "alpaca", "ag_news", "pubmedqa")
 HEADINGS = ("HarmBench", "AdvBench", "XSTest unsafe", "XSTest safe", "Alpaca", "AG News", "PubMedQA", "perplexity")
 NAMES = {
-    "esi": "ESI", "esi gone back": "ESI, gone back", "random": "random", "gradient": "gradient",
-    "snip": "SNIP", "magnitude": "magnitude",
+    "esi": "ESI", "random": "random", "gradient": "gradient", "snip": "SNIP", "magnitude": "magnitude",
     "lora": "LoRA of equal size", "full": "all weights", "before": "before",
 }  # fmt: skip
+NAMES |= {method + enhancing.BACK: f"{NAMES[method]}, gone back" for method in ("esi", "random", "full")}
 README_RATE = 1e-4
 KEPT = 0.05  # points of accuracy, of over-refusal: below that ability counts as kept
 
@@ -137,13 +137,13 @@ def enhance_page(name: str) -> str | None:
     _enhance_figure(recipe, before, groups).savefig(PAGES / f"real-{recipe.table}.png")
     pictures = [f"![Share refused after SET, against the learning rate](real-{recipe.table}.png)"]
     claims = _enhance_claims(before, groups)
-    if name == "contrast":
+    if name != "plain":
         _frontier_figure().savefig(PAGES / "real-frontier.png")
         pictures.insert(0, "![Share of harmful requests refused, against that of harmless ones](real-frontier.png)")
         claims = _aims(before, groups)
     return "\n\n".join(
         [
-            f"# SET on a real model: 100 steps on 1 % of the weights, the {name} recipe",
+            f"# SET on a real model: {recipe.steps} steps on 1 % of the weights, the {name} recipe",
             f"SmolLM2-135M-Instruct ({_origin(before[0])}), which refuses next to nothing. {_told(enhancing)}",
             *pictures,
             table.markdown(),
@@ -173,13 +173,13 @@ def _enhance_cards(
 ) -> list[str]:
     found = {}
     for (method, rate), group in groups.items():
-        if method == "esi":
-            random = {cell["seed"]: cell for cell in groups.get(("random", rate), [])}
+        if method.startswith("esi"):
+            random = {cell["seed"]: cell for cell in groups.get((method.replace("esi", "random"), rate), [])}
             runs = [
                 card_run("enhance", recipe.table, recipe.used, c, before=before[0], random=random.get(c["seed"]))
                 for c in group
             ]
-            found[f"ESI, {rate:g}"] = (runs, [])
+            found[f"{NAMES[method]}, {rate:g}"] = (runs, [])
     return cards("trained, rate", found)
 
 
@@ -213,9 +213,10 @@ def _frontier_figure() -> Figure:
     figure.set_facecolor("white")
     axes = figure.subplots(1, 2, sharey=True)
     for axis, (wanted, unwanted) in zip(axes, (("harmbench", "xstest_safe"), ("advbench", "alpaca")), strict=True):
-        for name, style in (("plain", ":"), ("contrast", "-")):
+        for name, style in (("plain", ":"), ("contrast", "-"), ("contrast-long", "--")):
             _, groups = _enhanced(enhancing.RECIPES[name])
-            for colour, method in zip(LIGHT.series, enhancing.SHOWN, strict=False):
+            for method in enhancing.SHOWN:
+                colour = _colour(method)
                 points = [
                     (level(outcomes(group, unwanted)).value, level(outcomes(group, wanted)).value)
                     for (m, _), group in sorted(groups.items())
@@ -296,7 +297,8 @@ def _enhance_figure(
     axes = figure.subplots(2, 2, sharex=True, sharey=True)
     for axis, (source, title) in zip(axes.flat, shown, strict=True):
         axis.axhline(np.nanmean(outcomes(before, source)), color="#999999", linewidth=0.8, linestyle=":")
-        for colour, method in zip(LIGHT.series, enhancing.SHOWN, strict=False):
+        for method in enhancing.SHOWN:
+            colour = _colour(method)
             points = [(rate, level(outcomes(group, source))) for (m, rate), group in groups.items() if m == method]
             if points:
                 _curve(axis, points, colour, NAMES[method])
@@ -317,6 +319,10 @@ def _enhance_figure(
         *axes[0, 0].get_legend_handles_labels(), fontsize=7, frameon=False, ncols=7, loc="outside lower center"
     )
     return figure
+
+
+def _colour(method: str) -> str:
+    return LIGHT.series[enhancing.METHODS.index(method.removesuffix(enhancing.BACK))]
 
 
 def _curve(axis: Any, points: list[tuple[float, Measure]], colour: str, label: str) -> None:
@@ -683,6 +689,7 @@ def main() -> None:
     for name, make in (
         ("map", map_page), ("aligned", aligned_page), ("verify", verify_page),
         ("enhance", partial(enhance_page, "plain")), ("contrast", partial(enhance_page, "contrast")),
+        ("contrast-long", partial(enhance_page, "contrast-long")),
         ("preserve", preserve_page), ("attack", attack_page), ("certify", certify_page),
     ):  # fmt: skip
         write(name, make)
