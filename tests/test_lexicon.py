@@ -171,21 +171,31 @@ def test_what_a_list_becomes_in_tokens():
 @pytest.mark.parametrize("similarity", [0.2, 0.35, 0.6])
 def test_neighbours_by_enumeration(similarity):
     target = dense()
-    target.model.model.embed_tokens.weight.data[:] = torch.randn(
-        target.model.model.embed_tokens.weight.shape, generator=torch.Generator().manual_seed(5)
-    )
+    shape, seeded = target.model.model.embed_tokens.weight.shape, torch.Generator().manual_seed(5)
+    # one dimension large and alike everywhere, as real embeddings have: without standardising, all would be neighbours
+    common = torch.nn.functional.one_hot(torch.tensor(3), shape[1]) * 50
+    alike = torch.randn(shape[0], 12, generator=seeded) @ torch.randn(12, shape[1], generator=seeded)
+    target.model.model.embed_tokens.weight.data[:] = alike + common
     tokenizer, weight = target.tokenizer, target.model.model.embed_tokens.weight.detach()
     (listed,) = tokenizer(" how", add_special_tokens=False)["input_ids"]
     objective = Lexicon.of(["how"], similarity=similarity)
     found = objective.sequences_for(target)
     alone = {ids[0] for ids in found.ids[: len(found.ids) - found.num_neighbours] if len(ids) == 1}
+    spelled = [tokenizer.decode([i]) for i in range(len(tokenizer))]
+    words = torch.stack(
+        [weight[i] for i, text in enumerate(spelled) if len(text) > 2 and text[0] == " " and text[1:].isalpha()]
+    )
+
+    def standard(row):
+        return (row - words.mean(dim=0)) / words.std(dim=0)
+
     expected = {}
     for token in range(len(tokenizer)):
         text = tokenizer.decode([token])
         if token in alone or token in tokenizer.all_special_ids or not text.startswith(" ") or not text[1:].isalpha():
             continue
         whole = [i for i in alone if tokenizer.decode([i]).startswith(" ")]
-        cosine = max(float(torch.cosine_similarity(weight[token], weight[i], dim=0)) for i in whole)
+        cosine = max(float(torch.cosine_similarity(standard(weight[token]), standard(weight[i]), dim=0)) for i in whole)
         if len(text) > 2 and cosine >= similarity:
             expected[(token,)] = cosine
     assert listed in alone

@@ -32,6 +32,7 @@ from transformers import BartConfig, BartForConditionalGeneration, PreTrainedTok
 import safelocus as sl
 from safelocus.model.forcing import teacher_force
 from safelocus.model.generation import Response
+from safelocus.objective.lexicon import whole_words
 from safelocus.wordlist import WordList
 
 KEEP = 0.5
@@ -100,8 +101,8 @@ def _target(model: Any, name: str) -> sl.Target:
 
 def pattern(scout: sl.Target) -> Pattern:
     """The listed words and their neighbours in the embeddings of a trained model."""
-    ids = [_IDS[word] for word in casual.LISTED]
-    unit = torch.nn.functional.normalize(scout.model.get_input_embeddings().weight.detach()[ids].float(), dim=1)
+    tokens, vectors = whole_words(scout)
+    unit = vectors[[tokens.index(_IDS[word]) for word in casual.LISTED]]
     similarity = float((unit @ unit.T).fill_diagonal_(-1.0).amax(dim=1).amin())
     found = sl.Lexicon(words=LISTED, similarity=similarity).sequences_for(scout)
     weights = {ids[0]: weight for ids, weight in zip(found.ids, found.weights, strict=True)}

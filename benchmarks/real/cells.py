@@ -107,7 +107,7 @@ def outcome(evaluation: Evaluation) -> dict[str, Any]:
     marks = {True: "1", False: "0", None: "-"}
     return {
         "measures": {
-            source: {name: measure.to_json() for name, measure in found.items() if name != "asr"}
+            source: {name: measure.to_json() for name, measure in found.items() if not name.startswith("asr")}
             for source, found in by_source.items()
         },
         "outcomes": {

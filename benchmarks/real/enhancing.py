@@ -2,13 +2,14 @@
 
     python benchmarks/real/enhancing.py [--recipe contrast] [--share 0/2] [--only 'esi-*']
 
-plain: 100 steps; each has 4 refusals (circuit-breakers) and 4 benign rows (instruct), rows cut to 128 tokens, the loss on the
-responses of both. contrast: 100 steps of 6 refusals of one sentence, and 6 rows of the first 24 tokens of the model's own answers,
-two to one to alarming but harmless requests and to ordinary ones, cut to 112 tokens. contrast-long: the same for 300 steps, the
-first 20 of them warming up, as the aligned twin was trained; its "all weights" is that twin. AdamW, the rate falling to
-zero along a line. "gone back": on the straight line to the original, as far as 90 % of the validation part, on which
-nothing was trained, are still refused. One cell per method, rate and seed, in this order: every method at every rate
-with one seed, the paper's rate (plain), further seeds of what the claim compares.
+plain: 100 steps; each has 4 refusals (circuit-breakers) and 4 benign rows (instruct), rows cut to 128 tokens, the
+loss on the responses of both. contrast: 100 steps of 6 refusals of one sentence, and 6 rows of the first 24 tokens of
+the model's own answers, two to one to alarming but harmless requests and to ordinary ones, cut to 112 tokens.
+contrast-long: the same for 300 steps, the first 20 of them warming up, as the aligned twin was trained; its "all
+weights" is that twin. AdamW, the rate falling to zero along a line. "gone back": on the straight line to the
+original, as far as 90 % of the validation part, on which nothing was trained, are still refused. One cell per method,
+rate and seed, in this order: every method at every rate with one seed, the paper's rate (plain), further seeds of
+what the claim compares.
 """
 
 from collections.abc import Callable

@@ -9,6 +9,7 @@ from safelocus.cli.command import command, flag, option
 from safelocus.cli.output import mind, note, shared_run, show, together
 
 if TYPE_CHECKING:
+    from safelocus.prompts import PromptSet
     from safelocus.resources import Subject, Training
     from safelocus.training.examination import Division
 
@@ -32,7 +33,10 @@ class RetainOptions(options.AllowOptions):
 class Enhance(RetainOptions, options.TrainOptions):
     rows: ClassVar[int] = 8
 
-    data: str = option("Harmful prompts with refusals: file, hub id, embedded:refusals.", "-d")
+    data: str = option(
+        "Harmful prompts with refusals: file, hub id, embedded:refusals. With --lexicon without answers too: the model "
+        "then answers itself, without these expressions.", "-d",
+    )  # fmt: skip
     retain: list[str] | None = option(
         "Harmless prompts with answers, on which the model is held to what it was. Without answers its own "
         "are taken. May be repeated: they take turns. none: nothing.",
@@ -106,8 +110,8 @@ def enhance(given: Enhance) -> None:
             target, selection, divided.data, retain=divided.retained, controls=controls,
             examination=replace(divided.examination, judges=judges),
             validation=divided.validation and replace(divided.validation, judges=judges), every=given.eval_every,
-            learning_rates=rates, settings=given.settings(), checkpoint=folder / CHECKPOINT, progress=not given.json,
-            **given.part(RetainOptions),
+            learning_rates=rates, settings=given.settings(), lexicon=sources.lexicon_for(given),
+            checkpoint=folder / CHECKPOINT, progress=not given.json, **given.part(RetainOptions),
         )  # fmt: skip
         found = accepted(replace(found, notes=(*divided.remarks, *seen, *found.notes)), others)
         if distributed.is_main():
@@ -153,7 +157,7 @@ def _divide(given: Enhance) -> "Division":
     from safelocus.training.examination import check_apart, divide
 
     divided = divide(
-        read_prompts(given.data).with_responses(), [read_prompts(each) for each in given.retain or () if each != NONE],
+        _data(given), [read_prompts(each) for each in given.retain or () if each != NONE],
         harmful=None if given.harmful is None else read_prompts(given.harmful),
         harmless=sources.harmless_prompts(None if given.harmless == NONE else given.harmless, None, given.seed),
         over_refusal=given.harmless != NONE, tasks=sources.read_tasks(given.task, None, given.seed),
@@ -165,19 +169,32 @@ def _divide(given: Enhance) -> "Division":
     return divided
 
 
+def _data(given: Enhance) -> "PromptSet":
+    """What is trained on; with a list of expressions the model may answer itself."""
+    from safelocus.prompts import read_prompts
+
+    data = read_prompts(given.data)
+    return data if given.lexicon and not any(example.response for example in data) else data.with_responses()
+
+
 def _stage(given: Enhance, divided: "Division", *, full: bool) -> "Callable[[Subject, Subject | None], Training]":
     def stage(subject: "Subject", reader: "Subject | None") -> "Training":
         from safelocus import distributed
         from safelocus.resources import Training
 
-        answered = [part for part in divided.retained if any(e.response for e in part)]
-        by_itself = [part for part in divided.retained if given.own_answers or not any(e.response for e in part)]
+        retained = [*divided.retained]
+        if not any(e.response for e in divided.data):  # as long as what is retained, and answered with it
+            retained.append(divided.data)
+        answered = [part for part in retained if any(e.response for e in part)]
+        by_itself = [part for part in retained if given.own_answers or not any(e.response for e in part)]
         lengths = planning.Model.of(given).lengths(
             [example for part in by_itself for example in part], response=given.answer_tokens,
             rows=[divided.data, *(part.with_responses() for part in answered)], max_length=given.max_length,
         )  # fmt: skip
         if by_itself:
             lengths = replace(lengths, retained=max(lengths.retained or 0, lengths.both))
+        if divided.data in by_itself:
+            lengths = replace(lengths, row=min(max(lengths.row, lengths.both), given.max_length), answer=None)
         k = subject.num_weights if full else planning.num_selected(given.selection, given.ratio, subject)
         return Training(
             target=subject, num_selected=k, kind="sparse", guard=reader, lengths=lengths,

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from safelocus.analysis.acceptance import CardRun
     from safelocus.evaluation.judges import Endpoint, Judge
     from safelocus.evaluation.tasks import Task
-    from safelocus.objective import Objective
+    from safelocus.objective import Lexicon, Objective
     from safelocus.prompts import PromptSet
     from safelocus.run.identity import Provenance
     from safelocus.scoring.scores import Scores
@@ -138,6 +138,15 @@ def make_objective(
         return Lexicon.load(lexicon, **({} if similarity is None else {"similarity": similarity}), **answers)
     assert refusal, "no objective was asked for"
     return Refusal()
+
+
+def lexicon_for(given: options.ObjectiveOptions) -> "Lexicon | None":
+    """The list of expressions that is the objective, where one is."""
+    if given.lexicon is None:
+        return None
+    from safelocus.objective import Lexicon
+
+    return Lexicon.load(given.lexicon, **({} if given.similarity is None else {"similarity": given.similarity}))
 
 
 def unscored_prompts(

@@ -164,7 +164,7 @@ class RetainingTrainer(SharingTrainer):
 def with_answers(
     target: Target, prompts: Sequence[PromptSet], *, own: bool, checkpoint: Path | None, **how: Any
 ) -> list[PromptSet]:
-    """Each set with answers to retain: those given, or the model's own where there are none, or all of them."""
+    """Each set with answers: those given, or the model's own (`how`) where there are none, or all of them."""
     folders = [None if checkpoint is None else checkpoint / str(number) for number in range(len(prompts))]
     return [
         own_answers(target, part, cut=True, checkpoint=folder, **how)

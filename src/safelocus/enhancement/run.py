@@ -18,6 +18,7 @@ from safelocus.enhancement.retention import Retention, with_answers
 from safelocus.enhancement.trainee import Control, trainee_of
 from safelocus.errors import TrainingError
 from safelocus.model.target import Target
+from safelocus.objective import Lexicon
 from safelocus.patch import Patch
 from safelocus.prompts import PromptSet, read_prompts
 from safelocus.run.identity import Identity
@@ -52,6 +53,7 @@ def enhance(
     retain_rows: int = 6,
     own_answers: bool = False,
     answer_tokens: int = ANSWER_TOKENS,
+    lexicon: Lexicon | None = None,
     validation: Examination | None = None,
     every: int = 10,
     settings: TrainingSettings | None = None,
@@ -74,6 +76,8 @@ def enhance(
         retain_rows: how many of them go with each refusal.
         own_answers: retain the model's own answers in place of those given.
         answer_tokens: how long its own answers are; longer ones are cut.
+        lexicon: expressions that its own answers do not hold. With it `data` may lack responses: the model answers
+            without these expressions, and that is what it learns.
         validation: stop early by it, and keep the best of the looks taken every so many steps (`every`). Use no
             prompts on which the result will be judged.
         settings: of the training; default: `SETTINGS`.
@@ -102,7 +106,7 @@ def enhance(
     check_made_for(target, selection, allow_mismatch=allow_mismatch)
     runner = enhancer(
         target, data, retain=retain, retain_kl=retain_kl, retain_weight=retain_weight, retain_rows=retain_rows,
-        own_answers=own_answers, answer_tokens=answer_tokens, validation=validation, every=every,
+        own_answers=own_answers, answer_tokens=answer_tokens, lexicon=lexicon, validation=validation, every=every,
         early_stopping=validation is not None, settings=settings, checkpoint=checkpoint, progress=progress,
         inputs={"the selection": selection}, **changes,
     )  # fmt: skip
@@ -173,6 +177,7 @@ def enhancer(
     retain_rows: int = 6,
     own_answers: bool = False,
     answer_tokens: int = ANSWER_TOKENS,
+    lexicon: Lexicon | None = None,
     settings: TrainingSettings | None = None,
     validation: Examination | None = None,
     every: int = 10,
@@ -193,21 +198,22 @@ def enhancer(
     For the rest see `enhance`.
     """
     settings = replace(settings or SETTINGS, **changes)
-    prompts, sets = _read(data).with_responses(), _sets(retain)
+    prompts, sets = _read(data), _sets(retain)
+    if lexicon is None or any(example.response for example in prompts):
+        prompts = prompts.with_responses()
     looks = {"every": every, "early_stopping": early_stopping}
     given = {
         "--data": prompts, "--retain": sets, "retain_kl": retain_kl, "retain_weight": retain_weight,
         "retain_rows": retain_rows, "own_answers": own_answers, "answer_tokens": answer_tokens,
-        **settings.to_json(), **looks,
+        **({} if lexicon is None else {"the expressions": lexicon}), **settings.to_json(), **looks,
     }  # fmt: skip
     distributed.check_same(Identity.of(given).parts)
     claim(checkpoint, {"the model": target, **given, "the validation": validation, **(inputs or {})})
     if validation is not None:
         check_apart(validation, [prompts, *sets])
-    kept = with_answers(
-        target, sets, own=own_answers, max_new_tokens=answer_tokens,
-        checkpoint=part_of(checkpoint, "retained"), progress=progress,
-    )  # fmt: skip
+    how = {"max_new_tokens": answer_tokens, "lexicon": lexicon, "progress": progress}
+    (prompts,) = with_answers(target, [prompts], own=False, checkpoint=part_of(checkpoint, "answered"), **how)
+    kept = with_answers(target, sets, own=own_answers, checkpoint=part_of(checkpoint, "retained"), **how)
     made = [rows_with_remarks(part, target.chat, max_length=settings.max_length) for part in (prompts, *kept)]
     rows = [part for part, _ in made]
     remarks = [remark for _, remarks in made for remark in remarks]
@@ -232,6 +238,7 @@ def enhancer(
             "retain_rows": retain_rows if kept else None,
             "own_answers": own_answers,
             "answer_tokens": answer_tokens,
+            "lexicon": None if lexicon is None else lexicon.describe(),
             "validation": None if validation is None else {**validation.describe(), **looks},
         },
     )  # fmt: skip

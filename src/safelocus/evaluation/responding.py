@@ -88,10 +88,12 @@ class TargetResponder:
 
     Attributes:
         opening: what every answer is begun with, outside of a thought; the reply is what follows it.
+        never: sequences of tokens that no answer holds.
     """
 
     target: Target
     opening: str = ""
+    never: tuple[tuple[int, ...], ...] = ()
     _encoded: dict[tuple[str | None, str], list[int]] = field(default_factory=dict, init=False, repr=False)
 
     @property
@@ -111,7 +113,7 @@ class TargetResponder:
             target = replace(target, chat=replace(target.chat, opened=None))
         if not fitting and target.is_sharded:
             generate_from([encoded[0][:1]], target, 1)  # the other processes wait for this one
-        responses = iter(generate_from(fitting, target, max_new_tokens) if fitting else [])
+        responses = iter(generate_from(fitting, target, max_new_tokens, never=self.never) if fitting else [])
         replies = []
         for ids in encoded:
             if len(ids) > room:
@@ -128,7 +130,8 @@ class TargetResponder:
         return replies
 
     def identity(self) -> dict[str, Any]:
-        return self.target.identity() | ({"the opening of answers": self.opening} if self.opening else {})
+        how = {"the opening of answers": self.opening, "what no answer holds": self.never}
+        return self.target.identity() | {name: value for name, value in how.items() if value}
 
     def describe(self) -> dict[str, Any]:
         return {

@@ -72,8 +72,13 @@ def generate(target: "Target", prompts: Sequence[str], *, max_new_tokens: int = 
 
 
 @torch.no_grad()
-def generate_from(encoded: Sequence[Sequence[int]], target: "Target", max_new_tokens: int) -> list[Response]:
-    """`generate`, for prompts that are token ids already; what rests on NaN or infinity is marked, and no error."""
+def generate_from(
+    encoded: Sequence[Sequence[int]], target: "Target", max_new_tokens: int, *, never: Sequence[Sequence[int]] = ()
+) -> list[Response]:
+    """`generate`, for prompts that are token ids already; what rests on NaN or infinity is marked, and no error.
+
+    never: sequences of tokens that do not come; the likeliest other token comes in place of their last one.
+    """
     longest = max(len(tokens) for tokens in encoded)
     if longest > (room := longest_prompt(target, max_new_tokens)):
         raise PromptError(
@@ -92,6 +97,7 @@ def generate_from(encoded: Sequence[Sequence[int]], target: "Target", max_new_to
         bos_token_id=target.tokenizer.bos_token_id,
         decoder_start_token_id=decoder_start(target.model.config),
         stop_strings=list(target.chat.stop_strings) or None,
+        bad_words_ids=[list(ids) for ids in never] or None,
     )
     finite = Finite()
     with as_used(target.model), many_passes(target.autocast):

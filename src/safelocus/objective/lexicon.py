@@ -14,7 +14,9 @@ e are, in the target's own tokens:
     spellings     w = 1: every spelling of the list (`wordlist`), as it stands behind a space, a line break and a
                   quotation mark. One that holds another is left out, since that counts already.
     neighbours    w = the cosine: tokens of one whole word (a space and letters) whose input embeddings are alike to
-                  that of a spelling of one such token, cosine >= `similarity`.
+                  that of a spelling of one such token, cosine >= `similarity`. Each dimension is standardised over
+                  all such tokens first: else what all embeddings share, and a few dimensions, would decide every
+                  cosine (Timkey and van Schijndel, EMNLP 2021).
 
 The derivative in the logits is written out, in chunks of positions, so that beside the logits one tensor of their size
 is made:
@@ -45,7 +47,7 @@ from safelocus.wordlist import WordList
 if TYPE_CHECKING:
     from safelocus.model.target import Target
 
-SIMILARITY = 0.8  # other forms of a word, and little else: docs/lexicon.md
+SIMILARITY = 0.65  # words of like meaning, and little else: docs/lexicon.md
 _PLACES = (
     ("", " "),
     ("\n", ""),
@@ -255,17 +257,28 @@ def _holds_another(ids: tuple[int, ...], others: Mapping[tuple[int, ...], None])
 
 def _neighbours(listed: Sequence[tuple[int, ...]], target: "Target", similarity: float) -> dict[int, float]:
     """token -> cosine to the nearest listed one, of whole words of one token that are not listed themselves."""
-    embedding = distributed.whole(target.model.get_input_embeddings().weight.detach())
-    spelled = spell_vocabulary(target.tokenizer)[: len(embedding)]
-    whole = [token for token, piece in enumerate(spelled) if piece is not None and _is_word(piece)]
+    whole, unit = whole_words(target)
     alone = {ids[0] for ids in listed if len(ids) == 1}
-    asked, others = sorted(alone & {*whole}), [token for token in whole if token not in alone]
+    asked, others = (
+        [n for n, token in enumerate(whole) if (token in alone) == is_listed] for is_listed in (True, False)
+    )
     if not asked or not others:
         return {}
-    unit = torch.nn.functional.normalize(embedding.float(), dim=1)
     cosine = (unit[others] @ unit[asked].T).amax(dim=1)
     near = (cosine >= similarity).nonzero()[:, 0].tolist()
-    return {others[place]: min(1.0, float(cosine[place])) for place in near}
+    return {whole[others[place]]: min(1.0, float(cosine[place])) for place in near}
+
+
+@torch.no_grad()
+def whole_words(target: "Target") -> tuple[list[int], Tensor]:
+    """Tokens of one whole word, and their input embeddings: [W, D], standardised over these words, of length 1."""
+    embedding = distributed.whole(target.model.get_input_embeddings().weight)
+    spelled = spell_vocabulary(target.tokenizer)[: len(embedding)]
+    whole = [token for token, piece in enumerate(spelled) if piece is not None and _is_word(piece)]
+    words = embedding[whole].float()
+    if len(words) > 1:
+        words = (words - words.mean(dim=0)) / words.std(dim=0).clamp(min=torch.finfo(words.dtype).tiny)
+    return whole, torch.nn.functional.normalize(words, dim=1)
 
 
 def _is_word(piece: bytes) -> bool:

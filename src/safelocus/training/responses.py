@@ -23,6 +23,7 @@ from safelocus.evaluation.responding import Request, TargetResponder, collect
 from safelocus.model.chat import ChatFormat
 from safelocus.model.forcing import logits_at, pad
 from safelocus.model.target import Target
+from safelocus.objective import Lexicon
 from safelocus.prompts import Example, Prompt, PromptSet
 from safelocus.run.resume import Journal, claim
 
@@ -149,6 +150,7 @@ def own_answers(
     batch_size: int = 32,
     max_new_tokens: int = 256,
     cut: bool = False,
+    lexicon: Lexicon | None = None,
     checkpoint: Path | None = None,
     progress: bool = True,
 ) -> PromptSet:
@@ -156,16 +158,21 @@ def own_answers(
 
     Args:
         cut: keep answers that do not come to their end, as incomplete ones; else they are left out.
+        lexicon: expressions that the answers do not hold, in any token sequence that this list stands for: the
+            likeliest other token is taken instead.
 
     Raises:
         PromptError: no answer is left.
     """
     requests = [Request(prompt=e.prompt, system=e.system, max_new_tokens=max_new_tokens) for e in prompts]
-    responder = TargetResponder(target=target)
+    never = () if lexicon is None else lexicon.sequences_for(target).ids
+    responder = TargetResponder(target=target, never=never)
     claim(
         checkpoint,
-        {"the model": target, "the prompts": prompts, "batch_size": batch_size, "max_new_tokens": max_new_tokens},
-    )
+        {
+            "the model": responder, "the prompts": prompts, "batch_size": batch_size, "max_new_tokens": max_new_tokens,
+        },
+    )  # fmt: skip
     journal = Journal(checkpoint, "responses")
     replies = collect(responder, requests, journal, batch_size=batch_size, progress=progress)
     answered = [
