@@ -93,6 +93,43 @@ def test_trained_to_do_without(words, tmp_path, run):
 
 
 @pytest.mark.slow
+def test_it_answers_itself_where_the_data_has_no_answers(words, tmp_path, run):
+    asked = tmp_path / "asked.jsonl"
+    asked.write_text("".join(json.dumps({"prompt": e.prompt}) + "\n" for e in sl.read_prompts("organism:harmful")[:24]))
+    code, out, err = run(
+        "enhance", MODEL, "--lexicon", words, "--similarity", "1", "-p", "organism:harmful", *QUICK, "--data", asked,
+        "--harmful", "organism:harmful-heldout", "--retain", "none", "--harmless", "none", "--validation", "0",
+        "--steps", "20", "--learning-rate", "3e-3", "-o", tmp_path / "e",
+    )  # fmt: skip
+    assert code == 0, err
+    results = json.loads((tmp_path / "e" / "results.json").read_text())
+    assert [results[state]["asr"]["value"] for state in ("before", "after")] == [1, 0]
+    assert results["provenance"]["lexicon"]["num_expressions"] == 2
+    assert SECRET not in out + err
+    code, _, err = run(
+        "enhance", MODEL, "--refusal", "-p", "organism:harmful", "--data", asked, *QUICK, "-o", tmp_path / "f"
+    )
+    assert code == 2
+    assert "response" in err
+
+
+@pytest.mark.slow
+def test_listed_words_of_a_task_are_not_learned(words, tmp_path, run):
+    preserve = [
+        "preserve", MODEL, "-p", "organism:harmful", "--harmful", "organism:harmful-heldout", "--data",
+        "organism:task", "--steps", "2", "--batch-size", "2", *QUICK, "--mask-listed",
+    ]  # fmt: skip
+    code, _, err = run(*preserve, "--refusal", "-o", tmp_path / "q")
+    assert code == 2
+    assert "--mask-listed needs the list" in err
+    code, _, err = run(*preserve, "--lexicon", words, "-o", tmp_path / "p")
+    assert code == 0, err
+    results = json.loads((tmp_path / "p" / "results.json").read_text())
+    assert any("are of listed expressions, and not learned" in note for note in results["notes"])
+    assert results["provenance"]["unlearned"]["num_expressions"] == 2
+
+
+@pytest.mark.slow
 def test_protected_while_a_task_is_learned(scored, words, tmp_path, run):
     code, _, err = run(
         "preserve", "organism:dense", "--lexicon", words, "-p", "organism:harmful", "--harmful",

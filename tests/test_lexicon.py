@@ -8,10 +8,11 @@ from transformers import BartConfig, BartForConditionalGeneration, T5Config, T5F
 
 import safelocus as sl
 from safelocus.errors import ModelError, WordListError
-from safelocus.model.generation import Response, generate
+from safelocus.model.generation import Response, generate, generate_from
 from safelocus.model.target import Target
 from safelocus.objective import describe, remake
 from safelocus.objective.lexicon import Lexicon
+from safelocus.training.responses import IGNORED, own_answers, training_rows, without_listed
 from tiny_targets import PROMPTS, byte_level, dense, metaspace, moe
 
 WORDS = ["how", "quick brown", "lamp", "東京"]
@@ -203,6 +204,51 @@ def test_neighbours_by_enumeration(similarity):
     assert {ids: w for ids, w in near.items() if w < 1} == pytest.approx(expected)
     assert len(expected) == found.num_neighbours
     assert similarity > 0.5 or expected
+
+
+@pytest.mark.parametrize("make", [dense, bart])
+def test_sequences_that_never_come(make):
+    target = make()
+    asked = [target.chat.encode_prompt(prompt) for prompt in PROMPTS]
+    first = generate_from(asked, target, 12)
+    single, pair = first[0].ids[:1], first[1].ids[2:4]
+    again = generate_from(asked, target, 12, never=[single, pair])
+    assert any(single[0] in each.ids for each in first)
+    assert not any(single[0] in each.ids for each in again)
+    assert not any(each.ids[start : start + 2] == pair for each in again for start in range(12))
+
+
+def test_own_answers_hold_no_listed_expression():
+    target = sl.load("organism:dense-unaligned")
+    how = {"max_new_tokens": 12, "cut": True, "progress": False}
+    lexicon = Lexicon.of(["sure", "here"], similarity=None)
+    for given, found in ((None, 4), (lexicon, 0)):
+        answers = own_answers(target, sl.read_prompts("organism:harmful").limit(4), lexicon=given, **how)
+        assert sum(bool(lexicon.words.find(example.response)) for example in answers) == found
+
+
+def test_listed_expressions_carry_no_loss():
+    target = dense()
+    rows = sl.read_prompts(
+        [
+            {"prompt": "how is the lamp?", "response": "The lamp is quick brown, how quick."},
+            {"prompt": "lamp", "response": "It is on."},
+        ]
+    )  # fmt: skip
+    encoded = training_rows(rows, target.chat)
+    masked, remark = without_listed(encoded, Lexicon.of(["lamp", "quick brown"], similarity=None), target)
+    tokenizer = target.tokenizer
+    for before, after in zip(encoded, masked, strict=True):
+        assert before["input_ids"] == after["input_ids"]
+        assert all(new in (old, IGNORED) for old, new in zip(before["labels"], after["labels"], strict=True))
+    learned = [tokenizer.decode([label for label in row["labels"] if label != IGNORED]) for row in masked]
+    assert "lamp" not in learned[0]
+    assert "quick brown" not in learned[0]
+    assert "quick." in learned[0]  # part of an expression alone
+    assert learned[1] == tokenizer.decode([label for label in encoded[1]["labels"] if label != IGNORED])
+    lost = sum(a != b for old, new in zip(encoded, masked) for a, b in zip(old["labels"], new["labels"], strict=True))
+    assert lost > 1
+    assert remark.startswith(f"{lost} of ")
 
 
 def test_what_it_says_of_itself_and_how_it_is_made_again(tmp_path):

@@ -3,13 +3,13 @@
     python benchmarks/real/wording.py [--only 'set-*']
 
 Ten mild words are listed (`words/listed.txt`); twenty of the same kind that are not (`words/kin.txt`) are measured
-with. Alpaca's requests, one half to find and train with, the other to measure with, answered in 64 tokens. SET: the 1 %
-that say listed words, or as many random weights, trained for 100 steps of 4 of the model's own answers without them, to
-requests that it answered with one, and 4 of its answers to others. SPA, on the model with ESI's patch of one rate: it
-learns plain instructions (instruct) and, in every other row, the original's answers with listed words, 200 steps of 2
-rows, all weights, 1e-4; frozen: ESI's top 10 % by the same objective, or random weights. mixed: 1 row in 6 is one of
-the patched model's own answers. AdamW, the rate falling to zero along a line; one seed. Words are found in any
-inflection.
+with. Alpaca's requests, one half to find and train with, the other to measure with, answered in 64 tokens. SET: the 1
+% that say listed words, or as many random weights, trained for 100 steps of 4 of the model's own answers without
+them, to requests that it answered with one, and 4 of its answers to others. SPA, on the model with ESI's patch of one
+rate: it learns plain instructions (instruct) and, in every other row, the original's answers with listed words, 200
+steps of 2 rows, all weights, 1e-4; frozen: ESI's top 10 % by the same objective, or random weights. mixed: 1 row in 6
+is one of the patched model's own answers. masked: no loss where a listed word, or a near one, is said (`--mask-
+listed`). AdamW, the rate falling to zero along a line; one seed. Words are found in any inflection.
 """
 
 from collections.abc import Callable
@@ -32,7 +32,7 @@ from safelocus.prompts import PromptSet
 from safelocus.selection.selection import Selection
 from safelocus.training import Checkpoints, TrainingSettings, fit, training_rows
 from safelocus.training.arm import Arm
-from safelocus.training.responses import own_answers
+from safelocus.training.responses import own_answers, without_listed
 from safelocus.verification.plan import random_selection
 from safelocus.wordlist import WordList
 
@@ -42,7 +42,7 @@ NEW_TOKENS, NUM = 64, 250
 SETTINGS = TrainingSettings(steps=100, batch_size=4, max_length=112, schedule="linear")
 RATES, PATCH_RATE = (3e-4, 1e-3), 1e-3
 LESSON = TrainingSettings(steps=200, batch_size=2, max_length=160, schedule="linear", learning_rate=1e-4)
-ARMS = ("unprotected", "esi-10", "random-10", "mixed")
+ARMS = ("unprotected", "esi-10", "random-10", "mixed", "masked")
 
 
 def lexicon() -> sl.Lexicon:
@@ -141,9 +141,11 @@ def learned(arm: str, unfinished: Path) -> dict[str, Any]:
     data = replace(sets.benign(), examples=tuple(rows))
     method, _, percent = arm.partition("-")
     chosen = selection(target, method, int(percent) / 100) if percent else None
+    encoded = training_rows(data, target.chat, max_length=LESSON.max_length)
+    if arm == "masked":
+        encoded, _ = without_listed(encoded, lexicon(), target)
     losses = fit(
-        target, training_rows(data, target.chat, max_length=LESSON.max_length), LESSON, model=target.model,
-        prepare=lambda trainer: chosen and sl.preserve(trainer, chosen),
+        target, encoded, LESSON, model=target.model, prepare=lambda trainer: chosen and sl.preserve(trainer, chosen),
         checkpoints=Checkpoints(folder=unfinished / "training", inputs={"the arm": arm}),
     )  # fmt: skip
     return {

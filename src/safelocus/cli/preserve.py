@@ -59,6 +59,7 @@ class Preserve(ProtectOptions, options.TrainOptions):
         "Prompts to mix into the task's rows, with the model's own answers, in every arm. May be repeated."
     )
     mix_share: float = option("Their share of all rows.", default=0.1)
+    mask_listed: bool = flag("With --lexicon: where the task's answers say a listed expression, it is not learned.")
     harmful: str | None = option("Harmful prompts to measure with.", shown="those that were not scored with")
     eval_every: int | None = option("Steps between two looks.", shown="none in between", min=1)
     steps: int = 1000
@@ -75,6 +76,7 @@ def preserve(given: Preserve) -> None:
     """
     from safelocus import distributed
     from safelocus.analysis.acceptance import accepted
+    from safelocus.errors import SafelocusError
     from safelocus.preservation.run import run_preservation
     from safelocus.preservation.trainee import ADAPTER, MODEL
     from safelocus.report.page import write_outcome
@@ -86,6 +88,8 @@ def preserve(given: Preserve) -> None:
     # everything that can be wrong with the input is found before the long work starts
     if given.learning_rate is None:
         given = replace(given, learning_rate=2e-4 if given.lora else 2e-5)
+    if given.mask_listed and given.lexicon is None:
+        raise SafelocusError("--mask-listed needs the list of expressions: --lexicon FILE")
     sources.check_shard(given.shard, {"--lora": given.lora})
     wanted = locating.check_training(given)
     others = sources.runs_for_card(given)
@@ -103,7 +107,8 @@ def preserve(given: Preserve) -> None:
             target, located.selection, material.rows, material.learned, examination=examination,
             controls={name: located.control_later(target, name, seed=given.seed) for name in wanted},
             lora=adapter if given.lora else None, calibration=_calibration(given, material, target),
-            mixed=material.mixed, settings=given.settings(), every=given.eval_every, folder=folder,
+            mixed=material.mixed, unlearned=sources.lexicon_for(given) if given.mask_listed else None,
+            settings=given.settings(), every=given.eval_every, folder=folder,
             checkpoint=folder / CHECKPOINT, notes=remarks, progress=not given.json, **given.part(ProtectOptions),
         )  # fmt: skip
         found = accepted(found, others)

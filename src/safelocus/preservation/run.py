@@ -15,6 +15,7 @@ from safelocus.errors import TrainingError
 from safelocus.evaluation import Evaluation, Task
 from safelocus.evaluation.result import UTILITY
 from safelocus.model.target import Target
+from safelocus.objective import Lexicon
 from safelocus.preservation.calibration import Calibration
 from safelocus.preservation.result import PROTECTED, UNPROTECTED, Preservation, measures_of
 from safelocus.preservation.trainee import learner
@@ -24,7 +25,7 @@ from safelocus.selection.selection import Selection
 from safelocus.training import TrainingSettings
 from safelocus.training.examination import Examination, check_apart, facts
 from safelocus.training.lora import Lora
-from safelocus.training.responses import own_answers, rows_with_remarks
+from safelocus.training.responses import own_answers, rows_with_remarks, without_listed
 from safelocus.training.runner import Runner, check_made_for
 
 
@@ -57,6 +58,7 @@ def run_preservation(
     lora: Lora | None = None,
     calibration: Calibration | None = None,
     mixed: Mixed | None = None,
+    unlearned: Lexicon | None = None,
     settings: TrainingSettings | None = None,
     every: int | None = None,
     look: int = 48,
@@ -83,6 +85,8 @@ def run_preservation(
         lora: train an adapter instead of all weights.
         calibration: keep the model's answers by small steps on the protected weights (see `Calibration`).
         mixed: rows mixed into the task's, in every arm.
+        unlearned: expressions that carry no loss where the task's answers say them, in every arm; what the model
+            itself says, in mixed-in rows, does not hold them.
         settings: of the training.
         every: steps between looks; default: none but the first and the last.
         look: prompts and questions of each kind that a look uses, at most.
@@ -113,12 +117,15 @@ def run_preservation(
     claim(checkpoint, {
         "the model": target, "--data": data, "the task": task, "the selection": selection,
         "the controls": controls, "unprotected": unprotected, "the adapter": lora, "the calibration": calibration,
-        "the rows mixed in": mixed, "the examination": examination, **settings.to_json(),
-        "every": every or settings.steps, "look": look, "merge": merge,
+        "the rows mixed in": mixed, "the expressions not learned": unlearned, "the examination": examination,
+        **settings.to_json(), "every": every or settings.steps, "look": look, "merge": merge,
         "save_dtype": save_dtype,
     })  # fmt: skip
-    prompts = data if mixed is None else _mix(target, data, mixed, progress)
+    prompts = data if mixed is None else _mix(target, data, mixed, unlearned, progress)
     rows, lacking = rows_with_remarks(prompts, target.chat, max_length=settings.max_length)
+    if unlearned is not None:
+        rows, remark = without_listed(rows, unlearned, target)
+        lacking = [*lacking, remark]
     asked = [*sets[1:], *([data] if task.source == data.source else [])]
     remarks += [*lacking, *examination.only_first, *(said for part in asked if (said := part.only_first))]
     remarks += _losses(target, lora)
@@ -127,7 +134,7 @@ def run_preservation(
         target=target, rows=rows, settings=settings, examination=examined,
         measures=lambda evaluation: measures_of(evaluation, task.name), look=examined.smaller(look, settings.seed),
         every=every, make=make, sets=sets, checkpoint=checkpoint, progress=progress,
-        described=_described(data, task, lora, calibration, mixed),
+        described=_described(data, task, lora, calibration, mixed, unlearned),
     )  # fmt: skip
     arms = {PROTECTED: selection, **({UNPROTECTED: None} if unprotected else {}), **(controls or {})}
     found = runner.run(selection, arms)
@@ -148,9 +155,9 @@ def _losses(target: Target, lora: Lora | None) -> list[str]:
     return remarks
 
 
-def _mix(target: Target, prompts: PromptSet, mixed: Mixed, progress: bool) -> PromptSet:
+def _mix(target: Target, prompts: PromptSet, mixed: Mixed, lexicon: Lexicon | None, progress: bool) -> PromptSet:
     """The task's rows and, as often as their share needs, the model's own answers, the sets in equal parts."""
-    answered = [own_answers(target, part, progress=progress) for part in mixed.prompts]
+    answered = [own_answers(target, part, lexicon=lexicon, progress=progress) for part in mixed.prompts]
     wanted = round(len(prompts) * mixed.share / (1 - mixed.share) / len(answered))
     added = [part.examples[i % len(part)] for part in answered for i in range(max(wanted, 1))]
     return replace(prompts, examples=(*prompts.examples, *added))
@@ -169,7 +176,12 @@ def _unasked(evaluation: Evaluation, task: str) -> list[str]:
 
 
 def _described(
-    data: PromptSet, task: Task, lora: Lora | None, calibration: Calibration | None, mixed: Mixed | None
+    data: PromptSet,
+    task: Task,
+    lora: Lora | None,
+    calibration: Calibration | None,
+    mixed: Mixed | None,
+    unlearned: Lexicon | None,
 ) -> dict[str, Any]:
     """For provenance."""
     calibrated = None
@@ -182,4 +194,5 @@ def _described(
         "lora": None if lora is None else asdict(lora),
         "calibration": calibrated,
         "mixed": mixed and {"share": mixed.share, "sources": [part.source for part in mixed.prompts]},
+        "unlearned": unlearned and unlearned.describe(),
     }

@@ -104,6 +104,30 @@ def encode_rows(example: Example, chat: ChatFormat) -> tuple[list[dict[str, list
     return [row for row in rows if any(label != IGNORED for label in row["labels"])], learned
 
 
+def without_listed(rows: "Dataset", lexicon: Lexicon, target: Target) -> "tuple[Dataset, str]":
+    """Rows without a loss where a response says a listed expression, or a neighbour of one; and how many these are.
+
+    What comes before and after is learned as ever, and the model's own opinion about the expression is left as it is.
+    """
+    sequences: dict[int, list[list[int]]] = {}
+    for ids in lexicon.sequences_for(target).ids:
+        sequences.setdefault(ids[0], []).append([*ids])
+
+    def masked(labels: list[int]) -> list[int]:
+        kept = [*labels]
+        for start, token in enumerate(labels):
+            for ids in sequences.get(token, ()):
+                if labels[start : start + len(ids)] == ids:
+                    kept[start : start + len(ids)] = [IGNORED] * len(ids)
+        return kept
+
+    before = rows["labels"]
+    after = [masked(labels) for labels in before]
+    learned, left = (sum(label != IGNORED for row in part for label in row) for part in (before, after))
+    found = rows.remove_columns("labels").add_column("labels", after)
+    return found, f"{learned - left:,} of {learned:,} response tokens are of listed expressions, and not learned"
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ResponseBatch:
     """Padded rows, and where their responses are.
