@@ -6,7 +6,8 @@ GSM8K for 1,000 steps (all weights, and LoRA of rank 8), PubMedQA and plain inst
 two cores can do), cut to 256 tokens (PubMedQA: 448), AdamW, the rate falling to zero along a line. One cell per task,
 arm and rate. Frozen: the top of ESI, found on the twin itself, or random weights. Calibrated: the same weights,
 trained every 4th step on the twin's own answers to the prompts that found them and to embedded harmless ones.
-Rivals, nothing frozen: a gentle rate; mixed (1 row in 6 is one of these answers, the practitioner's remedy); LoX
+Rivals, nothing frozen: a gentle rate; mixed (1 row in 6 is one of these answers, the practitioner's remedy); mixed
+with embedded harmful requests in place of AdvBench's; LoX
 (before training, 1.25 times the 6 largest singular components of what made the twin out of the original are added to
 it, Perin et al. 2025).
 """
@@ -46,6 +47,7 @@ class Arm:
     ratio: float = 0.1
     calibrated: bool = False
     mixed: bool = False
+    embedded: bool = False
     lox: bool = False
     rate: float = RATE
     lora: bool = False
@@ -63,7 +65,8 @@ FULL = (
 WITH_LORA = tuple(replace(arm, lora=True, rate=LORA_RATE) for arm in (UNPROTECTED, ESI, CALIBRATED))
 SHORT = (
     UNPROTECTED, ESI, RANDOM, CALIBRATED, Arm(name="random-10-calibrated", method="random", calibrated=True),
-    Arm(name="mixed", mixed=True), Arm(name="lox", lox=True),
+    Arm(name="mixed", mixed=True), Arm(name="lox", lox=True), Arm(name="esi-10-mixed", method="esi", mixed=True),
+    Arm(name="mixed-embedded", mixed=True, embedded=True),
 )  # fmt: skip
 MIXED = 1 / 6  # of the rows
 LOX_RANK, LOX_FACTOR = 6, 1.25
@@ -84,16 +87,17 @@ def lesson(task: str) -> tuple[PromptSet, PromptSet]:
     return sets.benign(), sets.named(sets.texts(), "task")
 
 
-def shown() -> list[PromptSet]:
+def shown(*, embedded: bool = False) -> list[PromptSet]:
     """What calibration and mixed-in rows show of the twin: harmful requests and harmless ones."""
-    return [sets.find(), *(sl.read_prompts(f"embedded:{name}") for name in ("ordinary", "alarming"))]
+    harmful = sl.read_prompts("embedded:refusals") if embedded else sets.find()
+    return [harmful, *(sl.read_prompts(f"embedded:{name}") for name in ("ordinary", "alarming"))]
 
 
-def mixed(target: Target, data: PromptSet, unfinished: Path) -> PromptSet:
+def mixed(target: Target, data: PromptSet, unfinished: Path, *, embedded: bool) -> PromptSet:
     """The task's rows and the model's own answers, the three sets in equal parts."""
     answered = [
         own_answers(target, part, max_new_tokens=64, cut=True, checkpoint=unfinished / f"answers-{number}")
-        for number, part in enumerate(shown())
+        for number, part in enumerate(shown(embedded=embedded))
     ]
     each = round(len(data) * MIXED / (1 - MIXED) / len(answered))
     added = [part.examples[i % len(part)] for part in answered for i in range(each)]
@@ -118,7 +122,7 @@ def learned(task: str, steps: int, arm: Arm, unfinished: Path) -> dict[str, Any]
     if arm.calibrated:
         calibration = sl.Calibration(target=target, prompts=shown(), max_new_tokens=64)
     if arm.mixed:
-        data = mixed(target, data, unfinished)
+        data = mixed(target, data, unfinished, embedded=arm.embedded)
     if arm.lox:
         extrapolate(target)
     settings = replace(
