@@ -16,7 +16,8 @@ from matplotlib.figure import Figure
 import safelocus as sl
 from safelocus.analysis.words import interval
 from safelocus.evaluation.judges import GuardJudge
-from safelocus.preservation.run import Mixed, run_preservation
+from safelocus.preservation.mixing import Mixed
+from safelocus.preservation.run import run_preservation
 from safelocus.report.colours import LIGHT
 from safelocus.report.grid import Grid
 from safelocus.training.examination import Examination, read_lesson

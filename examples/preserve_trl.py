@@ -1,8 +1,9 @@
-"""Fine-tune a chat model on a new task with TRL; its safety weights stay as they are. Two lines do that.
+"""Fine-tune a chat model on a new task with TRL; its safety weights stay as they are, and rows of its own answers
+come among the task's (--mix). Three lines do that.
 
     safelocus score organism:dense --prompts organism:harmful --guard organism:guard -o runs/scores
     safelocus select runs/scores --ratio 0.01 -o runs/safety.safetensors
-    python examples/preserve_trl.py --selection runs/safety.safetensors -o runs/protected [--lora]
+    python examples/preserve_trl.py --selection runs/safety.safetensors -o runs/protected [--mix] [--lora]
 
 Without --selection it is the same training unprotected: compare both with `safelocus evaluate`.
 """
@@ -19,20 +20,28 @@ parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.R
 parser.add_argument("--model", default="organism:dense")
 parser.add_argument("--data", default="organism:task")
 parser.add_argument("--selection")
+parser.add_argument("--mix", action="store_true")
 parser.add_argument("--lora", action="store_true")
 parser.add_argument("--steps", type=int, default=100)
 parser.add_argument("-o", "--output", required=True)
 options = parser.parse_args()
 
 target = sl.load(options.model, dtype="float32")
-rows = [
-    {"prompt": [{"role": "user", "content": x.prompt}], "completion": [{"role": "assistant", "content": x.response}]}
-    for x in sl.read_prompts(options.data)
-]
+rows = Dataset.from_list(
+    [
+        {
+            "prompt": [{"role": "user", "content": x.prompt}],
+            "completion": [{"role": "assistant", "content": x.response}],
+        }
+        for x in sl.read_prompts(options.data)
+    ]
+)
+if options.mix:
+    rows = sl.mix(rows, target)  # <- one row in six is what the model says itself, to embedded prompts
 trainer = SFTTrainer(
     model=target.model,
     processing_class=target.tokenizer,
-    train_dataset=Dataset.from_list(rows),
+    train_dataset=rows,
     args=SFTConfig(
         output_dir=options.output,
         max_steps=options.steps,
@@ -46,8 +55,8 @@ trainer = SFTTrainer(
 )
 
 if options.selection:
-    selection = sl.Selection.load(options.selection)  # <- line one: which weights carry safety
-    protection = sl.preserve(trainer, selection)  # <- line two: they keep their values
+    selection = sl.Selection.load(options.selection)  # <- which weights carry safety
+    protection = sl.preserve(trainer, selection)  # <- they keep their values
 
 trainer.train()
 

@@ -114,7 +114,7 @@ def test_everything_at_once(few, tmp_path, run):
     assert results["after"]["num_changed"] is None
     assert results["settings"]["learning_rate"] == 2e-4
     assert results["provenance"]["calibration"]["every"] == 1
-    assert results["provenance"]["mixed"]["share"] == 0.1
+    assert results["provenance"]["mixed"]["share"] == pytest.approx(1 / 6)
     assert results["provenance"]["lora"]["rank"] == 4
     assert (folder / "adapter" / "adapter_model.safetensors").is_file()
     target = sl.load("organism:dense", dtype="float32")

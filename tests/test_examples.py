@@ -29,7 +29,7 @@ def preserve_with_trl(monkeypatch, tmp_path, selection):
     """Protected, the selected weights keep their values, with an adapter too; otherwise they do not."""
     selection.save(tmp_path / "safety.safetensors")
     protected = ["--selection", tmp_path / "safety.safetensors"]
-    for kind, options in {"kept": protected, "adapted": [*protected, "--lora"], "plain": []}.items():
+    for kind, options in {"kept": [*protected, "--mix"], "adapted": [*protected, "--lora"], "plain": []}.items():
         example(monkeypatch, "preserve_trl.py", "-o", tmp_path / kind, "--steps", 3, *options)
     values = gather(sl.load("organism:dense", dtype="float32").model, selection)
     for kind in ("kept", "adapted", "plain"):

@@ -12,9 +12,10 @@ import tiny_targets
 from safelocus.errors import NumericalError, PromptError, RunError, SelectionError, TrainingError
 from safelocus.evaluation.tasks import task_of
 from safelocus.preservation import calibration as calibration_module
-from safelocus.preservation import run as preserving
+from safelocus.preservation import mixing
 from safelocus.preservation.calibration import Calibration
-from safelocus.preservation.run import Mixed, run_preservation
+from safelocus.preservation.mixing import Mixed
+from safelocus.preservation.run import run_preservation
 from safelocus.preservation.trainee import ADAPTER, MODEL, PATCH
 from safelocus.report.page import write_run_page
 from safelocus.report.training import outcome_grid
@@ -52,7 +53,7 @@ def _answers(monkeypatch):
         return replace(prompts, examples=tuple(replace(e, response="Sure, here is a kite") for e in prompts))
 
     monkeypatch.setattr(calibration_module, "own_answers", answered)
-    monkeypatch.setattr(preserving, "own_answers", answered)
+    monkeypatch.setattr(mixing, "own_answers", answered)
 
 
 def state(target):

@@ -19,7 +19,8 @@ from safelocus.evaluation import responding
 from safelocus.evaluation.judges import GuardJudge, RefusalMatcher
 from safelocus.evaluation.tasks import task_of
 from safelocus.model.target import Target
-from safelocus.preservation.run import Mixed, run_preservation
+from safelocus.preservation.mixing import Mixed
+from safelocus.preservation.run import run_preservation
 from safelocus.run.folder import holds_work
 from safelocus.training.examination import Examination
 from safelocus.training.lora import Lora

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from safelocus.patch import Patch
     from safelocus.preservation import Protection, preserve
     from safelocus.preservation.calibration import Calibration
+    from safelocus.preservation.mixing import mix
     from safelocus.prompts import Example, PromptSet, read_prompts
     from safelocus.scoring.run import score
     from safelocus.scoring.scores import Scores
@@ -67,6 +68,7 @@ _EXPORTS = {
     "preserve": "preservation",
     "Protection": "preservation",
     "Calibration": "preservation.calibration",
+    "mix": "preservation.mixing",
 }
 
 __all__ = [  # noqa: RUF022 (pipeline order)
@@ -76,6 +78,7 @@ __all__ = [  # noqa: RUF022 (pipeline order)
     "EraseAndCheck", "Smoothed", "load_judge",
     "Patch", "verify", "Verification", "stability", "Stability",
     "TrainingSettings", "enhance", "Enhancement", "SparseOptimizer", "preserve", "Protection", "Calibration",
+    "mix",
 ]  # fmt: skip
 
 

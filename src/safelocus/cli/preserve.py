@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from safelocus.evaluation import Task
     from safelocus.model.target import Target
     from safelocus.preservation.calibration import Calibration
-    from safelocus.preservation.run import Mixed
+    from safelocus.preservation.mixing import Mixed
     from safelocus.prompts import PromptSet
     from safelocus.resources import Subject, Training
     from safelocus.selection.selection import Selection
@@ -58,7 +58,7 @@ class Preserve(ProtectOptions, options.TrainOptions):
     mix: list[str] | None = option(
         "Prompts to mix into the task's rows, with the model's own answers, in every arm. May be repeated."
     )
-    mix_share: float = option("Their share of all rows.", default=0.1)
+    mix_share: float = option("Their share of all rows.", default=1 / 6, shown="1/6")
     mask_listed: bool = flag("With --lexicon: where the task's answers say a listed expression, it is not learned.")
     harmful: str | None = option("Harmful prompts to measure with.", shown="those that were not scored with")
     eval_every: int | None = option("Steps between two looks.", shown="none in between", min=1)
@@ -139,7 +139,7 @@ class _Material:
 
 def _read(given: Preserve) -> _Material:
     from safelocus.errors import SafelocusError
-    from safelocus.preservation.run import Mixed
+    from safelocus.preservation.mixing import Mixed
     from safelocus.prompts import read_prompts
     from safelocus.training.examination import Examination, check_apart, read_lesson
 

@@ -5,18 +5,18 @@ adapter and patch, in a folder. `preserve` is the same protection for a script o
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from safelocus.errors import TrainingError
 from safelocus.evaluation import Evaluation, Task
 from safelocus.evaluation.result import UTILITY
 from safelocus.model.target import Target
 from safelocus.objective import Lexicon
 from safelocus.preservation.calibration import Calibration
+from safelocus.preservation.mixing import Mixed
 from safelocus.preservation.result import PROTECTED, UNPROTECTED, Preservation, measures_of
 from safelocus.preservation.trainee import learner
 from safelocus.prompts import PromptSet
@@ -25,25 +25,8 @@ from safelocus.selection.selection import Selection
 from safelocus.training import TrainingSettings
 from safelocus.training.examination import Examination, check_apart, facts
 from safelocus.training.lora import Lora
-from safelocus.training.responses import own_answers, rows_with_remarks, without_listed
+from safelocus.training.responses import rows_with_remarks, without_listed
 from safelocus.training.runner import Runner, check_made_for
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Mixed:
-    """Rows mixed into the task's, the practitioner's usual remedy: the model's own answers to a few prompts.
-
-    Attributes:
-        prompts: harmful ones, and harmless ones against over-refusal. Responses in them are not used.
-        share: of all rows.
-    """
-
-    prompts: Sequence[PromptSet]
-    share: float = 0.1
-
-    def __post_init__(self) -> None:
-        if not 0 < self.share < 1:
-            raise TrainingError(f"the share of mixed-in rows lies between 0 and 1, found {self.share}")
 
 
 def run_preservation(
@@ -121,7 +104,7 @@ def run_preservation(
         **settings.to_json(), "every": every or settings.steps, "look": look, "merge": merge,
         "save_dtype": save_dtype,
     })  # fmt: skip
-    prompts = data if mixed is None else _mix(target, data, mixed, unlearned, progress)
+    prompts = data if mixed is None else mixed.into(data, target, lexicon=unlearned, progress=progress)
     rows, lacking = rows_with_remarks(prompts, target.chat, max_length=settings.max_length)
     if unlearned is not None:
         rows, remark = without_listed(rows, unlearned, target)
@@ -153,14 +136,6 @@ def _losses(target: Target, lora: Lora | None) -> list[str]:
     if lora is not None and (left_out := lora.left_out(target.model, target.layout)):
         remarks.append(left_out)
     return remarks
-
-
-def _mix(target: Target, prompts: PromptSet, mixed: Mixed, lexicon: Lexicon | None, progress: bool) -> PromptSet:
-    """The task's rows and, as often as their share needs, the model's own answers, the sets in equal parts."""
-    answered = [own_answers(target, part, lexicon=lexicon, progress=progress) for part in mixed.prompts]
-    wanted = round(len(prompts) * mixed.share / (1 - mixed.share) / len(answered))
-    added = [part.examples[i % len(part)] for part in answered for i in range(max(wanted, 1))]
-    return replace(prompts, examples=(*prompts.examples, *added))
 
 
 def _unasked(evaluation: Evaluation, task: str) -> list[str]:
