@@ -21,6 +21,7 @@ import locating
 import numpy as np
 import preserving
 import verifying
+import wording
 from matplotlib.figure import Figure
 
 from safelocus.analysis import words
@@ -587,6 +588,52 @@ def attack_page() -> str | None:
     )  # fmt: skip
 
 
+# words that must not come
+
+ARMS = {
+    "esi-10": "10 % by ESI frozen", "random-10": "10 % at random frozen", "mixed": "own answers mixed in",
+    "masked": "listed words not learned", "unprotected": "nothing",
+}  # fmt: skip
+
+
+def words_page() -> str | None:
+    found = dict(cells.kept(wording.TABLE))
+    if "before" not in found:
+        return None
+    order, rows = ("before", "SET", "SPA"), []
+    start = {"SET": found["before"], "SPA": found.get(f"set-esi-{wording.PATCH_RATE:g}")}
+    for cell in sorted(found.values(), key=lambda cell: (order.index(cell["stage"]), cell.get("rate", 0.0))):
+        before, said = start.get(cell["stage"]), []
+        for name in wording.LISTS:
+            now = outcomes([cell], name)
+            fall = None if before is None else difference(now, outcomes([before], name), paired="prompts")
+            said += [interval(level(now)), "" if fall is None else interval(fall), f"{cell['per_1000'][name]:g}"]
+        method = cell.get("method", "")
+        rows.append(
+            (
+                cell["stage"], ARMS.get(method, NAMES.get(method, "")), f"{cell['rate']:g}" if "rate" in cell else "",
+                *said, f"{cell['tokens']:g}", interval(level(outcomes([cell], "alpaca"))),
+                *(interval(level(outcomes([cell], task))) for task in ("ag_news", "pubmedqa")), perplexity([cell]),
+            )
+        )  # fmt: skip
+    marks = found["before"]["outcomes"]
+    counts = ", ".join(f"{label} {len(marks[key])}" for label, key in (("requests", "listed"), *_TASKS))
+    table = Grid(
+        title="", rows=tuple(rows), num_labels=2,
+        headings=(
+            "", "trained, or protected", "rate", "listed", "change", "of 1,000", "kin", "change", "of 1,000", "tokens",
+            "refused", *(label for label, _ in _TASKS), "perplexity",
+        ),
+        caption="percent of answers that hold a word, and points since before (SPA: since SET by ESI) [95 % interval, "
+        f"paired by request]; expressions among 1,000 words; one seed; n: {counts}, perplexity "
+        f"{len(found['before']['nats']['texts'])} texts",
+    )  # fmt: skip
+    return "\n\n".join(["# Words that must not come, on a real model", _told(wording), table.markdown()])
+
+
+_TASKS = (("AG News", "ag_news"), ("PubMedQA", "pubmedqa"))
+
+
 # certificates
 
 
@@ -690,7 +737,7 @@ def main() -> None:
         ("map", map_page), ("aligned", aligned_page), ("verify", verify_page),
         ("enhance", partial(enhance_page, "plain")), ("contrast", partial(enhance_page, "contrast")),
         ("contrast-long", partial(enhance_page, "contrast-long")),
-        ("preserve", preserve_page), ("attack", attack_page), ("certify", certify_page),
+        ("preserve", preserve_page), ("attack", attack_page), ("words", words_page), ("certify", certify_page),
     ):  # fmt: skip
         write(name, make)
 

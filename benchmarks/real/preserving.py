@@ -9,7 +9,8 @@ trained every 4th step on the twin's own answers to the prompts that found them 
 Rivals, nothing frozen: a gentle rate; mixed (1 row in 6 is one of these answers, the practitioner's remedy); mixed
 with embedded harmful requests in place of AdvBench's; LoX
 (before training, 1.25 times the 6 largest singular components of what made the twin out of the original are added to
-it, Perin et al. 2025).
+it, Perin et al. 2025); SafeLoRA (after training, of each matrix what was learned is multiplied with C = V V^T / |V|, V
+what made the twin, where the cosine of the two is below 0.35; Hsu et al. 2024).
 """
 
 from dataclasses import dataclass, replace
@@ -49,6 +50,7 @@ class Arm:
     mixed: bool = False
     embedded: bool = False
     lox: bool = False
+    safelora: bool = False
     rate: float = RATE
     lora: bool = False
 
@@ -63,6 +65,10 @@ FULL = (
     UNPROTECTED, ESI, RANDOM, CALIBRATED, Arm(name="gentle", rate=GENTLE), Arm(name="esi-1", method="esi", ratio=0.01),
 )  # fmt: skip
 WITH_LORA = tuple(replace(arm, lora=True, rate=LORA_RATE) for arm in (UNPROTECTED, ESI, CALIBRATED))
+SHORT_LORA = tuple(
+    replace(arm, lora=True, rate=LORA_RATE)
+    for arm in (UNPROTECTED, ESI, Arm(name="mixed", mixed=True), Arm(name="safelora", safelora=True))
+)
 SHORT = (
     UNPROTECTED, ESI, RANDOM, CALIBRATED, Arm(name="random-10-calibrated", method="random", calibrated=True),
     Arm(name="mixed", mixed=True), Arm(name="lox", lox=True), Arm(name="esi-10-mixed", method="esi", mixed=True),
@@ -70,7 +76,11 @@ SHORT = (
 )  # fmt: skip
 MIXED = 1 / 6  # of the rows
 LOX_RANK, LOX_FACTOR = 6, 1.25
-PLAN = (("pubmedqa", 300, SHORT), ("instruct", 300, SHORT), ("gsm8k", 1000, FULL), ("gsm8k", 1000, WITH_LORA))
+SAFELORA_COSINE = 0.35
+PLAN = (
+    ("pubmedqa", 300, SHORT), ("instruct", 300, (*SHORT, *SHORT_LORA)), ("gsm8k", 1000, FULL),
+    ("gsm8k", 1000, WITH_LORA),
+)  # fmt: skip
 
 
 def lesson(task: str) -> tuple[PromptSet, PromptSet]:
@@ -114,6 +124,23 @@ def extrapolate(target: Target) -> None:
             weight += LOX_FACTOR * (u[:, :LOX_RANK] * s[:LOX_RANK]) @ vh[:LOX_RANK]
 
 
+@torch.no_grad()
+def project(target: Target, before: dict[str, torch.Tensor]) -> int:
+    """SafeLoRA: what was learned of a matrix, C times it where the two point apart; how many matrices that were.
+
+    C = V V^T / |V|, V: what made the twin out of the original.
+    """
+    original, projected = cells.subject("smollm2").model.state_dict(), 0
+    for name, weight in target.model.named_parameters():
+        if target.layout.tensors[name].eligible:
+            learned, v = weight - before[name], before[name] - original[name]
+            aligned = v @ (v.T @ learned) / v.norm()
+            if torch.cosine_similarity(learned.flatten(), aligned.flatten(), dim=0) < SAFELORA_COSINE:
+                weight.copy_(before[name] + aligned)
+                projected += 1
+    return projected
+
+
 def learned(task: str, steps: int, arm: Arm, unfinished: Path) -> dict[str, Any]:
     target = cells.subject("smollm2:aligned")
     described, (data, held_out) = cells.described(target), lesson(task)
@@ -128,6 +155,7 @@ def learned(task: str, steps: int, arm: Arm, unfinished: Path) -> dict[str, Any]
     settings = replace(
         SETTINGS, steps=steps, learning_rate=arm.rate, max_length=MAX_LENGTH.get(task, SETTINGS.max_length)
     )
+    before = {name: weight.clone() for name, weight in target.model.state_dict().items()} if arm.safelora else {}
     model = Lora(rank=8).wrap(target.model, target.layout) if arm.lora else target.model
     held: list[Protection] = []
 
@@ -141,9 +169,11 @@ def learned(task: str, steps: int, arm: Arm, unfinished: Path) -> dict[str, Any]
     )  # fmt: skip
     if arm.lora:
         held[0].merge() if held else model.merge_and_unload()
+    projected = project(target, before) if arm.safelora else 0
     found = cells.measured(target, unfinished / "after", perplexity=[sets.texts(), held_out])
     return {
         "task": task, "arm": arm.name, "lora": arm.lora, "rate": arm.rate, "steps": steps,
+        **({"projected": projected} if arm.safelora else {}),
         "num_protected": held[0].num_protected_in_all if held else 0, "settings": settings.to_json(),
         "losses": [round(loss.loss, 4) for loss in losses], **described, **cells.outcome(found),
     }  # fmt: skip
