@@ -16,6 +16,7 @@ from test_protection import same
 from test_tasks import shared, write
 
 SMALL = ["--steps", "2", "--max-new-tokens", "12", "--limit", "6", "--batch-size", "4", "--dtype", "float32"]
+PLAIN = [*SMALL, "--mix", "none"]
 SETS = [
     "--data", "organism:task", "--task-heldout", "organism:task-heldout", "--harmful", "organism:harmful-heldout",
     "--harmless", "organism:harmless-heldout",
@@ -78,6 +79,10 @@ def test_a_task_is_learned_and_the_bits_stay(scored, tmp_path, run):
     lost = results["after"]["refusal"]["value"] - results["unprotected"]["refusal"]["value"]
     assert card["reliability"]["numbers"]["effect"]["value"] == pytest.approx(lost)
     assert {"beyond random", "task learned beyond unprotected"} == set(card["mechanism"]["numbers"])
+    mixed = [f"embedded:{name}" for name in ("refusals", "ordinary", "alarming")]  # unless it is told otherwise
+    assert results["provenance"]["mixed"]["sources"] == mixed
+    assert "no --mix" in err
+    assert (folder / "run.toml").read_text().count("mix") == 1  # its share; what was not given is taken anew
 
 
 @pytest.mark.slow
@@ -85,7 +90,7 @@ def test_another_task_is_the_transfer(scored, tmp_path, run):
     other = write(
         tmp_path / "other.jsonl", [{"prompt": f"What is {i} plus one?", "response": str(i + 1)} for i in range(60)]
     )
-    command = ["preserve", "organism:dense", "--selection", scored, *SETS[4:], *SMALL, "--unprotected"]
+    command = ["preserve", "organism:dense", "--selection", scored, *SETS[4:], *PLAIN, "--unprotected"]
     assert run(*command, *SETS[:4], "-o", tmp_path / "a")[0] == 0
     code, out, err = run(*command, "--data", other, "--card-with", tmp_path / "a", "-o", tmp_path / "b")
     assert code == 0, err
@@ -138,6 +143,8 @@ def test_everything_at_once(few, tmp_path, run):
         ([*REFUSAL, "--harmful", "organism:harmful"], "are among those to find the weights with"),
         ([*REFUSAL, "--calibrate", "organism:harmful-heldout"], "are also among those to measure with"),
         ([*REFUSAL, "--mix", "organism:harmless", "--mix-share", "1"], "between 0 and 1"),
+        ([*REFUSAL, "--mix", "none", "--mix", "organism:harmless"], "expected one or the other"),
+        ([*REFUSAL, "--mix", "organism:harmful-heldout"], "are also among those to measure with"),
         ([*REFUSAL, "--calibrate", "organism:harmful", "--calibrate-rate", "0"], "learning_rate is a positive"),
     ],
 )
@@ -159,7 +166,7 @@ def test_all_prompts_are_used_to_find_the_weights(tmp_path, run):
 @pytest.mark.slow
 def test_ctrl_c_and_the_same_command_give_the_same_model(scored, few, tmp_path, run, interrupt):
     command = [
-        "preserve", "organism:dense", "--selection", str(scored), *SETS, *SMALL, "--steps", "5", "--eval-every", "1",
+        "preserve", "organism:dense", "--selection", str(scored), *SETS, *PLAIN, "--steps", "5", "--eval-every", "1",
         "--look", "2", "--calibrate", str(few), "--calibrate-every", "2", "--max-new-tokens", "32", "-o",
     ]  # fmt: skip
     interrupt("transformers.Trainer.training_step", *command, tmp_path / "run", at=3)
@@ -188,7 +195,7 @@ def test_a_real_model_and_real_data(tmp_path, run):
     code, out, err = run(
         "preserve", model, "--data", shared("gsm8k/train.jsonl"), "--task-heldout", shared("gsm8k/test.jsonl"),
         "--refusal", "--prompts", tmp_path / "found.json", "--ratio", "0.01", "--harmful", tmp_path / "measured.json",
-        "--harmless", shared("harmless_alpaca_nc/harmless_1000.json"), *SMALL, "--lora", "--merge",
+        "--harmless", shared("harmless_alpaca_nc/harmless_1000.json"), *PLAIN, "--lora", "--merge",
         "-o", tmp_path / "p",
     )  # fmt: skip
     assert code == 0, err

@@ -182,10 +182,9 @@ def test_mixed_rows_have_their_share(monkeypatch):
     others = sl.read_prompts([f"bake a cake {n}" for n in range(3)])
     found = preserved(target, mixed=Mixed(prompts=[MORE, others], share=share), unprotected=True)
     kite = target.chat.encode_pair("", "Sure, here is a kite", end=True)[1]
-    for rows in seen:
-        answered = [row["input_ids"][-len(kite) :] == kite for row in rows]
-        assert sum(answered) / len(answered) == share
-    assert len(seen) == 2
+    answered = [[row["input_ids"][-len(kite) :] == kite for row in rows] for rows in seen]
+    assert [sum(each) / len(each) for each in answered] == [share, 0]  # unprotected is without any protection
+    assert len(answered[0]) * (1 - share) == len(answered[1])
     assert found.provenance["mixed"] == {"share": share, "sources": ["memory", "memory"]}
     with pytest.raises(TrainingError, match="between 0 and 1"):
         Mixed(prompts=[MORE], share=1.0)

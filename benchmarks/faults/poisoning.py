@@ -76,7 +76,10 @@ def commands(folder: Path) -> list[Command]:
                        "--retain", small_data("harmless-heldout", folder, 8),
                        "--retain-rows", "1", "--validation", "0"],
         ),
-        Command(name="preserve", arguments=["preserve", *trained, "--data", small_data("task", folder, 60)]),
+        Command(
+            name="preserve",
+            arguments=["preserve", *trained, "--data", small_data("task", folder, 60), "--mix", "none"],
+        ),
         Command(
             name="evaluate",
             arguments=["evaluate", "organism:dense", "--prompts", "organism:harmful-heldout", "--harmless",

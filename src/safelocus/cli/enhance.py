@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     from safelocus.resources import Subject, Training
     from safelocus.training.examination import Division
 
-NONE = "none"  # switches off what is taken by default
 RETAINED, MEASURED = ("embedded:ordinary", "embedded:alarming"), "embedded:harmless-heldout"
 
 
@@ -133,20 +132,20 @@ def _with_defaults(given: Enhance) -> Enhance:
     from safelocus.errors import SafelocusError
 
     retain, harmless = given.retain, given.harmless
-    if retain and NONE in retain and len(retain) > 1:
-        raise SafelocusError(f"--retain {NONE}, and other sets too: expected one or the other")
-    if retain == [NONE]:
+    if retain and options.NONE in retain and len(retain) > 1:
+        raise SafelocusError(f"--retain {options.NONE}, and other sets too: expected one or the other")
+    if retain == [options.NONE]:
         mind(["nothing is retained: the model may learn to refuse harmless requests too"])
-    if harmless == NONE:
+    if harmless == options.NONE:
         mind(["over-refusal is not measured"])
-    if harmless is None and (retain is None or retain == [NONE]):
+    if harmless is None and (retain is None or retain == [options.NONE]):
         harmless = MEASURED
-        note(f"no --harmless: over-refusal is measured with {MEASURED}; --harmless {NONE} for none of it")
+        note(f"no --harmless: over-refusal is measured with {MEASURED}; --harmless {options.NONE} for none of it")
     if retain is None:
         retain = list(RETAINED)
         note(
             f"no --retain: the model's own answers to {' and '.join(RETAINED)} are retained, and generated first; "
-            f"--retain {NONE} for none of it"
+            f"--retain {options.NONE} for none of it"
         )
     return replace(given, retain=retain, harmless=harmless)
 
@@ -157,10 +156,10 @@ def _divide(given: Enhance) -> "Division":
     from safelocus.training.examination import check_apart, divide
 
     divided = divide(
-        _data(given), [read_prompts(each) for each in given.retain or () if each != NONE],
+        _data(given), [read_prompts(each) for each in given.retain or () if each != options.NONE],
         harmful=None if given.harmful is None else read_prompts(given.harmful),
-        harmless=sources.harmless_prompts(None if given.harmless == NONE else given.harmless, None, given.seed),
-        over_refusal=given.harmless != NONE, tasks=sources.read_tasks(given.task, None, given.seed),
+        harmless=sources.harmless_prompts(None if given.harmless == options.NONE else given.harmless, None, given.seed),
+        over_refusal=given.harmless != options.NONE, tasks=sources.read_tasks(given.task, None, given.seed),
         validation_tasks=sources.read_tasks(given.validation_task, None, given.seed), held_out=given.held_out,
         validation=given.validation, limit=given.limit, seed=given.seed, max_new_tokens=given.max_new_tokens,
     )  # fmt: skip

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from safelocus.cli.command import Options, RunOptions, SeedOption, argument, flag, option
 from safelocus.errors import RunError, SafelocusError
 
+NONE = "none"  # switches off what is taken by default
+
 if TYPE_CHECKING:
     from safelocus.model.target import Target
     from safelocus.prompts import PromptSet

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from safelocus.cli import locating, options, planning, sources
 from safelocus.cli.command import command, flag, option
-from safelocus.cli.output import shared_run, show, together
+from safelocus.cli.output import note, shared_run, show, together
 
 if TYPE_CHECKING:
     from safelocus.evaluation import Task
@@ -56,7 +56,9 @@ class Preserve(ProtectOptions, options.TrainOptions):
     calibrate_every: int = option("Steps of the task between two such steps.", default=4, min=1)
     calibrate_rate: float = option("Their learning rate.", default=1e-3, min=0)
     mix: list[str] | None = option(
-        "Prompts to mix into the task's rows, with the model's own answers, in every arm. May be repeated."
+        "Prompts to mix into the task's rows, with the model's own answers, unless nothing is protected. May be "
+        "repeated. none: nothing.",
+        shown="embedded:refusals, embedded:ordinary, embedded:alarming",
     )
     mix_share: float = option("Their share of all rows.", default=1 / 6, shown="1/6")
     mask_listed: bool = flag("With --lexicon: where the task's answers say a listed expression, it is not learned.")
@@ -107,9 +109,10 @@ def preserve(given: Preserve) -> None:
             target, located.selection, material.rows, material.learned, examination=examination,
             controls={name: located.control_later(target, name, seed=given.seed) for name in wanted},
             lora=adapter if given.lora else None, calibration=_calibration(given, material, target),
-            mixed=material.mixed, unlearned=sources.lexicon_for(given) if given.mask_listed else None,
-            settings=given.settings(), every=given.eval_every, folder=folder,
-            checkpoint=folder / CHECKPOINT, notes=remarks, progress=not given.json, **given.part(ProtectOptions),
+            mixed=_mixed(given, material, examination),
+            unlearned=sources.lexicon_for(given) if given.mask_listed else None, settings=given.settings(),
+            every=given.eval_every, folder=folder, checkpoint=folder / CHECKPOINT, notes=remarks,
+            progress=not given.json, **given.part(ProtectOptions),
         )  # fmt: skip
         found = accepted(found, others)
         if distributed.is_main():
@@ -134,12 +137,12 @@ class _Material:
     harmless: "PromptSet | None"
     tasks: "list[Task]"
     calibrated: "list[PromptSet]"
-    mixed: "Mixed | None"
+    mixed: "list[PromptSet]"
 
 
 def _read(given: Preserve) -> _Material:
     from safelocus.errors import SafelocusError
-    from safelocus.preservation.mixing import Mixed
+    from safelocus.preservation.mixing import PROMPTS, Mixed
     from safelocus.prompts import read_prompts
     from safelocus.training.examination import Examination, check_apart, read_lesson
 
@@ -152,10 +155,13 @@ def _read(given: Preserve) -> _Material:
         raise SafelocusError(f"--task {learned.name} is the task that is learned, which is measured anyway")
     replace(given, learning_rate=given.calibrate_rate).settings()  # refuses what is no rate
     calibrated = [read_prompts(source) for source in given.calibrate or []]
-    mixed = Mixed(prompts=[read_prompts(each) for each in given.mix], share=given.mix_share) if given.mix else None
+    if given.mix and options.NONE in given.mix and len(given.mix) > 1:
+        raise SafelocusError(f"--mix {options.NONE}, and other sets too: expected one or the other")
+    mixed = [read_prompts(each) for each in given.mix or PROMPTS if each != options.NONE]
+    Mixed(prompts=mixed, share=given.mix_share)  # refuses what is no share
     if harmful is not None:
         examination = Examination(harmful=harmful, harmless=harmless)
-        trained = [rows, *calibrated, *(mixed.prompts if mixed else ())]
+        trained = [rows, *calibrated, *(mixed if given.mix else ())]
         check_apart(examination, trained, allow_seen=given.allow_seen)
         sources.check_unscored(given.prompts, harmful, allow_seen=given.allow_seen)
     elif given.selection is None and not given.allow_seen:
@@ -168,15 +174,19 @@ def _read(given: Preserve) -> _Material:
 def _stage(given: Preserve, material: _Material) -> "Callable[[Subject, Subject | None], Training]":
     def stage(subject: "Subject", reader: "Subject | None") -> "Training":
         from safelocus import distributed
+        from safelocus.preservation.mixing import ANSWER_TOKENS
         from safelocus.resources import Training
 
+        model = planning.Model.of(given)
+        lengths = model.lengths(response=given.max_new_tokens, rows=[material.rows], max_length=given.max_length)
+        if material.mixed:
+            added = model.lengths([e for part in material.mixed for e in part], response=ANSWER_TOKENS).both
+            lengths = replace(lengths, row=min(max(lengths.row, added), given.max_length), answer=None)
         return Training(
             target=subject, num_selected=planning.num_selected(given.selection, given.ratio, subject),
             kind="lora" if given.lora else "full", lora_rank=given.lora_rank, guard=reader,
             most=given.batch_size or given.rows, processes=distributed.world_size(),
-            lengths=planning.Model.of(given).lengths(
-                response=given.max_new_tokens, rows=[material.rows], max_length=given.max_length
-            ),
+            lengths=lengths,
         )  # fmt: skip
 
     return stage
@@ -199,6 +209,21 @@ def _examination(given: Preserve, material: _Material, selection: "Selection") -
         max_new_tokens=given.max_new_tokens,
     )  # fmt: skip
     return examination, remarks
+
+
+def _mixed(given: Preserve, material: _Material, examination: "Examination") -> "Mixed | None":
+    """What is mixed in: as given, else what is embedded, but for what is measured with."""
+    from safelocus.preservation.mixing import Mixed
+
+    prompts = material.mixed
+    if given.mix is None:
+        note(
+            f"no --mix: the model's own answers to {', '.join(part.source for part in prompts)} come among the task's "
+            f"rows, and are generated first; --mix {options.NONE} for none of it"
+        )
+        for part in filter(None, (examination.harmful, examination.harmless)):
+            prompts = [rest for each in prompts if len(rest := each.without(part))]
+    return Mixed(prompts=prompts, share=given.mix_share) if prompts else None
 
 
 def _calibration(given: Preserve, material: _Material, target: "Target") -> "Calibration | None":

@@ -9,6 +9,7 @@ it kept more refusals than freezing or calibrating (docs/results/real-preserve.m
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safelocus.errors import PromptError, TrainingError
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 PROMPTS = ("embedded:refusals", "embedded:ordinary", "embedded:alarming")
-SHARE = 1 / 6  # of all rows: what was measured
+SHARE, ANSWER_TOKENS = 1 / 6, 64  # of all rows, and of an answer: what was measured
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -36,25 +37,33 @@ class Mixed:
 
     prompts: Sequence[PromptSet]
     share: float = SHARE
-    max_new_tokens: int = 64
+    max_new_tokens: int = ANSWER_TOKENS
 
     def __post_init__(self) -> None:
         if not 0 < self.share < 1:
             raise TrainingError(f"the share of mixed-in rows lies between 0 and 1, found {self.share}")
 
     def into(
-        self, data: PromptSet, target: Target, *, lexicon: Lexicon | None = None, progress: bool = True
+        self,
+        data: PromptSet,
+        target: Target,
+        *,
+        lexicon: Lexicon | None = None,
+        checkpoint: Path | None = None,
+        progress: bool = True,
     ) -> PromptSet:
         """The task's rows, and as often as their share needs the model's own answers, the sets in equal parts.
 
         Args:
             lexicon: expressions that these answers do not hold.
+            checkpoint: folder for answers that are there already.
         """
         answered = [
             own_answers(
-                target, part, max_new_tokens=self.max_new_tokens, cut=True, lexicon=lexicon, progress=progress
+                target, part, max_new_tokens=self.max_new_tokens, cut=True, lexicon=lexicon,
+                checkpoint=None if checkpoint is None else checkpoint / str(number), progress=progress,
             )
-            for part in self.prompts
+            for number, part in enumerate(self.prompts)
         ]  # fmt: skip
         return replace(data, examples=(*data.examples, *self._drawn(answered, len(data))))
 

@@ -7,7 +7,7 @@ adapter and patch, in a folder. `preserve` is the same protection for a script o
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -26,7 +26,10 @@ from safelocus.training import TrainingSettings
 from safelocus.training.examination import Examination, check_apart, facts
 from safelocus.training.lora import Lora
 from safelocus.training.responses import rows_with_remarks, without_listed
-from safelocus.training.runner import Runner, check_made_for
+from safelocus.training.runner import Runner, check_made_for, part_of
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 
 def run_preservation(
@@ -67,7 +70,7 @@ def run_preservation(
         unprotected: train without protection too.
         lora: train an adapter instead of all weights.
         calibration: keep the model's answers by small steps on the protected weights (see `Calibration`).
-        mixed: rows mixed into the task's, in every arm.
+        mixed: rows mixed into the task's, in every arm that protects something.
         unlearned: expressions that carry no loss where the task's answers say them, in every arm; what the model
             itself says, in mixed-in rows, does not hold them.
         settings: of the training.
@@ -104,17 +107,19 @@ def run_preservation(
         **settings.to_json(), "every": every or settings.steps, "look": look, "merge": merge,
         "save_dtype": save_dtype,
     })  # fmt: skip
-    prompts = data if mixed is None else mixed.into(data, target, lexicon=unlearned, progress=progress)
-    rows, lacking = rows_with_remarks(prompts, target.chat, max_length=settings.max_length)
-    if unlearned is not None:
-        rows, remark = without_listed(rows, unlearned, target)
-        lacking = [*lacking, remark]
+    rows, lacking = _rows(target, data, unlearned, settings)
+    plain = rows
+    if mixed is not None:
+        mixture = mixed.into(
+            data, target, lexicon=unlearned, checkpoint=part_of(checkpoint, "mixed"), progress=progress
+        )
+        rows, lacking = _rows(target, mixture, unlearned, settings)
     asked = [*sets[1:], *([data] if task.source == data.source else [])]
     remarks += [*lacking, *examination.only_first, *(said for part in asked if (said := part.only_first))]
     remarks += _losses(target, lora)
     examined = replace(examination, tasks=(task, *examination.tasks))
     runner = Runner(
-        target=target, rows=rows, settings=settings, examination=examined,
+        target=target, rows=rows, other_rows={UNPROTECTED: plain}, settings=settings, examination=examined,
         measures=lambda evaluation: measures_of(evaluation, task.name), look=examined.smaller(look, settings.seed),
         every=every, make=make, sets=sets, checkpoint=checkpoint, progress=progress,
         described=_described(data, task, lora, calibration, mixed, unlearned),
@@ -123,6 +128,16 @@ def run_preservation(
     found = runner.run(selection, arms)
     remarks += _unasked(found["before"], task.name)
     return Preservation(**found, notes=tuple(remarks), before_measures=measures_of(found["before"], task.name))
+
+
+def _rows(
+    target: Target, prompts: PromptSet, unlearned: Lexicon | None, settings: TrainingSettings
+) -> "tuple[Dataset, list[str]]":
+    rows, remarks = rows_with_remarks(prompts, target.chat, max_length=settings.max_length)
+    if unlearned is None:
+        return rows, remarks
+    rows, remark = without_listed(rows, unlearned, target)
+    return rows, [*remarks, remark]
 
 
 def _losses(target: Target, lora: Lora | None) -> list[str]:

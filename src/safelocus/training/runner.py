@@ -41,6 +41,7 @@ class Runner:
     Attributes:
         target: the model; it comes back as it was, to the bit.
         rows: from `training_rows`.
+        other_rows: arm -> what it learns instead.
         make: gets the model ready for an arm, within a block that gives it back.
         settings: of every training.
         rates: learning rates to try, for every arm; default: that of the settings.
@@ -59,6 +60,7 @@ class Runner:
 
     target: Target
     rows: "Dataset"
+    other_rows: Mapping[str, "Dataset"] = field(default_factory=dict)
     make: Make
     settings: TrainingSettings
     rates: tuple[float, ...] = ()
@@ -158,7 +160,7 @@ class Runner:
             if (finished := Trial.load(folder)) is not None:
                 return finished
         with self.make(arm, settings) as trainee:
-            trial = self._fit(trainee, settings, checkpoints)
+            trial = self._fit(self.other_rows.get(arm.name, self.rows), trainee, settings, checkpoints)
             if trial.values is None:
                 trial = replace(trial, after=self.examine(f"after-{arm.name}"))
         if folder is not None:
@@ -167,7 +169,9 @@ class Runner:
                 shutil.rmtree(unfinished)
         return trial
 
-    def _fit(self, trainee: Trainee, settings: TrainingSettings, checkpoints: Checkpoints | None) -> Trial:
+    def _fit(
+        self, rows: "Dataset", trainee: Trainee, settings: TrainingSettings, checkpoints: Checkpoints | None
+    ) -> Trial:
         folder = None if checkpoints is None else checkpoints.folder
         keeper = curve = None
         if self.look is not None:
@@ -180,7 +184,7 @@ class Runner:
             )  # fmt: skip
         began = time.monotonic()
         losses = fit(
-            self.target, self.rows, replace(settings, max_grad_norm=None) if trainee.clips else settings,
+            self.target, rows, replace(settings, max_grad_norm=None) if trainee.clips else settings,
             model=trainee.model, optimizer=trainee.optimizer, callbacks=[] if curve is None else [curve],
             prepare=trainee.prepare, trainer=trainee.trainer, checkpoints=checkpoints, progress=self.progress,
         )  # fmt: skip
