@@ -163,9 +163,12 @@ def learned(task: str, steps: int, arm: Arm, unfinished: Path) -> dict[str, Any]
         if selection is not None:
             held.append(sl.preserve(trainer, selection, calibration=calibration))
 
+    checkpoints = Checkpoints(folder=unfinished / "training", inputs={"the arm": arm})
+    if arm.lora and arm.name in ("unprotected", "safelora"):  # the same training, kept for the other of the two
+        checkpoints = Checkpoints(folder=cells.RUNS / "trained" / f"{task}-lora", inputs={"the rate": arm.rate})
     losses = fit(
         target, training_rows(data, target.chat, max_length=settings.max_length), settings, model=model,
-        prepare=protect, checkpoints=Checkpoints(folder=unfinished / "training", inputs={"the arm": arm}),
+        prepare=protect, checkpoints=checkpoints,
     )  # fmt: skip
     if arm.lora:
         held[0].merge() if held else model.merge_and_unload()
