@@ -79,20 +79,23 @@ class Model:
         from safelocus.training.responses import IGNORED, encode_rows
 
         hub: dict[str, Any] = {"revision": self.place.revision, "trust_remote_code": self.place.trust_remote_code}
-        room = room_for_prompt(load_config(self.name, **hub), response)
+        config = load_config(self.name, **hub)
+        room = room_for_prompt(config, response)
         chat = chat_format(
             load_tokenizer(self.name, **hub), system=self.place.system, template=self.place.template,
             thinking=None if self.place.thinking is None else self.place.thinking == "on",
+            reads_apart=bool(config.is_encoder_decoder),
         )  # fmt: skip
 
         def longest(part: "PromptSet") -> tuple[int, int]:
             def size(e: "Example") -> int:
                 return sum(map(len, (e.prompt, e.response or "", *(text for turns in e.later for text in turns))))
 
-            labels = [
-                row["labels"] for e in sorted(part.examples, key=size)[-_MOST_ROWS:] for row in encode_rows(e, chat)[0]
-            ]
-            return max(map(len, labels)), max(sum(label != IGNORED for label in each) for each in labels)
+            rows = [row for e in sorted(part.examples, key=size)[-_MOST_ROWS:] for row in encode_rows(e, chat)[0]]
+            labels = [row["labels"] for row in rows]
+            return max(len(row["input_ids"]) for row in rows), max(
+                sum(label != IGNORED for label in each) for each in labels
+            )
 
         found = [longest(part) for part in rows]
         asked = sorted(prompts, key=lambda e: len(e.prompt) + len(e.system or ""))[-_MOST_ROWS:]

@@ -103,6 +103,7 @@ class Target:
                 template=template,
                 thinking=_whether(thinking),
                 generation_config=getattr(model, "generation_config", None),
+                reads_apart=bool(model.config.is_encoder_decoder),
             ),
             layout=Layout.of(model, file=layout, skip_unknown=skip_unknown),
         )
@@ -129,7 +130,8 @@ class Target:
             return self
         form = chat_format(
             self.tokenizer, system=chat["system"], template=chat["template"], thinking=chat["thinking"],
-            generation_config=getattr(self.model, "generation_config", None), **chat["template_kwargs"],
+            generation_config=getattr(self.model, "generation_config", None), reads_apart=self.chat.reads_apart,
+            **chat["template_kwargs"],
         )  # fmt: skip
         return replace(self, chat=form)
 

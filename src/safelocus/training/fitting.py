@@ -15,6 +15,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,7 @@ from safelocus.progress import progress_bar
 from safelocus.run.checking import require_checked
 from safelocus.run.files import DIGESTS, seal
 from safelocus.run.resume import StopAtBoundary, claim, newest
+from safelocus.training.responses import padded_rows
 from safelocus.training.settings import TrainingSettings
 from safelocus.training.sharing import SharingTrainer, on_own_device, seen_alone, trained_weights
 
@@ -146,12 +148,14 @@ def fit(
             writes=target.is_sharded or distributed.is_main(), num_kept=2 if target.is_sharded else 1,
         )  # fmt: skip
         arguments = _arguments(settings, target, folder)
+        collate = partial(padded_rows, padding=target.tokenizer.pad_token_id, device=torch.device("cpu"))
         on_own_device(arguments, target.device)
         run = trainer(
             model=model,
             args=arguments,
             train_dataset=rows,
             processing_class=target.tokenizer,
+            data_collator=collate if target.chat.reads_apart else None,
             optimizers=(optimizer, None),
         )
         if target.is_sharded:  # by whomever: it has its place, and reduces its gradients itself
@@ -191,6 +195,7 @@ def _arguments(settings: TrainingSettings, target: Target, folder: Path) -> SFTC
         bf16=False,  # weights are trained in the dtype that they have
         max_length=None,  # rows are cut already
         dataset_kwargs={"skip_prepare_dataset": True},
+        remove_unused_columns=not target.chat.reads_apart,  # it knows no ids of a decoder
         dataloader_pin_memory=target.device.type != "cpu",
         logging_steps=1,
         logging_nan_inf_filter=False,

@@ -4,7 +4,8 @@ A row has the target's own chat format, the one it is scored and evaluated with,
 
     {"input_ids": [...], "labels": [-100, ..., response ids, end of turn]}
 
-In a conversation every response has its loss, given all that was said before it.
+Where an encoder reads the prompt, that is all of `input_ids`, and the decoder's own ids stand in `decoder_ids`, with
+`labels` of the same length. In a conversation every response has its loss, given all that was said before it.
 
 How far a model moves from an original along such responses is in `evaluation.divergence`.
 """
@@ -21,7 +22,7 @@ from torch import Tensor
 from safelocus.errors import PromptError
 from safelocus.evaluation.responding import Request, TargetResponder, collect
 from safelocus.model.chat import ChatFormat
-from safelocus.model.forcing import logits_at, pad
+from safelocus.model.forcing import decoder_start, logits_at, pad
 from safelocus.model.target import Target
 from safelocus.objective import Lexicon
 from safelocus.prompts import Example, Prompt, PromptSet
@@ -77,7 +78,7 @@ def encode_rows(example: Example, chat: ChatFormat) -> tuple[list[dict[str, list
     Several rows where a template shows what was said in another way than while it was said (without thoughts, say).
     """
     system = chat.system if example.system is None else example.system
-    later = example.later if chat.kind == "chat" else ()
+    later = example.later if chat.kind == "chat" and not chat.reads_apart else ()
     rows: list[dict[str, list[int]]] = []
     learned, history = 0, list[tuple[str, str]]()
     for number, (request, response) in enumerate([(example.prompt, example.response or ""), *later]):
@@ -92,14 +93,18 @@ def encode_rows(example: Example, chat: ChatFormat) -> tuple[list[dict[str, list
             if not history:
                 raise
             break  # it takes none
+        is_learned = number >= example.context
+        learned += is_learned
+        if chat.reads_apart:
+            labels = answer if is_learned else [IGNORED] * len(answer)
+            rows.append({"input_ids": prompt, "decoder_ids": answer, "labels": labels})
+            continue
         labels = [IGNORED] * len(prompt)
         if rows and prompt[: len(rows[-1]["input_ids"])] == rows[-1]["input_ids"]:
             before = rows.pop()["labels"]
             labels = before + labels[len(before) :]
-        is_learned = number >= example.context
         labels += answer if is_learned else [IGNORED] * len(answer)
         rows.append({"input_ids": [*prompt, *answer], "labels": labels})
-        learned += is_learned
         history.append((request, response))
     return [row for row in rows if any(label != IGNORED for label in row["labels"])], learned
 
@@ -133,30 +138,23 @@ class ResponseBatch:
     """Padded rows, and where their responses are.
 
     Attributes:
-        inputs: input_ids and attention_mask, [B, L].
-        positions: [N] flat positions (row * L + column) that predict a response token.
-        tokens: [N] those response tokens, row after row.
+        inputs: input_ids and attention_mask, [B, L]; decoder_ids [B, T] beside an encoder.
+        labels: [B, L], or [B, T]; IGNORED where nothing is learned.
     """
 
-    inputs: dict[str, Tensor]
-    positions: Tensor
-    tokens: Tensor
+    inputs: Mapping[str, Tensor]
+    labels: Tensor
 
     @classmethod
     def of(cls, rows: Sequence[Mapping[str, Any]], padding: int, device: torch.device) -> "ResponseBatch":
         """Of rows as `training_rows` makes them."""
-        ids, mask = pad([row["input_ids"] for row in rows], padding, device)
-        return cls.padded(ids, mask, pad([row["labels"] for row in rows], IGNORED, device)[0])
+        padded = padded_rows(rows, padding, device)
+        return cls(labels=padded.pop("labels"), inputs=padded)
 
-    @classmethod
-    def padded(cls, ids: Tensor, mask: Tensor, labels: Tensor) -> "ResponseBatch":
-        """Of a trainer's batch, each [B, L]; what is no response is IGNORED among the labels."""
-        is_response = labels != IGNORED
-        return cls(
-            inputs={"input_ids": ids, "attention_mask": mask},
-            positions=is_response.flatten().nonzero().squeeze(1) - 1,  # a token is predicted by the one before it
-            tokens=labels[is_response],
-        )
+    @property
+    def tokens(self) -> Tensor:
+        """[N] the response tokens, row after row."""
+        return self.labels[self.labels != IGNORED]
 
     def num_values(self, model: Any) -> int:
         """N V, of `logits`."""
@@ -164,7 +162,24 @@ class ResponseBatch:
 
     def logits(self, model: Any) -> Tensor:
         """[N, V] in fp32: what predicts each response token."""
-        return logits_at(model, self.inputs, self.positions).float()
+        positions = (self.labels != IGNORED).flatten().nonzero().squeeze(1)
+        inputs = {name: self.inputs[name] for name in ("input_ids", "attention_mask")}
+        if "decoder_ids" in self.inputs:
+            ids = self.inputs["decoder_ids"]
+            start = ids.new_full((len(ids), 1), decoder_start(model.config))
+            return logits_at(
+                model, {**inputs, "decoder_input_ids": torch.cat([start, ids[:, :-1]], dim=1)}, positions
+            ).float()  # fmt: skip
+        return logits_at(model, inputs, positions - 1).float()  # a token is predicted by the one before it
+
+
+def padded_rows(rows: Sequence[Mapping[str, Any]], padding: int, device: torch.device) -> dict[str, Tensor]:
+    """Rows as `training_rows` makes them, as one batch."""
+    ids, mask = pad([row["input_ids"] for row in rows], padding, device)
+    batch = {"input_ids": ids, "attention_mask": mask}
+    if "decoder_ids" in rows[0]:
+        batch["decoder_ids"] = pad([row["decoder_ids"] for row in rows], padding, device)[0]
+    return batch | {"labels": pad([row["labels"] for row in rows], IGNORED, device)[0]}
 
 
 def own_answers(

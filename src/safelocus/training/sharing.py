@@ -53,8 +53,9 @@ class SharingTrainer(SFTTrainer):
     ) -> Any:
         if distributed.world_size() > 1:  # gradients are averaged, and so is what counts no items: routers' balance
             num_items_in_batch = num_items_in_batch / distributed.world_size()
-        batch = ResponseBatch.padded(inputs["input_ids"], inputs["attention_mask"], inputs["labels"])
+        batch = ResponseBatch(inputs=inputs, labels=inputs["labels"])
         few = batch.num_values(model) <= FEW_VALUES and self.args.device.type == "cpu"
+        few |= "decoder_ids" in inputs  # TRL trains no encoders
         if not few or return_outputs or self.aux_loss_enabled:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         # TRL's head works through all positions on a CPU, twice, and takes gradients in fp32

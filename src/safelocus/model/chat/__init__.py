@@ -77,6 +77,7 @@ class ChatFormat:
     ending: str = ""  # the fixed text between prompt and response
     leading_ids: tuple[int, ...] = ()  # what the tokenizer itself puts first (BOS)
     end_of_turn_ids: tuple[int, ...] = ()  # ids that end the assistant's turn, the template's own first
+    reads_apart: bool = False  # whether an encoder reads the prompt, and a decoder the response alone
     notes: tuple[str, ...] = ()
 
     def render(self, prompt: str, *, system: str | None = None, closed: bool = False) -> str:
@@ -182,6 +183,7 @@ def chat_format(
     template: str | None = None,
     thinking: bool | None = None,
     generation_config: "GenerationConfig | None" = None,
+    reads_apart: bool = False,
     **template_kwargs: Any,
 ) -> ChatFormat:
     """Find out how to talk to a target.
@@ -190,7 +192,7 @@ def chat_format(
     `\\t` in it may be written as escapes. Otherwise the tokenizer's chat template is used, and
     `PLAIN_TEMPLATE` where it has none. `template_kwargs` go to the chat template. `thinking`: whether the model is to
     think; by default it does where the template has no switch and opens a thought. `generation_config` (the model's)
-    contributes to `end_of_turn_ids`.
+    contributes to `end_of_turn_ids`. `reads_apart`: whether the model has an encoder and a decoder.
 
     Raises:
         ModelError: the tokenizer has chat templates by name and no default.
@@ -198,14 +200,15 @@ def chat_format(
     """
     if template is None and getattr(tokenizer, "chat_template", None):
         check_chosen(tokenizer)
-        return _chat(tokenizer, system, thinking, generation_config, template_kwargs)
+        form = _chat(tokenizer, system, thinking, generation_config, template_kwargs)
+        return replace(form, reads_apart=reads_apart)
     if template_kwargs or thinking:
         raise PromptError(
             f"{', '.join([*template_kwargs, *['thinking'] * bool(thinking)])}: options for a chat template, but a "
             "plain template is in use. Leave them out, or use a tokenizer with a chat template."
         )
     template = decode_template(PLAIN_TEMPLATE if template is None else template)
-    return _plain(tokenizer, system, template, generation_config)
+    return replace(_plain(tokenizer, system, template, generation_config), reads_apart=reads_apart)
 
 
 def _plain(

@@ -102,7 +102,8 @@ def sizes_of(config: Any) -> Sizes:
 def listed_by_layer(config: Any) -> list[dict[str, Any]]:
     """What a configuration lists per layer: numbers by their name, kinds (`layer_types`) as conditions by theirs."""
     num_layers = getattr(config, "num_hidden_layers", None)
-    lists = {k: v for k, v in vars(config).items() if isinstance(v, list) and v and len(v) == num_layers}
+    listed = {k: v for k, v in vars(config).items() if isinstance(v, list) and k != "architectures"}
+    lists = {k: v for k, v in listed.items() if v and len(v) == num_layers}
     kinds = {kind for values in lists.values() for kind in values if isinstance(kind, str)}
     return [
         {kind: any(values[layer] == kind for values in lists.values()) for kind in kinds}
