@@ -54,6 +54,7 @@ class Recipe:
     steps: int = 100
     warmup_steps: int = 0
     compared: tuple[str, ...] = METHODS[:2]  # with further seeds
+    before: str = ""  # table of another recipe, where the model is measured before; default: its own
 
     def plan(self) -> list[tuple[str, float, int]]:
         """(method, rate, seed) of every cell."""
@@ -77,7 +78,7 @@ RECIPES = {
     ),
 }  # fmt: skip
 RECIPES["contrast-long"] = replace(
-    RECIPES["contrast"], table="contrast-long", rates=(1e-3,), steps=300, warmup_steps=20,
+    RECIPES["contrast"], table="contrast-long", before="contrast", rates=(1e-3,), steps=300, warmup_steps=20,
     methods=tuple(f"{method}{BACK}" for method in ("esi", "random", "full")),
     compared=tuple(f"{method}{BACK}" for method in METHODS[:2]),
 )  # fmt: skip
@@ -146,7 +147,8 @@ def main() -> None:
     parser.add_argument("--recipe", choices=RECIPES, default="plain")
     given = parser.parse_args()
     recipe, target = RECIPES[given.recipe], cells.subject("smollm2")
-    work = {"before": partial(untrained, recipe, target)} | {
+    work = {} if recipe.before else {"before": partial(untrained, recipe, target)}
+    work |= {
         f"{method.replace(' ', '-')}-{rate:g}-{seed}": partial(trained, recipe, target, method, rate, seed)
         for method, rate, seed in recipe.plan()
     }

@@ -160,7 +160,8 @@ def enhance_page(name: str) -> str | None:
 def _enhanced(recipe: enhancing.Recipe) -> tuple[list[Cell], dict[tuple[str, float], list[Cell]]]:
     """(before, (method, rate) -> its seeds) of what is there."""
     found = dict(cells.kept(recipe.table))
-    before = [found.pop("before")] if "before" in found else []
+    untrained = found.pop("before", None) or dict(cells.kept(recipe.before)).get("before")
+    before = [untrained] if untrained and found else []
     groups: dict[tuple[str, float], list[Cell]] = {}
     for method in enhancing.SHOWN:
         for cell in sorted(found.values(), key=lambda cell: (cell["rate"], cell["seed"])):

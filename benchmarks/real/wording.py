@@ -8,8 +8,8 @@ with. Alpaca's requests, one half to find and train with, the other to measure w
 them, to requests that it answered with one, and 4 of its answers to others. SPA, on the model with ESI's patch of one
 rate: it learns plain instructions (instruct) and, in every other row, the original's answers with listed words, 200
 steps of 2 rows, all weights, 1e-4; frozen: ESI's top 10 % by the same objective, or random weights. mixed: 1 row in 6
-is one of the patched model's own answers. masked: no loss where a listed word, or a near one, is said (`--mask-
-listed`). AdamW, the rate falling to zero along a line; one seed. Words are found in any inflection.
+is one of the patched model's own answers. masked: no loss where a listed word, or a near one, is said
+(`--mask-listed`). AdamW, the rate falling to zero along a line; one seed. Words are found in any inflection.
 """
 
 from collections.abc import Callable
