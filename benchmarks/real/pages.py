@@ -609,8 +609,8 @@ def choice_page() -> str | None:
             "# Does the choice of weights matter?",
             "Made by `python benchmarks/real/pages.py` from what the pages on [SET](real-enhance.md), "
             "[contrast](real-contrast.md), [300 steps of it](real-contrast-long.md), [SPA](real-preserve.md) and "
-            "[noise](real-verify.md) hold: the same training, protection or disturbance of ESI's weights and of as many "
-            "others.",
+            "[noise](real-verify.md) hold: the same training, protection or disturbance of ESI's weights, and of as "
+            "many others.",
             "![How many points more or fewer are refused with ESI's weights than with others](real-choice.png)",
             table.markdown(),
         ]
