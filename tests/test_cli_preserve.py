@@ -80,8 +80,10 @@ def test_a_task_is_learned_and_the_bits_stay(scored, tmp_path, run):
     assert card["reliability"]["numbers"]["effect"]["value"] == pytest.approx(lost)
     assert {"beyond random", "task learned beyond unprotected"} == set(card["mechanism"]["numbers"])
     mixed = [f"embedded:{name}" for name in ("refusals", "ordinary", "alarming")]  # unless it is told otherwise
-    assert results["provenance"]["mixed"]["sources"] == mixed
+    assert [part["source"] for part in results["provenance"]["mixed"]["prompts"]] == mixed
     assert "no --mix" in err
+    assert "embedded:refusals (71)" in err
+    assert any("rows are the model's own answers" in note for note in results["notes"])
     assert (folder / "run.toml").read_text().count("mix") == 1  # its share; what was not given is taken anew
 
 
@@ -142,7 +144,7 @@ def test_everything_at_once(few, tmp_path, run):
         ([*REFUSAL, "--task", "organism:task-heldout"], "is the task that is learned"),
         ([*REFUSAL, "--harmful", "organism:harmful"], "are among those to find the weights with"),
         ([*REFUSAL, "--calibrate", "organism:harmful-heldout"], "are also among those to measure with"),
-        ([*REFUSAL, "--mix", "organism:harmless", "--mix-share", "1"], "between 0 and 1"),
+        ([*REFUSAL, "--mix", "organism:harmless", "--mix-share", "1"], "above 0 and at most 0.9"),
         ([*REFUSAL, "--mix", "none", "--mix", "organism:harmless"], "expected one or the other"),
         ([*REFUSAL, "--mix", "organism:harmful-heldout"], "are also among those to measure with"),
         ([*REFUSAL, "--calibrate", "organism:harmful", "--calibrate-rate", "0"], "learning_rate is a positive"),

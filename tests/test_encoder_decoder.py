@@ -44,8 +44,11 @@ def test_rows_hold_the_prompt_and_the_response_apart(make):
         assert row["decoder_ids"] == row["labels"]
         assert row["labels"][-1] == target.tokenizer.eos_token_id
         assert target.tokenizer.decode(row["labels"][:-1]).strip() == given["response"]
-    short = training_rows(sl.read_prompts(ROWS), target.chat, max_length=5)
-    assert max(len(row[name]) for row in short for name in row) == 5
+    room = sorted(len(row["input_ids"]) for row in rows)[1]
+    short = training_rows(sl.read_prompts(ROWS), target.chat, max_length=room)
+    whole = [row for row in rows if len(row["input_ids"]) <= room]
+    assert 0 < len(short) == len(whole) < len(rows)  # prompts are never cut
+    assert [row["labels"] for row in short] == [row["labels"][:room] for row in whole]
 
 
 @BOTH

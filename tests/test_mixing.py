@@ -1,7 +1,7 @@
 """Rows of the model's own answers in data sets as TRL takes them: their share, their form, what a trainer learns."""
 
 import pytest
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 from trl import SFTConfig, SFTTrainer
 
 import safelocus as sl
@@ -77,11 +77,69 @@ def test_a_trainer_learns_the_answers_as_the_model_gave_them(target, answers, tm
 def test_what_cannot_be_mixed(target):
     with pytest.raises(PromptError, match=r"columns \['input_ids'\]; expected `messages`"):
         sl.mix(Dataset.from_list([{"input_ids": [1, 2]}]), target, SETS)
-    with pytest.raises(TrainingError, match="between 0 and 1"):
-        sl.mix(Dataset.from_list(FORMS["text"]), target, SETS, share=1.0)
+    rows = Dataset.from_list(FORMS["text"])
+    with pytest.raises(TrainingError, match=r"at most 0\.9"):
+        sl.mix(rows, target, SETS, share=1.0)
+    for other in (FORMS["text"], DatasetDict(train=rows), rows.to_iterable_dataset()):
+        with pytest.raises(PromptError, match=r"expected a datasets\.Dataset"):
+            sl.mix(other, target, SETS)
+    with pytest.raises(PromptError, match="at least one set"):
+        sl.mix(rows, target, [])
+    plain = sl.load("organism:dense", template="Q: {prompt} A:")
+    with pytest.raises(PromptError, match="plain template"):
+        sl.mix(Dataset.from_list(FORMS["messages"]), plain, SETS)
+
+
+def test_what_else_rows_may_hold(target):
+    """Contents in parts, options of the template, both forms at once: as TRL reads them."""
+    how = {"share": 0.2, "max_new_tokens": 40, "progress": False}
+    parts = [
+        {"messages": [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in row["messages"]]}
+        for row in FORMS["messages"]
+    ]
+    found = sl.mix(Dataset.from_list(parts), target, "organism:harmful", **how)
+    assert all(message["content"][0]["type"] == "text" for row in found for message in row["messages"])
+    options = [{**row, "chat_template_kwargs": {"thinking": False}} for row in FORMS["messages"]]
+    found = sl.mix(Dataset.from_list(options), target, "organism:harmful", **how)
+    assert {row["chat_template_kwargs"]["thinking"] for row in found} == {False}
+    both = [{**a, **b} for a, b in zip(FORMS["messages"], FORMS["conversation"], strict=True)]
+    found = sl.mix(Dataset.from_list(both), target, "organism:harmful", **how)
+    assert all(row["prompt"] and row["completion"] for row in found)
+
+
+def test_prompts_are_drawn_by_the_seed(target):
+    rows = Dataset.from_list(FORMS["messages"])
+    drawn = [
+        {
+            row["messages"][0]["content"]
+            for row in sl.mix(rows, target, "organism:harmful", share=0.5, max_new_tokens=40, seed=seed, progress=False)
+        }
+        for seed in (0, 0, 1)
+    ]
+    first = {e.prompt for e in sl.read_prompts("organism:harmful").limit(4)}
+    assert drawn[0] == drawn[1] != drawn[2]
+    assert not first <= drawn[0]
+
+
+@pytest.mark.parametrize("template", [None, "Q: {prompt} A:"])
+def test_text_is_what_the_model_reads_and_writes(template, tmp_path):
+    """Token for token, with the end of its turn: as the rows that this package trains on."""
+    target = sl.load("organism:dense", dtype="float32", template=template)
+    asked = sl.read_prompts("organism:harmful").limit(3)
+    said = own_answers(target, asked, max_new_tokens=40, cut=True, progress=False)
+    rows = sl.mix(
+        Dataset.from_list([{"text": "x"}] * 3), target, asked, share=0.5, max_new_tokens=40, progress=False
+    ).filter(lambda row: row["text"] != "x")  # fmt: skip
+    own = training_rows(sl.read_prompts([{"prompt": e.prompt, "response": e.response} for e in said]), target.chat)
+    ids = [target.tokenizer(text, add_special_tokens=False)["input_ids"] for text in rows["text"]]
+    bos = target.tokenizer.bos_token_id
+    assert sorted(ids) == sorted(row["input_ids"][row["input_ids"][:1] == [bos] :] for row in own)
 
 
 def test_a_system_message_comes_along(target):
     asked = sl.read_prompts([{"prompt": "Give me steps to build a bomb.", "system": "Be brief."}])
     rows = sl.mix(Dataset.from_list(FORMS["messages"]), target, [asked], share=0.2, progress=False)
+    assert {"role": "system", "content": "Be brief."} in [row["messages"][0] for row in rows]
+    brief = sl.load("organism:dense", system="Be brief.")
+    rows = sl.mix(Dataset.from_list(FORMS["messages"]), brief, ["organism:harmless"], share=0.2, progress=False)
     assert {"role": "system", "content": "Be brief."} in [row["messages"][0] for row in rows]

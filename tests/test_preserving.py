@@ -185,8 +185,12 @@ def test_mixed_rows_have_their_share(monkeypatch):
     answered = [[row["input_ids"][-len(kite) :] == kite for row in rows] for rows in seen]
     assert [sum(each) / len(each) for each in answered] == [share, 0]  # unprotected is without any protection
     assert len(answered[0]) * (1 - share) == len(answered[1])
-    assert found.provenance["mixed"] == {"share": share, "sources": ["memory", "memory"]}
-    with pytest.raises(TrainingError, match="between 0 and 1"):
+    described = found.provenance["mixed"]
+    assert described["share"] == share
+    assert [part["hash"] for part in described["prompts"]] == [MORE.hash, others.hash]
+    num = sum(answered[0])
+    assert any(f"{num} of {len(answered[0])} rows are the model's own answers" in note for note in found.notes)
+    with pytest.raises(TrainingError, match=r"at most 0\.9"):
         Mixed(prompts=[MORE], share=1.0)
 
 

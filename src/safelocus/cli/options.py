@@ -153,7 +153,7 @@ class ObjectiveOptions(LexiconOption, GuardOptions):
         "Objective without a guard: file of expressions that must not come, one on each line (docs/lexicon.md)."
     )
     similarity: float | None = option(
-        "With --lexicon: words whose embeddings are alike count too, from this cosine; 1: none.", shown="0.8", max=1
+        "With --lexicon: words whose embeddings are alike count too, from this cosine; 1: none.", shown="0.65", max=1
     )
 
 

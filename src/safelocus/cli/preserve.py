@@ -2,11 +2,11 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from safelocus.cli import locating, options, planning, sources
 from safelocus.cli.command import command, flag, option
-from safelocus.cli.output import note, shared_run, show, together
+from safelocus.cli.output import mind, note, shared_run, show, together
 
 if TYPE_CHECKING:
     from safelocus.evaluation import Task
@@ -109,7 +109,7 @@ def preserve(given: Preserve) -> None:
             target, located.selection, material.rows, material.learned, examination=examination,
             controls={name: located.control_later(target, name, seed=given.seed) for name in wanted},
             lora=adapter if given.lora else None, calibration=_calibration(given, material, target),
-            mixed=_mixed(given, material, examination),
+            mixed=_mixed(given, material, examination, target),
             unlearned=sources.lexicon_for(given) if given.mask_listed else None, settings=given.settings(),
             every=given.eval_every, folder=folder, checkpoint=folder / CHECKPOINT, notes=remarks,
             progress=not given.json, **given.part(ProtectOptions),
@@ -211,19 +211,26 @@ def _examination(given: Preserve, material: _Material, selection: "Selection") -
     return examination, remarks
 
 
-def _mixed(given: Preserve, material: _Material, examination: "Examination") -> "Mixed | None":
+def _mixed(given: Preserve, material: _Material, examination: "Examination", target: "Target") -> "Mixed | None":
     """What is mixed in: as given, else what is embedded, but for what is measured with."""
-    from safelocus.preservation.mixing import Mixed
+    from safelocus.preservation.mixing import ANSWER_TOKENS, Mixed
 
     prompts = material.mixed
     if given.mix is None:
-        note(
-            f"no --mix: the model's own answers to {', '.join(part.source for part in prompts)} come among the task's "
-            f"rows, and are generated first; --mix {options.NONE} for none of it"
-        )
         for part in filter(None, (examination.harmful, examination.harmless)):
-            prompts = [rest for each in prompts if len(rest := each.without(part))]
-    return Mixed(prompts=prompts, share=given.mix_share) if prompts else None
+            prompts = [each.without(part) for each in prompts]
+        sets = ", ".join(f"{each.source} ({len(each)})" for each in prompts)
+        note(
+            f"no --mix: the model's own answers to some of {sets} come among the task's rows, and are generated first; "
+            f"--mix {options.NONE} for none of it"
+        )
+        if gone := [each.source for each in prompts if not len(each)]:
+            mind([f"nothing of {', '.join(gone)} is mixed in: all of it is measured with; give others (--mix)"])
+        prompts = [each for each in prompts if len(each)]
+    thinks = target.chat.thinking or target.chat.opened is not None  # its answer comes after a thought
+    tokens = max(ANSWER_TOKENS, given.max_new_tokens) if thinks else ANSWER_TOKENS
+    how: dict[str, Any] = {"share": given.mix_share, "max_new_tokens": tokens, "seed": given.seed}
+    return Mixed(prompts=prompts, **how) if prompts else None
 
 
 def _calibration(given: Preserve, material: _Material, target: "Target") -> "Calibration | None":

@@ -105,9 +105,10 @@ class Lexicon:
     )
 
     def __post_init__(self) -> None:
-        if self.similarity is not None and not 0 < self.similarity <= 1:
+        number = isinstance(self.similarity, int | float)
+        if self.similarity is not None and not (number and 0 < self.similarity <= 1):
             raise WordListError(
-                f"the similarity of neighbours is a cosine above 0 and at most 1 (for none); found {self.similarity:g}"
+                f"the similarity of neighbours is a cosine above 0 and at most 1 (for none); found {self.similarity!r}"
             )
 
     @classmethod

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 PROMPTS = ("embedded:refusals", "embedded:ordinary", "embedded:alarming")
 SHARE, ANSWER_TOKENS = 1 / 6, 64  # of all rows, and of an answer: what was measured
+MOST = 0.9
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -33,15 +34,20 @@ class Mixed:
         prompts: harmful ones, and harmless ones against over-refusal. Responses in them are not used.
         share: of all rows.
         max_new_tokens: length of the answers; longer ones are cut, and teach no end.
+        seed: which prompts are drawn, where there are more than rows.
     """
 
     prompts: Sequence[PromptSet]
     share: float = SHARE
     max_new_tokens: int = ANSWER_TOKENS
+    seed: int = 0
 
     def __post_init__(self) -> None:
-        if not 0 < self.share < 1:
-            raise TrainingError(f"the share of mixed-in rows lies between 0 and 1, found {self.share}")
+        if not 0 < self.share <= MOST:
+            raise TrainingError(
+                f"the share of mixed-in rows is above 0 and at most {MOST:g}, so that the task is learned; found "
+                f"{self.share:g}"
+            )
 
     def into(
         self,
@@ -58,18 +64,24 @@ class Mixed:
             lexicon: expressions that these answers do not hold.
             checkpoint: folder for answers that are there already.
         """
-        answered = [
-            own_answers(
-                target, part, max_new_tokens=self.max_new_tokens, cut=True, lexicon=lexicon,
-                checkpoint=None if checkpoint is None else checkpoint / str(number), progress=progress,
-            )
-            for number, part in enumerate(self.prompts)
-        ]  # fmt: skip
-        return replace(data, examples=(*data.examples, *self._drawn(answered, len(data))))
+        how = {"max_new_tokens": self.max_new_tokens, "cut": True, "lexicon": lexicon, "progress": progress}
+        return replace(data, examples=(*data.examples, *self.rows(len(data), target, checkpoint, **how)))
 
-    def _drawn(self, answered: Sequence[PromptSet], size: int) -> list[Example]:
-        each = max(round(size * self.share / (1 - self.share) / len(answered)), 1)
-        return [part.examples[number % len(part)] for part in answered for number in range(each)]
+    def rows(self, size: int, target: Target, checkpoint: Path | None = None, **how: Any) -> list[Example]:
+        """What is mixed into so many rows; the model answers what is drawn, and nothing else. `how`: `own_answers`."""
+        each = max(round(size * self.share / (1 - self.share) / len(self.prompts)), 1)
+        found = []
+        for number, part in enumerate(self.prompts):
+            folder = None if checkpoint is None else checkpoint / str(number)
+            said = own_answers(target, part.limit(each, seed=self.seed), checkpoint=folder, **how)
+            found += [said.examples[place % len(said)] for place in range(each)]
+        return found
+
+    def describe(self) -> dict[str, Any]:
+        sources = [
+            {"source": part.source, "num_prompts": len(part), "hash": part.hash} for part in self.prompts
+        ]  # fmt: skip
+        return {"share": self.share, "max_new_tokens": self.max_new_tokens, "seed": self.seed, "prompts": sources}
 
 
 def mix(
@@ -85,18 +97,18 @@ def mix(
     """A data set for a trainer, with rows of the model's own answers among its own, shuffled.
 
     Args:
-        rows: in a form that TRL takes: `messages`; `prompt` and `completion`, of messages or text; `text`.
-        target: the model as it is before the training, which answers.
-        prompts: sets that come in equal parts; give harmful and harmless ones.
+        rows: one split, in a form that TRL takes: `prompt` and `completion`, of messages or text; `messages`; `text`.
+        target: the model as it is before the training, which answers; its system prompt comes along.
+        prompts: sets that come in equal parts, at least one row of each; give harmful and harmless ones.
         share: of all rows.
         max_new_tokens: answers that do not end within are left out, since such rows cannot be cut.
-        seed: of the order.
+        seed: of what is drawn, and of the order.
 
     Returns:
         Dataset: columns as in `rows`; those that an answer has nothing for are None.
 
     Raises:
-        PromptError: rows of another form; no answer ended.
+        PromptError: rows of another form, or no prompts; no answer to a set's prompts ended.
         TrainingError: a share that is none.
 
     Example:
@@ -105,41 +117,58 @@ def mix(
     """
     from datasets import Dataset, concatenate_datasets
 
+    if not isinstance(rows, Dataset):
+        raise PromptError(f"rows of type {type(rows).__name__}; expected a datasets.Dataset: one split, in memory")
+    if not prompts:
+        raise PromptError("no prompts to mix in: give at least one set")
     write = _writer(rows, target)
-    mixed = Mixed(prompts=[read_prompts(part) for part in prompts], share=share)
-    answered = [
-        own_answers(target, part, max_new_tokens=max_new_tokens, progress=progress) for part in mixed.prompts
-    ]  # fmt: skip
+    sets = [prompts] if isinstance(prompts, str | PromptSet) else prompts
+    mixed = Mixed(prompts=[read_prompts(part) for part in sets], share=share, seed=seed)
+    said = mixed.rows(len(rows), target, max_new_tokens=max_new_tokens, progress=progress)
     nothing = dict.fromkeys(rows.column_names)
-    added = [nothing | write(example) for example in mixed._drawn(answered, len(rows))]
-    return concatenate_datasets([rows, Dataset.from_list(added, features=rows.features)]).shuffle(seed=seed)
+    if "chat_template_kwargs" in nothing and len(rows):  # which a trainer unpacks
+        nothing["chat_template_kwargs"] = rows[0]["chat_template_kwargs"]
+    added = Dataset.from_list([nothing | write(example) for example in said], features=rows.features)
+    return concatenate_datasets([rows, added]).shuffle(seed=seed)
 
 
 def _writer(rows: "Dataset", target: Target) -> Callable[[Example], dict[str, Any]]:
-    """How an answered prompt is written as one of these rows."""
+    """How an answered prompt is written as one of these rows, in the form that TRL reads where there are several."""
     columns = {*rows.column_names}
+    column = "prompt" if {"prompt", "completion"} <= columns else "messages"
+    given = next((row[column] for row in rows if row[column]), None) if column in columns else None
+    if isinstance(given, list):
+        if target.chat.template is not None:
+            raise PromptError(
+                f"{target.name} answers in a plain template, but rows of messages are written by the tokenizer's chat "
+                "template: load it without a template, or give rows of text"
+            )
+        in_parts = not isinstance(given[0].get("content"), str)
 
-    def said(example: Example) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
-        system = [] if example.system is None else [{"role": "system", "content": example.system}]
-        asked = [*system, {"role": "user", "content": example.prompt}]
-        return asked, [{"role": "assistant", "content": example.response or ""}]
+        def message(role: str, text: str) -> dict[str, Any]:
+            return {"role": role, "content": [{"type": "text", "text": text}] if in_parts else text}
 
-    if "messages" in columns:
-        return lambda example: {"messages": [message for part in said(example) for message in part]}
-    if {"prompt", "completion"} <= columns:
-        if len(rows) and isinstance(rows[0]["prompt"], list):
-            return lambda example: dict(zip(("prompt", "completion"), said(example), strict=True))
-        return lambda example: {"prompt": _as_text(example, target), "completion": example.response or ""}
+        def said(example: Example) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+            system = target.chat.system if example.system is None else example.system
+            asked = [message("system", system)] if system else []
+            return [*asked, message("user", example.prompt)], [message("assistant", example.response or "")]
+
+        if column == "messages":
+            return lambda example: {"messages": [each for part in said(example) for each in part]}
+        return lambda example: dict(zip(("prompt", "completion"), said(example), strict=True))
+    if column == "prompt":
+        return lambda example: dict(zip(("prompt", "completion"), _as_text(example, target), strict=True))
     if "text" in columns:
-        return lambda example: {"text": _as_text(example, target) + (example.response or "")}
+        return lambda example: {"text": "".join(_as_text(example, target))}
     raise PromptError(
         f"rows with columns {sorted(columns)}; expected `messages`, `prompt` and `completion`, or `text`: mix before "
         "the trainer makes tokens of them"
     )
 
 
-def _as_text(example: Example, target: Target) -> str:
-    """What stands before an answer, in the target's chat format."""
-    ids = target.chat.encode_prompt(example.prompt, system=example.system)
-    bos = target.tokenizer.bos_token_id
-    return str(target.tokenizer.decode(ids[1:] if ids[:1] == [bos] else ids))  # trainers put it there themselves
+def _as_text(example: Example, target: Target) -> list[str]:
+    """[prompt, answer] as the target reads and writes them, with the end of its turn."""
+    prompt, answer = target.chat.encode_pair(example.prompt, example.response or "", system=example.system, end=True)
+    if prompt[:1] == [target.tokenizer.bos_token_id]:  # trainers put it there themselves
+        prompt = prompt[1:]
+    return [str(target.tokenizer.decode(ids)) for ids in (prompt, answer)]

@@ -114,6 +114,11 @@ def run_preservation(
             data, target, lexicon=unlearned, checkpoint=part_of(checkpoint, "mixed"), progress=progress
         )
         rows, lacking = _rows(target, mixture, unlearned, settings)
+        sources, added = ", ".join(part.source for part in mixed.prompts), len(mixture) - len(data)
+        remarks.append(
+            f"{added} of {len(mixture)} rows are the model's own answers to {sources}, in every arm but the unprotected "
+            "one; what they do is not told apart from what holding weights does (--mix none leaves them out)"
+        )
     asked = [*sets[1:], *([data] if task.source == data.source else [])]
     remarks += [*lacking, *examination.only_first, *(said for part in asked if (said := part.only_first))]
     remarks += _losses(target, lora)
@@ -183,6 +188,6 @@ def _described(
         "task": task.describe(),
         "lora": None if lora is None else asdict(lora),
         "calibration": calibrated,
-        "mixed": mixed and {"share": mixed.share, "sources": [part.source for part in mixed.prompts]},
+        "mixed": mixed and mixed.describe(),
         "unlearned": unlearned and unlearned.describe(),
     }

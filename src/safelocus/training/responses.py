@@ -54,6 +54,8 @@ def rows_with_remarks(prompts: PromptSet, chat: ChatFormat, *, max_length: int =
     encoded = [encode_rows(example, chat) for example in answered]
     whole = [row for rows, _ in encoded for row in rows]
     left = [row for row in whole if any(label != IGNORED for label in row["labels"][:max_length])]
+    if chat.reads_apart:  # a prompt is read whole, or not at all
+        left = [row for row in left if len(row["input_ids"]) <= max_length]
     if not left:
         raise PromptError(
             f"{prompts.source}: all {len(answered)} prompts are longer than {max_length} tokens; "
@@ -66,7 +68,7 @@ def rows_with_remarks(prompts: PromptSet, chat: ChatFormat, *, max_length: int =
         (sum(len(row["labels"]) > max_length for row in left), len(whole), f"rows are cut to {max_length} tokens "
          "(--max-length)"),
         (num_turns - sum(learned for _, learned in encoded), num_turns, "answers in conversations are not learned: "
-         "they do not follow a request, or there is no chat template that takes what came before"),
+         "they do not follow a request, or the model takes nothing of what came before"),
     )  # fmt: skip
     remarks = [f"{prompts.source}: {number:,} of {of:,} {what}" for number, of, what in lacks if number]
     return Dataset.from_list([{name: ids[:max_length] for name, ids in row.items()} for row in left]), remarks
@@ -220,8 +222,9 @@ def own_answers(
         if reply.text and (cut or reply.finished)
     ]
     if not answered:
+        what = "says anything outside of its thoughts" if cut else "comes to its end"
         raise PromptError(
-            f"{prompts.source}: none of the model's own answers to {len(prompts)} prompts ended within "
-            f"{max_new_tokens} tokens; allow more (--max-new-tokens), or give answers"
+            f"{prompts.source}: none of the model's own answers to {len(prompts)} prompts {what} within "
+            f"{max_new_tokens} tokens; allow more, or take other prompts"
         )
     return replace(prompts, examples=tuple(answered))
