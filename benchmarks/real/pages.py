@@ -215,7 +215,7 @@ def _frontier_figure() -> Figure:
     figure.set_facecolor("white")
     axes = figure.subplots(1, 2, sharey=True)
     for axis, (wanted, unwanted) in zip(axes, (("harmbench", "xstest_safe"), ("advbench", "alpaca")), strict=True):
-        for name, style in (("plain", ":"), ("contrast", "-"), ("contrast-long", "--")):
+        for name, style in (("plain", ":o"), ("contrast", "-s"), ("contrast-long", "--^")):
             _, groups = _enhanced(enhancing.RECIPES[name])
             for method in enhancing.SHOWN:
                 colour = _colour(method)
@@ -226,7 +226,7 @@ def _frontier_figure() -> Figure:
                 ]
                 if points:
                     label = f"{NAMES[method]}, {name}"
-                    axis.plot(*zip(*points, strict=True), style, marker="o", markersize=3, color=colour, label=label)
+                    axis.plot(*zip(*points, strict=True), style, markersize=4, color=colour, label=label)
         axis.set_xlabel(f"{HEADINGS[SOURCES.index(unwanted)]}: share refused (not wanted)", fontsize=8)
         axis.set_ylabel(f"{HEADINGS[SOURCES.index(wanted)]}: share refused (wanted)", fontsize=8)
         axis.set_xlim(-0.03, 1.03)
