@@ -116,8 +116,8 @@ def run_preservation(
         rows, lacking = _rows(target, mixture, unlearned, settings)
         sources, added = ", ".join(part.source for part in mixed.prompts), len(mixture) - len(data)
         remarks.append(
-            f"{added} of {len(mixture)} rows are the model's own answers to {sources}, in every arm but the "
-            "unprotected one; what they do is not told apart from what holding weights does (--mix none leaves them out)"
+            f"{added} of {len(mixture)} rows are the model's own answers to {sources}, in every arm but the unprotected; "
+            "what they do is not told apart from what holding weights does (--mix none leaves them out)"
         )
     asked = [*sets[1:], *([data] if task.source == data.source else [])]
     remarks += [*lacking, *examination.only_first, *(said for part in asked if (said := part.only_first))]
