@@ -110,9 +110,9 @@ def lose_the_newest(target, objective, checkpoint, expected):
 
 
 class Failing(Interrupted):
-    def __call__(self, *arguments):
+    def __call__(self, *arguments, **options):
         self.calls += 1
-        return self.function(*arguments) if self.calls < self.at else 1 / 0
+        return self.function(*arguments, **options) if self.calls < self.at else 1 / 0
 
     def describe(self):
         return self.function.describe()

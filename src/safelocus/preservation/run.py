@@ -116,7 +116,7 @@ def run_preservation(
         rows, lacking = _rows(target, mixture, unlearned, settings)
         sources, added = ", ".join(part.source for part in mixed.prompts), len(mixture) - len(data)
         remarks.append(
-            f"{added} of {len(mixture)} rows are the model's own answers to {sources}, in every arm but the unprotected; "
+            f"{added} of {len(mixture)} rows are the model's own answers to {sources}, but in the unprotected arm; "
             "what they do is not told apart from what holding weights does (--mix none leaves them out)"
         )
     asked = [*sets[1:], *([data] if task.source == data.source else [])]
