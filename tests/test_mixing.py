@@ -122,7 +122,7 @@ def test_prompts_are_drawn_by_the_seed(target):
 
 
 @pytest.mark.parametrize("template", [None, "Q: {prompt} A:"])
-def test_text_is_what_the_model_reads_and_writes(template, tmp_path):
+def test_text_is_what_the_model_reads_and_writes(template):
     """Token for token, with the end of its turn: as the rows that this package trains on."""
     target = sl.load("organism:dense", dtype="float32", template=template)
     asked = sl.read_prompts("organism:harmful").limit(3)

@@ -101,19 +101,9 @@ def test_a_model_is_saved_in_another_type_where_that_is_asked_for(original, tmp_
 @pytest.mark.slow
 def test_an_adapter_comes_with_the_originals_tokenizer(original, tmp_path, run):
     code, _, err = run(
-        "preserve",
-        original,
-        *REFUSAL,
-        *SETS,
-        *QUICK,
-        "--mix",
-        "none",
-        "--lora",
-        "--lora-rank",
-        "2",
-        "-o",
+        "preserve", original, *REFUSAL, *SETS, *QUICK, "--mix", "none", "--lora", "--lora-rank", "2", "-o",
         tmp_path / "p",
-    )
+    )  # fmt: skip
     assert code == 0, err
     before, after = contents(original), contents(tmp_path / "p" / ADAPTER)
     own = {"adapter_model.safetensors", "adapter_config.json", "protection.patch.safetensors", "README.md"}

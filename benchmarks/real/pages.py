@@ -623,13 +623,13 @@ _SHOWN = ("harmbench", "advbench", "xstest_safe", "alpaca")
 
 def _chosen_by_training() -> list[Comparison]:
     compared = []
-    for recipe in enhancing.RECIPES.values():
+    for name, recipe in enhancing.RECIPES.items():
         _, groups = _enhanced(recipe)
         for (method, rate), group in groups.items():
             for other in ("random", "gradient", "snip", "magnitude"):
                 rival = groups.get((method.replace("esi", other), rate)) if method.startswith("esi") else None
-                compared += _pairs(f"SET, {recipe.table}, {rate:g}", NAMES[other], group, rival)
-    return [(what.replace("SET, enhance", "SET, plain"), *rest) for what, *rest in compared]
+                compared += _pairs(f"SET, {name}, {rate:g}", NAMES[other], group, rival)
+    return compared
 
 
 def _chosen_by_protection() -> list[Comparison]:
@@ -638,9 +638,9 @@ def _chosen_by_protection() -> list[Comparison]:
     for key, cell in found.items():
         if cell["arm"].startswith("esi"):
             rival = found.get(key.replace("esi", "random"))
-            kind = cell["arm"].replace("esi-", "").replace("-", " %, ", 1) + ("" if "-" in cell["arm"][4:] else " %")
-            how = f"SPA, {cell['task']}, {kind}{', LoRA' if cell['lora'] else ''}"
-            compared += _pairs(how, NAMES["random"], [cell], None if rival is None else [rival])
+            percent, _, kind = cell["arm"].removeprefix("esi-").partition("-")
+            how = ["SPA", cell["task"], f"{percent} %", *([kind] if kind else []), *(["LoRA"] if cell["lora"] else [])]
+            compared += _pairs(", ".join(how), NAMES["random"], [cell], None if rival is None else [rival])
     return compared
 
 
@@ -707,6 +707,9 @@ ARMS = {
 }  # fmt: skip
 
 
+_TASKS = (("AG News", "ag_news"), ("PubMedQA", "pubmedqa"))
+
+
 def words_page() -> str | None:
     found = dict(cells.kept(wording.TABLE))
     if "before" not in found:
@@ -724,7 +727,7 @@ def words_page() -> str | None:
             (
                 cell["stage"], ARMS.get(method, NAMES.get(method, "")), f"{cell['rate']:g}" if "rate" in cell else "",
                 *said, f"{cell['tokens']:g}", interval(level(outcomes([cell], "alpaca"))),
-                *(interval(level(outcomes([cell], task))) for task in ("ag_news", "pubmedqa")), perplexity([cell]),
+                *(interval(level(outcomes([cell], task))) for _, task in _TASKS), perplexity([cell]),
             )
         )  # fmt: skip
     marks = found["before"]["outcomes"]
@@ -740,9 +743,6 @@ def words_page() -> str | None:
         f"{len(found['before']['nats']['texts'])} texts",
     )  # fmt: skip
     return "\n\n".join(["# Words that must not come, on a real model", _told(wording), table.markdown()])
-
-
-_TASKS = (("AG News", "ag_news"), ("PubMedQA", "pubmedqa"))
 
 
 # certificates
@@ -823,15 +823,14 @@ def readme() -> None:
     }
     if not shown.keys() <= found.keys():
         return
-    sources = ("harmbench", "advbench", "xstest_safe", "alpaca")
     table = Grid(
-        title="", headings=("refused, percent [95 % interval]", *(HEADINGS[SOURCES.index(each)] for each in sources)),
+        title="", headings=("refused, percent [95 % interval]", *(HEADINGS[SOURCES.index(each)] for each in _SHOWN)),
         rows=tuple(
-            (label, *(interval(level(outcomes([found[key]], source))) for source in sources))
+            (label, *(interval(level(outcomes([found[key]], source))) for source in _SHOWN))
             for key, label in shown.items()
         ),
         caption=f"SmolLM2-135M-Instruct, 100 steps at a rate of {README_RATE:g}; n "
-        + ", ".join(str(len(found["before"]["outcomes"][source])) for source in sources)
+        + ", ".join(str(len(found["before"]["outcomes"][source])) for source in _SHOWN)
         + ". The first two columns should rise, the other two should not: every rate, control and measure, and what "
         "the plain recipe costs, is in [results](docs/results/real-enhance.md).",
     )  # fmt: skip

@@ -26,6 +26,7 @@ import safelocus as sl
 from safelocus.evaluation import Task
 from safelocus.evaluation.tasks import recognise_task
 from safelocus.model.target import Target
+from safelocus.preservation.mixing import PROMPTS
 from safelocus.preservation.protection import Protection
 from safelocus.prompts import PromptSet
 from safelocus.training import Checkpoints, TrainingSettings, fit, training_rows
@@ -99,8 +100,8 @@ def lesson(task: str) -> tuple[PromptSet, PromptSet]:
 
 def shown(*, embedded: bool = False) -> list[PromptSet]:
     """What calibration and mixed-in rows show of the twin: harmful requests and harmless ones."""
-    harmful = sl.read_prompts("embedded:refusals") if embedded else sets.find()
-    return [harmful, *(sl.read_prompts(f"embedded:{name}") for name in ("ordinary", "alarming"))]
+    harmful, *harmless = map(sl.read_prompts, PROMPTS)
+    return [harmful if embedded else sets.find(), *harmless]
 
 
 def mixed(target: Target, data: PromptSet, unfinished: Path, *, embedded: bool) -> PromptSet:

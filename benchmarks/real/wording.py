@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import cells
-import preserving
 import sets
 
 import safelocus as sl
@@ -28,6 +27,7 @@ from safelocus.evaluation import evaluate
 from safelocus.evaluation.judges.lexicon import LexiconJudge
 from safelocus.model.target import Target
 from safelocus.patch import Patch
+from safelocus.preservation.mixing import Mixed
 from safelocus.prompts import PromptSet
 from safelocus.selection.selection import Selection
 from safelocus.training import Checkpoints, TrainingSettings, fit, training_rows
@@ -134,11 +134,9 @@ def learned(arm: str, unfinished: Path) -> dict[str, Any]:
     with_words, without = answered()
     plain = sets.benign().examples
     rows = [row for n, e in enumerate(plain) for row in (e, with_words.examples[n % len(with_words)])]
-    if arm == "mixed":
-        own = own_answers(target, without, max_new_tokens=NEW_TOKENS, cut=True, checkpoint=unfinished / "own")
-        number = round(len(rows) * preserving.MIXED / (1 - preserving.MIXED))
-        rows += [own.examples[n % len(own)] for n in range(number)]
     data = replace(sets.benign(), examples=tuple(rows))
+    if arm == "mixed":
+        data = Mixed(prompts=[without], max_new_tokens=NEW_TOKENS).into(data, target, checkpoint=unfinished / "own")
     method, _, percent = arm.partition("-")
     chosen = selection(target, method, int(percent) / 100) if percent else None
     encoded = training_rows(data, target.chat, max_length=LESSON.max_length)

@@ -129,11 +129,8 @@ def _with_defaults(given: Enhance) -> Enhance:
 
     A share of what is retained is measured with only where that was given.
     """
-    from safelocus.errors import SafelocusError
-
     retain, harmless = given.retain, given.harmless
-    if retain and options.NONE in retain and len(retain) > 1:
-        raise SafelocusError(f"--retain {options.NONE}, and other sets too: expected one or the other")
+    options.check_none(retain, "--retain")
     if retain == [options.NONE]:
         mind(["nothing is retained: the model may learn to refuse harmless requests too"])
     if harmless == options.NONE:
@@ -173,7 +170,7 @@ def _data(given: Enhance) -> "PromptSet":
     from safelocus.prompts import read_prompts
 
     data = read_prompts(given.data)
-    return data if given.lexicon and not any(example.response for example in data) else data.with_responses()
+    return data if given.lexicon and not data.is_answered else data.with_responses()
 
 
 def _stage(given: Enhance, divided: "Division", *, full: bool) -> "Callable[[Subject, Subject | None], Training]":
@@ -181,18 +178,17 @@ def _stage(given: Enhance, divided: "Division", *, full: bool) -> "Callable[[Sub
         from safelocus import distributed
         from safelocus.resources import Training
 
-        retained = [*divided.retained]
-        if not any(e.response for e in divided.data):  # as long as what is retained, and answered with it
-            retained.append(divided.data)
-        answered = [part for part in retained if any(e.response for e in part)]
-        by_itself = [part for part in retained if given.own_answers or not any(e.response for e in part)]
+        answered = [part for part in divided.retained if part.is_answered]
+        by_itself = [part for part in divided.retained if given.own_answers or not part.is_answered]
+        if not divided.data.is_answered:  # as long as what is retained, and answered with it
+            by_itself.append(divided.data)
         lengths = planning.Model.of(given).lengths(
             [example for part in by_itself for example in part], response=given.answer_tokens,
             rows=[divided.data, *(part.with_responses() for part in answered)], max_length=given.max_length,
         )  # fmt: skip
         if by_itself:
             lengths = replace(lengths, retained=max(lengths.retained or 0, lengths.both))
-        if divided.data in by_itself:
+        if not divided.data.is_answered:
             lengths = replace(lengths, row=min(max(lengths.row, lengths.both), given.max_length), answer=None)
         k = subject.num_weights if full else planning.num_selected(given.selection, given.ratio, subject)
         return Training(

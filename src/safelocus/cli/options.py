@@ -251,6 +251,12 @@ def words(text: str | None, option: str = "", known: Iterable[str] = ()) -> tupl
     return found
 
 
+def check_none(sources: list[str] | None, option: str) -> None:
+    """Refuse NONE beside sets."""
+    if sources and NONE in sources and len(sources) > 1:
+        raise SafelocusError(f"{option} {NONE}, and other sets too: expected one or the other")
+
+
 def numbers(text: str | None, option: str) -> tuple[float, ...]:
     """`0.01, 0.03` as numbers; RunError for anything else, naming the option."""
     try:

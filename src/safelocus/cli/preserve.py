@@ -155,8 +155,7 @@ def _read(given: Preserve) -> _Material:
         raise SafelocusError(f"--task {learned.name} is the task that is learned, which is measured anyway")
     replace(given, learning_rate=given.calibrate_rate).settings()  # refuses what is no rate
     calibrated = [read_prompts(source) for source in given.calibrate or []]
-    if given.mix and options.NONE in given.mix and len(given.mix) > 1:
-        raise SafelocusError(f"--mix {options.NONE}, and other sets too: expected one or the other")
+    options.check_none(given.mix, "--mix")
     mixed = [read_prompts(each) for each in given.mix or PROMPTS if each != options.NONE]
     Mixed(prompts=mixed, share=given.mix_share)  # refuses what is no share
     if harmful is not None:

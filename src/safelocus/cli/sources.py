@@ -130,23 +130,25 @@ def make_objective(
         relaxed: how the answers are relaxed for it.
         answers: `max_new_tokens`, `on_responses`, for those that read answers.
     """
-    from safelocus.objective import Guard, Lexicon, Refusal
+    from safelocus.objective import Guard, Refusal
 
     if guard is not None:
         return Guard.load(guard, description=guard_description, **load, **(relaxed or {}), **answers)
     if lexicon is not None:
-        return Lexicon.load(lexicon, **({} if similarity is None else {"similarity": similarity}), **answers)
+        return _lexicon(lexicon, similarity, **answers)
     assert refusal, "no objective was asked for"
     return Refusal()
 
 
 def lexicon_for(given: options.ObjectiveOptions) -> "Lexicon | None":
     """The list of expressions that is the objective, where one is."""
-    if given.lexicon is None:
-        return None
+    return None if given.lexicon is None else _lexicon(given.lexicon, given.similarity)
+
+
+def _lexicon(file: Path, similarity: float | None, **answers: Any) -> "Lexicon":
     from safelocus.objective import Lexicon
 
-    return Lexicon.load(given.lexicon, **({} if given.similarity is None else {"similarity": given.similarity}))
+    return Lexicon.load(file, **({} if similarity is None else {"similarity": similarity}), **answers)
 
 
 def unscored_prompts(

@@ -167,9 +167,7 @@ def with_answers(
     """Each set with answers: those given, or the model's own (`how`) where there are none, or all of them."""
     folders = [None if checkpoint is None else checkpoint / str(number) for number in range(len(prompts))]
     return [
-        own_answers(target, part, cut=True, checkpoint=folder, **how)
-        if own or not any(example.response for example in part)
-        else part
+        own_answers(target, part, cut=True, checkpoint=folder, **how) if own or not part.is_answered else part
         for part, folder in zip(prompts, folders, strict=True)
     ]
 

@@ -199,7 +199,7 @@ def enhancer(
     """
     settings = replace(settings or SETTINGS, **changes)
     prompts, sets = _read(data), _sets(retain)
-    if lexicon is None or any(example.response for example in prompts):
+    if lexicon is None or prompts.is_answered:
         prompts = prompts.with_responses()
     looks = {"every": every, "early_stopping": early_stopping}
     given = {

@@ -16,6 +16,7 @@ from safelocus.errors import PromptError, TrainingError
 from safelocus.model.target import Target
 from safelocus.objective import Lexicon
 from safelocus.prompts import Example, PromptSet, read_prompts
+from safelocus.training.examination import facts
 from safelocus.training.responses import own_answers
 
 if TYPE_CHECKING:
@@ -78,10 +79,10 @@ class Mixed:
         return found
 
     def describe(self) -> dict[str, Any]:
-        sources = [
-            {"source": part.source, "num_prompts": len(part), "hash": part.hash} for part in self.prompts
-        ]  # fmt: skip
-        return {"share": self.share, "max_new_tokens": self.max_new_tokens, "seed": self.seed, "prompts": sources}
+        return {
+            "share": self.share, "max_new_tokens": self.max_new_tokens, "seed": self.seed,
+            "prompts": [facts(part) for part in self.prompts],
+        }  # fmt: skip
 
 
 def mix(

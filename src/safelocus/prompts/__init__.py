@@ -134,6 +134,11 @@ class PromptSet(Sequence[Example]):
         kept = _matching(rows, conditions, self.source)
         return replace(self, examples=tuple(self.examples[index] for index in kept))
 
+    @property
+    def is_answered(self) -> bool:
+        """Whether any example has a response with something in it."""
+        return any(example.response for example in self.examples)
+
     def with_responses(self) -> "PromptSet":
         kept = tuple(example for example in self.examples if example.response is not None)
         if not kept:

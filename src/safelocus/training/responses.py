@@ -12,6 +12,7 @@ How far a model moves from an original along such responses is in `evaluation.di
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -153,7 +154,7 @@ class ResponseBatch:
         padded = padded_rows(rows, padding, device)
         return cls(labels=padded.pop("labels"), inputs=padded)
 
-    @property
+    @cached_property
     def tokens(self) -> Tensor:
         """[N] the response tokens, row after row."""
         return self.labels[self.labels != IGNORED]
