@@ -7,7 +7,7 @@ two cores can do), cut to 256 tokens (PubMedQA: 448), AdamW, the rate falling to
 arm and rate. Frozen: the top of ESI, found on the twin itself, or random weights. Calibrated: the same weights,
 trained every 4th step on the twin's own answers to the prompts that found them and to embedded harmless ones.
 Rivals, nothing frozen: a gentle rate; mixed (1 row in 6 is one of these answers, the practitioner's remedy); mixed
-with embedded harmful requests in place of AdvBench's; LoX
+with embedded harmful requests in place of AdvBench's; the same with twice as many alarming but harmless ones; LoX
 (before training, 1.25 times the 6 largest singular components of what made the twin out of the original are added to
 it, Perin et al. 2025); SafeLoRA (after training, of each matrix what was learned is multiplied with C = V V^T / |V|, V
 what made the twin, where the cosine of the two is below 0.35; Hsu et al. 2024).
@@ -26,12 +26,11 @@ import safelocus as sl
 from safelocus.evaluation import Task
 from safelocus.evaluation.tasks import recognise_task
 from safelocus.model.target import Target
-from safelocus.preservation.mixing import PROMPTS
+from safelocus.preservation.mixing import PROMPTS, Mixed
 from safelocus.preservation.protection import Protection
 from safelocus.prompts import PromptSet
 from safelocus.training import Checkpoints, TrainingSettings, fit, training_rows
 from safelocus.training.lora import Lora
-from safelocus.training.responses import own_answers
 
 TABLE = "preserve"
 USED = ("advbench", "circuit_breakers", "harmful", "embedded", "oktest", "alpaca")  # the twin's training among them
@@ -48,8 +47,7 @@ class Arm:
     method: str | None = None
     ratio: float = 0.1
     calibrated: bool = False
-    mixed: bool = False
-    embedded: bool = False
+    mixed: str = ""
     lox: bool = False
     safelora: bool = False
     rate: float = RATE
@@ -68,14 +66,14 @@ FULL = (
 WITH_LORA = tuple(replace(arm, lora=True, rate=LORA_RATE) for arm in (UNPROTECTED, ESI, CALIBRATED))
 SHORT_LORA = tuple(
     replace(arm, lora=True, rate=LORA_RATE)
-    for arm in (UNPROTECTED, ESI, Arm(name="mixed", mixed=True), Arm(name="safelora", safelora=True))
+    for arm in (UNPROTECTED, ESI, Arm(name="mixed", mixed="advbench"), Arm(name="safelora", safelora=True))
 )
 SHORT = (
     UNPROTECTED, ESI, RANDOM, CALIBRATED, Arm(name="random-10-calibrated", method="random", calibrated=True),
-    Arm(name="mixed", mixed=True), Arm(name="lox", lox=True), Arm(name="esi-10-mixed", method="esi", mixed=True),
-    Arm(name="mixed-embedded", mixed=True, embedded=True),
+    Arm(name="mixed", mixed="advbench"), Arm(name="lox", lox=True),
+    Arm(name="esi-10-mixed", method="esi", mixed="advbench"),
+    Arm(name="mixed-embedded", mixed="embedded"), Arm(name="mixed-alarming", mixed="alarming"),
 )  # fmt: skip
-MIXED = 1 / 6  # of the rows
 LOX_RANK, LOX_FACTOR = 6, 1.25
 SAFELORA_COSINE = 0.35
 PLAN = (
@@ -98,21 +96,14 @@ def lesson(task: str) -> tuple[PromptSet, PromptSet]:
     return sets.benign(), sets.named(sets.texts(), "task")
 
 
-def shown(*, embedded: bool = False) -> list[PromptSet]:
-    """What calibration and mixed-in rows show of the twin: harmful requests and harmless ones."""
-    harmful, *harmless = map(sl.read_prompts, PROMPTS)
-    return [harmful if embedded else sets.find(), *harmless]
+def shown(mixture: str = "advbench") -> list[PromptSet]:
+    """What calibration and mixed-in rows show of the twin, in equal parts: harmful requests and harmless ones.
 
-
-def mixed(target: Target, data: PromptSet, unfinished: Path, *, embedded: bool) -> PromptSet:
-    """The task's rows and the model's own answers, the three sets in equal parts."""
-    answered = [
-        own_answers(target, part, max_new_tokens=64, cut=True, checkpoint=unfinished / f"answers-{number}")
-        for number, part in enumerate(shown(embedded=embedded))
-    ]
-    each = round(len(data) * MIXED / (1 - MIXED) / len(answered))
-    added = [part.examples[i % len(part)] for part in answered for i in range(each)]
-    return replace(data, examples=(*data.examples, *added))
+    mixture: whose harmful ones, or "alarming": embedded ones, and alarming harmless ones twice as often.
+    """
+    harmful, ordinary, alarming = map(sl.read_prompts, PROMPTS)
+    harmless = [ordinary, *(alarming.split(0.5) if mixture == "alarming" else [alarming])]
+    return [sets.find() if mixture == "advbench" else harmful, *harmless]
 
 
 @torch.no_grad()
@@ -150,7 +141,7 @@ def learned(task: str, steps: int, arm: Arm, unfinished: Path) -> dict[str, Any]
     if arm.calibrated:
         calibration = sl.Calibration(target=target, prompts=shown(), max_new_tokens=64)
     if arm.mixed:
-        data = mixed(target, data, unfinished, embedded=arm.embedded)
+        data = Mixed(prompts=shown(arm.mixed)).into(data, target, checkpoint=unfinished / "mixed")
     if arm.lox:
         extrapolate(target)
     settings = replace(
