@@ -7,6 +7,7 @@ import pytest
 import safelocus as sl
 from pages import check_run_page
 from safelocus.cli import main
+from safelocus.objective import Guard
 from safelocus.report.grid import Span
 
 pytestmark = pytest.mark.slow  # trains, again and again
@@ -99,7 +100,9 @@ def test_the_card_takes_other_seeds_and_leaves_other_runs_out(scored, tmp_path, 
     assert check_run_page(tmp_path / "c").words.count("2 seeds") == 1
 
 
-def test_everything_at_once(tmp_path, run):
+def test_everything_at_once(tmp_path, run, monkeypatch):
+    loaded, load = [], Guard.load
+    monkeypatch.setattr(Guard, "load", lambda name, **how: loaded.append(name) or load(name, **how))
     folder, retained = tmp_path / "e", tmp_path / "retained.txt"
     retained.write_text("\n".join(sl.read_prompts("organism:harmless").texts[:40]))  # without answers
     (harmful := tmp_path / "harmful.txt").write_text("\n".join(sl.read_prompts("organism:harmful-heldout").texts[:16]))
@@ -115,6 +118,7 @@ def test_everything_at_once(tmp_path, run):
     assert "LoRA of rank" in results["controls"]["lora"]["description"]
     assert len(results["sweep"]) == 6
     assert results["before"]["judges"][0]["name"] == "organism:guard"
+    assert loaded == ["organism:guard"]  # once, for finding and judging
     assert results["provenance"]["retained"][0]["source"] == str(retained)
     assert (folder / "sweep.svg").is_file()
     remarks = " ".join(results["notes"])

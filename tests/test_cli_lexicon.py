@@ -6,6 +6,7 @@ import pytest
 
 import safelocus as sl
 from safelocus.cli import main
+from safelocus.verification.plan import random_selection
 
 SECRET = "zorbex"  # on the list, and in no answer
 MODEL = "organism:dense-unaligned"
@@ -179,12 +180,21 @@ def test_planned(words, run):
             "missing",
         ),
         (["stability", MODEL, "-p", "organism:harmful", "--lexicon", "missing.txt"], "missing.txt: the list"),
+        (["enhance", MODEL, "--selection", "SAVED", "-d", "organism:refusals", "--lexicon", "missing.txt"], "missing"),
+        (
+            ["preserve", MODEL, "--selection", "SAVED", "-d", "organism:task", "--similarity", "0.5"],
+            "give a list: --lexicon",
+        ),
+        (["score", MODEL, "-p", "organism:harmful", "--refusal", "--similarity", "0.5"], "give a list: --lexicon"),
         (["plan", MODEL, "--lexicon", "WORDS", "--guard", "organism:guard"], "two objectives"),
     ],
 )
 def test_what_is_wrong_is_said_before_the_work(words, tmp_path, run, arguments, message):
     output = [] if arguments[0] == "plan" else ["-o", tmp_path / "r"]
-    code, _, err = run(*[words if each == "WORDS" else each for each in arguments], *output)
+    saved = tmp_path / "selection.safetensors"
+    random_selection(sl.load(MODEL), 10, seed=0).save(saved)
+    there = {"WORDS": words, "SAVED": saved}
+    code, _, err = run(*[there.get(each, each) for each in arguments], *output)
     assert code == 2
     assert message in err
     assert not (tmp_path / "r").exists()

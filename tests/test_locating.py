@@ -101,6 +101,9 @@ def test_a_guard_is_made_anew_with_all_its_settings(monkeypatch):
         "description": None, "dtype": "float32", "max_new_tokens": 7, "tau": 0.7, "gumbel_seed": 5, "variant": "index",
         "device": "cpu",
     }  # fmt: skip
+    again = remake({**judge.describe(), "tau": 0.2}, reader=judge)
+    assert (again.model, again.tau, judge.tau) == (judge.model, 0.2, 0.7)
+    assert remake({**judge.describe(), "name": "another"}, reader=judge, device="cpu") == how  # loaded
     described = judge.describe()
     del described["tau"]
     with pytest.raises(ModelError, match="'tau' is not recorded"):

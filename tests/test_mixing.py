@@ -102,6 +102,8 @@ def test_what_else_rows_may_hold(target):
     options = [{**row, "chat_template_kwargs": {"thinking": False}} for row in FORMS["messages"]]
     found = sl.mix(Dataset.from_list(options), target, "organism:harmful", **how)
     assert {row["chat_template_kwargs"]["thinking"] for row in found} == {False}
+    only = Dataset.from_list(options).with_format("numpy", columns=["messages"])
+    assert sl.mix(only, target, "organism:harmful", **how).format == only.format
     both = [{**a, **b} for a, b in zip(FORMS["messages"], FORMS["conversation"], strict=True)]
     found = sl.mix(Dataset.from_list(both), target, "organism:harmful", **how)
     assert all(row["prompt"] and row["completion"] for row in found)

@@ -118,6 +118,8 @@ def test_reading_a_file(tmp_path):
         ("zorbex\n\u200b!?\n".encode(), "line 2: an expression of fewer than two"),
         (b"z" * 101, "line 1: an expression of 101 characters; expected at most 100"),
         ("zörbex".encode("latin-1"), "not UTF-8"),
+        (b'{"prompt": "zorbex"}\n{"prompt": "quen"}\n', "JSON; expected a text file"),
+        (b'[\n  "zorbex"\n]\n', "JSON; expected a text file"),
     ],
 )
 def test_lists_that_cannot_be_used(tmp_path, content, message):

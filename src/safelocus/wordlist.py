@@ -17,6 +17,7 @@ same, invisible characters, marks of direction and terminal sequences make no di
 in scripts that are written without spaces any place will do, and in Hangul whatever follows.
 """
 
+import json
 import re
 import unicodedata
 from collections.abc import Iterable, Sequence
@@ -89,6 +90,8 @@ class WordList:
             ) from error
         except UnicodeDecodeError as error:
             raise WordListError(f"{path}: not UTF-8 text ({error}); save the list of expressions as UTF-8") from error
+        if _is_json(text):
+            raise WordListError(f"{path}: JSON; expected a text file with one expression on each line")
         lines = enumerate(text.split("\n"), start=1)
         return cls._of([(n, line.strip()) for n, line in lines if not line.lstrip().startswith("#")], str(path))
 
@@ -160,6 +163,16 @@ class WordList:
     @cached_property
     def _pattern(self) -> re.Pattern[str]:
         return re.compile("|".join(f"({_pattern_of(self.expressions[number])})" for number in self._order))
+
+
+def _is_json(text: str) -> bool:
+    """Whether a text, or its first line, is an object or an array of JSON."""
+    for part in (text, text.lstrip().split("\n", 1)[0]):
+        try:
+            return isinstance(json.loads(part), dict | list)
+        except ValueError:
+            continue
+    return False
 
 
 def fold(text: str) -> str:

@@ -97,10 +97,10 @@ def enhance(given: Enhance) -> None:
     given = planning.settle(given, _stage(given, divided, full="full" in wanted))
     with shared_run(given) as folder:
         target = given.load()
-        located = locating.locate_for(given, target, folder)
+        judges = sources.judges_for(given)
+        located = locating.locate_for(given, target, folder, judges)
         harmful, selection = divided.examination.harmful, located.selection
         seen = [*check_unseen({"the selection": selection}, harmful, allow_seen=given.allow_seen)]
-        judges = sources.judges_for(given)
         controls: dict[str, Any] = {
             name: name if name in ("full", "lora") else located.control_later(target, name, seed=given.seed)
             for name in wanted

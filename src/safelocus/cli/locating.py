@@ -4,7 +4,7 @@ They come as a file (`--selection`), or are found first (`--guard G`, `--refusal
 and `--ratio R`). Either way further scores of the same kind, for controls, can be made from the same prompts.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -12,10 +12,12 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from safelocus.cli import options
-from safelocus.cli.sources import check_objective, check_shard, guard_of, make_objective
+from safelocus.cli.sources import check_lexicon, check_objective, check_shard, guard_among, guard_of, make_objective
 
 if TYPE_CHECKING:
+    from safelocus.evaluation.judges import Judge
     from safelocus.model.target import Target
+    from safelocus.objective import Guard
     from safelocus.run.identity import Provenance
     from safelocus.scoring.scores import Scores
     from safelocus.selection.selection import Selection
@@ -66,6 +68,7 @@ def check_located(given: options.LocateOptions) -> None:
     if given.selection is None:
         check_objective(given, what="finding the weights")
     else:
+        check_lexicon(given)
         _selection_file(given.selection)
 
 
@@ -85,13 +88,14 @@ def check_training(given: options.TrainOptions, *kinds: str) -> tuple[str, ...]:
     return wanted
 
 
-def locate_for(given: options.TrainOptions, target: "Target", folder: Path) -> Located:
-    """`locate` by the options of a training, resumed from its unfinished run."""
+def locate_for(given: options.TrainOptions, target: "Target", folder: Path, judges: "Sequence[Judge]" = ()) -> Located:
+    """`locate` by the options of a training, resumed from its unfinished run; with the guard that judges, if it is."""
     from safelocus.run.folder import CHECKPOINT
 
     return locate(
         target, batch_size=given.score_batch_size or 8, max_new_tokens=given.max_new_tokens,
         checkpoint=folder / CHECKPOINT / "scores", progress=not given.json, load=given.guards,
+        reader=guard_among(judges, given.guard),
         **given.part(options.LocateOptions),
     )  # fmt: skip
 
@@ -109,6 +113,7 @@ def locate(
     checkpoint: Path | None = None,
     progress: bool = True,
     load: Mapping[str, Any] = MappingProxyType({}),
+    reader: "Guard | None" = None,
     **objective_options: Any,
 ) -> Located:
     """Load a selection, or score the target and select (`check_located` says what may be given together).
@@ -117,6 +122,7 @@ def locate(
         checkpoint: folder for the scoring, unfinished and finished; an interrupted command finds it again. Of several
             processes each has its own.
         load: how to load the guard: dtype, device, trust_remote_code.
+        reader: the guard, where it is loaded already.
         objective_options: `refusal`, `lexicon`, `similarity`.
     """
     from safelocus import distributed
@@ -133,14 +139,15 @@ def locate(
         def like(method: str) -> "Scores":
             return score_like(
                 target, method, found.provenance, beside=file, guard=guard, guard_description=guard_description,
-                progress=progress, **{name: value for name, value in load.items() if name != "dtype"},
+                progress=progress, reader=reader, **{name: value for name, value in load.items() if name != "dtype"},
             )  # fmt: skip
 
         return Located(selection=found, scores=like)
     assert prompts is not None
     prompt_set, share = read_prompts(prompts), 0.01 if ratio is None else ratio
     objective = make_objective(
-        guard=guard, guard_description=guard_description, load=load, max_new_tokens=max_new_tokens, **objective_options
+        guard=guard, guard_description=guard_description, load=load, reader=reader, max_new_tokens=max_new_tokens,
+        **objective_options,
     )  # fmt: skip
 
     @cache
@@ -170,6 +177,7 @@ def score_like(
     guard: str | None = None,
     guard_description: Path | None = None,
     progress: bool = True,
+    reader: "Guard | None" = None,
     **load: Any,
 ) -> "Scores":
     """Scores by some method, from the same prompts, objective and settings as earlier ones, or those themselves.
@@ -178,6 +186,7 @@ def score_like(
         provenance: of the earlier scores.
         beside: the run folder, or a file or folder in it, that they or a selection were read from.
         guard, guard_description: how to read that guard, where it is the same; else as in that run.
+        reader: a guard that is loaded already; used where it is theirs.
         load: how to load their guard: device, trust_remote_code.
 
     Raises:
@@ -219,7 +228,8 @@ def score_like(
     if method in NEEDS_OBJECTIVE:
         path = guard_description if guard is not None and guard == guard_of(provenance) else None
         path = path or earlier.get("guard_description")
-        objective = remake(provenance.objective or {}, description=Path(path) if path else None, **load)
+        described = provenance.objective or {}
+        objective = remake(described, description=Path(path) if path else None, reader=reader, **load)
     return score(
         target.talking_as(known["chat"]), prompts, objective=objective, method=method,  # type: ignore[arg-type]
         batch_size=known["batch_size"], max_new_tokens=known["max_new_tokens"], progress=progress,

@@ -10,6 +10,7 @@ from safelocus.cli.output import mind, note, shared_run, show, together
 
 if TYPE_CHECKING:
     from safelocus.evaluation import Task
+    from safelocus.evaluation.judges import Judge
     from safelocus.model.target import Target
     from safelocus.preservation.calibration import Calibration
     from safelocus.preservation.mixing import Mixed
@@ -99,8 +100,9 @@ def preserve(given: Preserve) -> None:
     given = planning.settle(given, _stage(given, material))
     with shared_run(given) as folder:
         target = given.load()
-        located = locating.locate_for(given, target, folder)
-        examination, remarks = _examination(given, material, located.selection)
+        judges = sources.judges_for(given)
+        located = locating.locate_for(given, target, folder, judges)
+        examination, remarks = _examination(given, material, located.selection, judges)
         adapter = Lora(
             rank=given.lora_rank, alpha=given.lora_alpha, modules=options.words(given.lora_modules),
             mode=given.lora_mode,
@@ -191,7 +193,9 @@ def _stage(given: Preserve, material: _Material) -> "Callable[[Subject, Subject 
     return stage
 
 
-def _examination(given: Preserve, material: _Material, selection: "Selection") -> "tuple[Examination, list[str]]":
+def _examination(
+    given: Preserve, material: _Material, selection: "Selection", judges: "tuple[Judge, ...]"
+) -> "tuple[Examination, list[str]]":
     """What is measured, and what to mind about it."""
     from safelocus.training.examination import Examination
     from safelocus.verification.run import check_unseen
@@ -204,7 +208,7 @@ def _examination(given: Preserve, material: _Material, selection: "Selection") -
     if material.harmless is None:
         remarks.append("over-refusal is not measured: nothing harmless was given (--harmless)")
     examination = Examination(
-        harmful=harmful, harmless=material.harmless, tasks=tuple(material.tasks), judges=sources.judges_for(given),
+        harmful=harmful, harmless=material.harmless, tasks=tuple(material.tasks), judges=judges,
         max_new_tokens=given.max_new_tokens,
     )  # fmt: skip
     return examination, remarks

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from safelocus.analysis.acceptance import CardRun
     from safelocus.evaluation.judges import Endpoint, Judge
     from safelocus.evaluation.tasks import Task
-    from safelocus.objective import Lexicon, Objective
+    from safelocus.objective import Guard, Lexicon, Objective
     from safelocus.prompts import PromptSet
     from safelocus.run.identity import Provenance
     from safelocus.scoring.scores import Scores
@@ -93,23 +93,39 @@ def judge_names(judge: Sequence[str] | None, lexicon: Path | None) -> list[str]:
     return [*(judge or ([f"lexicon:{lexicon}"] if lexicon is not None else []))]
 
 
+def guard_among(judges: "Sequence[Judge]", name: str | None) -> "Guard | None":
+    """The guard of that name that judges, so that it is loaded once."""
+    from safelocus.evaluation.judges import GuardJudge
+
+    return next((each.guard for each in judges if isinstance(each, GuardJudge) and each.guard.name == name), None)
+
+
+def check_lexicon(given: options.ObjectiveOptions) -> None:
+    """Refuse a list of expressions that cannot be read, and what says how to take one where there is none."""
+    from safelocus.errors import SafelocusError
+    from safelocus.wordlist import WordList
+
+    if given.lexicon is not None:
+        WordList.read(given.lexicon)
+    elif given.similarity is not None:
+        raise SafelocusError("--similarity says which words count beside the listed ones; give a list: --lexicon FILE")
+
+
 def check_objective(given: options.ObjectiveOptions, *, also: Sequence[str] = (), what: str = "") -> None:
-    """Refuse none or several objectives, and a lexicon that cannot be read, before anything is loaded.
+    """Refuse none or several objectives before anything is loaded.
 
     Args:
         also: further options that are objectives of this command.
         what: needs one.
     """
     from safelocus.errors import ModelError
-    from safelocus.wordlist import WordList
 
     names = ("guard", *also, "refusal", "lexicon")
     chosen = [f"--{name}" for name in names if getattr(given, name)]
     if len(chosen) != 1:
         ways = ", ".join(f"--{name}" for name in names)
         raise ModelError(f"{what} needs one objective of {ways}; found {' and '.join(chosen) or 'none'}")
-    if given.lexicon is not None:
-        WordList.read(given.lexicon)
+    check_lexicon(given)
 
 
 def make_objective(
@@ -121,6 +137,7 @@ def make_objective(
     similarity: float | None = None,
     load: Mapping[str, Any],
     relaxed: Mapping[str, Any] | None = None,
+    reader: "Guard | None" = None,
     **answers: Any,
 ) -> "Objective":
     """The objective of `options.ObjectiveOptions`.
@@ -128,10 +145,13 @@ def make_objective(
     Args:
         load: how to load a guard: dtype, device, trust_remote_code.
         relaxed: how the answers are relaxed for it.
+        reader: that guard, where it is loaded already.
         answers: `max_new_tokens`, `on_responses`, for those that read answers.
     """
     from safelocus.objective import Guard, Refusal
 
+    if reader is not None:
+        return replace(reader, **(relaxed or {}), **answers)
     if guard is not None:
         return Guard.load(guard, description=guard_description, **load, **(relaxed or {}), **answers)
     if lexicon is not None:

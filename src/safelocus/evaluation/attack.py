@@ -138,11 +138,15 @@ class Ablation:
         for layer in track(range(1, last), "ablating", enabled=progress):
             found = cls(direction=apart[layer], layer=layer, kl=0.0, prompts=(harmful.hash, harmless.hash))
             with found.applied(target):
-                after, score = _first_logits(target, encoded[1]), _refusal(target, harmful, batch_size)
+                after = _first_logits(target, encoded[1])
             kl = nn.functional.kl_div(after, before, log_target=True, reduction="batchmean").item()
-            candidates.append((score, replace(found, kl=kl)))
-        mild = [each for each in candidates if each[1].kl <= MAX_KL] or candidates
-        return min(mild, key=lambda each: (each[0], each[1].layer))[1]
+            candidates.append(replace(found, kl=kl))
+        mild = [each for each in candidates if each.kl <= MAX_KL] or candidates
+        scores = []
+        for found in track(mild, "asking", enabled=progress):
+            with found.applied(target):
+                scores.append((_refusal(target, harmful, batch_size), found.layer))
+        return mild[scores.index(min(scores))]
 
     @contextmanager
     def applied(self, target: Target) -> Iterator[None]:

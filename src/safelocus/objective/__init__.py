@@ -8,6 +8,7 @@ message (`prompts.Prompt`); the target's chat format renders it with them.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,11 +37,14 @@ def describe(objective: Objective) -> dict[str, Any]:
     return {"kind": "callable", "name": f"{getattr(objective, '__module__', '')}.{name}"}
 
 
-def remake(described: Mapping[str, Any], *, description: Path | None = None, **load: Any) -> Objective:
+def remake(
+    described: Mapping[str, Any], *, description: Path | None = None, reader: Guard | None = None, **load: Any
+) -> Objective:
     """The objective that `describe` told of, with all of its settings.
 
     Args:
         description: of a guard unknown here.
+        reader: a guard that is loaded already; used where it is the one described.
         load: where and how to load its model: device, trust_remote_code.
 
     Raises:
@@ -57,6 +61,9 @@ def remake(described: Mapping[str, Any], *, description: Path | None = None, **l
             raise ModelError(f"an objective of kind {kind!r} cannot be made anew from its description; score with it")
         settings = {name: described[name] for name in ("dtype", "max_new_tokens", "tau", "gumbel_seed")}
         settings["variant"] = None if described["transfer"] == "automatic" else described["transfer"]
+        if kind == "guard" and reader is not None and reader.is_the_one(described):
+            del settings["dtype"]
+            return replace(reader, **settings)
         if kind == "guard":
             return Guard.load(described["name"], description=description, **settings, **load)
         load.pop("trust_remote_code", None)

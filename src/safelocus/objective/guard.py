@@ -5,7 +5,7 @@
 The log-odds, not the logit of "safe" alone: a logit also moves when all logits move together.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -126,6 +126,11 @@ class Guard(TextObjective):
 
     def describe(self) -> dict[str, Any]:
         return {"kind": "guard", "name": self.name, "preset": self.preset.name, **self._describe_relaxation()}
+
+    def is_the_one(self, described: Mapping[str, Any]) -> bool:
+        """Whether `describe` told of this model, read in the same way; its relaxation may be another."""
+        own = self.describe()
+        return all(own[name] == described.get(name) for name in ("kind", "name", "preset", "dtype"))
 
     def identity_of_reader(self) -> dict[str, Any]:
         return {"preset": asdict(self.preset), **super().identity_of_reader()}

@@ -106,7 +106,7 @@ def mix(
         seed: of what is drawn, and of the order.
 
     Returns:
-        Dataset: columns as in `rows`; those that an answer has nothing for are None.
+        Dataset: columns and format as in `rows`; columns that an answer has nothing for are None.
 
     Raises:
         PromptError: rows of another form, or no prompts; no answer to a set's prompts ended.
@@ -122,6 +122,10 @@ def mix(
         raise PromptError(f"rows of type {type(rows).__name__}; expected a datasets.Dataset: one split, in memory")
     if not prompts:
         raise PromptError("no prompts to mix in: give at least one set")
+    shown = {name: value for name, value in rows.format.items() if name != "format_kwargs"} | rows.format[
+        "format_kwargs"
+    ]
+    rows = rows.with_format(None)
     write = _writer(rows, target)
     sets = [prompts] if isinstance(prompts, str | PromptSet) else prompts
     mixed = Mixed(prompts=[read_prompts(part) for part in sets], share=share, seed=seed)
@@ -130,7 +134,7 @@ def mix(
     if "chat_template_kwargs" in nothing and len(rows):  # which a trainer unpacks
         nothing["chat_template_kwargs"] = rows[0]["chat_template_kwargs"]
     added = Dataset.from_list([nothing | write(example) for example in said], features=rows.features)
-    return concatenate_datasets([rows, added]).shuffle(seed=seed)
+    return concatenate_datasets([rows, added]).shuffle(seed=seed).with_format(**shown)
 
 
 def _writer(rows: "Dataset", target: Target) -> Callable[[Example], dict[str, Any]]:
