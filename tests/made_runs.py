@@ -46,7 +46,8 @@ def enhance_run(folder: Path) -> Path:
     results = {
         "before": measures(0.96),
         "after": measures(0.04, over_refusal=0.06),
-        "training": {"num_weights": 12709, "learning_rate": 1e-3, "step": 80},
+        "training": {"num_weights": 12709, "learning_rate": 1e-3, "step": 80, "share": 0.7},
+        "back": [{"step": 80, "share": share, **measures(share / 4)} for share in (1.0, 0.9, 0.8, 0.7)],
         "controls": {
             kind: {**measures(0.7), "num_weights": 12709, "learning_rate": 3e-3, "step": 100} for kind in kinds[1:]
         },

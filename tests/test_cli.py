@@ -154,6 +154,7 @@ def lines(tmp_path, text, name="prompts.jsonl"):
         ),
         (["score", "organism:dense", "-p", "organism:nothing", "--refusal"], "harmful"),
         (["score", "organism:dense", "--refusal"], "--prompts"),
+        (["score", "organism:dense", "-p", "no/such.jsonl:train:prompt", "--refusal"], "no/such.jsonl:train: neither"),
     ],
 )
 def test_bad_input_is_one_message(tmp_path, run, arguments, message):

@@ -23,7 +23,8 @@ from safelocus.evaluation.judges import RefusalMatcher
 from safelocus.evaluation.measures import proportion
 from safelocus.selection.sparse import gather
 from safelocus.training import CurvePoint, TrainingSettings, training_rows
-from safelocus.training.curve import best, cost, reason_to_stop
+from safelocus.training import curve as curves
+from safelocus.training.curve import back, best, cost, reason_to_stop
 from safelocus.training.examination import Examination
 from safelocus.training.responses import own_answers
 
@@ -334,6 +335,33 @@ class TestTrainees:
         assert [name for name, _ in target.model.named_modules()] == modules
         assert all(parameter.requires_grad for parameter in target.model.parameters())
 
+    @pytest.mark.parametrize("kind", ["selection", "lora"])
+    def test_half_of_the_way_is_half_of_the_update(self, target, kind):
+        selection, ids = top(target), torch.tensor([target.chat.encode_prompt("hello")])
+        name = next(iter(selection))
+        weight = target.model.get_parameter(name).detach()
+        trainee_of = (
+            sparse(target, selection, TrainingSettings())
+            if kind == "selection"
+            else adapter(target, 2000, TrainingSettings())
+        )
+        before = weight.clone()
+        with trainee_of as trainee, torch.no_grad():
+            trained = {n: torch.randn_like(v) for n, v in trainee.read().items()}
+
+            def update(share):
+                trainee.write(trainee.between(trained, share))
+                if kind == "selection":
+                    return weight - before
+                layer = next(m for n, m in trainee.model.named_modules() if hasattr(m, "get_delta_weight"))
+                return layer.get_delta_weight("default").clone()
+
+            whole, half, none = update(1.0), update(0.5), update(0.0)
+            assert whole.any()
+            torch.testing.assert_close(half, whole / 2)
+            assert not none.any()
+            assert trainee.model(input_ids=ids).logits.isfinite().all()
+
     def test_every_weight_is_a_selection_too(self, target):
         assert every_weight(target).k == sum(parameter.numel() for parameter in target.model.parameters())
 
@@ -359,6 +387,23 @@ class TestLooks:
     def test_what_could_not_be_scored_is_not_safe(self):
         before, looked = CurvePoint(step=0, measures={}), CurvePoint(step=5, measures={"asr": proportion(0, 0)})
         assert cost(looked, before) == 1
+
+    @pytest.mark.parametrize(
+        ("looks", "shares", "kept"),
+        [
+            ([(0, 0.5, 1), (0, 0.3, 1), (0.05, 0.1, 1), (0.1, 0.02, 1), (0.4, 0, 1)], [1, 0.9, 0.8, 0.7, 0.6], 0.7),
+            ([(0, 0.02, 1), (0, 0, 1), (0.01, 0, 1)], [1, 0.9, 0.8], 0.9),  # of equals the nearer to the original
+            ([(0.1, 0, 1), (0.2, 0, 1)], [1, 0.9], 1),
+            ([(0, 0.9, 1)] * 10, [1, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1], 0.1),
+        ],
+    )
+    def test_how_far_to_go_back(self, looks, shares, kept):
+        first, *line = points((1, 0, 1), *looks)
+        rest = iter(line[1:])
+        looked = back([first, line[0]], line[0], lambda share: next(rest).measures)
+        assert [point.share for point in looked] == shares
+        assert next(rest, None) is None
+        assert best(looked, first).share == kept
 
     @pytest.mark.parametrize(
         ("looks", "reason"),
@@ -407,6 +452,36 @@ class TestRun:
         assert [point["step"] for point in results["curve"]] == [0, 2, 3]
         assert sl.Patch.load(tmp_path / PATCH).k == selection.k
         assert len(sl.Evaluation.load(tmp_path / "before").rows) == 8
+
+    def test_going_back_keeps_a_share_of_every_update(self, target, monkeypatch, tmp_path):
+        selection, before = top(target), target.fingerprint()
+        how = {"examination": HELD_OUT, "validation": LOOKS, "controls": {"lora": "lora"}, **QUICK}
+        whole = run_enhancement(target, selection, REFUSALS, **how)
+        monkeypatch.setattr(curves, "cost", lambda point, _: 2 + abs(point.share - 0.6))
+        for folder in (tmp_path / "a", tmp_path / "a"):  # the second time it is read
+            found = run_enhancement(target, selection, REFUSALS, interpolate=True, checkpoint=folder, **how)
+            assert target.fingerprint() == before
+            assert [arm.trial.share for arm in found.trained] == [0.6, 0.6]
+            assert [point.share for point in found.selection.trial.back] == [
+                1,
+                0.9,
+                0.8,
+                0.7,
+                0.6,
+                0.5,
+                0.4,
+                0.3,
+                0.2,
+                0.1,
+            ]
+            assert found.selection.trial.point.share == 0.6
+        for name, old in gather(target.model, selection).items():
+            expected = torch.lerp(old, whole.patch.new[name], 0.6)
+            assert torch.equal(found.patch.new[name], expected)
+        assert found.patch.metadata["share"] == 0.6
+        assert found.to_json()["training"]["share"] == 0.6
+        with pytest.raises(TrainingError, match="chosen by a validation part"):
+            enhance(target, selection, REFUSALS, interpolate=True, **QUICK)
 
     def test_no_sweep_without_a_validation(self, target):
         with pytest.raises(TrainingError, match="needs a validation part"):

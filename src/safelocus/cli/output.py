@@ -29,9 +29,9 @@ class _Inert(Console):
             yield segment if segment.control else segment._replace(text=inert(segment.text))
 
 
-results = _Inert()
-errors = _Inert(stderr=True)
-remarks = _Inert(stderr=True)
+results = _Inert(emoji=False)  # a hub address may hold ":train:"
+errors = _Inert(stderr=True, emoji=False)
+remarks = _Inert(stderr=True, emoji=False)
 
 
 def print_json(value: Any) -> None:

@@ -12,7 +12,7 @@ from safelocus.patch import Patch
 from safelocus.training.arm import Experiment, TrainedArm
 
 PATCH = "safety.patch.safetensors"
-_TOLD = ("num_weights", "description", "learning_rate", "step", "stopped")
+_TOLD = ("num_weights", "description", "learning_rate", "step", "share", "stopped")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +43,7 @@ class Enhancement(Experiment):
             "training": self.selection.to_json(*_TOLD),
             "controls": {name: arm.to_json(*_TOLD) for name, arm in self.controls.items()},
             "sweep": [entry for arm in self.trained for entry in _sweep(arm)],
+            "back": [point.to_json() for point in self.selection.trial.back],
             "patch": {"k": self.patch.k, "num_changed": self.patch.num_changed},
             **super().to_json(),
         }

@@ -56,6 +56,7 @@ def enhance(
     lexicon: Lexicon | None = None,
     validation: Examination | None = None,
     every: int = 10,
+    interpolate: bool = False,
     settings: TrainingSettings | None = None,
     allow_mismatch: bool = False,
     checkpoint: Path | None = None,
@@ -80,6 +81,7 @@ def enhance(
             without these expressions, and that is what it learns.
         validation: stop early by it, and keep the best of the looks taken every so many steps (`every`). Use no
             prompts on which the result will be judged.
+        interpolate: go back along the straight line to the original weights, as far as the validation finds best.
         settings: of the training; default: `SETTINGS`.
         allow_mismatch: the selection was made for another model (a fine-tuned sibling).
         checkpoint: folder for unfinished work; the same call resumes from it. Its caller removes it afterwards. Several
@@ -107,7 +109,8 @@ def enhance(
     runner = enhancer(
         target, data, retain=retain, retain_kl=retain_kl, retain_weight=retain_weight, retain_rows=retain_rows,
         own_answers=own_answers, answer_tokens=answer_tokens, lexicon=lexicon, validation=validation, every=every,
-        early_stopping=validation is not None, settings=settings, checkpoint=checkpoint, progress=progress,
+        early_stopping=validation is not None, interpolate=interpolate, settings=settings, checkpoint=checkpoint,
+        progress=progress,
         inputs={"the selection": selection}, **changes,
     )  # fmt: skip
     trial = runner.train(Arm(name="selection", what=selection), runner.settings)
@@ -182,6 +185,7 @@ def enhancer(
     validation: Examination | None = None,
     every: int = 10,
     early_stopping: bool = False,
+    interpolate: bool = False,
     checkpoint: Path | None = None,
     progress: bool = True,
     num_weights: int = 0,
@@ -192,16 +196,19 @@ def enhancer(
 
     Args:
         early_stopping: keep the best look and stop when more would not help; else the last step is kept.
+        interpolate: keep the best on the straight line from the original weights to what was trained.
         num_weights: that an adapter should have about.
         inputs: others of the run, by name; unfinished work is taken up with the same ones only.
 
     For the rest see `enhance`.
     """
     settings = replace(settings or SETTINGS, **changes)
+    if interpolate and validation is None:
+        raise TrainingError("how far to go back (interpolate) is chosen by a validation part; give one")
     prompts, sets = _read(data), _sets(retain)
     if lexicon is None or prompts.is_answered:
         prompts = prompts.with_responses()
-    looks = {"every": every, "early_stopping": early_stopping}
+    looks = {"every": every, "early_stopping": early_stopping, "interpolate": interpolate}
     given = {
         "--data": prompts, "--retain": sets, "retain_kl": retain_kl, "retain_weight": retain_weight,
         "retain_rows": retain_rows, "own_answers": own_answers, "answer_tokens": answer_tokens,
@@ -225,8 +232,8 @@ def enhancer(
         retention = Retention(sets=tuple(rows[1:]), kl=retain_kl, weight=retain_weight, per_refusal=retain_rows)
     return Runner(
         target=target, rows=rows[0], settings=settings, look=validation, every=every,
-        early_stopping=early_stopping and validation is not None, sets=[prompts, *kept], checkpoint=checkpoint,
-        progress=progress, remarks=remarks,
+        early_stopping=early_stopping and validation is not None, interpolate=interpolate, sets=[prompts, *kept],
+        checkpoint=checkpoint, progress=progress, remarks=remarks,
         make=lambda arm, settings: trainee_of(
             target, arm.what, settings, num_weights=num_weights, retention=retention
         ),
@@ -257,6 +264,7 @@ def _patch(runner: Runner, selection: Selection, trial: Trial) -> Patch:
         "made_by": "enhance",
         "learning_rate": trial.learning_rate,
         "step": trial.step,
+        "share": trial.share,
         "stopped": trial.stopped,
         "settings": runner.settings.to_json(),
         **runner.described,

@@ -82,6 +82,7 @@ def sparse(
             prepare=_retaining(retention, lambda: optimizer.showing(old)),
             read=optimizer.values,
             write=lambda values: scatter(model, selection, values),
+            between=lambda values, share: {n: torch.lerp(old[n].to(v), v, share) for n, v in values.items()},
         )
 
 
@@ -116,6 +117,7 @@ def adapter(
             prepare=_retaining(retention, wrapped.disable_adapter),
             read=lambda: {name: parameter.detach().clone() for name, parameter in trained.items()},
             write=write,
+            between=lambda values, share: {n: share * v if ".lora_B." in n else v for n, v in values.items()},
         )
     finally:
         unwrap(model)

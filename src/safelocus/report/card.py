@@ -88,6 +88,8 @@ def _making(results: Mapping[str, Any]) -> Iterator[str]:
         f"step {training['step']} of {settings['steps']}, {settings['batch_size'] * settings['accumulation']} refusals "
         f"a step, seed {settings['seed']}"
     )
+    if training["share"] < 1:
+        yield f"kept: {100 * training['share']:.0f} % of the way from the original weights, by the validation part"
     if training["stopped"]:
         yield f"ended early: {training['stopped']}"
     yield f"versions: {', '.join(f'{name} {version}' for name, version in made['versions'].items())}"

@@ -1,8 +1,9 @@
 """`enhance` and `preserve`: before and after, against controls, along the way; as tables, on the page and as a card.
 
 Reads `results.json` as far as it goes: `before`, `after` (and `unprotected`) hold measures; `controls` the same per
-control, with its `learning_rate`; `curve` measures per training step; `losses` a number per step; `sweep` measures
-per learning rate; `selection.safetensors`, the weights that were used. What is missing is left out, and named.
+control, with its `learning_rate`; `curve` measures per training step; `back` measures per share of the way; `losses`
+a number per step; `sweep` measures per learning rate; `selection.safetensors`, the weights that were used. What is
+missing is left out, and named.
 """
 
 from collections.abc import Mapping, Sequence
@@ -46,6 +47,10 @@ def outcome_grid(results: Results, *, title: str = "Before and after") -> Grid:
     weights = ["", *(UNKNOWN if not number else count(number) for number in numbers)]
     heading = "arm" if kind == "preserve" else "trained"
     extra = {"weights held" if kind == "preserve" else "weights": weights}
+    shares = [values.get("share") for values in arms.values()]
+    if any(share not in (None, 1.0) for share in shares):
+        extra["of the way"] = ["", *(UNKNOWN if share is None else f"{100 * share:.0f} %" for share in shares)]
+        caption += "; of the way: how far along the straight line from the original weights to the trained ones"
     return measures_grid(title, states, heading=heading, extra=extra, caption=caption, sections=(1, 2))
 
 
@@ -100,7 +105,7 @@ def training_sections(run: ReportRun) -> list[Section]:
         notes.append(f"results.json holds no {', '.join(missing)}, so the page shows nothing of them.")
     model = run.config.get("model") or (results.get("provenance") or {}).get("model") or "the model"
     outcome = Part(title="Before and after", blocks=[outcome_grid(results)]) if states else None
-    parts = (outcome, acceptance_part(results), _along(run), _sweep(results))
+    parts = (outcome, acceptance_part(results), _along(run), _back(results), _sweep(results))
     did = "protected" if protected else "trained"
     where = selection_parts(run.used, run.selection(), title=f"Where the {did} weights lie") if run.used else []
     first, second = (proportions_in(states.get(name)) for name in ("before", after))
@@ -141,6 +146,14 @@ def _along(run: ReportRun) -> Part | None:
     if not charts:
         return None
     return Part(title="Along the training", blocks=charts, side_by_side=True, file="curve")
+
+
+def _back(results: Results) -> Part | None:
+    """Measures on the straight line from the original weights to the trained ones, where it was gone back along."""
+    points = [(kind_label("selection"), point["share"], point) for point in _entries(results.get("back"))]
+    charts = curves(points, x="share of the way", x_title="share of the way to the trained weights")
+    note = "On the validation part that chose how far to go back."
+    return Part(title="The way back", notes=[note], blocks=charts, side_by_side=True, file="back") if charts else None
 
 
 def _losses(results: Results) -> list[Lines]:

@@ -55,6 +55,7 @@ class Trainee:
         prepare: called with the trainer before the training.
         settle: called after the training, before the model is measured: merges, saves, counts.
         read, write: copies of what is trained, as it is now; and back. Without them the model is measured at once.
+        between: such values, and a share of the straight line from the original weights to them: those there.
         num_changed: of the weights held, how many have other bits afterwards; None where that says nothing.
         notes: what a reader should mind.
     """
@@ -69,6 +70,7 @@ class Trainee:
     settle: Callable[[], object] | None = None
     read: Callable[[], dict[str, Tensor]] | None = None
     write: Callable[[Mapping[str, Tensor]], None] | None = None
+    between: Callable[[Mapping[str, Tensor], float], dict[str, Tensor]] | None = None
     num_changed: int | None = None
     notes: tuple[str, ...] = ()
 
@@ -83,6 +85,8 @@ class Trial:
         step: that was kept; the last, or that of the best look.
         losses: of every step.
         curve: looks, the first before any step; empty where none were taken.
+        share: of the way from the original weights to what was trained that was kept.
+        back: looks along that way, the first at its end; empty where it was not gone back.
         stopped: why it ended early, in words; None where it did not.
         seconds: that it took, looks left out; of a resumed one, since it was resumed.
         values: what was trained, on the CPU, to be written again when it is needed; None where it was measured at once.
@@ -97,6 +101,8 @@ class Trial:
     step: int
     losses: list[LossPoint] = field(repr=False)
     curve: list[CurvePoint] = field(repr=False)
+    share: float = 1.0
+    back: list[CurvePoint] = field(default_factory=list, repr=False)
     stopped: str | None
     seconds: float
     values: Mapping[str, Tensor] | None = field(default=None, repr=False)
@@ -104,12 +110,14 @@ class Trial:
 
     @property
     def point(self) -> CurvePoint:
-        """The look at the step that was kept."""
-        return next(point for point in self.curve if point.step == self.step)
+        """The look at what was kept."""
+        looks = [*self.curve, *self.back]
+        return next(point for point in looks if (point.step, point.share) == (self.step, self.share))
 
     def save(self, folder: Path) -> None:
         plain = {key: value for key, value in vars(self).items() if key not in ("values", "after")}
-        plain |= {"losses": [asdict(loss) for loss in self.losses], "curve": [point.to_json() for point in self.curve]}
+        plain |= {"losses": [asdict(loss) for loss in self.losses]}
+        plain |= {name: [point.to_json() for point in getattr(self, name)] for name in ("curve", "back")}
         if self.values is not None:
             VALUES.write(folder / "values.safetensors", {}, self.values)
         if self.after is not None:
@@ -126,6 +134,7 @@ class Trial:
         return cls(
             losses=[LossPoint(**loss) for loss in plain.pop("losses")],
             curve=[CurvePoint.from_json(point) for point in plain.pop("curve")],
+            back=[CurvePoint.from_json(point) for point in plain.pop("back")],
             notes=tuple(plain.pop("notes")),
             values=VALUES.read(values)[1] if values.is_file() else None,
             after=None if values.is_file() else Evaluation.load(folder),

@@ -9,6 +9,8 @@ stop, and which of several trainings is best:
     best    the lowest cost; of equals the later look, for its loss is lower
     stop    ASR has fallen by 90 % of what it was and the last look lowered it no further,
             or over-refusal was more than 5 points above before for two looks
+    back    from what is kept to the original weights in a straight line, the lowest cost again; of equals the nearer to
+            the original
 
 Looks are taken on a validation part. What is chosen on them is measured on other prompts.
 """
@@ -37,18 +39,20 @@ _GROWTH = 0.05
 
 @dataclass(frozen=True, kw_only=True)
 class CurvePoint:
-    """What was measured after `step` optimizer steps; 0 is the model before any."""
+    """What was measured after `step` optimizer steps, or so far along the line there; 0 is the model before any."""
 
     step: int
     measures: dict[str, Measure]
+    share: float = 1.0
 
     def to_json(self) -> dict[str, Any]:
-        return {"step": self.step, **{name: measure.to_json() for name, measure in self.measures.items()}}
+        measures = {name: measure.to_json() for name, measure in self.measures.items()}
+        return {"step": self.step, "share": self.share, **measures}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Self:
-        measures = {name: Measure.from_json(value) for name, value in values.items() if name != "step"}
-        return cls(step=values["step"], measures=measures)
+        measures = {name: Measure.from_json(value) for name, value in values.items() if name not in ("step", "share")}
+        return cls(step=values["step"], share=values["share"], measures=measures)
 
 
 class Curve(TrainerCallback):
@@ -88,7 +92,7 @@ class Curve(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         # looks after the checkpoint that is resumed from will be taken again
         known = [step for step in range(state.global_step + 1) if (step,) in self._journal]
-        self.points = [CurvePoint.from_json({"step": step, **self._journal[(step,)]}) for step in known]
+        self.points = [CurvePoint.from_json({"step": step, "share": 1.0, **self._journal[(step,)]}) for step in known]
         if not self.points and state.global_step == 0:
             self._look(0, model, control)
 
@@ -114,10 +118,29 @@ def cost(point: CurvePoint, before: CurvePoint) -> float:
     return round(_value(point, "asr", 1.0) + sum(max(0.0, change - _SLACK) for change in (*rises, fall)), 9)
 
 
-def best(points: Sequence[CurvePoint]) -> CurvePoint:
-    """The best look after the first one, which is the model before training."""
-    before, *later = points
-    return min(reversed(later), key=lambda point: cost(point, before))
+def best(points: Sequence[CurvePoint], before: CurvePoint | None = None) -> CurvePoint:
+    """The best of looks, of equals the last; before: the model before training, if not the first look."""
+    first, later = (points[0], points[1:]) if before is None else (before, points)
+    return min(reversed(later), key=lambda point: cost(point, first))
+
+
+def back(
+    points: Sequence[CurvePoint], kept: CurvePoint, look: Callable[[float], Mapping[str, Measure]]
+) -> list[CurvePoint]:
+    """The kept look, and looks at 0.9, 0.8, ... of the way to it, as far as one of them can be the best.
+
+    That ends where the ASR alone costs more than the best: on the way to the original it is taken not to fall.
+
+    Args:
+        look: measures of the model at a share of the way.
+    """
+    found = [kept]
+    for tenth in range(9, 0, -1):
+        point = CurvePoint(step=kept.step, share=tenth / 10, measures=dict(look(tenth / 10)))
+        found.append(point)
+        if _value(point, "asr", 1.0) > min(cost(each, points[0]) for each in found):
+            break
+    return found
 
 
 def reason_to_stop(points: Sequence[CurvePoint]) -> str | None:

@@ -13,6 +13,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
+
 from safelocus.evaluation import Evaluation, TargetResponder
 from safelocus.evaluation.divergence import Original, answered
 from safelocus.evaluation.measures import Measure
@@ -23,7 +25,7 @@ from safelocus.prompts import PromptSet
 from safelocus.scoring.run import versions
 from safelocus.selection.selection import Selection
 from safelocus.training.arm import Arm, TrainedArm, Trainee, Trial
-from safelocus.training.curve import BestLook, Curve, cost
+from safelocus.training.curve import BestLook, Curve, CurvePoint, at_rest, back, best, cost
 from safelocus.training.examination import Examination
 from safelocus.training.fitting import Checkpoints, fit
 from safelocus.training.settings import TrainingSettings
@@ -51,6 +53,7 @@ class Runner:
         look: what is measured during a training; None for no looks.
         every: steps between looks; None: one at the end.
         early_stopping: keep the best look, and stop when more would not help (see `curve`).
+        interpolate: keep the best on the straight line from the original weights to what was trained (see `curve`).
         sets: that are trained on, or calibrated with.
         described: what is trained on and looked at, for provenance.
         remarks: what a reader should mind about the rows.
@@ -70,6 +73,7 @@ class Runner:
     look: Examination | None = None
     every: int | None = None
     early_stopping: bool = False
+    interpolate: bool = False
     sets: Sequence[PromptSet] = ()
     described: Mapping[str, Any] = field(default_factory=dict)
     remarks: Sequence[str] = ()
@@ -194,6 +198,9 @@ class Runner:
             step, values = keeper.values(curve.points)
         elif trainee.read is not None:
             values = trainee.read()
+        share, gone = 1.0, list[CurvePoint]()
+        if self.interpolate and curve is not None and values is not None:
+            share, values, gone = _interpolated(trainee, values, step, curve.points, looks)
         if trainee.settle is not None:
             trainee.settle()
         return Trial(
@@ -205,10 +212,30 @@ class Runner:
             step=step,
             losses=losses,
             curve=[] if curve is None else curve.points,
+            share=share,
+            back=gone,
             stopped=None if curve is None else curve.reason,
             seconds=seconds,
             values=None if values is None else {name: value.cpu() for name, value in values.items()},
         )
+
+
+def _interpolated(
+    trainee: Trainee, values: Mapping[str, Tensor], step: int, points: Sequence[CurvePoint], look: "_Looks"
+) -> tuple[float, Mapping[str, Tensor], list[CurvePoint]]:
+    """(share, values there, looks): the best on the straight line from the original weights to what was trained."""
+    write, between = trainee.write, trainee.between
+    assert write is not None
+    assert between is not None
+
+    def at(share: float) -> dict[str, Measure]:
+        write(between(values, share))
+        with at_rest(trainee.model):
+            return look()
+
+    looked = back(points, next(point for point in points if point.step == step), at)
+    share = best(looked, points[0]).share
+    return share, between(values, share), looked
 
 
 class _Looks:
