@@ -7,9 +7,9 @@ loss on the responses of both. contrast: 100 steps of 6 refusals of one sentence
 the model's own answers, two to one to alarming but harmless requests and to ordinary ones, cut to 112 tokens.
 contrast-long: the same for 300 steps, the first 20 of them warming up, as the aligned twin was trained; its "all
 weights" is that twin. AdamW, the rate falling to zero along a line. "gone back": on the straight line to the
-original, as far as 90 % of the validation part, on which nothing was trained, are still refused. One cell per method,
-rate and seed, in this order: every method at every rate with one seed, the paper's rate (plain), further seeds of
-what the claim compares.
+original, as far as 90 % of the validation part, on which nothing was trained, are still refused. "interpolated": on
+that line where the validation part finds best (`enhance --interpolate`). One cell per method, rate and seed, in this
+order: every method at every rate with one seed, the paper's rate (plain), further seeds of what the claim compares.
 """
 
 from collections.abc import Callable
@@ -27,10 +27,13 @@ from safelocus.model.target import Target
 from safelocus.prompts import PromptSet
 from safelocus.training import TrainingSettings
 from safelocus.training.arm import Arm
+from safelocus.training.examination import Examination
 
 METHODS = ("esi", "random", "gradient", "snip", "magnitude", "lora", "full")
 BACK = " gone back"  # as far as the validation part is still refused (`aligning.gone_back`)
-SHOWN = (*METHODS, *(f"{method}{BACK}" for method in ("esi", "random", "full")))
+INTERPOLATED = " interpolated"  # as far as `enhance --interpolate` goes, by that part
+WEAKER = tuple(f"{method}{how}" for how in (BACK, INTERPOLATED) for method in ("esi", "random", "full"))
+SHOWN = (*METHODS, *WEAKER)
 FLOOR = 0.9  # of the validation part: what is aimed at
 PAPER_RATE = 3e-5
 RATIO = 0.01
@@ -71,7 +74,10 @@ RECIPES = {
     ),
     "contrast": Recipe(
         table="contrast", rates=(1e-3, 3e-3, 3e-4),
-        methods=("esi", f"esi{BACK}", "random", "full", "lora", "gradient", "snip"),
+        methods=(
+            "esi", f"esi{INTERPOLATED}", "random", f"random{INTERPOLATED}", f"esi{BACK}", "full", "lora", "gradient",
+            "snip",
+        ),
         batch_size=6, max_length=112, data=sets.refused, retain=lambda: sets.answered(whole=False),
         how={"own_answers": True, "answer_tokens": 24},
         used=("advbench", "circuit_breakers", "harmful", "embedded", "oktest", "alpaca"),
@@ -100,13 +106,19 @@ def trained(recipe: Recipe, target: Target, method: str, rate: float, seed: int,
     if recipe.table == "contrast-long" and method.startswith("full"):
         return _twin(recipe, unfinished)
     how = training(recipe, rate, seed)
-    k, chosen = int(RATIO * target.layout.num_weights), method.removesuffix(BACK)
+    k, chosen = int(RATIO * target.layout.num_weights), method.partition(" ")[0]
     what: Any = chosen if chosen in ("lora", "full") else cells.selection(target, chosen, RATIO, seed=seed)
+    if method.endswith(INTERPOLATED):
+        (harmful,), (harmless,) = sets.validation().values()
+        looks = Examination(harmful=harmful, harmless=harmless, judges=(cells.JUDGE,), max_new_tokens=sets.NEW_TOKENS)
+        how |= {"validation": looks, "every": recipe.steps, "interpolate": True}
     runner = enhancer(target, checkpoint=unfinished, num_weights=k, **how)
     arm = Arm(name="arm", what=what)
     trial = runner.train(arm, how["settings"])
     with runner.shown(arm, trial):
         back = aligning.gone_back(target, FLOOR) if method.endswith(BACK) else {}
+        if trial.back:
+            back = {"share_of_the_way": trial.share, "back": [point.to_json() for point in trial.back]}
         measured = cells.measured(target, unfinished / "after", **_asked(recipe))
     return {
         "method": method, "rate": rate, "seed": seed, "num_weights": trial.num_weights,

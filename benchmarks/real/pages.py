@@ -44,7 +44,7 @@ NAMES = {
     "esi": "ESI", "random": "random", "gradient": "gradient", "snip": "SNIP", "magnitude": "magnitude",
     "lora": "LoRA of equal size", "full": "all weights", "before": "before",
 }  # fmt: skip
-NAMES |= {method + enhancing.BACK: f"{NAMES[method]}, gone back" for method in ("esi", "random", "full")}
+NAMES |= {method: f"{NAMES[method.partition(' ')[0]]}, {method.partition(' ')[2]}" for method in enhancing.WEAKER}
 README_RATE = 1e-4
 KEPT = 0.05  # points of accuracy, of over-refusal: below that ability counts as kept
 
@@ -125,9 +125,12 @@ def enhance_page(name: str) -> str | None:
         return None
     rows = [("before", "", "", "", *rates(before), perplexity(before))]
     rows += [
-        (NAMES[method], f"{rate:g}", str(len(group)), f"{group[0]['num_weights']:,}", *rates(group), perplexity(group))
+        (
+            NAMES[method] + _way(group), f"{rate:g}", str(len(group)), f"{group[0]['num_weights']:,}", *rates(group),
+            perplexity(group),
+        )
         for (method, rate), group in groups.items()
-    ]
+    ]  # fmt: skip
     table = Grid(
         title="", headings=("trained", "rate", "seeds", "weights", *HEADINGS), rows=tuple(rows),
         caption=f"percent refused, or answered right [95 % interval over prompts and seeds]; n: {numbers(before[0])}, "
@@ -155,6 +158,12 @@ def enhance_page(name: str) -> str | None:
             *_enhance_cards(recipe, before, groups),
         ]
     )
+
+
+def _way(group: list[Cell]) -> str:
+    """How far along the line from the original weights it was kept."""
+    shares = [f"{100 * cell['share_of_the_way']:.0f}" for cell in group if "share_of_the_way" in cell]
+    return f" to {', '.join(shares)} %" if shares else ""
 
 
 def _enhanced(recipe: enhancing.Recipe) -> tuple[list[Cell], dict[tuple[str, float], list[Cell]]]:
@@ -226,7 +235,8 @@ def _frontier_figure() -> Figure:
                 ]
                 if points:
                     label = f"{NAMES[method]}, {name}"
-                    axis.plot(*zip(*points, strict=True), style, markersize=4, color=colour, label=label)
+                    face = "white" if method in enhancing.WEAKER else colour
+                    axis.plot(*zip(*points, strict=True), style, markersize=4, color=colour, mfc=face, label=label)
         axis.set_xlabel(f"{HEADINGS[SOURCES.index(unwanted)]}: share refused (not wanted)", fontsize=8)
         axis.set_ylabel(f"{HEADINGS[SOURCES.index(wanted)]}: share refused (wanted)", fontsize=8)
         axis.set_xlim(-0.03, 1.03)
@@ -324,7 +334,7 @@ def _enhance_figure(
 
 
 def _colour(method: str) -> str:
-    return LIGHT.series[enhancing.METHODS.index(method.removesuffix(enhancing.BACK))]
+    return LIGHT.series[enhancing.METHODS.index(method.partition(" ")[0])]
 
 
 def _curve(axis: Any, points: list[tuple[float, Measure]], colour: str, label: str) -> None:
