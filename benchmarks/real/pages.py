@@ -826,23 +826,32 @@ def write(name: str, make: Callable[[], str | None]) -> None:
 
 
 def readme() -> None:
-    """The table of README, between its marks: before, and after SET on ESI's and on random weights at one rate."""
-    found = dict(cells.kept(enhancing.RECIPES["plain"].table))
-    shown = {"before": "before"} | {
-        f"{method}-{README_RATE:g}-0": f"1 % of the weights, {NAMES[method]}" for method in ("esi", "random")
-    }
-    if not shown.keys() <= found.keys():
+    """The table of README, between its marks: before and after SET, two recipes, on ESI's and on random weights."""
+    found = {recipe.table: dict(cells.kept(recipe.table)) for recipe in enhancing.RECIPES.values()}
+    plain, contrast = enhancing.RECIPES["plain"], enhancing.RECIPES["contrast-long"]
+    shown = [(plain, "before", "before")]
+    back = enhancing.BACK.replace(" ", "-")
+    for recipe, how, rate, label in (
+        (plain, "", README_RATE, "plain"), (contrast, back, contrast.rates[0], "with contrast"),
+    ):  # fmt: skip
+        shown += [
+            (recipe, f"{method}{how}-{rate:g}-0", f"1 % of the weights, {NAMES[method]}, {label}") for method in ("esi", "random")
+        ]
+    if any(key not in found[recipe.table] for recipe, key, _ in shown):
         return
     table = Grid(
         title="", headings=("refused, percent [95 % interval]", *(HEADINGS[SOURCES.index(each)] for each in _SHOWN)),
         rows=tuple(
-            (label, *(interval(level(outcomes([found[key]], source))) for source in _SHOWN))
-            for key, label in shown.items()
+            (label, *(interval(level(outcomes([found[recipe.table][key]], source))) for source in _SHOWN))
+            for recipe, key, label in shown
         ),
-        caption=f"SmolLM2-135M-Instruct, 100 steps at a rate of {README_RATE:g}; n "
-        + ", ".join(str(len(found["before"]["outcomes"][source])) for source in _SHOWN)
-        + ". The first two columns should rise, the other two should not: every rate, control and measure, and what "
-        "the plain recipe costs, is in [results](docs/results/real-enhance.md).",
+        caption="SmolLM2-135M-Instruct; n "
+        + ", ".join(str(len(found[plain.table]["before"]["outcomes"][source])) for source in _SHOWN)
+        + ". The first two columns should rise, the other two should not. Plain: 100 steps of refusals and benign "
+        f"rows at {README_RATE:g} ([results](docs/results/real-enhance.md)). With contrast: {contrast.steps} steps of "
+        f"refusals and the model's own answers to harmless requests at {contrast.rates[0]:g}, then back towards the "
+        "original as far as 90 % of a validation part are still refused "
+        "([results](docs/results/real-contrast-long.md)). One seed.",
     )  # fmt: skip
     file = cells.ROOT / "README.md"
     head, _, rest = file.read_text(encoding="utf-8").partition("<!-- real -->\n")
