@@ -835,7 +835,8 @@ def readme() -> None:
         (plain, "", README_RATE, "plain"), (contrast, back, contrast.rates[0], "with contrast"),
     ):  # fmt: skip
         shown += [
-            (recipe, f"{method}{how}-{rate:g}-0", f"1 % of the weights, {NAMES[method]}, {label}") for method in ("esi", "random")
+            (recipe, f"{method}{how}-{rate:g}-0", f"1 % of the weights, {NAMES[method]}, {label}")
+            for method in ("esi", "random")
         ]
     if any(key not in found[recipe.table] for recipe, key, _ in shown):
         return
