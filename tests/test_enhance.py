@@ -16,7 +16,7 @@ from safelocus.enhancement.optimizer import SparseOptimizer
 from safelocus.enhancement.result import PATCH
 from safelocus.enhancement.retention import Retention
 from safelocus.enhancement.run import enhance, run_enhancement
-from safelocus.enhancement.trainee import adapter, every_weight, sparse
+from safelocus.enhancement.trainee import _between, adapter, every_weight, sparse
 from safelocus.errors import NumericalError, PromptError, SelectionError, TrainingError
 from safelocus.evaluation.divergence import likeliest
 from safelocus.evaluation.judges import RefusalMatcher
@@ -476,10 +476,14 @@ class TestRun:
             ]
             assert found.selection.trial.point.share == 0.6
         for name, old in gather(target.model, selection).items():
-            expected = torch.lerp(old, whole.patch.new[name], 0.6)
-            assert torch.equal(found.patch.new[name], expected)
+            assert torch.equal(found.patch.new[name], torch.lerp(old, whole.patch.new[name], 0.6))
         assert found.patch.metadata["share"] == 0.6
         assert found.to_json()["training"]["share"] == 0.6
+        for share in (0.6, 1.0):  # bits of bf16 too
+            old, new = torch.randn(2, 1000).bfloat16()
+            assert torch.equal(
+                _between(old, new, share), (old.double() + share * (new.double() - old.double())).bfloat16()
+            )
         with pytest.raises(TrainingError, match="chosen by a validation part"):
             enhance(target, selection, REFUSALS, interpolate=True, **QUICK)
 

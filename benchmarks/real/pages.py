@@ -44,7 +44,7 @@ NAMES = {
     "esi": "ESI", "random": "random", "gradient": "gradient", "snip": "SNIP", "magnitude": "magnitude",
     "lora": "LoRA of equal size", "full": "all weights", "before": "before",
 }  # fmt: skip
-NAMES |= {method: f"{NAMES[method.partition(' ')[0]]}, {method.partition(' ')[2]}" for method in enhancing.WEAKER}
+NAMES |= {method: f"{NAMES[method.partition(' ')[0]]}, {method.partition(' ')[2]}" for method in enhancing.VARIANTS}
 README_RATE = 1e-4
 KEPT = 0.05  # points of accuracy, of over-refusal: below that ability counts as kept
 
@@ -235,7 +235,7 @@ def _frontier_figure() -> Figure:
                 ]
                 if points:
                     label = f"{NAMES[method]}, {name}"
-                    face = "white" if method in enhancing.WEAKER else colour
+                    face = "white" if method in enhancing.VARIANTS else colour
                     axis.plot(*zip(*points, strict=True), style, markersize=4, color=colour, mfc=face, label=label)
         axis.set_xlabel(f"{HEADINGS[SOURCES.index(unwanted)]}: share refused (not wanted)", fontsize=8)
         axis.set_ylabel(f"{HEADINGS[SOURCES.index(wanted)]}: share refused (wanted)", fontsize=8)

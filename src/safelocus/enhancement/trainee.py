@@ -82,7 +82,7 @@ def sparse(
             prepare=_retaining(retention, lambda: optimizer.showing(old)),
             read=optimizer.values,
             write=lambda values: scatter(model, selection, values),
-            between=lambda values, share: {n: torch.lerp(old[n].to(v), v, share) for n, v in values.items()},
+            between=lambda values, share: {n: _between(old[n], v, share) for n, v in values.items()},
         )
 
 
@@ -123,6 +123,11 @@ def adapter(
         unwrap(model)
         for parameter, flag in required.items():
             parameter.requires_grad_(flag)
+
+
+def _between(old: Tensor, new: Tensor, share: float) -> Tensor:
+    """On the line from one to the other, in fp32, rounded to their dtype."""
+    return torch.lerp(old.to(new.device, torch.float32), new.float(), share).to(new.dtype)
 
 
 def _retaining(
