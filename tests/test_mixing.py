@@ -6,6 +6,7 @@ from trl import SFTConfig, SFTTrainer
 
 import safelocus as sl
 from safelocus.errors import PromptError, TrainingError
+from safelocus.preservation.mixing import Mixed
 from safelocus.training import training_rows
 from safelocus.training.responses import own_answers
 
@@ -121,6 +122,14 @@ def test_prompts_are_drawn_by_the_seed(target):
     first = {e.prompt for e in sl.read_prompts("organism:harmful").limit(4)}
     assert drawn[0] == drawn[1] != drawn[2]
     assert not first <= drawn[0]
+
+
+def test_a_set_that_is_named_twice_counts_twice(target):
+    harmful, harmless = (sl.read_prompts(f"organism:{kind}").limit(9) for kind in ("harmful", "harmless"))
+    rows = Mixed(prompts=[harmful, harmless, harmless], share=0.5).rows(12, target, max_new_tokens=40, progress=False)
+    drawn = [row.prompt for row in rows]
+    assert [sum(prompt in part.texts for prompt in drawn) for part in (harmful, harmless)] == [4, 8]
+    assert len(set(drawn)) == 12  # no prompt twice while there are others
 
 
 @pytest.mark.parametrize("template", [None, "Q: {prompt} A:"])

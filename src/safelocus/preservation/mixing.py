@@ -7,6 +7,7 @@ it kept more refusals than freezing or calibrating (docs/results/real-preserve.m
     mix     the same for a data set that a trainer takes
 """
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -32,7 +33,8 @@ class Mixed:
     """Rows of the model's own answers to a few prompts.
 
     Attributes:
-        prompts: harmful ones, and harmless ones against over-refusal. Responses in them are not used.
+        prompts: harmful ones, and harmless ones against over-refusal; a set that is named twice counts twice. Responses
+            in them are not used.
         share: of all rows.
         max_new_tokens: length of the answers; longer ones are cut, and teach no end.
         seed: which prompts are drawn, where there are more than rows.
@@ -71,11 +73,12 @@ class Mixed:
     def rows(self, size: int, target: Target, checkpoint: Path | None = None, **how: Any) -> list[Example]:
         """What is mixed into so many rows; the model answers what is drawn, and nothing else. `how`: `own_answers`."""
         each = max(round(size * self.share / (1 - self.share) / len(self.prompts)), 1)
+        times = Counter(part.hash for part in self.prompts)
         found = []
-        for number, part in enumerate(self.prompts):
-            folder = None if checkpoint is None else checkpoint / str(number)
-            said = own_answers(target, part.limit(each, seed=self.seed), checkpoint=folder, **how)
-            found += [said.examples[place % len(said)] for place in range(each)]
+        for number, part in enumerate({part.hash: part for part in self.prompts}.values()):
+            folder, num = None if checkpoint is None else checkpoint / str(number), each * times[part.hash]
+            said = own_answers(target, part.limit(num, seed=self.seed), checkpoint=folder, **how)
+            found += [said.examples[place % len(said)] for place in range(num)]
         return found
 
     def describe(self) -> dict[str, Any]:
@@ -100,7 +103,8 @@ def mix(
     Args:
         rows: one split, in a form that TRL takes: `prompt` and `completion`, of messages or text; `messages`; `text`.
         target: the model as it is before the training, which answers; its system prompt comes along.
-        prompts: sets that come in equal parts, at least one row of each; give harmful and harmless ones.
+        prompts: sets that come in equal parts, at least one row of each, one that is named twice in two; give harmful
+            and harmless ones.
         share: of all rows.
         max_new_tokens: answers that do not end within are left out, since such rows cannot be cut.
         seed: of what is drawn, and of the order.
