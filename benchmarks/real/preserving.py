@@ -52,6 +52,10 @@ class Arm:
     safelora: bool = False
     rate: float = RATE
     lora: bool = False
+    seed: int = 0
+
+    def key(self, task: str) -> str:
+        return f"{task}-{'lora' if self.lora else 'full'}-{self.name}" + (f"-{self.seed}" if self.seed else "")
 
 
 UNPROTECTED, ESI, RANDOM = (
@@ -73,6 +77,7 @@ SHORT = (
     Arm(name="mixed", mixed="advbench"), Arm(name="lox", lox=True),
     Arm(name="esi-10-mixed", method="esi", mixed="advbench"),
     Arm(name="mixed-embedded", mixed="embedded"), Arm(name="mixed-alarming", mixed="alarming"),
+    *(Arm(name=f"mixed-{kind}", mixed=kind, seed=seed) for seed in (1, 2) for kind in ("embedded", "alarming")),
 )  # fmt: skip
 LOX_RANK, LOX_FACTOR = 6, 1.25
 SAFELORA_COSINE = 0.35
@@ -141,11 +146,15 @@ def learned(task: str, steps: int, arm: Arm, unfinished: Path) -> dict[str, Any]
     if arm.calibrated:
         calibration = sl.Calibration(target=target, prompts=shown(), max_new_tokens=64)
     if arm.mixed:
-        data = Mixed(prompts=shown(arm.mixed)).into(data, target, checkpoint=unfinished / "mixed")
+        data = Mixed(prompts=shown(arm.mixed), seed=arm.seed).into(data, target, checkpoint=unfinished / "mixed")
     if arm.lox:
         extrapolate(target)
     settings = replace(
-        SETTINGS, steps=steps, learning_rate=arm.rate, max_length=MAX_LENGTH.get(task, SETTINGS.max_length)
+        SETTINGS,
+        steps=steps,
+        learning_rate=arm.rate,
+        seed=arm.seed,
+        max_length=MAX_LENGTH.get(task, SETTINGS.max_length),
     )
     before = {name: weight.clone() for name, weight in target.model.state_dict().items()} if arm.safelora else {}
     model = Lora(rank=8).wrap(target.model, target.layout) if arm.lora else target.model
@@ -167,7 +176,7 @@ def learned(task: str, steps: int, arm: Arm, unfinished: Path) -> dict[str, Any]
     projected = project(target, before) if arm.safelora else 0
     found = cells.measured(target, unfinished / "after", perplexity=[sets.texts(), held_out])
     return {
-        "task": task, "arm": arm.name, "lora": arm.lora, "rate": arm.rate, "steps": steps,
+        "task": task, "arm": arm.name, "lora": arm.lora, "seed": arm.seed, "rate": arm.rate, "steps": steps,
         **({"projected": projected} if arm.safelora else {}),
         "num_protected": held[0].num_protected_in_all if held else 0, "settings": settings.to_json(),
         "losses": [round(loss.loss, 4) for loss in losses], **described, **cells.outcome(found),
@@ -185,7 +194,7 @@ def main() -> None:
     work: dict[str, Any] = {}
     for task, steps, arms in PLAN:
         work[f"{task}-before"] = partial(before, task)
-        work |= {f"{task}-{'lora' if a.lora else 'full'}-{a.name}": partial(learned, task, steps, a) for a in arms}
+        work |= {arm.key(task): partial(learned, task, steps, arm) for arm in arms}
     cells.work(TABLE, work, given.share, given.only)
 
 
