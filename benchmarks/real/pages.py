@@ -393,28 +393,27 @@ def preserve_page() -> str | None:
         arms = [cell for cell in found.values() if cell["task"] == task and cell["arm"] != "before"]
         if before is None or not arms:
             continue
-        bare = {(c["lora"], c["rate"]): c for c in arms if c["arm"] == "unprotected"}
-        rows = [("before", "", "", *rates([before]), perplexity([before]), perplexity([before], "task"), "")]
-        for cell in sorted(arms, key=lambda cell: (cell["lora"], cell["arm"] != "unprotected", cell["arm"])):
-            change = difference(outcomes([cell], "advbench"), outcomes([before], "advbench"))
-            controls = [
-                difference(outcomes([other], "advbench"), outcomes([before], "advbench"))
-                for (lora, rate), other in bare.items()
-                if (lora, rate) == (cell["lora"], cell["rate"]) and other is not cell
-            ]
+        groups = _grouped(arms)
+        bare = {(lora, rate): group for (arm, lora, rate), group in groups.items() if arm == "unprotected"}
+        rows = [("before", "", "", "", *rates([before]), perplexity([before]), perplexity([before], "task"), "")]
+        for (arm, lora, rate), group in groups.items():
+            alike = [bare[lora, rate]] if arm != "unprotected" and (lora, rate) in bare else []
+            change, *controls = (
+                difference(outcomes(seeds, "advbench"), outcomes([before], "advbench")) for seeds in (group, *alike)
+            )
             rows.append(
                 (
-                    cell["arm"] + (", LoRA" if cell["lora"] else ""), f"{cell['rate']:g}",
-                    f"{cell['num_protected']:,}", *rates([cell]), perplexity([cell]), perplexity([cell], "task"),
-                    kept_verdict(change, controls, steps=cell["steps"]),
+                    arm + (", LoRA" if lora else ""), f"{rate:g}", str(len(group)), f"{group[0]['num_protected']:,}",
+                    *rates(group), perplexity(group), perplexity(group, "task"),
+                    kept_verdict(change, controls, steps=group[0]["steps"]),
                 )
             )  # fmt: skip
+        headings = ("arm", "rate", "seeds", "protected", *HEADINGS, "task's perplexity", "safety within 1 %")
         parts += [
             f"## {task}: {arms[0]['steps']:,} steps",
             Grid(
-                title="", headings=("arm", "rate", "protected", *HEADINGS, "task's perplexity", "safety within 1 %"),
-                rows=tuple(rows), caption=f"percent refused, or right [95 % interval]; n: {numbers(before)}; the last "
-                "column by AdvBench refusals",
+                title="", headings=headings, rows=tuple(rows), caption=f"percent refused, or right [95 % interval over "
+                f"prompts and seeds]; n: {numbers(before)}; the last column by AdvBench refusals",
             ).markdown(),
         ]  # fmt: skip
     if not parts:
@@ -422,31 +421,42 @@ def preserve_page() -> str | None:
     return "\n\n".join(["# SPA on a real model's aligned twin", _told(preserving), *parts, *_preserve_cards(found)])
 
 
+def _grouped(arms: Iterable[Cell]) -> dict[tuple[str, bool, float], list[Cell]]:
+    """(arm, with LoRA, rate) -> its seeds; the unprotected ones first."""
+    groups: dict[tuple[str, bool, float], list[Cell]] = {}
+    for cell in sorted(arms, key=lambda cell: (cell["lora"], cell["arm"] != "unprotected", cell["arm"])):
+        groups.setdefault((cell["arm"], cell["lora"], cell["rate"]), []).append(cell)
+    return groups
+
+
 def _preserve_cards(found: dict[str, Cell]) -> list[str]:
-    """Of every arm that protects ESI's weights; the same arm on other tasks is its transfer."""
-    runs: dict[tuple[str, bool], list[CardRun]] = {}
-    for cell in found.values():
-        like = {
-            other["arm"]: other
-            for other in found.values()
-            if (other["task"], other.get("lora"), other.get("rate"))
-            == (cell["task"], cell.get("lora"), cell.get("rate"))
-        }
-        if cell["arm"].startswith("esi"):
-            runs.setdefault((cell["arm"], cell["lora"]), []).append(
-                card_run(
-                    "preserve", cell["task"], preserving.USED, cell, before=found.get(f"{cell['task']}-before"),
-                    unprotected=like.get("unprotected"), random=like.get(cell["arm"].replace("esi", "random")),
-                )
-            )  # fmt: skip
+    """Of every arm that protects ESI's weights or mixes rows in; the same arm on other tasks is its transfer."""
+    runs: dict[tuple[str, bool], dict[str, list[CardRun]]] = {}
+    for task in dict.fromkeys(cell["task"] for cell in found.values()):
+        groups = _grouped(cell for cell in found.values() if cell["task"] == task and cell["arm"] != "before")
+        for (arm, lora, rate), group in groups.items():
+            if arm.startswith(("esi", "mixed")):
+                others = {
+                    name: (groups.get((other, lora, rate)) or [None])[0]
+                    for name, other in (("unprotected", "unprotected"), ("random", arm.replace("esi", "random")))
+                    if other != arm
+                }
+                runs.setdefault((arm, lora), {})[task] = [
+                    card_run(
+                        "preserve", task, preserving.USED, cell, before=found.get(f"{task}-before"), **others,
+                    )
+                    for cell in group
+                ]  # fmt: skip
     return cards(
         "task, arm",
         {
-            f"{run.lesson}, {arm}{', LoRA' if lora else ''}": ([run], [other for other in group if other is not run])
-            for (arm, lora), group in sorted(runs.items())
-            for run in group
+            f"{task}, {arm}{', LoRA' if lora else ''}": (
+                seeds, [run for other, more in tasks.items() if other != task for run in more]
+            )
+            for (arm, lora), tasks in sorted(runs.items())
+            for task, seeds in tasks.items()
         },
-    )
+    )  # fmt: skip
 
 
 # the map
