@@ -46,15 +46,20 @@ def enhance_run(folder: Path) -> Path:
     results = {
         "before": measures(0.96),
         "after": measures(0.04, over_refusal=0.06),
-        "training": {"num_weights": 12709, "learning_rate": 1e-3, "step": 80, "share": 0.7},
-        "back": [{"step": 80, "share": share, **measures(share / 4)} for share in (1.0, 0.9, 0.8, 0.7)],
+        "training": {
+            "num_weights": 12709,
+            "learning_rate": 1e-3,
+            "step": 80,
+            "share": 0.7,
+            "back": [{"step": 80, "share": share, **measures(share / 4)} for share in (1.0, 0.9, 0.8, 0.7)],
+        },
         "controls": {
             kind: {**measures(0.7), "num_weights": 12709, "learning_rate": 3e-3, "step": 100} for kind in kinds[1:]
         },
         "curve": [{"step": step, **measures(0.96 - 0.009 * step)} for step in (0, 50, 100)],
         "losses": [{"step": step, "loss": 3.0 / step, "learning_rate": 1e-3} for step in range(1, 11)],
         "sweep": [
-            {"kind": kind, "learning_rate": rate, "chosen": rate == 1e-3, "step": 80, **measures(0.5)}
+            {"kind": kind, "learning_rate": rate, "chosen": rate == 1e-3, "step": 80, "share": 0.7, **measures(0.5)}
             for kind in kinds
             for rate in rates
         ],

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import safelocus as sl
-from safelocus.errors import SafelocusError
+from safelocus.errors import PromptError, SafelocusError
 from safelocus.evaluation import Ablation, Attacked, Reply, TargetResponder, askings, attack, evaluate
 from safelocus.evaluation.attack import _batches, _means, attack_names, decoder_layers
 from safelocus.evaluation.responding import Request
@@ -138,6 +138,9 @@ def test_the_direction_found_is_the_one_under_which_refusal_is_least_likely(monk
             scores[layer] = sl.Refusal()(target, harmful.texts).mean().item()
     assert found.layer == min(scores, key=scores.__getitem__)
     torch.testing.assert_close(found.direction, apart[found.layer])
+    assert ("carries more than refusal" in found.told) == (max_kl == 0.0)
+    with pytest.raises(PromptError, match="have 3 prompts in common"):
+        Ablation.find(target, harmful, harmful)
 
 
 def test_a_direction_that_changes_harmless_answers_is_left_for_a_milder_one(monkeypatch):
@@ -179,6 +182,8 @@ def test_the_command_asks_under_an_attack_and_compares(run, tmp_path):
     results = json.loads(out)
     assert results["provenance"]["responder"]["attack"]["opening"] == "Sure, here is"
     assert "asked under no attack first and prefill second" in results["against"]["notes"]
+    code, _, errors = run(*common, "--ablation-harmful", "organism:harmful", "-o", tmp_path / "none")
+    assert (code, "--ablation-harmful is for --attack ablation" in errors) == (2, True)
     code, _, errors = run(*common, "--attack", "hypnosis", "-o", tmp_path / "none")
     assert code == 2
     assert all(name in errors for name in attack_names())

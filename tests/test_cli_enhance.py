@@ -122,8 +122,9 @@ def test_everything_at_once(tmp_path, run, monkeypatch):
     assert loaded == ["organism:guard"]  # once, for finding and judging
     assert results["provenance"]["retained"][0]["source"] == str(retained)
     assert (folder / "sweep.svg").is_file()
-    assert [point["share"] for point in results["back"][:2]] == [1.0, 0.9]
-    assert all(0 < arm["share"] <= 1 for arm in (results["training"], *results["controls"].values()))
+    for arm in (results["training"], *results["controls"].values()):
+        assert [point["share"] for point in arm["back"][:2]] == [1.0, 0.9]
+        assert arm["share"] in [point["share"] for point in arm["back"]]
     assert (folder / "back.svg").is_file()
     remarks = " ".join(results["notes"])
     assert "prompts of organism:refusals that are not trained on" in remarks
@@ -152,7 +153,7 @@ def test_run_toml_repeats_the_run(scored, tmp_path, run):
         ([*REFUSAL, "--card-with", "nowhere"], "nowhere: no run for an acceptance card"),
         ([*REFUSAL, "--sweep", "0,1"], "learning_rate is a positive number"),
         ([*REFUSAL, "--sweep", "1e-3,1e-2", "--validation", "0"], "leave one"),
-        ([*REFUSAL, "--interpolate", "--validation", "0"], "--interpolate chooses by the validation part; leave one"),
+        ([*REFUSAL, "--interpolate", "--validation", "0"], "--interpolate: chosen by the validation part; leave one"),
         ([*REFUSAL, "--data", "organism:nothing"], "nothing"),
         ([*REFUSAL, "--harmful", "organism:harmful"], "are among those to find the weights with"),
         ([*REFUSAL, "--harmful", "organism:refusals"], "prompts to train on are also among those to measure with"),

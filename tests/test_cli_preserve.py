@@ -146,6 +146,7 @@ def test_everything_at_once(few, tmp_path, run):
         ([*REFUSAL, "--calibrate", "organism:harmful-heldout"], "are also among those to measure with"),
         ([*REFUSAL, "--mix", "organism:harmless", "--mix-share", "1"], "above 0 and at most 0.9"),
         ([*REFUSAL, "--mix", "none", "--mix", "organism:harmless"], "expected one or the other"),
+        ([*REFUSAL, "--mix", "none", "--mix-share", "0.3"], "with --mix none there are none"),
         ([*REFUSAL, "--mix", "organism:harmful-heldout"], "are also among those to measure with"),
         ([*REFUSAL, "--calibrate", "organism:harmful", "--calibrate-rate", "0"], "learning_rate is a positive"),
     ],

@@ -24,7 +24,7 @@ from safelocus.evaluation.measures import proportion
 from safelocus.selection.sparse import gather
 from safelocus.training import CurvePoint, TrainingSettings, training_rows
 from safelocus.training import curve as curves
-from safelocus.training.curve import back, best, cost, reason_to_stop
+from safelocus.training.curve import back, best, cost, nearest, reason_to_stop
 from safelocus.training.examination import Examination
 from safelocus.training.responses import own_answers
 
@@ -394,7 +394,8 @@ class TestLooks:
             ([(0, 0.5, 1), (0, 0.3, 1), (0.05, 0.1, 1), (0.1, 0.02, 1), (0.4, 0, 1)], [1, 0.9, 0.8, 0.7, 0.6], 0.7),
             ([(0, 0.02, 1), (0, 0, 1), (0.01, 0, 1)], [1, 0.9, 0.8], 0.9),  # of equals the nearer to the original
             ([(0.1, 0, 1), (0.2, 0, 1)], [1, 0.9], 1),
-            ([(0, 0.9, 1)] * 10, [1, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1], 0.1),
+            ([(1, 0, 1)] * 10, [1, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1], 1),  # it did nothing
+            ([(0, 0.6, 1)] * 10, [1, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1], 0.1),
         ],
     )
     def test_how_far_to_go_back(self, looks, shares, kept):
@@ -403,7 +404,7 @@ class TestLooks:
         looked = back([first, line[0]], line[0], lambda share: next(rest).measures)
         assert [point.share for point in looked] == shares
         assert next(rest, None) is None
-        assert best(looked, first).share == kept
+        assert nearest(looked, first).share == kept
 
     @pytest.mark.parametrize(
         ("looks", "reason"),
@@ -457,7 +458,7 @@ class TestRun:
         selection, before = top(target), target.fingerprint()
         how = {"examination": HELD_OUT, "validation": LOOKS, "controls": {"lora": "lora"}, **QUICK}
         whole = run_enhancement(target, selection, REFUSALS, **how)
-        monkeypatch.setattr(curves, "cost", lambda point, _: 2 + abs(point.share - 0.6))
+        monkeypatch.setattr(curves, "cost", lambda point, _: 2 + abs(point.share - 0.6) if point.step else 9)
         for folder in (tmp_path / "a", tmp_path / "a"):  # the second time it is read
             found = run_enhancement(target, selection, REFUSALS, interpolate=True, checkpoint=folder, **how)
             assert target.fingerprint() == before

@@ -109,7 +109,7 @@ def test_a_card_cannot_be_made_to_say_or_run_anything_else():
         "before": measures(0.9) | {"judges": [{"judge": ALL}], "provenance": {"prompts": [part]}},
         "after": measures(0.1),
         "controls": {"random": measures(0.7) | {"learning_rate": 1e-3, "num_weights": 7}},
-        "training": {"learning_rate": 1e-3, "step": 3, "share": 0.7, "stopped": ALL, "num_weights": 7},
+        "training": {"learning_rate": 1e-3, "step": 3, "share": 0.7, "back": [1], "stopped": ALL, "num_weights": 7},
         "settings": {"schedule": "linear", "steps": 3, "batch_size": 1, "accumulation": 1, "seed": 0},
         "notes": [ALL],
     }  # fmt: skip

@@ -84,6 +84,8 @@ def test_what_cannot_be_mixed(target):
     for other in (FORMS["text"], DatasetDict(train=rows), rows.to_iterable_dataset()):
         with pytest.raises(PromptError, match=r"expected a datasets\.Dataset"):
             sl.mix(other, target, SETS)
+    with pytest.raises(PromptError, match="data set is empty"):
+        sl.mix(rows.select([]), target, SETS)
     with pytest.raises(PromptError, match="at least one set"):
         sl.mix(rows, target, [])
     plain = sl.load("organism:dense", template="Q: {prompt} A:")

@@ -102,6 +102,8 @@ def test_reading_a_file(tmp_path):
     file = tmp_path / "words.txt"
     file.write_bytes("\ufeff# brands\r\n\r\n  zorbex \r\nC#4\r\nZORBEX\r\n#red\nred  kite".encode())
     words = WordList.read(file)
+    (brackets := tmp_path / "brackets.txt").write_text("[2024]\nzorbex\n")
+    assert len(WordList.read(brackets)) == 2
     assert (words.expressions, words.lines) == (("zorbex", "C#4", "red  kite"), (3, 4, 7))
     assert words.source == str(file)
     assert "zorbex" not in repr(words)

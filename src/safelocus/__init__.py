@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from safelocus.scoring.scores import Scores
     from safelocus.selection.selection import Selection
     from safelocus.training import TrainingSettings
+    from safelocus.training.examination import Examination
     from safelocus.verification import Stability, Verification, stability, verify
 
 # name -> the module that defines it, in pipeline order
@@ -62,6 +63,7 @@ _EXPORTS = {
     "stability": "verification",
     "Stability": "verification",
     "TrainingSettings": "training",
+    "Examination": "training.examination",
     "enhance": "enhancement.run",
     "Enhancement": "enhancement.result",
     "SparseOptimizer": "enhancement.optimizer",
@@ -77,8 +79,8 @@ __all__ = [  # noqa: RUF022 (pipeline order)
     "evaluate", "Evaluation", "compare_evaluations", "read_task", "Task", "TargetResponder",
     "EraseAndCheck", "Smoothed", "load_judge",
     "Patch", "verify", "Verification", "stability", "Stability",
-    "TrainingSettings", "enhance", "Enhancement", "SparseOptimizer", "preserve", "Protection", "Calibration",
-    "mix",
+    "TrainingSettings", "Examination", "enhance", "Enhancement", "SparseOptimizer", "preserve", "Protection",
+    "Calibration", "mix",
 ]  # fmt: skip
 
 

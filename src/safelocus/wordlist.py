@@ -166,12 +166,15 @@ class WordList:
 
 
 def _is_json(text: str) -> bool:
-    """Whether a text, or its first line, is an object or an array of JSON."""
+    """Whether a text, or its first line, is an object of JSON, or an array of more than numbers."""
     for part in (text, text.lstrip().split("\n", 1)[0]):
         try:
-            return isinstance(json.loads(part), dict | list)
+            found = json.loads(part)
         except ValueError:
             continue
+        return isinstance(found, dict) or (
+            isinstance(found, list) and any(isinstance(x, str | list | dict) for x in found)
+        )
     return False
 
 

@@ -97,7 +97,7 @@ def enhance(given: Enhance) -> None:
     divided = _divide(given)
     choosing = [*(["--sweep"] if len(rates) > 1 else []), *(["--interpolate"] if given.interpolate else [])]
     if choosing and divided.validation is None:
-        raise SafelocusError(f"{' and '.join(choosing)} chooses by the validation part; leave one (--validation 0.15)")
+        raise SafelocusError(f"{' and '.join(choosing)}: chosen by the validation part; leave one (--validation 0.15)")
     given = planning.settle(given, _stage(given, divided, full="full" in wanted))
     with shared_run(given) as folder:
         target = given.load()

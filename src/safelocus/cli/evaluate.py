@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from safelocus.cli import options, planning, sources
 from safelocus.cli.command import RunOptions, SeedOption, argument, command, option
-from safelocus.cli.output import errors, note, shared_run, show, together
+from safelocus.cli.output import errors, mind, note, shared_run, show, together
 from safelocus.cli.output import results as results_on_screen
 from safelocus.inert import inert, without_secrets
 
@@ -306,6 +306,10 @@ def _attack(given: Evaluate) -> "Callable[[Responder], Responder]":
     from safelocus.errors import SafelocusError
     from safelocus.evaluation.attack import ABLATION, Ablation, Attacked, askings, attack_names
 
+    if given.attack != ABLATION:
+        for option in ("ablation_harmful", "ablation_harmless"):
+            if getattr(given, option) != getattr(Evaluate, option):
+                raise SafelocusError(f"--{option.replace('_', '-')} is for --attack {ABLATION}")
     if (name := given.attack) is None:
         return lambda responder: responder
     if name not in attack_names():
@@ -317,6 +321,7 @@ def _attack(given: Evaluate) -> "Callable[[Responder], Responder]":
 
     def ablated(responder: "Responder") -> "Responder":
         found = Ablation.find(responder, harmful, harmless, progress=not given.json)
+        mind([found.told])
         return Attacked(responder=responder, attack=found)
 
     return ablated

@@ -160,6 +160,8 @@ def _read(given: Preserve) -> _Material:
     options.check_none(given.mix, "--mix")
     mixed = [read_prompts(each) for each in given.mix or PROMPTS if each != options.NONE]
     Mixed(prompts=mixed, share=given.mix_share)  # refuses what is no share
+    if not mixed and given.mix_share != Preserve.mix_share:
+        raise SafelocusError(f"--mix-share is the share of mixed-in rows; with --mix {options.NONE} there are none")
     if harmful is not None:
         examination = Examination(harmful=harmful, harmless=harmless)
         trained = [rows, *calibrated, *(mixed if given.mix else ())]

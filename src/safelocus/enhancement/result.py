@@ -40,10 +40,9 @@ class Enhancement(Experiment):
             "before": self.before.to_json(),
             "after": self.after.to_json(),
             "change": {name: difference.to_json() for name, difference in self.comparison.differences.items()},
-            "training": self.selection.to_json(*_TOLD),
-            "controls": {name: arm.to_json(*_TOLD) for name, arm in self.controls.items()},
+            "training": _told(self.selection),
+            "controls": {name: _told(arm) for name, arm in self.controls.items()},
             "sweep": [entry for arm in self.trained for entry in _sweep(arm)],
-            "back": [point.to_json() for point in self.selection.trial.back],
             "patch": {"k": self.patch.k, "num_changed": self.patch.num_changed},
             **super().to_json(),
         }
@@ -52,6 +51,10 @@ class Enhancement(Experiment):
         """Write the patch, `results.json`, and the evaluations with their responses as `Experiment.save`."""
         self.patch.save(folder / PATCH)
         super().save(folder)
+
+
+def _told(arm: TrainedArm) -> dict[str, Any]:
+    return {**arm.to_json(*_TOLD), "back": [point.to_json() for point in arm.trial.back]}
 
 
 def _sweep(arm: TrainedArm) -> list[dict[str, Any]]:

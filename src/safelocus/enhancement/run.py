@@ -204,7 +204,10 @@ def enhancer(
     """
     settings = replace(settings or SETTINGS, **changes)
     if interpolate and validation is None:
-        raise TrainingError("how far to go back (interpolate) is chosen by a validation part; give one")
+        raise TrainingError(
+            "how far to go back (interpolate) is chosen by a validation part; give one: "
+            "validation=sl.Examination(harmful=..., harmless=...)"
+        )
     prompts, sets = _read(data), _sets(retain)
     if lexicon is None or prompts.is_answered:
         prompts = prompts.with_responses()

@@ -21,7 +21,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from safelocus.errors import SafelocusError
+from safelocus.errors import PromptError, SafelocusError
 from safelocus.evaluation.responding import Reply, Request, Responder, inside
 from safelocus.model.forcing import batches_by_length, pad, teacher_force
 from safelocus.model.layout import canonical_name
@@ -122,7 +122,13 @@ class Ablation:
 
         Raises:
             SafelocusError: the model is behind an endpoint, is no decoder, or has too few layers.
+            PromptError: both sets have prompts in common.
         """
+        if common := len({*harmful.prompt_hashes} & {*harmless.prompt_hashes}):
+            raise PromptError(
+                f"{harmful.source} and {harmless.source} have {common} prompts in common; the direction that tells "
+                "harmful ones from harmless ones is found with two sets that share none"
+            )
         target = target if isinstance(target, Target) else inside(target, ABLATION).target
         layers = decoder_layers(target)
         last = max(1, round(len(layers) * (1 - LAST_LAYERS)))
@@ -147,6 +153,12 @@ class Ablation:
             with found.applied(target):
                 scores.append((_refusal(target, harmful, batch_size), found.layer))
         return mild[scores.index(min(scores))]
+
+    @property
+    def told(self) -> str:
+        """What is taken out, and whether that is more than refusal, in words."""
+        text = f"taken out: a direction found at layer {self.layer}; harmless answers change by {self.kl:.2g} nats"
+        return text if self.kl <= MAX_KL else f"{text} (none by at most {MAX_KL:g}: it carries more than refusal)"
 
     @contextmanager
     def applied(self, target: Target) -> Iterator[None]:

@@ -124,6 +124,8 @@ def mix(
 
     if not isinstance(rows, Dataset):
         raise PromptError(f"rows of type {type(rows).__name__}; expected a datasets.Dataset: one split, in memory")
+    if not len(rows):
+        raise PromptError("no rows to mix into: the data set is empty")
     if not prompts:
         raise PromptError("no prompts to mix in: give at least one set")
     shown = {name: value for name, value in rows.format.items() if name != "format_kwargs"} | rows.format[
@@ -135,7 +137,7 @@ def mix(
     mixed = Mixed(prompts=[read_prompts(part) for part in sets], share=share, seed=seed)
     said = mixed.rows(len(rows), target, max_new_tokens=max_new_tokens, progress=progress)
     nothing = dict.fromkeys(rows.column_names)
-    if "chat_template_kwargs" in nothing and len(rows):  # which a trainer unpacks
+    if "chat_template_kwargs" in nothing:  # which a trainer unpacks
         nothing["chat_template_kwargs"] = rows[0]["chat_template_kwargs"]
     added = Dataset.from_list([nothing | write(example) for example in said], features=rows.features)
     return concatenate_datasets([rows, added]).shuffle(seed=seed).with_format(**shown)

@@ -114,10 +114,11 @@ def run_preservation(
             data, target, lexicon=unlearned, checkpoint=part_of(checkpoint, "mixed"), progress=progress
         )
         rows, lacking = _rows(target, mixture, unlearned, settings)
-        sources, added = ", ".join(part.source for part in mixed.prompts), len(mixture) - len(data)
+        sources = ", ".join(dict.fromkeys(part.source for part in mixed.prompts))
         remarks.append(
-            f"{added} of {len(mixture)} rows are the model's own answers to {sources}, but in the unprotected arm; "
-            "what they do is not told apart from what holding weights does (--mix none leaves them out)"
+            f"{len(mixture) - len(data)} of {len(mixture)} rows are the model's own answers to {sources}"
+            f"{', but in the unprotected arm' if unprotected else ''}; what they do is not told apart from what "
+            "holding weights does (--mix none leaves them out)"
         )
     asked = [*sets[1:], *([data] if task.source == data.source else [])]
     remarks += [*lacking, *examination.only_first, *(said for part in asked if (said := part.only_first))]

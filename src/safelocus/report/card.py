@@ -88,7 +88,7 @@ def _making(results: Mapping[str, Any]) -> Iterator[str]:
         f"step {training['step']} of {settings['steps']}, {settings['batch_size'] * settings['accumulation']} refusals "
         f"a step, seed {settings['seed']}"
     )
-    if training["share"] < 1:
+    if training["back"]:
         yield f"kept: {100 * training['share']:.0f} % of the way from the original weights, by the validation part"
     if training["stopped"]:
         yield f"ended early: {training['stopped']}"

@@ -1,9 +1,9 @@
 """`enhance` and `preserve`: before and after, against controls, along the way; as tables, on the page and as a card.
 
 Reads `results.json` as far as it goes: `before`, `after` (and `unprotected`) hold measures; `controls` the same per
-control, with its `learning_rate`; `curve` measures per training step; `back` measures per share of the way; `losses`
-a number per step; `sweep` measures per learning rate; `selection.safetensors`, the weights that were used. What is
-missing is left out, and named.
+control, with its `learning_rate`; `curve` measures per training step; `losses` a number per step; `sweep` measures per
+learning rate; `back`, in `training` and in each control, measures per share of the way; `selection.safetensors`, the
+weights that were used. What is missing is left out, and named.
 """
 
 from collections.abc import Mapping, Sequence
@@ -47,9 +47,8 @@ def outcome_grid(results: Results, *, title: str = "Before and after") -> Grid:
     weights = ["", *(UNKNOWN if not number else count(number) for number in numbers)]
     heading = "arm" if kind == "preserve" else "trained"
     extra = {"weights held" if kind == "preserve" else "weights": weights}
-    shares = [values.get("share") for values in arms.values()]
-    if any(share not in (None, 1.0) for share in shares):
-        extra["of the way"] = ["", *(UNKNOWN if share is None else f"{100 * share:.0f} %" for share in shares)]
+    if way := _way(["", *(values.get("share") for values in arms.values())]):
+        extra |= way
         caption += "; of the way: how far along the straight line from the original weights to the trained ones"
     return measures_grid(title, states, heading=heading, extra=extra, caption=caption, sections=(1, 2))
 
@@ -66,6 +65,7 @@ def sweep_grid(results: Results) -> Grid | None:
         extra={
             "rate": [f"{e['learning_rate']:g}" + (" *" if e.get("chosen") else "") for e in entries],
             "step": [_spelled(entry.get("step")) for entry in entries],
+            **_way([entry.get("share") for entry in entries]),
         },
         caption="percent [95 % interval] on the validation part; * chosen: the lowest sum of ASR and of what "
         "over-refusal and incoherence rose and utility fell",
@@ -73,6 +73,12 @@ def sweep_grid(results: Results) -> Grid | None:
     labels = [_kind_of(entry) if number in firsts else "" for number, entry in enumerate(entries)]
     rows = tuple((label, *row[1:]) for label, row in zip(labels, grid.rows, strict=True))
     return Grid(title=grid.title, headings=grid.headings, rows=rows, caption=grid.caption, sections=grid.sections)
+
+
+def _way(shares: Sequence[Any]) -> dict[str, list[str]]:
+    """A column that says how far along the straight line from the original weights it is; none where all are whole."""
+    found = [share for share in shares if isinstance(share, float)]
+    return {"of the way": [f"{100 * s:.0f} %" if s in found else "" for s in shares]} if set(found) - {1.0} else {}
 
 
 def effect(results: Results) -> str:
@@ -150,7 +156,10 @@ def _along(run: ReportRun) -> Part | None:
 
 def _back(results: Results) -> Part | None:
     """Measures on the straight line from the original weights to the trained ones, where it was gone back along."""
-    points = [(kind_label("selection"), point["share"], point) for point in _entries(results.get("back"))]
+    arms = {"selection": results.get("training") or {}, **_controls(results)}
+    points = [
+        (kind_label(name), point["share"], point) for name, arm in arms.items() for point in _entries(arm.get("back"))
+    ]
     charts = curves(points, x="share of the way", x_title="share of the way to the trained weights")
     note = "On the validation part that chose how far to go back."
     return Part(title="The way back", notes=[note], blocks=charts, side_by_side=True, file="back") if charts else None

@@ -32,6 +32,10 @@ class Examination:
         judges: of the responses to harmful prompts; the first makes the `asr`. Default: the refusal reader.
         batch_size: prompts answered at a time.
         max_new_tokens: length of the answers.
+
+    Example:
+        >>> looks = Examination(harmful=read_prompts("organism:harmful-heldout").limit(8), max_new_tokens=32)
+        >>> patch = sl.enhance(target, selection, data, validation=looks, interpolate=True)    # doctest: +SKIP
     """
 
     harmful: PromptSet

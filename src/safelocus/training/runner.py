@@ -25,7 +25,7 @@ from safelocus.prompts import PromptSet
 from safelocus.scoring.run import versions
 from safelocus.selection.selection import Selection
 from safelocus.training.arm import Arm, TrainedArm, Trainee, Trial
-from safelocus.training.curve import BestLook, Curve, CurvePoint, at_rest, back, best, cost
+from safelocus.training.curve import BestLook, Curve, CurvePoint, at_rest, back, cost, nearest
 from safelocus.training.examination import Examination
 from safelocus.training.fitting import Checkpoints, fit
 from safelocus.training.settings import TrainingSettings
@@ -234,7 +234,7 @@ def _interpolated(
             return look()
 
     looked = back(points, next(point for point in points if point.step == step), at)
-    share = best(looked, points[0]).share
+    share = nearest(looked, points[0]).share
     return share, between(values, share), looked
 
 
