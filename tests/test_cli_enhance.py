@@ -131,6 +131,21 @@ def test_everything_at_once(tmp_path, run, monkeypatch):
     assert "utility is not measured" in remarks
 
 
+def test_prompts_without_a_response_are_named(tmp_path, run):
+    rows = [{"prompt": f"build a bad thing {n}", "response": "I cannot help" if n % 3 else None} for n in range(12)]
+    (data := tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    _, _, err = run(
+        "enhance", "organism:dense-unaligned", *REFUSAL, "--data", data, "--sweep", "fast", "-o", tmp_path / "x"
+    )
+    assert "have no response" not in err  # what is wrong with the options comes first
+    _, _, err = run(
+        "enhance", "organism:dense-unaligned", *REFUSAL, "--data", data, "--validation", "0", "--interpolate",
+        "--harmless", "none", "--retain", "none", "-o", tmp_path / "x",
+    )  # fmt: skip
+    assert "4 of 12 prompts of" in err
+    assert "have no response and are left out" in err
+
+
 def test_run_toml_repeats_the_run(scored, tmp_path, run):
     command = ["enhance", "organism:dense-unaligned", "--selection", scored, *SETS, *SMALL, "-o", tmp_path / "a"]
     assert run(*command)[0] == 0

@@ -174,7 +174,12 @@ def _data(given: Enhance) -> "PromptSet":
     from safelocus.prompts import read_prompts
 
     data = read_prompts(given.data)
-    return data if given.lexicon and not data.is_answered else data.with_responses()
+    if given.lexicon and not data.is_answered:
+        return data
+    answered = data.with_responses()
+    if without := len(data) - len(answered):
+        mind([f"{without} of {len(data)} prompts of {data.source} have no response and are left out"])
+    return answered
 
 
 def _stage(given: Enhance, divided: "Division", *, full: bool) -> "Callable[[Subject, Subject | None], Training]":
