@@ -463,18 +463,8 @@ class TestRun:
             found = run_enhancement(target, selection, REFUSALS, interpolate=True, checkpoint=folder, **how)
             assert target.fingerprint() == before
             assert [arm.trial.share for arm in found.trained] == [0.6, 0.6]
-            assert [point.share for point in found.selection.trial.back] == [
-                1,
-                0.9,
-                0.8,
-                0.7,
-                0.6,
-                0.5,
-                0.4,
-                0.3,
-                0.2,
-                0.1,
-            ]
+            shares = [point.share for point in found.selection.trial.back]
+            assert shares == [1, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1]
             assert found.selection.trial.point.share == 0.6
         for name, old in gather(target.model, selection).items():
             assert torch.equal(found.patch.new[name], torch.lerp(old, whole.patch.new[name], 0.6))

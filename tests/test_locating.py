@@ -1,6 +1,7 @@
 """Scores for controls: those of the selection's own run, or made anew as they were; an error where that cannot be."""
 
 import json
+from dataclasses import replace
 from unittest import mock
 
 import pytest
@@ -8,9 +9,12 @@ import torch
 
 import safelocus as sl
 from safelocus.cli import locating
+from safelocus.cli.sources import guard_among
 from safelocus.errors import ModelError, PromptError, SafelocusError
+from safelocus.evaluation.judges import GuardJudge, RefusalMatcher
 from safelocus.model.target import Target
 from safelocus.objective import Guard, remake
+from safelocus.objective.presets import read_preset
 from tiny_targets import PROMPTS, dense, guard
 
 OPENINGS = {"refusals": ("no",), "compliances": ("Sure", "is how")}
@@ -108,3 +112,13 @@ def test_a_guard_is_made_anew_with_all_its_settings(monkeypatch):
     del described["tau"]
     with pytest.raises(ModelError, match="'tau' is not recorded"):
         remake(described)
+
+
+def test_a_guard_that_judges_finds_too_if_it_is_read_in_the_same_way(tmp_path):
+    judging = guard()
+    judges = [RefusalMatcher(), GuardJudge(guard=judging)]
+    assert guard_among(judges, judging.name, None) is judging
+    assert guard_among(judges, "another", None) is None
+    (own := tmp_path / "own.toml").write_text('name = "mine"\nformat = "chat"\nsafe = ["safe"]\nunsafe = ["unsafe"]\n')
+    assert guard_among(judges, judging.name, own) is None
+    assert guard_among([GuardJudge(guard=replace(judging, preset=read_preset(own)))], judging.name, own) is not None

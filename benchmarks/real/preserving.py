@@ -150,12 +150,9 @@ def learned(task: str, steps: int, arm: Arm, unfinished: Path) -> dict[str, Any]
     if arm.lox:
         extrapolate(target)
     settings = replace(
-        SETTINGS,
-        steps=steps,
-        learning_rate=arm.rate,
-        seed=arm.seed,
+        SETTINGS, steps=steps, learning_rate=arm.rate, seed=arm.seed,
         max_length=MAX_LENGTH.get(task, SETTINGS.max_length),
-    )
+    )  # fmt: skip
     before = {name: weight.clone() for name, weight in target.model.state_dict().items()} if arm.safelora else {}
     model = Lora(rank=8).wrap(target.model, target.layout) if arm.lora else target.model
     held: list[Protection] = []

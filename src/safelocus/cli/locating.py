@@ -88,15 +88,14 @@ def check_training(given: options.TrainOptions, *kinds: str) -> tuple[str, ...]:
     return wanted
 
 
-def locate_for(given: options.TrainOptions, target: "Target", folder: Path, judges: "Sequence[Judge]" = ()) -> Located:
+def locate_for(given: options.TrainOptions, target: "Target", folder: Path, judges: "Sequence[Judge]") -> Located:
     """`locate` by the options of a training, resumed from its unfinished run; with the guard that judges, if it is."""
     from safelocus.run.folder import CHECKPOINT
 
     return locate(
         target, batch_size=given.score_batch_size or 8, max_new_tokens=given.max_new_tokens,
         checkpoint=folder / CHECKPOINT / "scores", progress=not given.json, load=given.guards,
-        reader=guard_among(judges, given.guard),
-        **given.part(options.LocateOptions),
+        reader=guard_among(judges, given.guard, given.guard_description), **given.part(options.LocateOptions),
     )  # fmt: skip
 
 

@@ -93,11 +93,14 @@ def judge_names(judge: Sequence[str] | None, lexicon: Path | None) -> list[str]:
     return [*(judge or ([f"lexicon:{lexicon}"] if lexicon is not None else []))]
 
 
-def guard_among(judges: "Sequence[Judge]", name: str | None) -> "Guard | None":
-    """The guard of that name that judges, so that it is loaded once."""
+def guard_among(judges: "Sequence[Judge]", name: str | None, description: Path | None) -> "Guard | None":
+    """The guard of that name, and read as it is described, that judges; so that it is loaded once."""
     from safelocus.evaluation.judges import GuardJudge
+    from safelocus.objective.presets import read_preset
 
-    return next((each.guard for each in judges if isinstance(each, GuardJudge) and each.guard.name == name), None)
+    preset = None if description is None else read_preset(description)
+    found = (each.guard for each in judges if isinstance(each, GuardJudge) and each.guard.name == name)
+    return next((guard for guard in found if preset in (None, guard.preset)), None)
 
 
 def check_lexicon(given: options.ObjectiveOptions) -> None:

@@ -109,7 +109,8 @@ def verify(given: Verify) -> None:
                 named[method] = locating.score_like(
                     target, method, provenance, beside=given.scores[0], guard=given.guard,
                     guard_description=given.guard_description, progress=not given.json, device=given.device,
-                    trust_remote_code=given.trust_remote_code, reader=sources.guard_among(judges, given.guard),
+                    trust_remote_code=given.trust_remote_code,
+                    reader=sources.guard_among(judges, given.guard, given.guard_description),
                 )  # fmt: skip
         found = verify_selections(
             target, named, prompts=prompts, judges=judges, harmless=harmless, tasks=tasks, ratios=ratios, noises=noises,

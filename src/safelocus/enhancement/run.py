@@ -110,8 +110,7 @@ def enhance(
         target, data, retain=retain, retain_kl=retain_kl, retain_weight=retain_weight, retain_rows=retain_rows,
         own_answers=own_answers, answer_tokens=answer_tokens, lexicon=lexicon, validation=validation, every=every,
         early_stopping=validation is not None, interpolate=interpolate, settings=settings, checkpoint=checkpoint,
-        progress=progress,
-        inputs={"the selection": selection}, **changes,
+        progress=progress, inputs={"the selection": selection}, **changes,
     )  # fmt: skip
     trial = runner.train(Arm(name="selection", what=selection), runner.settings)
     return _patch(runner, selection, trial)

@@ -151,7 +151,7 @@ class Ablation:
         scores = []
         for found in track(mild, "asking", enabled=progress):
             with found.applied(target):
-                scores.append((_refusal(target, harmful, batch_size), found.layer))
+                scores.append(_refusal(target, harmful, batch_size))
         return mild[scores.index(min(scores))]
 
     @property

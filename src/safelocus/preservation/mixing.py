@@ -128,9 +128,8 @@ def mix(
         raise PromptError("no rows to mix into: the data set is empty")
     if not prompts:
         raise PromptError("no prompts to mix in: give at least one set")
-    shown = {name: value for name, value in rows.format.items() if name != "format_kwargs"} | rows.format[
-        "format_kwargs"
-    ]
+    shown = rows.format
+    shown |= shown.pop("format_kwargs")
     rows = rows.with_format(None)
     write = _writer(rows, target)
     sets = [prompts] if isinstance(prompts, str | PromptSet) else prompts

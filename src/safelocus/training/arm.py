@@ -134,7 +134,7 @@ class Trial:
         return cls(
             losses=[LossPoint(**loss) for loss in plain.pop("losses")],
             curve=[CurvePoint.from_json(point) for point in plain.pop("curve")],
-            back=[CurvePoint.from_json(point) for point in plain.pop("back")],
+            back=[CurvePoint.from_json(point) for point in plain.pop("back", [])],
             notes=tuple(plain.pop("notes")),
             values=VALUES.read(values)[1] if values.is_file() else None,
             after=None if values.is_file() else Evaluation.load(folder),

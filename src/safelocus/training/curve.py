@@ -52,7 +52,7 @@ class CurvePoint:
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Self:
         measures = {name: Measure.from_json(value) for name, value in values.items() if name not in ("step", "share")}
-        return cls(step=values["step"], share=values["share"], measures=measures)
+        return cls(step=values["step"], share=values.get("share", 1.0), measures=measures)
 
 
 class Curve(TrainerCallback):
@@ -92,7 +92,7 @@ class Curve(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         # looks after the checkpoint that is resumed from will be taken again
         known = [step for step in range(state.global_step + 1) if (step,) in self._journal]
-        self.points = [CurvePoint.from_json({"step": step, "share": 1.0, **self._journal[(step,)]}) for step in known]
+        self.points = [CurvePoint.from_json({"step": step, **self._journal[(step,)]}) for step in known]
         if not self.points and state.global_step == 0:
             self._look(0, model, control)
 
