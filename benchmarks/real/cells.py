@@ -12,13 +12,14 @@ import platform
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 import sets
+import torch
 
 import safelocus as sl
 from safelocus import smollm2
@@ -26,6 +27,7 @@ from safelocus.evaluation import Evaluation, Responder, evaluate
 from safelocus.evaluation.judges import RefusalMatcher
 from safelocus.evaluation.result import PERPLEXITY
 from safelocus.model.target import Target
+from safelocus.prompts import PromptSet
 from safelocus.run.files import write_json
 from safelocus.scoring.run import versions
 from safelocus.scoring.scores import Scores
@@ -36,6 +38,7 @@ ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "docs" / "results" / "real"
 RUNS = ROOT / "runs" / "real"
 RATIOS = (0.01, 0.1)
+APART = {"esi apart": "esi"}  # by the gradient of S of harmful requests minus S of harmless ones
 JUDGE = RefusalMatcher()  # of every table: the one that judged the first cells
 
 
@@ -123,10 +126,28 @@ def outcome(evaluation: Evaluation) -> dict[str, Any]:
     }
 
 
+@dataclass(frozen=True)
+class Apart:
+    """S of harmful requests minus S of harmless ones, as objective over both: expected over as many of each."""
+
+    harmless: PromptSet
+
+    def __call__(self, target: Target, prompts: Sequence[str]) -> torch.Tensor:
+        known = set(self.harmless.texts)
+        signs = torch.tensor([-1.0 if prompt in known else 1.0 for prompt in prompts], device=target.device)
+        return sl.Refusal()(target, prompts) * signs
+
+    def describe(self) -> dict[str, Any]:
+        return {"kind": "apart", "harmless": self.harmless.hash, **sl.Refusal().describe()}
+
+
 def scores(target: Target, method: str, checkpoint: Path | None = None) -> Scores:
     """Scores of all weights by the refusal objective on the 128 prompts that find; their selections are kept."""
-    objective = sl.Refusal() if method in ("esi", "gradient", "snip") else None
-    found = sl.score(target, sets.find(), objective=objective, method=method, checkpoint=checkpoint)
+    prompts, objective = sets.find(), sl.Refusal() if method in (*APART, "esi", "gradient", "snip") else None
+    if method in APART:
+        objective = Apart(sets.unalarming())
+        prompts = sets.joined("find", prompts, objective.harmless)
+    found = sl.score(target, prompts, objective=objective, method=APART.get(method, method), checkpoint=checkpoint)
     for ratio in RATIOS:
         file = _kept_selection(target, method, ratio)
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -147,4 +168,4 @@ def selection(target: Target, method: str, ratio: float, *, seed: int = 0) -> Se
 
 
 def _kept_selection(target: Target, method: str, ratio: float) -> Path:
-    return RUNS / "selections" / target.fingerprint().id / f"{method}-{ratio:g}.safetensors"
+    return RUNS / "selections" / target.fingerprint().id / f"{method.replace(' ', '-')}-{ratio:g}.safetensors"

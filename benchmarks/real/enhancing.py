@@ -9,8 +9,10 @@ contrast-long: the same for 300 steps, the first 20 of them warming up, as the a
 weights" is that twin. AdamW, the rate falling to zero along a line. "gone back": on the straight line to the
 original, as far as 90 % of the validation part, on which nothing was trained, are still refused. "interpolated": on
 that line where the validation part finds best (`enhance --interpolate`). "held": by 20 times the divergence from the
-original along these answers, in place of the loss on them. One cell per method, rate and seed, in this
-order: every method at every rate with one seed, the paper's rate (plain), further seeds of what the claim compares.
+original along these answers, in place of the loss on them; "held lightly": by 2 times. "apart": the weights found by S
+of harmful requests minus S of harmless ones, 128 of each, which are not trained on then. One cell per method, rate and
+seed, in this order: every method at every rate with one seed, the paper's rate (plain), further seeds of what the claim
+compares.
 """
 
 from collections.abc import Callable
@@ -34,7 +36,11 @@ METHODS = ("esi", "random", "gradient", "snip", "magnitude", "lora", "full")
 BACK = " gone back"  # as far as the validation part is still refused (`aligning.gone_back`)
 INTERPOLATED = " interpolated"  # as far as `enhance --interpolate` goes, by that part
 HELD = " held"  # to what it was on these answers, by 20 times the divergence, as `enhance` does by itself
-VARIANTS = tuple(f"{method}{how}" for how in (BACK, INTERPOLATED, HELD) for method in ("esi", "random", "full"))
+LIGHTLY = " held lightly"  # by 2 times
+APART = " apart"  # weights that tell harmful requests from harmless ones (`cells.Apart`)
+VARIANTS = tuple(
+    f"{method}{how}" for how in (BACK, INTERPOLATED, HELD, LIGHTLY, APART) for method in ("esi", "random", "full")
+)
 SHOWN = (*METHODS, *VARIANTS)
 FLOOR = 0.9  # of the validation part: what is aimed at
 PAPER_RATE = 3e-5
@@ -77,8 +83,8 @@ RECIPES = {
     "contrast": Recipe(
         table="contrast", rates=(1e-3, 3e-3, 3e-4),
         methods=(
-            "esi", f"esi{INTERPOLATED}", f"esi{HELD}", "random", f"random{INTERPOLATED}", f"esi{BACK}", "full", "lora",
-            "gradient", "snip",
+            "esi", f"esi{INTERPOLATED}", f"esi{HELD}", f"esi{LIGHTLY}", f"esi{APART}", "random",
+            f"random{INTERPOLATED}", f"esi{BACK}", "full", "lora", "gradient", "snip",
         ),
         batch_size=6, max_length=112, data=sets.refused, retain=lambda: sets.answered(whole=False),
         how={"own_answers": True, "answer_tokens": 24},
@@ -108,14 +114,17 @@ def trained(recipe: Recipe, target: Target, method: str, rate: float, seed: int,
     if recipe.table == "contrast-long" and method.startswith("full"):
         return _twin(recipe, unfinished)
     how = training(recipe, rate, seed)
-    k, chosen = int(RATIO * target.layout.num_weights), method.partition(" ")[0]
+    k, chosen = int(RATIO * target.layout.num_weights), method if method in cells.APART else method.partition(" ")[0]
     what: Any = chosen if chosen in ("lora", "full") else cells.selection(target, chosen, RATIO, seed=seed)
     if method.endswith(INTERPOLATED):
         (harmful,), (harmless,) = sets.validation().values()
         looks = Examination(harmful=harmful, harmless=harmless, judges=(cells.JUDGE,), max_new_tokens=sets.NEW_TOKENS)
         how |= {"validation": looks, "every": recipe.steps, "interpolate": True}
-    if method.endswith(HELD):
-        how |= {"retain_kl": 20.0, "retain_weight": 0.0}
+    if method in cells.APART:
+        how["retain"] = [part.without(sets.unalarming()) for part in how["retain"]]
+    for name, strength in ((HELD, 20.0), (LIGHTLY, 2.0)):
+        if method.endswith(name):
+            how |= {"retain_kl": strength, "retain_weight": 0.0}
     runner = enhancer(target, checkpoint=unfinished, num_weights=k, **how)
     arm = Arm(name="arm", what=what)
     trial = runner.train(arm, how["settings"])

@@ -1,6 +1,7 @@
 """The sets of the real model's tables: which prompts find weights, train, validate and measure; disjoint by content.
 
     find       128 of AdvBench                           identification
+    unalarming 128 of `answered`, not trained on then    identification, where harmless requests are subtracted
     refusals   circuit-breakers, rows that refuse        training
     benign     instruct                                  training, retained
     refused    the same with other harmful requests, refused in one sentence     training
@@ -144,6 +145,11 @@ def answered(*, whole: bool = True) -> list[PromptSet]:
         joined("alarming", *_embedded("alarming", whole)),
         joined("ordinary", read("alpaca").split(0.5)[0], *_embedded("ordinary", whole)),
     ]
+
+
+def unalarming() -> PromptSet:
+    """Harmless requests, two to one alarming and ordinary ones, to find weights with that tell them from harm."""
+    return joined("unalarming", *(part.limit(size, seed=0) for part, size in zip(answered(whole=False), (43, 42, 43))))
 
 
 def _first_sentence(response: str | None) -> str:
