@@ -21,6 +21,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
 
@@ -83,8 +84,6 @@ class Subject:
     config: Any = field(repr=False)
     layout: Layout = field(repr=False)
     dtype: torch.dtype
-    _mode: FakeTensorMode = field(default_factory=FakeTensorMode, repr=False)
-    _known: dict[Any, Any] = field(default_factory=dict, repr=False)  # models by adapter, trials by what was tried
 
     @classmethod
     def load(
@@ -175,10 +174,15 @@ class Subject:
         return self._once(asked, lambda: self._rehearsed(*asked))
 
     def _once(self, key: Any, make: Callable[[], T]) -> T:
-        if key not in self._known:
-            self._known[key] = make()
-        found: T = self._known[key]
+        if key not in self._memory.known:
+            self._memory.known[key] = make()
+        found: T = self._memory.known[key]
         return found
+
+    @cached_property
+    def _memory(self) -> "_Memory":
+        config = type(self.config), self.config.to_json_string(use_diff=False)
+        return _memory_of(config, self.dtype, tuple(self.layout.eligible_tensors))
 
     def _rehearsed(
         self, passes: tuple[Pass, ...], trained: str, rank: int, checkpointing: bool, again: bool
@@ -246,7 +250,7 @@ class Subject:
     @contextmanager
     def _rehearsing(self, model: nn.Module) -> Iterator["_Meter"]:
         meter = _Meter(model)
-        with _errors(), self._mode, meter:
+        with _errors(), self._memory.mode, meter:
             yield meter
 
     def _model(self, rank: int = 0) -> Any:
@@ -255,17 +259,30 @@ class Subject:
     def _built(self, rank: int) -> Any:
         from safelocus.training.lora import Lora
 
-        with _errors(), self._mode:
+        with _errors(), self._memory.mode:
             model = auto_class(self.config).from_config(self.config, dtype=self.dtype)
         if rank:  # without data of its own; PEFT moves what it adds, which fake tensors do not let it
             with torch.device("meta"):
                 model = Lora(rank=rank).wrap(model, self.layout)
-            with self._mode:
+            with self._memory.mode:
                 for module in model.modules():
                     for name, weight in module.named_parameters(recurse=False):
                         if weight.is_meta:
                             setattr(module, name, nn.Parameter(torch.empty(weight.shape, dtype=weight.dtype)))
         return model.eval()
+
+
+class _Memory(NamedTuple):
+    """Models by adapter, trials by what was tried."""
+
+    mode: FakeTensorMode
+    known: dict[Any, Any]
+
+
+@lru_cache(maxsize=8)
+def _memory_of(*_alike: Any) -> _Memory:
+    """Of all models alike in this process: the stages of a command ask for each other's passes."""
+    return _Memory(FakeTensorMode(), {})
 
 
 def _kinds(model: nn.Module, config: Any) -> list[list[nn.Module]]:
