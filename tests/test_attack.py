@@ -188,9 +188,10 @@ def test_the_command_asks_under_an_attack_and_compares(run, tmp_path):
     assert code == 2
     assert all(name in errors for name in attack_names())
     assert not (tmp_path / "none").exists()
-    code, out, _ = run(
-        *common, "--attack", "ablation", "--ablation-harmful", "organism:harmful", "--ablation-harmless",
+    code, out, errors = run(
+        *common, "--attack", "ablation", "--ablation-harmful", "organism:harmful-heldout", "--ablation-harmless",
         "organism:harmless", "--json", "-o", tmp_path / "ablated",
     )  # fmt: skip
     assert code == 0
+    assert "of the prompts measured find the direction too" in errors
     assert json.loads(out)["provenance"]["responder"]["attack"]["layer"] >= 1

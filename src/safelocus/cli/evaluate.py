@@ -11,7 +11,7 @@ from safelocus.cli.output import results as results_on_screen
 from safelocus.inert import inert, without_secrets
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from safelocus.evaluation import Evaluation
     from safelocus.evaluation.judges import Endpoint, Judge
@@ -109,7 +109,6 @@ def evaluate(given: Evaluate) -> int:
     from safelocus.run.folder import CHECKPOINT
 
     # everything that can be wrong with the input is found before the long work starts
-    attack = _attack(given)
     required = [Requirement.parse(text) for text in given.require or ()]
     earlier = Evaluation.load(given.against) if given.against is not None else None
     of_each: dict[str, Any] = {"limit": given.limit, "seed": given.seed}
@@ -117,6 +116,7 @@ def evaluate(given: Evaluate) -> int:
     harmless = sources.read_sets(given.harmless, given.harmless_field, given.harmless_where, **of_each)
     tasks = sources.read_tasks(given.task, **of_each)
     texts = sources.read_sets([given.perplexity] if given.perplexity else None, with_responses=True, **of_each)
+    attack = _attack(given, [*harmful, *harmless])
     for requirement in required:
         requirement.check(_measured(given, [task.name for task in tasks]))
     _check_certifiable(given, harmless)
@@ -301,7 +301,7 @@ def _certificates(
     return certify_erasing(checked, asked, spared or None, progress=not given.json).to_json()
 
 
-def _attack(given: Evaluate) -> "Callable[[Responder], Responder]":
+def _attack(given: Evaluate, measured: "Sequence[PromptSet]") -> "Callable[[Responder], Responder]":
     """What makes a responder answer under the attack asked for; what can be wrong with that is found here."""
     from safelocus.errors import SafelocusError
     from safelocus.evaluation.attack import ABLATION, Ablation, Attacked, askings, attack_names
@@ -318,6 +318,11 @@ def _attack(given: Evaluate) -> "Callable[[Responder], Responder]":
         return lambda responder: Attacked(responder=responder, attack=askings()[name])
     sets = [given.ablation_harmful, given.ablation_harmless]
     harmful, harmless = sources.read_sets(sets, limit=DIRECTION_PROMPTS, seed=given.seed)
+    shared = {*harmful.prompt_hashes, *harmless.prompt_hashes} & {h for part in measured for h in part.prompt_hashes}
+    if shared:
+        mind(
+            [f"{len(shared)} of the prompts measured find the direction too (--ablation-harmful, --ablation-harmless)"]
+        )
 
     def ablated(responder: "Responder") -> "Responder":
         found = Ablation.find(responder, harmful, harmless, progress=not given.json)
