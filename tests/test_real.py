@@ -36,5 +36,5 @@ def test_it_is_found_tuned_and_refuses(run, tmp_path):
     )  # fmt: skip
     assert code == 0, err
     results = json.loads(out)
-    assert results["before"]["refusal"]["value"] < 0.2
+    assert results["before"]["refusal"]["high"] < 0.6  # the refusal reader takes 4 of 16 answers of 16 tokens for one
     assert results["after"]["refusal"]["value"] > results["before"]["refusal"]["high"]
