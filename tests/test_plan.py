@@ -27,6 +27,7 @@ from safelocus.resources import (
     choose_training,
     find_device,
 )
+from safelocus.resources.rehearsal import _memory_of
 from safelocus.training import TrainingSettings, fit, training_rows
 from safelocus.training.lora import Lora
 from several import command
@@ -145,15 +146,31 @@ def test_few_layers_tell_what_all_take(name, monkeypatch):
         yield found.cache(24)
 
     few = list(trials())
+    _memory_of.cache_clear()
     monkeypatch.setattr(Subject, "_extrapolated", lambda _self, whole, measure: measure(whole))
     assert few == list(trials())
 
 
 def test_a_model_that_looks_at_values_is_an_error_that_says_so(monkeypatch):
+    _memory_of.cache_clear()
     found = Subject.of("llama", config("llama"))
     monkeypatch.setattr(found._model().model.norm, "forward", lambda states: states * float(states.sum().tolist()[0]))
     with pytest.raises(PlanError, match="without data"):
         found.rehearse(Pass(2, 12, 5))
+
+
+def test_models_alike_are_rehearsed_once(monkeypatch):
+    """In a process; those of another configuration, dtype or choice of weights for themselves."""
+    _memory_of.cache_clear()
+    first = Subject.of("llama", config("llama")).rehearse(Pass(2, 12, 5), trained="eligible")
+    wider = config("llama")
+    wider.intermediate_size *= 2
+    with monkeypatch.context() as patched:
+        patched.setattr(Subject, "_measured", lambda *_: {"operations": 7, "forward": 7})
+        assert Subject.of("its twin", config("llama")).rehearse(Pass(2, 12, 5), trained="eligible") == first
+        for other in (Subject.of("llama", wider), Subject.of("llama", config("llama"), dtype="bfloat16")):
+            assert other.rehearse(Pass(2, 12, 5), trained="eligible").operations == 7
+    _memory_of.cache_clear()
 
 
 def test_a_cache_grows_with_answers_and_layers():

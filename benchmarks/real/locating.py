@@ -3,7 +3,7 @@
     python benchmarks/real/locating.py [--only smollm2-esi]
 
 S by refusal openings on 128 prompts of AdvBench. One cell per model and score, one per model for two halves of the
-prompts.
+prompts, one per overlap of two selections ("apart": by S of harmful requests minus S of harmless ones, 128 of each).
 """
 
 from functools import partial
@@ -22,6 +22,7 @@ from safelocus.scoring.scores import Scores
 
 TABLE = "map"
 METHODS = ("esi", "gradient", "snip")
+APART = "esi apart"
 MODELS = ("smollm2", "smollm2:aligned")
 RATIO = 0.01
 
@@ -68,6 +69,7 @@ def main() -> None:
         work |= {f"{name}-{method}": partial(located, model, method) for method in METHODS}
         work[f"{name}-halves"] = partial(halves, model)
         work |= {f"{name}-esi-{other}": partial(between, (model, "esi"), (model, other)) for other in METHODS[1:]}
+    work[f"{MODELS[0]}-esi-{APART.replace(' ', '-')}"] = partial(between, (MODELS[0], "esi"), (MODELS[0], APART))
     work["models"] = partial(between, (MODELS[0], "esi"), (MODELS[1], "esi"))
     cells.work(TABLE, work, given.share, given.only)
 

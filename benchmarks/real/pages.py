@@ -480,12 +480,12 @@ def map_page() -> str | None:
         ]
         held = f"{100 * shown.selected_mass:.1f} % of all ESI" if shown.selected_mass else "an unknown share"
         gini = "" if shown.concentration is None else f", Gini {shown.concentration.gini:.2f}"
-        halves, others = found.get(f"{name}-halves"), [found.get(f"{name}-esi-{m}") for m in locating.METHODS[1:]]
+        halves, others = found.get(f"{name}-halves"), (*locating.METHODS[1:], locating.APART)
         agreement = [f"two halves of the prompts {_iou(halves)}"] if halves else []
         agreement += [
             f"{NAMES[method]} {_iou(other)}"
-            for method, other in zip(locating.METHODS[1:], others, strict=True)
-            if other
+            for method in others
+            if (other := found.get(f"{name}-esi-{method.replace(' ', '-')}"))
         ]
         parts += [
             f"## {model}",
@@ -646,7 +646,7 @@ def _chosen_by_training() -> list[Comparison]:
     for name, recipe in enhancing.RECIPES.items():
         _, groups = _enhanced(recipe)
         for (method, rate), group in groups.items():
-            for other in ("random", "gradient", "snip", "magnitude"):
+            for other in ("random", "gradient", "snip", "magnitude", locating.APART):
                 rival = groups.get((method.replace("esi", other), rate)) if method.startswith("esi") else None
                 compared += _pairs(f"SET, {name}, {rate:g}", NAMES[other], group, rival)
     return compared
