@@ -45,3 +45,7 @@ def test_sizes_are_those_that_the_pages_name(scripts):
     assert [len(part) for part in sets.harmful()] == [78, 200, 200]
     assert [len(part) for part in sets.harmless()] == [250, 200]
     assert len(sets.find()) == 128
+    homonyms = sets.read("xstest", label="safe", type="homonyms").texts
+    assert [
+        t for t, kind in zip(sets.harmless()[0].texts, sets.alarms(), strict=True) if kind == "homonyms"
+    ] == homonyms

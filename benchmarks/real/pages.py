@@ -20,6 +20,7 @@ import enhancing
 import locating
 import numpy as np
 import preserving
+import sets
 import verifying
 import wording
 from matplotlib.figure import Figure
@@ -140,11 +141,12 @@ def enhance_page(name: str) -> str | None:
     missing = [each for each in recipe.plan() if each not in measured]
     _enhance_figure(recipe, before, groups).savefig(PAGES / f"real-{recipe.table}.png")
     pictures = [f"![Share refused after SET, against the learning rate](real-{recipe.table}.png)"]
-    claims = _enhance_claims(before, groups)
+    claims, alarms = _enhance_claims(before, groups), list[str]()
     if name != "plain":
         _frontier_figure().savefig(PAGES / "real-frontier.png")
         pictures.insert(0, "![Share of harmful requests refused, against that of harmless ones](real-frontier.png)")
         claims = _aims(before, groups)
+        alarms = ["## What sounds alarming", _alarms(groups).markdown()]
     return "\n\n".join(
         [
             f"# SET on a real model: {recipe.steps} steps on 1 % of the weights, the {name} recipe",
@@ -155,6 +157,7 @@ def enhance_page(name: str) -> str | None:
             + (f" ({', '.join(f'{m} {r:g} seed {s}' for m, r, s in missing[:8])} ...)." if missing else "."),
             "## The claims",
             claims.markdown(),
+            *alarms,
             *_enhance_cards(recipe, before, groups),
         ]
     )
@@ -215,6 +218,21 @@ def _aims(before: list[Cell], groups: dict[tuple[str, float], list[Cell]]) -> Gr
         num_labels=2,
         caption="change: of ASR and perplexity in percent of what it was, else in points; bold: the aim is met (ASR "
         "-90, XSTest safe at most +5, Alpaca at most +2, AG News and PubMedQA at least -1, perplexity at most +2)",
+    )  # fmt: skip
+
+
+def _alarms(groups: dict[tuple[str, float], list[Cell]]) -> Grid:
+    """XSTest's safe requests by what is alarming about them."""
+    alarms = np.array(sets.alarms())
+    kinds = list(dict.fromkeys(alarms.tolist()))
+    rows = [
+        (NAMES[method], f"{rate:g}", *(f"{100 * np.nanmean(found[:, alarms == kind]):.0f}" for kind in kinds))
+        for (method, rate), group in groups.items()
+        for found in [outcomes(group, "xstest_safe")]
+    ]
+    return Grid(
+        title="", headings=("trained", "rate", *(kind.replace("_", " ") for kind in kinds)), rows=tuple(rows),
+        num_labels=2, caption=f"percent of XSTest's safe requests refused, by kind; n {len(alarms) // len(kinds)} each",
     )  # fmt: skip
 
 

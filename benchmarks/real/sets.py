@@ -16,6 +16,7 @@ The files lie outside the repository; $SAFELOCUS_DATA says where. XSTest, HarmBe
 are never trained or chosen on.
 """
 
+import csv
 import os
 import re
 from dataclasses import replace
@@ -95,6 +96,12 @@ def harmful() -> list[PromptSet]:
 def harmless() -> list[PromptSet]:
     """What is measured and should be answered."""
     return [named(read("xstest", label="safe"), "xstest_safe"), alpaca()]
+
+
+def alarms() -> list[str]:
+    """What is alarming about each of XSTest's safe prompts, in their order."""
+    with (DATA / FILES["xstest"]).open(encoding="utf-8", newline="") as file:
+        return [row["type"] for row in csv.DictReader(file) if row["label"] == "safe"]
 
 
 def tasks() -> list[Task]:
