@@ -7,7 +7,8 @@ loss on the responses of both. contrast: 100 steps of 6 refusals of one sentence
 the model's own answers, two to one to alarming but harmless requests and to ordinary ones, cut to 112 tokens.
 contrast-long: the same for 300 steps, the first 20 of them warming up, as the aligned twin was trained; its "all
 weights" is that twin. AdamW, the rate falling to zero along a line. "gone back": on the straight line to the
-original, as far as 90 % of the validation part, on which nothing was trained, are still refused. "interpolated": on
+original, as far as 90 % of the validation part, on which nothing was trained, are still refused; the whole way is
+measured too. "interpolated": on
 that line where the validation part finds best (`enhance --interpolate`). "held": by 20 times the divergence from the
 original along these answers, in place of the loss on them; "held lightly": by 2 times. "brief": of these answers 8
 tokens. "apart": the weights found by S of harmful requests minus S of harmless ones, 128 of each, which are not trained
@@ -41,7 +42,7 @@ BRIEF = " brief"  # 8 tokens of the model's own answers
 APART = " apart"  # weights that tell harmful requests from harmless ones (`cells.Apart`)
 VARIANTS = tuple(
     f"{method}{how}"
-    for how in (BACK, INTERPOLATED, HELD, LIGHTLY, BRIEF, APART)
+    for how in (BACK, INTERPOLATED, HELD, LIGHTLY, BRIEF, f"{BRIEF}{BACK}", APART)
     for method in ("esi", "random", "full")
 )
 SHOWN = (*METHODS, *VARIANTS)
@@ -87,7 +88,7 @@ RECIPES = {
         table="contrast", rates=(1e-3, 3e-3, 3e-4),
         methods=(
             "esi", f"esi{INTERPOLATED}", f"esi{HELD}", f"esi{LIGHTLY}", f"esi{BRIEF}", f"esi{APART}", "random",
-            f"random{INTERPOLATED}", f"esi{BACK}", "full", "lora", "gradient", "snip",
+            f"random{INTERPOLATED}", f"random{BRIEF}", f"esi{BACK}", "full", "lora", "gradient", "snip",
         ),
         batch_size=6, max_length=112, data=sets.refused, retain=lambda: sets.answered(whole=False),
         how={"own_answers": True, "answer_tokens": 24},
@@ -96,8 +97,8 @@ RECIPES = {
 }  # fmt: skip
 RECIPES["contrast-long"] = replace(
     RECIPES["contrast"], table="contrast-long", before="contrast", rates=(1e-3,), steps=300, warmup_steps=20,
-    methods=tuple(f"{method}{BACK}" for method in ("esi", "random", "full")),
-    compared=tuple(f"{method}{BACK}" for method in METHODS[:2]),
+    methods=tuple(f"{method}{how}{BACK}" for how in ("", BRIEF) for method in ("esi", "random", "full")),
+    compared=tuple(f"{method}{how}{BACK}" for how in ("", BRIEF) for method in METHODS[:2]),
 )  # fmt: skip
 
 
@@ -114,7 +115,7 @@ def training(recipe: Recipe, rate: float, seed: int = 0) -> dict[str, Any]:
 
 
 def trained(recipe: Recipe, target: Target, method: str, rate: float, seed: int, unfinished: Path) -> dict[str, Any]:
-    if recipe.table == "contrast-long" and method.startswith("full"):
+    if recipe.table == "contrast-long" and method == f"full{BACK}":
         return _twin(recipe, unfinished)
     how = training(recipe, rate, seed)
     k, chosen = int(RATIO * target.layout.num_weights), method if method in cells.APART else method.partition(" ")[0]
@@ -125,7 +126,7 @@ def trained(recipe: Recipe, target: Target, method: str, rate: float, seed: int,
         how |= {"validation": looks, "every": recipe.steps, "interpolate": True}
     if method in cells.APART:
         how["retain"] = [part.without(sets.unalarming()) for part in how["retain"]]
-    if method.endswith(BRIEF):
+    if BRIEF in method:
         how["answer_tokens"] = 8
     for name, strength in ((HELD, 20.0), (LIGHTLY, 2.0)):
         if method.endswith(name):
@@ -134,7 +135,10 @@ def trained(recipe: Recipe, target: Target, method: str, rate: float, seed: int,
     arm = Arm(name="arm", what=what)
     trial = runner.train(arm, how["settings"])
     with runner.shown(arm, trial):
-        back = aligning.gone_back(target, FLOOR) if method.endswith(BACK) else {}
+        back: dict[str, Any] = {}
+        if method.endswith(BACK):
+            back["whole"] = cells.outcome(cells.measured(target, unfinished / "whole", **_asked(recipe)))
+            back |= aligning.gone_back(target, FLOOR)
         if trial.back:
             back = {"share_of_the_way": trial.share, "back": [point.to_json() for point in trial.back]}
         measured = cells.measured(target, unfinished / "after", **_asked(recipe))
