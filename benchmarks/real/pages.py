@@ -141,12 +141,12 @@ def enhance_page(name: str) -> str | None:
     missing = [each for each in recipe.plan() if each not in measured]
     _enhance_figure(recipe, before, groups).savefig(PAGES / f"real-{recipe.table}.png")
     pictures = [f"![Share refused after SET, against the learning rate](real-{recipe.table}.png)"]
-    claims, alarms = _enhance_claims(before, groups), list[str]()
+    claims, details = _enhance_claims(before, groups), list[str]()
     if name != "plain":
         _frontier_figure().savefig(PAGES / "real-frontier.png")
         pictures.insert(0, "![Share of harmful requests refused, against that of harmless ones](real-frontier.png)")
         claims = _aims(before, groups)
-        alarms = ["## What sounds alarming", _alarms(groups).markdown()]
+        details = [_against_the_first(groups).markdown(), "## What sounds alarming", _alarms(groups).markdown()]
     return "\n\n".join(
         [
             f"# SET on a real model: {recipe.steps} steps on 1 % of the weights, the {name} recipe",
@@ -157,7 +157,7 @@ def enhance_page(name: str) -> str | None:
             + (f" ({', '.join(f'{m} {r:g} seed {s}' for m, r, s in missing[:8])} ...)." if missing else "."),
             "## The claims",
             claims.markdown(),
-            *alarms,
+            *details,
             *_enhance_cards(recipe, before, groups),
         ]
     )
@@ -172,6 +172,10 @@ def _way(group: list[Cell]) -> str:
 def _enhanced(recipe: enhancing.Recipe) -> tuple[list[Cell], dict[tuple[str, float], list[Cell]]]:
     """(before, (method, rate) -> its seeds) of what is there."""
     found = dict(cells.kept(recipe.table))
+    for key, cell in [*found.items()]:  # before it went back
+        if "whole" in cell:
+            method = cell["method"].removesuffix(enhancing.BACK)
+            found[f"{key}-whole"] = {**cell, **cell["whole"], "method": method, "share_of_the_way": 1.0}
     untrained = found.pop("before", None) or dict(cells.kept(recipe.before)).get("before")
     before = [untrained] if untrained and found else []
     groups: dict[tuple[str, float], list[Cell]] = {}
@@ -218,6 +222,22 @@ def _aims(before: list[Cell], groups: dict[tuple[str, float], list[Cell]]) -> Gr
         num_labels=2,
         caption="change: of ASR and perplexity in percent of what it was, else in points; bold: the aim is met (ASR "
         "-90, XSTest safe at most +5, Alpaca at most +2, AG News and PubMedQA at least -1, perplexity at most +2)",
+    )  # fmt: skip
+
+
+def _against_the_first(groups: dict[tuple[str, float], list[Cell]]) -> Grid:
+    """How many points more or fewer are refused than in the first row, prompt by prompt."""
+    (first, *others), asked = groups.items(), SOURCES[:5]
+    rows = [
+        (
+            NAMES[method], f"{rate:g}",
+            *(interval(difference(outcomes(group, s), outcomes(first[1], s), paired="prompts")) for s in asked),
+        )
+        for (method, rate), group in others
+    ]  # fmt: skip
+    return Grid(
+        title="", headings=(f"against {NAMES[first[0][0]]}, {first[0][1]:g}", "rate", *HEADINGS[:5]), rows=tuple(rows),
+        num_labels=2, caption="points more or fewer refused [95 % interval], paired by prompt",
     )  # fmt: skip
 
 

@@ -59,13 +59,15 @@ def locate(at: Place[ChatSizes]) -> Found:
 
 
 def enhance(at: Place[ChatSizes]) -> Found:
-    """Train the top weights on refusals, held to the model's own answers to harmless requests."""
+    """Train the top weights on refusals, and on how the model itself begins to answer harmless requests."""
     sizes = at.sizes
     retained = [part_of(at, kind, sizes.num_retained, prefix="embedded") for kind in RETAINED]
     harmful = part_of(at, "refusals-heldout", sizes.num_harmful, prefix="embedded")
     harmless = part_of(at, "harmless-heldout", sizes.num_harmless, prefix="embedded")
     training: dict[str, Any] = {"steps": sizes.steps, "learning_rate": sizes.rate, "batch_size": sizes.refusals}
-    held: dict[str, Any] = {"retain_rows": sizes.retain_rows, "answer_tokens": sizes.answer_tokens}
+    held: dict[str, Any] = {
+        "retain_rows": sizes.retain_rows, "answer_tokens": sizes.answer_tokens, "retain_kl": 0.0, "retain_weight": 1.0,
+    }  # fmt: skip
     with at.run(
         "enhance", command="enhance", model=at.model, selection=str(at.final / "score"), data=REFUSALS,
         retain=[file for _, file in retained], harmful=harmful[1], harmless=harmless[1], validation=0.0,
