@@ -8,12 +8,11 @@ the model's own answers, two to one to alarming but harmless requests and to ord
 contrast-long: the same for 300 steps, the first 20 of them warming up, as the aligned twin was trained; its "all
 weights" is that twin. AdamW, the rate falling to zero along a line. "gone back": on the straight line to the
 original, as far as 90 % of the validation part, on which nothing was trained, are still refused; the whole way is
-measured too. "interpolated": on
-that line where the validation part finds best (`enhance --interpolate`). "held": by 20 times the divergence from the
-original along these answers, in place of the loss on them; "held lightly": by 2 times. "brief": of these answers 8
-tokens. "apart": the weights found by S of harmful requests minus S of harmless ones, 128 of each, which are not trained
-on then. One cell per method, rate and seed, in this order: every method at every rate with one seed, the paper's rate
-(plain), further seeds of what the claim compares.
+measured too. "interpolated": on that line where the validation part finds best (`enhance --interpolate`). "held": by 20
+times the divergence from the original along these answers, in place of the loss on them; "held briefly": by once the
+divergence, along 8 tokens. "brief": the loss on 8 tokens. "apart": the weights found by S of harmful requests minus S of
+harmless ones, 128 of each, which are not trained on then. One cell per method, rate and seed, in this order: every
+method at every rate with one seed, the paper's rate (plain), further seeds of what the claim compares.
 """
 
 from collections.abc import Callable
@@ -37,12 +36,12 @@ METHODS = ("esi", "random", "gradient", "snip", "magnitude", "lora", "full")
 BACK = " gone back"  # as far as the validation part is still refused (`aligning.gone_back`)
 INTERPOLATED = " interpolated"  # as far as `enhance --interpolate` goes, by that part
 HELD = " held"  # to what it was on these answers, by 20 times the divergence, as `enhance` does by itself
-LIGHTLY = " held lightly"  # by 2 times
+BRIEFLY = " held briefly"  # by once the divergence, along 8 tokens
 BRIEF = " brief"  # 8 tokens of the model's own answers
 APART = " apart"  # weights that tell harmful requests from harmless ones (`cells.Apart`)
 VARIANTS = tuple(
     f"{method}{how}"
-    for how in (BACK, INTERPOLATED, HELD, LIGHTLY, BRIEF, f"{BRIEF}{BACK}", APART)
+    for how in (BACK, INTERPOLATED, HELD, BRIEFLY, BRIEF, f"{BRIEF}{BACK}", APART)
     for method in ("esi", "random", "full")
 )
 SHOWN = (*METHODS, *VARIANTS)
@@ -87,7 +86,7 @@ RECIPES = {
     "contrast": Recipe(
         table="contrast", rates=(1e-3, 3e-3, 3e-4),
         methods=(
-            "esi", f"esi{INTERPOLATED}", f"esi{HELD}", f"esi{LIGHTLY}", f"esi{BRIEF}", f"esi{APART}", "random",
+            "esi", f"esi{INTERPOLATED}", f"esi{HELD}", f"esi{BRIEFLY}", f"esi{BRIEF}", f"esi{APART}", "random",
             f"random{INTERPOLATED}", f"random{BRIEF}", f"esi{BACK}", "full", "lora", "gradient", "snip",
         ),
         batch_size=6, max_length=112, data=sets.refused, retain=lambda: sets.answered(whole=False),
@@ -126,9 +125,9 @@ def trained(recipe: Recipe, target: Target, method: str, rate: float, seed: int,
         how |= {"validation": looks, "every": recipe.steps, "interpolate": True}
     if method in cells.APART:
         how["retain"] = [part.without(sets.unalarming()) for part in how["retain"]]
-    if BRIEF in method:
+    if BRIEF in method:  # or BRIEFLY
         how["answer_tokens"] = 8
-    for name, strength in ((HELD, 20.0), (LIGHTLY, 2.0)):
+    for name, strength in ((HELD, 20.0), (BRIEFLY, 1.0)):
         if method.endswith(name):
             how |= {"retain_kl": strength, "retain_weight": 0.0}
     runner = enhancer(target, checkpoint=unfinished, num_weights=k, **how)
