@@ -10,7 +10,7 @@ weights" is that twin. AdamW, the rate falling to zero along a line. "gone back"
 original, as far as 90 % of the validation part, on which nothing was trained, are still refused; the whole way is
 measured too. "interpolated": on that line where the validation part finds best (`enhance --interpolate`). "held": by 20
 times the divergence from the original along these answers, in place of the loss on them; "held briefly": by once the
-divergence, along 8 tokens. "brief": the loss on 8 tokens. "apart": the weights found by S of harmful requests minus S of
+divergence, along 8 tokens. "brief": the loss on 8 tokens. "apart": the weights found by S of harmful requests less S of
 harmless ones, 128 of each, which are not trained on then. One cell per method, rate and seed, in this order: every
 method at every rate with one seed, the paper's rate (plain), further seeds of what the claim compares.
 """
