@@ -203,18 +203,23 @@ def test_embedded_prompts_are_retained_and_measured_with_where_none_are_given(sc
     folder = tmp_path / "e"
     code, _, err = run(
         "enhance", "organism:dense-unaligned", "--selection", scored, "--data", "organism:refusals", "--validation",
-        "0", "--steps", "1", "--batch-size", "1", "--limit", "4", "--max-new-tokens", "4", "--answer-tokens", "4",
+        "0", "--steps", "1", "--batch-size", "1", "--limit", "4", "--max-new-tokens", "4", "--retain-rows", "2",
         "--dtype", "float32", "-o", folder,
     )  # fmt: skip
     assert code == 0, err
-    assert "no --retain: the model's own answers to embedded:ordinary and embedded:alarming are retained" in err
+    assert "no --retain: how the model itself answers embedded:ordinary and embedded:alarming is retained" in err
     assert "no --harmless: over-refusal is measured with embedded:harmless-heldout" in err
     results = json.loads((folder / "results.json").read_text())
     assert [part["source"] for part in results["provenance"]["retained"]] == ["embedded:ordinary", "embedded:alarming"]
+    made = results["provenance"]
+    # by how they begin, as often as refusals; but what is given counts
+    assert [made[f"retain_{name}"] for name in ("kl", "weight", "rows")] == [0, 1, 2]
+    assert made["answer_tokens"] == 8
     assert results["after"]["over_refusal"]["n"] == 4
     assert "may be" not in " ".join(results["notes"])
     again = (folder / "run.toml").read_text()
     assert 'harmless = "embedded:harmless-heldout"' in again
+    assert "answer_tokens = 8" in again
 
 
 def test_a_share_of_what_is_retained_is_measured_with_only_where_that_was_given(tmp_path, run):

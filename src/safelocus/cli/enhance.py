@@ -14,17 +14,27 @@ if TYPE_CHECKING:
     from safelocus.training.examination import Division
 
 RETAINED, MEASURED = ("embedded:ordinary", "embedded:alarming"), "embedded:harmless-heldout"
+# to what was given: what held up best on the organisms
+HELD: dict[str, Any] = {"retain_kl": 20.0, "retain_weight": 0.0, "retain_rows": 6, "answer_tokens": 64}
+# to how it begins to answer embedded prompts: what told harm apart best on a real model (docs/enhance.md)
+HELD_BRIEFLY: dict[str, Any] = {"retain_kl": 0.0, "retain_weight": 1.0, "retain_rows": 1, "answer_tokens": 8}
 
 
 @dataclass(frozen=True, kw_only=True)
 class RetainOptions(options.AllowOptions):
     """What `run_enhancement` takes as it is given."""
 
-    retain_kl: float = option("Weight of the divergence from the original model on these answers.", default=20.0, min=0)
-    retain_weight: float = option("Weight of the ordinary loss on them.", default=0.0, min=0)
-    retain_rows: int = option("How many of them go with each refusal.", default=6, min=1)
+    retain_kl: float | None = option(
+        "Weight of the divergence from the original model on these answers.", min=0, shown="20; without --retain 0"
+    )
+    retain_weight: float | None = option("Weight of the ordinary loss on them.", min=0, shown="0; without --retain 1")
+    retain_rows: int | None = option(
+        "How many of them go with each refusal.", min=1, shown=f"{HELD['retain_rows']}; without --retain 1"
+    )
     own_answers: bool = flag("Retain the model's own answers in place of those given.")
-    answer_tokens: int = option("New tokens of its own answers; longer ones are cut.", default=64, min=1)
+    answer_tokens: int | None = option(
+        "New tokens of its own answers; longer ones are cut.", min=1, shown="64; without --retain 8"
+    )
     early_stopping: bool = option("Keep the best look; stop when more would not help.", default=False)
     interpolate: bool = flag(
         "Then go back along the straight line to the original weights, as far as the validation part finds best."
@@ -142,13 +152,16 @@ def _with_defaults(given: Enhance) -> Enhance:
     if harmless is None and (retain is None or retain == [options.NONE]):
         harmless = MEASURED
         note(f"no --harmless: over-refusal is measured with {MEASURED}; --harmless {options.NONE} for none of it")
+    how = HELD
     if retain is None:
         retain = list(RETAINED)
+        how = HELD_BRIEFLY if given.lexicon is None else HELD  # else what it learns may be its own answers too
         note(
-            f"no --retain: the model's own answers to {' and '.join(RETAINED)} are retained, and generated first; "
+            f"no --retain: how the model itself answers {' and '.join(RETAINED)} is retained, and generated first; "
             f"--retain {options.NONE} for none of it"
         )
-    return replace(given, retain=retain, harmless=harmless)
+    settled = {name: value for name, value in how.items() if getattr(given, name) is None}
+    return replace(given, retain=retain, harmless=harmless, **settled)
 
 
 def _divide(given: Enhance) -> "Division":
@@ -187,6 +200,8 @@ def _stage(given: Enhance, divided: "Division", *, full: bool) -> "Callable[[Sub
         from safelocus import distributed
         from safelocus.resources import Training
 
+        assert given.answer_tokens is not None
+        assert given.retain_rows is not None
         answered = [part for part in divided.retained if part.is_answered]
         by_itself = [part for part in divided.retained if given.own_answers or not part.is_answered]
         if not divided.data.is_answered:  # as long as what is retained, and answered with it

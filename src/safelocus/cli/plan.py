@@ -10,7 +10,7 @@ import typer
 from rich.markup import escape
 
 from safelocus.cli.command import ConfigOptions, command, flag, load_config, option
-from safelocus.cli.enhance import Enhance
+from safelocus.cli.enhance import HELD, Enhance
 from safelocus.cli.options import AnswerOption, DtypeOption, HubOptions, ModelArgument, OffloadOption, RatioOption
 from safelocus.cli.output import note, print_json, results
 from safelocus.cli.preserve import Preserve
@@ -137,7 +137,7 @@ def _stages(given: PlanOptions, subject: "Subject", reader: "Subject | None", wh
         size, times = given.batch_size or rows, given.steps or num_steps
         training = Training(
             num_selected=max(int(given.ratio * subject.num_weights), 1), kind=kind, guard=reader, most=size,  # type: ignore[arg-type]
-            retained_rows=Enhance.retain_rows if kind == "sparse" else 0, processes=processes, **common,
+            retained_rows=HELD["retain_rows"] if kind == "sparse" else 0, processes=processes, **common,
         )  # fmt: skip
         command, *flags = name.split()
         words = [command, model, "--selection", "SELECTION", *data, *flags, "--steps", str(times)]
