@@ -57,6 +57,7 @@ class PlanOptions(ModelArgument, RatioOption, AnswerOption, OffloadOption, Dtype
     prompt_tokens: int = option("Tokens of a prompt in its template.", default=64, min=1)
     max_length: int = option("Tokens of a training row.", default=512, min=1)
     batch_size: int | None = option("Rows per optimizer step.", shown="8 enhance, 16 preserve", min=1)
+    retain_rows: int = option("Rows retained with each refusal (enhance).", default=HELD["retain_rows"], min=1)
     steps: int | None = option("Optimizer steps.", shown="100 and 1000", min=1)
     shard: bool = flag("One process per device, the model in shards.")
 
@@ -137,7 +138,7 @@ def _stages(given: PlanOptions, subject: "Subject", reader: "Subject | None", wh
         size, times = given.batch_size or rows, given.steps or num_steps
         training = Training(
             num_selected=max(int(given.ratio * subject.num_weights), 1), kind=kind, guard=reader, most=size,  # type: ignore[arg-type]
-            retained_rows=HELD["retain_rows"] if kind == "sparse" else 0, processes=processes, **common,
+            retained_rows=given.retain_rows if kind == "sparse" else 0, processes=processes, **common,
         )  # fmt: skip
         command, *flags = name.split()
         words = [command, model, "--selection", "SELECTION", *data, *flags, "--steps", str(times)]
