@@ -64,11 +64,25 @@ def test_every_command_runs_once(tmp_path, monkeypatch, less):
 
 @pytest.mark.parametrize("command", README_COMMANDS)
 def test_commands_of_the_readme_are_well_formed(command, capsys):
-    """They need the network, or the real model (tests/test_real.py), so only their options are checked."""
+    """Some need the network or a GPU, so of all of them the options are checked."""
     words = shlex.split(command)[1:]
     with pytest.raises(SystemExit):
         main([words[0], "--help"])
     assert options_in(command) <= options_in(capsys.readouterr().out)
+
+
+@pytest.mark.slow
+def test_commands_of_the_readme_on_the_real_model_go_together(tmp_path, monkeypatch):
+    """In order and in one folder, with an organism in its place, and with less of what takes time."""
+    monkeypatch.chdir(tmp_path)
+    less = {"enhance": "--steps 2 --batch-size 2 --max-new-tokens 4 --limit 8"}
+    listed = [command for command in README_COMMANDS if "smollm2" in command]
+    assert [command.split()[1] for command in listed] == ["score", "enhance", "patch"]
+    for command in listed:
+        words = shlex.split(f"{command} {less.get(command.split()[1], '')}".replace("smollm2", "organism:dense"))[1:]
+        with pytest.raises(SystemExit) as stop:
+            main(words)
+        assert not stop.value.code, command
 
 
 @pytest.mark.parametrize("page", PAGES[1:], ids=lambda page: str(page.relative_to(ROOT)))

@@ -33,7 +33,7 @@ class Change(ModelArgument, RevisionOption, JsonOption):
     in_place: bool = flag("Change MODEL itself, a folder, file by file.")
     allow_mismatch: bool = flag("Also on another model of the same shapes: a fine-tuned sibling.")
     dtype: Literal["float32", "bfloat16", "float16"] | None = option(
-        "Convert the patch first, where its old values survive that."
+        "Convert the patch first, where its old values survive that.", shown="that of the model's files"
     )
 
 
@@ -159,6 +159,7 @@ def _result(verb: str, outcome: "Outcome", where: str) -> dict[str, Any]:
         "num_tensors": len(outcome.tensors),
         "files": list(outcome.files),
         "mismatches": list(outcome.mismatches),
+        "num_rounded": outcome.num_rounded,
         "left_out": list(outcome.left_out),
     }
 
@@ -166,6 +167,8 @@ def _result(verb: str, outcome: "Outcome", where: str) -> dict[str, Any]:
 def _tell(verb: str, outcome: "Outcome", where: str, *, is_copy: bool) -> None:
     for mismatch in outcome.mismatches:
         note(f"allowed: {mismatch}")
+    if outcome.num_rounded:
+        note(f"{outcome.num_rounded:,} of the new values are rounded to the dtype of the model's files")
     if outcome.left_out:
         what = "not copied" if is_copy else "left as they are"
         note(f"{what}, other forms of the weights that the patch does not change: {', '.join(outcome.left_out)}")

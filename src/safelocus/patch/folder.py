@@ -41,6 +41,7 @@ from safelocus.run.files import alone, replacing
 
 # weights in forms that are not changed: stale copies of the old weights in a patched folder would mislead
 _OTHER_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx")
+_CONVERTED = ("float32", "bfloat16", "float16")  # dtypes of a patch
 # what turns text, pictures and sound into inputs, as transformers and others name it
 _INPUTS = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model", "*.tiktoken",
@@ -62,7 +63,7 @@ def apply_to_folder(
     """Write the new values into a copy of a model's folder, or in place.
 
     Args:
-        patch: in the dtype of the folder's tensors (see `Patch.to`).
+        patch: in another dtype than the folder's tensors, which have one, it is converted first (see `Patch.to`).
         model: folder, hub id or `organism:NAME`; in place only a folder.
         output: folder to be; must not exist or be empty. None: in place.
         allow_mismatch: also to a model that is neither as before nor as after: a fine-tuned sibling.
@@ -182,6 +183,12 @@ def _rewrite(
     checkpoint = Checkpoint.open(model, revision=revision, layout=patch.selection.layout)
     if output is not None:
         _check_output(output, checkpoint.folder)
+    num_rounded, kinds = 0, {tensor.dtype for tensor in checkpoint.stored.values()} & {*_CONVERTED}
+    if len(kinds) == 1 and patch.dtypes != [
+        dtype := getattr(torch, *kinds)
+    ]:  # trained in fp32, say, where files are bf16
+        patch = patch.to(dtype)
+        num_rounded = patch.metadata["num_rounded"]
     patch.selection.require({name: tuple(weights.shape) for name, weights in checkpoint.model.named_parameters()})
     forms = [(name, form) for name in patch.new for form in checkpoint.forms(name)]
     checked = track(forms, "check", enabled=progress)
@@ -194,7 +201,8 @@ def _rewrite(
         with _copied(checkpoint, output, progress) as copy:
             for file in edits:
                 _write(checkpoint, copy / file, edits[file])
-    return patch.outcome(pending, mismatches, files=tuple(edits), left_out=tuple(_other_weights(checkpoint)))
+    outcome = patch.outcome(pending, mismatches, files=tuple(edits), left_out=tuple(_other_weights(checkpoint)))
+    return replace(outcome, num_rounded=num_rounded)
 
 
 def _edits(checkpoint: Checkpoint, patch: Patch, goal: Goal, names: list[str]) -> Edits:

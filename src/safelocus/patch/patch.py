@@ -249,7 +249,7 @@ class Patch(PatchValues):
             scatter(module, self.selection, values)
         return self.outcome(pending, mismatches)
 
-    def outcome(self, written: list[str], mismatches: list[str], **files: tuple[str, ...]) -> Outcome:
+    def outcome(self, written: list[str], mismatches: list[str], **files: Any) -> Outcome:
         """Of having written some of the tensors."""
         return Outcome(
             num_weights=sum(self.selection[name].numel() for name in written),

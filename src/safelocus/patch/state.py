@@ -69,6 +69,7 @@ class Outcome:
         mismatches: tensor and reason, where `allow_mismatch` let something pass.
         files: written, in the model's folder.
         left_out: files that hold weights in another form, which the patch does not change.
+        num_rounded: new values that the files' dtype rounds.
     """
 
     num_weights: int
@@ -76,6 +77,7 @@ class Outcome:
     mismatches: tuple[str, ...] = ()
     files: tuple[str, ...] = ()
     left_out: tuple[str, ...] = ()
+    num_rounded: int = 0
 
     @property
     def changed(self) -> bool:
