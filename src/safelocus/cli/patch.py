@@ -167,8 +167,8 @@ def _result(verb: str, outcome: "Outcome", where: str) -> dict[str, Any]:
 def _tell(verb: str, outcome: "Outcome", where: str, *, is_copy: bool) -> None:
     for mismatch in outcome.mismatches:
         note(f"allowed: {mismatch}")
-    if outcome.num_rounded:
-        note(f"{outcome.num_rounded:,} of the new values are rounded to the dtype of the model's files")
+    if outcome.num_rounded and verb == "apply":
+        note(f"rounded to the dtype of the model's files: {outcome.num_rounded:,} new values")
     if outcome.left_out:
         what = "not copied" if is_copy else "left as they are"
         note(f"{what}, other forms of the weights that the patch does not change: {', '.join(outcome.left_out)}")
