@@ -271,16 +271,23 @@ def _frontier_figure() -> Figure:
                     for (m, _), group in sorted(groups.items())
                     if m == method
                 ]
-                if points:
+                if points and method not in enhancing.VARIANTS:
                     label = f"{NAMES[method]}, {name}"
-                    face = "white" if method in enhancing.VARIANTS else colour
-                    axis.plot(*zip(*points, strict=True), style, markersize=4, color=colour, mfc=face, label=label)
+                    axis.plot(*zip(*points, strict=True), style, markersize=4, color=colour, label=label)
+                elif points:
+                    axis.plot(*zip(*points, strict=True), style, markersize=4, color=colour, mfc="white")
+                    for at in points if axis is axes[0] else ():
+                        axis.annotate(
+                            method.partition(" ")[2], at, (4, -2), textcoords="offset points", fontsize=5, color=colour
+                        )
         axis.set_xlabel(f"{HEADINGS[SOURCES.index(unwanted)]}: share refused (not wanted)", fontsize=8)
         axis.set_ylabel(f"{HEADINGS[SOURCES.index(wanted)]}: share refused (wanted)", fontsize=8)
         axis.set_xlim(-0.03, 1.03)
         axis.set_ylim(-0.03, 1.03)
         axis.tick_params(labelsize=7)
         axis.grid(True, color="#e6e6e6", linewidth=0.6)
+    for label, style in (("other ways, contrast", "s"), ("other ways, contrast-long", "^")):
+        axes[0].plot([], [], style, markersize=4, color="#666666", mfc="white", label=label)
     figure.legend(*axes[0].get_legend_handles_labels(), fontsize=7, frameon=False, ncols=4, loc="outside lower center")
     return figure
 
@@ -684,9 +691,10 @@ def _chosen_by_training() -> list[Comparison]:
     for name, recipe in enhancing.RECIPES.items():
         _, groups = _enhanced(recipe)
         for (method, rate), group in groups.items():
+            what = ", ".join(filter(None, ("SET", name, method.partition(" ")[2], f"{rate:g}")))
             for other in ("random", "gradient", "snip", "magnitude", locating.APART):
                 rival = groups.get((method.replace("esi", other), rate)) if method.startswith("esi") else None
-                compared += _pairs(f"SET, {name}, {rate:g}", NAMES[other], group, rival)
+                compared += _pairs(what, NAMES[other], group, rival)
     return compared
 
 
