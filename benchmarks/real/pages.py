@@ -896,6 +896,10 @@ def readme() -> None:
         ]
     if any(key not in found[recipe.table] for recipe, key, _ in shown):
         return
+    brief = found[contrast.table].get(f"esi{enhancing.BRIEF}{enhancing.BACK}-{contrast.rates[0]:g}-0".replace(" ", "-"))
+    if brief is not None:
+        found[contrast.table]["brief"] = brief["whole"]
+        shown.append((contrast, "brief", f"1 % of the weights, {NAMES['esi']}, with contrast, brief"))
     table = Grid(
         title="", headings=("refused, percent [95 % interval]", *(HEADINGS[SOURCES.index(each)] for each in _SHOWN)),
         rows=tuple(
@@ -908,7 +912,7 @@ def readme() -> None:
         f"rows at {README_RATE:g} ([results](docs/results/real-enhance.md)). With contrast: {contrast.steps} steps of "
         f"refusals and the model's own answers to harmless requests at {contrast.rates[0]:g}, then back towards the "
         "original as far as 90 % of a validation part are still refused "
-        "([results](docs/results/real-contrast-long.md)). One seed.",
+        "([results](docs/results/real-contrast-long.md)). Brief: 8 tokens of these answers, the whole way. One seed.",
     )  # fmt: skip
     file = cells.ROOT / "README.md"
     head, _, rest = file.read_text(encoding="utf-8").partition("<!-- real -->\n")
