@@ -139,8 +139,10 @@ def enhance_page(name: str) -> str | None:
     )  # fmt: skip
     measured = {(method, rate, cell["seed"]) for (method, rate), group in groups.items() for cell in group}
     missing = [each for each in recipe.plan() if each not in measured]
-    _enhance_figure(recipe, before, groups).savefig(PAGES / f"real-{recipe.table}.png")
-    pictures = [f"![Share refused after SET, against the learning rate](real-{recipe.table}.png)"]
+    pictures = []
+    if len(groups) > len({method for method, _ in groups}):  # a curve: some method at several rates
+        _enhance_figure(recipe, before, groups).savefig(PAGES / f"real-{recipe.table}.png")
+        pictures = [f"![Share refused after SET, against the learning rate](real-{recipe.table}.png)"]
     claims, details = _enhance_claims(before, groups), list[str]()
     if name != "plain":
         _frontier_figure().savefig(PAGES / "real-frontier.png")
