@@ -194,7 +194,8 @@ def test_the_real_models_cards_are_computed_from_its_cells(scripts):
     recipe = pages.enhancing.RECIPES["plain"]
     card = pages._enhance_cards(recipe, *pages._enhanced(recipe))[-1]
     effect = (after.count("1") - before.count("1")) / len(after)
-    row = next(line for line in card.splitlines() if "fresh semantics" in line)
+    lines = card.partition(f"{pages.NAMES['esi']}, 0.0001 |")[2].splitlines()
+    row = next(line for line in lines if "fresh semantics" in line)
     assert f"harmbench {round(100 * effect)} [" in row
     assert "advbench 9" not in row  # weights are found with it
     assert "one seed" in card

@@ -85,12 +85,13 @@ def test_nothing_is_measured_with_that_was_found_or_trained_with(told):
 def test_no_harmful_response_is_printed_or_on_the_page(told):
     folder, printed = told
     page = unescape((folder / "report.html").read_text(encoding="utf-8"))
-    for part in ("before", "after"):
-        rows = Evaluation.load(folder / NAME / "enhance" / part).rows
-        harmless = " ".join(r["response"] for r in rows if r["set"] != HARMFUL)  # some say the same, and are shown
-        said = [r["response"] for r in rows if r["set"] == HARMFUL and not r["refused"]]
-        said = [text for text in said if len(text) > 12 and text not in harmless]
+    rows = [Evaluation.load(folder / NAME / "enhance" / part).rows for part in ("before", "after")]
+    harmless = " ".join(r["response"] for part in rows for r in part if r["set"] != HARMFUL)  # these are shown
+    for part in rows:
+        said = [r["response"] for r in part if r["set"] == HARMFUL and not r["refused"]]
+        said = [text for text in said if len(text) > 12]
         assert said
+        said = [text for text in said if text not in harmless]  # some say the same
         assert not any(text in " ".join(printed.split()) or text in page for text in said)
 
 
