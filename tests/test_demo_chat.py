@@ -113,7 +113,7 @@ def test_every_stages_run_is_one_of_its_command(told, tmp_path, run):
 @pytest.mark.real
 @pytest.mark.slow
 def test_the_real_model_learns_to_refuse(tmp_path, run):
-    """`make demo` without its set-up: six minutes on two cores."""
+    """`make demo` without its set-up: three minutes on two cores."""
     try:
         smollm2.obtain()
     except ModelError as error:

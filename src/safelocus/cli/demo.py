@@ -49,7 +49,7 @@ def demo(given: Demo) -> None:
             "Two tiny models that refuse harmful requests, and their twins that do not. About "
             f"{'a minute' if given.quick else 'six minutes'} on two cores, which they share."
             if organisms
-            else f"{model}: a chat model that answers whatever it is asked. About six minutes on two cores."
+            else f"{model}: a chat model that answers whatever it is asked. About three minutes on two cores."
         )
         results.print(f"{said} {sizes.shortened}\n", highlight=False, markup=False)
     asked = {"organisms": True, "quick": given.quick} if organisms else {"model": model}
