@@ -32,9 +32,9 @@ def test_it_is_found_tuned_and_refuses(run, tmp_path):
         "enhance", "smollm2", "--selection", found, "--data", "embedded:refusals", "--retain", "none",
         "--harmful", "organism:harmful-heldout", "--harmless", "none", "--limit", 16, "--max-new-tokens", 16,
         "--steps", 12, "--batch-size", 4, "--learning-rate", "1e-3", "--max-length", 96, "--validation", 0,
-        "-o", tuned, "--json",
+        "--judge", "refusal", "-o", tuned, "--json",
     )  # fmt: skip
     assert code == 0, err
     results = json.loads(out)
-    assert results["before"]["refusal"]["high"] < 0.6  # the refusal reader takes 4 of 16 answers of 16 tokens for one
+    assert results["before"]["refusal"]["value"] < 0.2
     assert results["after"]["refusal"]["value"] > results["before"]["refusal"]["high"]

@@ -38,7 +38,7 @@ ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "docs" / "results" / "real"
 RUNS = ROOT / "runs" / "real"
 RATIOS = (0.01, 0.1)
-APART = {"esi apart": "esi"}  # by the gradient of S of harmful requests minus S of harmless ones
+APART = "esi apart"  # ESI by the gradient of S of harmful requests minus S of harmless ones
 JUDGE = RefusalMatcher()  # of every table: the one that judged the first cells
 
 
@@ -143,11 +143,11 @@ class Apart:
 
 def scores(target: Target, method: str, checkpoint: Path | None = None) -> Scores:
     """Scores of all weights by the refusal objective on the 128 prompts that find; their selections are kept."""
-    prompts, objective = sets.find(), sl.Refusal() if method in (*APART, "esi", "gradient", "snip") else None
-    if method in APART:
+    prompts, objective = sets.find(), sl.Refusal() if method in (APART, "esi", "gradient", "snip") else None
+    if method == APART:
         objective = Apart(sets.unalarming())
         prompts = sets.joined("find", prompts, objective.harmless)
-    found = sl.score(target, prompts, objective=objective, method=APART.get(method, method), checkpoint=checkpoint)
+    found = sl.score(target, prompts, objective=objective, method=method.split()[0], checkpoint=checkpoint)
     for ratio in RATIOS:
         file = _kept_selection(target, method, ratio)
         file.parent.mkdir(parents=True, exist_ok=True)

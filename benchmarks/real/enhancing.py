@@ -35,10 +35,10 @@ from safelocus.training.examination import Examination
 METHODS = ("esi", "random", "gradient", "snip", "magnitude", "lora", "full")
 BACK = " gone back"  # as far as the validation part is still refused (`aligning.gone_back`)
 INTERPOLATED = " interpolated"  # as far as `enhance --interpolate` goes, by that part
-HELD = " held"  # to what it was on these answers, by 20 times the divergence, as `enhance` does by itself
+HELD = " held"  # to what it was on these answers, by 20 times the divergence, as `enhance` does to answers given
 BRIEFLY = " held briefly"  # by once the divergence, along 8 tokens
 BRIEF = " brief"  # 8 tokens of the model's own answers
-APART = " apart"  # weights that tell harmful requests from harmless ones (`cells.Apart`)
+APART = cells.APART.removeprefix("esi")  # weights that tell harmful requests from harmless ones (`cells.Apart`)
 VARIANTS = tuple(
     f"{method}{how}"
     for how in (BACK, INTERPOLATED, HELD, BRIEFLY, BRIEF, f"{BRIEF}{BACK}", APART)
@@ -117,13 +117,13 @@ def trained(recipe: Recipe, target: Target, method: str, rate: float, seed: int,
     if recipe.table == "contrast-long" and method == f"full{BACK}":
         return _twin(recipe, unfinished)
     how = training(recipe, rate, seed)
-    k, chosen = int(RATIO * target.layout.num_weights), method if method in cells.APART else method.partition(" ")[0]
+    k, chosen = int(RATIO * target.layout.num_weights), method if method == cells.APART else method.partition(" ")[0]
     what: Any = chosen if chosen in ("lora", "full") else cells.selection(target, chosen, RATIO, seed=seed)
     if method.endswith(INTERPOLATED):
         (harmful,), (harmless,) = sets.validation().values()
         looks = Examination(harmful=harmful, harmless=harmless, judges=(cells.JUDGE,), max_new_tokens=sets.NEW_TOKENS)
         how |= {"validation": looks, "every": recipe.steps, "interpolate": True}
-    if method in cells.APART:
+    if method == cells.APART:
         how["retain"] = [part.without(sets.unalarming()) for part in how["retain"]]
     if BRIEF in method:  # or BRIEFLY
         how["answer_tokens"] = 8

@@ -22,7 +22,6 @@ from safelocus.scoring.scores import Scores
 
 TABLE = "map"
 METHODS = ("esi", "gradient", "snip")
-APART = "esi apart"
 MODELS = ("smollm2", "smollm2:aligned")
 RATIO = 0.01
 
@@ -69,7 +68,9 @@ def main() -> None:
         work |= {f"{name}-{method}": partial(located, model, method) for method in METHODS}
         work[f"{name}-halves"] = partial(halves, model)
         work |= {f"{name}-esi-{other}": partial(between, (model, "esi"), (model, other)) for other in METHODS[1:]}
-    work[f"{MODELS[0]}-esi-{APART.replace(' ', '-')}"] = partial(between, (MODELS[0], "esi"), (MODELS[0], APART))
+    work[f"{MODELS[0]}-esi-{cells.APART.replace(' ', '-')}"] = partial(
+        between, (MODELS[0], "esi"), (MODELS[0], cells.APART)
+    )
     work["models"] = partial(between, (MODELS[0], "esi"), (MODELS[1], "esi"))
     cells.work(TABLE, work, given.share, given.only)
 

@@ -527,7 +527,7 @@ def map_page() -> str | None:
         ]
         held = f"{100 * shown.selected_mass:.1f} % of all ESI" if shown.selected_mass else "an unknown share"
         gini = "" if shown.concentration is None else f", Gini {shown.concentration.gini:.2f}"
-        halves, others = found.get(f"{name}-halves"), (*locating.METHODS[1:], locating.APART)
+        halves, others = found.get(f"{name}-halves"), (*locating.METHODS[1:], cells.APART)
         agreement = [f"two halves of the prompts {_iou(halves)}"] if halves else []
         agreement += [
             f"{NAMES[method]} {_iou(other)}"
@@ -694,7 +694,7 @@ def _chosen_by_training() -> list[Comparison]:
         _, groups = _enhanced(recipe)
         for (method, rate), group in groups.items():
             what = ", ".join(filter(None, ("SET", name, method.partition(" ")[2], f"{rate:g}")))
-            for other in ("random", "gradient", "snip", "magnitude", locating.APART):
+            for other in ("random", "gradient", "snip", "magnitude", cells.APART):
                 rival = groups.get((method.replace("esi", other), rate)) if method.startswith("esi") else None
                 compared += _pairs(what, NAMES[other], group, rival)
     return compared

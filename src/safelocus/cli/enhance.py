@@ -20,20 +20,22 @@ HELD: dict[str, Any] = {"retain_kl": 20.0, "retain_weight": 0.0, "retain_rows": 
 HELD_BRIEFLY: dict[str, Any] = {"retain_kl": 0.0, "retain_weight": 1.0, "retain_rows": 1, "answer_tokens": 8}
 
 
+def _either(name: str) -> str:
+    return f"{HELD[name]:g}; without --retain {HELD_BRIEFLY[name]:g}"
+
+
 @dataclass(frozen=True, kw_only=True)
 class RetainOptions(options.AllowOptions):
     """What `run_enhancement` takes as it is given."""
 
     retain_kl: float | None = option(
-        "Weight of the divergence from the original model on these answers.", min=0, shown="20; without --retain 0"
+        "Weight of the divergence from the original model on these answers.", min=0, shown=_either("retain_kl")
     )
-    retain_weight: float | None = option("Weight of the ordinary loss on them.", min=0, shown="0; without --retain 1")
-    retain_rows: int | None = option(
-        "How many of them go with each refusal.", min=1, shown=f"{HELD['retain_rows']}; without --retain 1"
-    )
+    retain_weight: float | None = option("Weight of the ordinary loss on them.", min=0, shown=_either("retain_weight"))
+    retain_rows: int | None = option("How many of them go with each refusal.", min=1, shown=_either("retain_rows"))
     own_answers: bool = flag("Retain the model's own answers in place of those given.")
     answer_tokens: int | None = option(
-        "New tokens of its own answers; longer ones are cut.", min=1, shown="64; without --retain 8"
+        "New tokens of its own answers; longer ones are cut.", min=1, shown=_either("answer_tokens")
     )
     early_stopping: bool = option("Keep the best look; stop when more would not help.", default=False)
     interpolate: bool = flag(

@@ -33,7 +33,7 @@ class Change(ModelArgument, RevisionOption, JsonOption):
     in_place: bool = flag("Change MODEL itself, a folder, file by file.")
     allow_mismatch: bool = flag("Also on another model of the same shapes: a fine-tuned sibling.")
     dtype: Literal["float32", "bfloat16", "float16"] | None = option(
-        "Convert the patch first, where its old values survive that.", shown="that of the model's files"
+        "Convert the patch to this first, where the model's files have several.", shown="that of the model's files"
     )
 
 

@@ -122,6 +122,12 @@ class Checkpoint:
             stored=stored_in(folder),
         )
 
+    @property
+    def dtypes(self) -> list[torch.dtype]:
+        """Of the weights in the files; one, unless the model mixes them."""
+        found = {tensor.dtype for tensor in self.stored.values()}
+        return [getattr(torch, dtype) for dtype in _DTYPES.values() if dtype in found]
+
     def holds(self, name: str) -> bool:
         """Whether a tensor of the model is in the files, under its own name or one that it is tied to."""
         return bool(self._forms(name))

@@ -41,7 +41,6 @@ from safelocus.run.files import alone, replacing
 
 # weights in forms that are not changed: stale copies of the old weights in a patched folder would mislead
 _OTHER_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx")
-_CONVERTED = ("float32", "bfloat16", "float16")  # dtypes of a patch
 # what turns text, pictures and sound into inputs, as transformers and others name it
 _INPUTS = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model", "*.tiktoken",
@@ -183,11 +182,9 @@ def _rewrite(
     checkpoint = Checkpoint.open(model, revision=revision, layout=patch.selection.layout)
     if output is not None:
         _check_output(output, checkpoint.folder)
-    num_rounded, kinds = 0, {tensor.dtype for tensor in checkpoint.stored.values()} & {*_CONVERTED}
-    if len(kinds) == 1 and patch.dtypes != [
-        dtype := getattr(torch, *kinds)
-    ]:  # trained in fp32, say, where files are bf16
-        patch = patch.to(dtype)
+    num_rounded, dtypes = 0, checkpoint.dtypes
+    if len(dtypes) == 1 and patch.dtypes != dtypes:  # trained in fp32, say, where the files are bf16
+        patch = patch.to(*dtypes)
         num_rounded = patch.metadata["num_rounded"]
     patch.selection.require({name: tuple(weights.shape) for name, weights in checkpoint.model.named_parameters()})
     forms = [(name, form) for name in patch.new for form in checkpoint.forms(name)]
