@@ -86,7 +86,7 @@ CHAT_CHAPTERS: Sequence[Chapter] = (
     ),
     Chapter(
         key="enhance", title="Enhance (SET)", stage=chat.enhance,
-        why="Only these weights are trained, on short refusals, while the model is held to its own answers to "
+        why="Only these weights are trained, on short refusals, and on how the model itself begins to answer "
         "harmless requests, ordinary and alarming ones. Does it refuse harm now, and does it still answer the rest?",
     ),
     Chapter(

@@ -79,7 +79,7 @@ _STORY = (
 )
 _CHAT_STORY = (
     "The model answers nearly everything it is asked. safelocus looked for the weights that decide whether it refuses "
-    "(locate), and trained only these to refuse harmful requests, held to what the model says to harmless ones "
+    "(locate), and trained only these to refuse harmful requests, and to begin its answers to harmless ones as before "
     "(enhance). What came out is a small patch, which can be applied and taken out again.",
 )
 _MEANING = (
