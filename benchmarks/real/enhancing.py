@@ -10,9 +10,10 @@ weights" is that twin. AdamW, the rate falling to zero along a line. "gone back"
 original, as far as 90 % of the validation part, on which nothing was trained, are still refused; the whole way is
 measured too. "interpolated": on that line where the validation part finds best (`enhance --interpolate`). "held": by 20
 times the divergence from the original along these answers, in place of the loss on them; "held briefly": by once the
-divergence, along 8 tokens. "brief": the loss on 8 tokens. "apart": the weights found by S of harmful requests less S of
-harmless ones, 128 of each, which are not trained on then. One cell per method, rate and seed, in this order: every
-method at every rate with one seed, the paper's rate (plain), further seeds of what the claim compares.
+divergence, along 8 tokens. "brief": the loss on 8 tokens; "preferred": each answer preferred to its opposite, too.
+"apart": the weights found by S of harmful requests less S of harmless ones, 128 of each, which are not trained on then.
+One cell per method, rate and seed, in this order: every method at every rate with one seed, the paper's rate (plain),
+further seeds of what the claim compares.
 """
 
 from collections.abc import Callable
@@ -23,6 +24,7 @@ from typing import Any
 
 import aligning
 import cells
+import preferring
 import sets
 
 from safelocus.enhancement.run import enhancer
@@ -38,10 +40,11 @@ INTERPOLATED = " interpolated"  # as far as `enhance --interpolate` goes, by tha
 HELD = " held"  # to what it was on these answers, by 20 times the divergence, as `enhance` does to answers given
 BRIEFLY = " held briefly"  # by once the divergence, along 8 tokens
 BRIEF = " brief"  # 8 tokens of the model's own answers
+PREFERRED = " brief preferred"  # the same, and each preferred to its opposite (`preferring`)
 APART = cells.APART.removeprefix("esi")  # weights that tell harmful requests from harmless ones (`cells.Apart`)
 VARIANTS = tuple(
     f"{method}{how}"
-    for how in (BACK, INTERPOLATED, HELD, BRIEFLY, BRIEF, f"{BRIEF}{BACK}", APART)
+    for how in (BACK, INTERPOLATED, HELD, BRIEFLY, BRIEF, f"{BRIEF}{BACK}", PREFERRED, f"{PREFERRED}{BACK}", APART)
     for method in ("esi", "random", "full")
 )
 SHOWN = (*METHODS, *VARIANTS)
@@ -86,8 +89,9 @@ RECIPES = {
     "contrast": Recipe(
         table="contrast", rates=(1e-3, 3e-3, 3e-4),
         methods=(
-            "esi", f"esi{INTERPOLATED}", f"esi{HELD}", f"esi{BRIEFLY}", f"esi{BRIEF}", f"esi{APART}", "random",
-            f"random{INTERPOLATED}", f"random{BRIEF}", f"esi{BACK}", "full", "lora", "gradient", "snip",
+            "esi", *(f"esi{how}" for how in (INTERPOLATED, HELD, BRIEFLY, BRIEF, PREFERRED, APART)),
+            "random", *(f"random{how}" for how in (INTERPOLATED, BRIEF, PREFERRED)),
+            f"esi{BACK}", "full", "lora", "gradient", "snip",
         ),
         batch_size=6, max_length=112, data=sets.refused, retain=lambda: sets.answered(whole=False),
         how={"own_answers": True, "answer_tokens": 24},
@@ -96,8 +100,8 @@ RECIPES = {
 }  # fmt: skip
 RECIPES["contrast-long"] = replace(
     RECIPES["contrast"], table="contrast-long", before="contrast", rates=(1e-3,), steps=300, warmup_steps=20,
-    methods=tuple(f"{method}{how}{BACK}" for how in ("", BRIEF) for method in ("esi", "random", "full")),
-    compared=tuple(f"{method}{how}{BACK}" for how in ("", BRIEF) for method in METHODS[:2]),
+    methods=tuple(f"{method}{how}{BACK}" for how in ("", BRIEF, PREFERRED) for method in ("esi", "random", "full")),
+    compared=tuple(f"{method}{how}{BACK}" for how in ("", BRIEF, PREFERRED) for method in METHODS[:2]),
 )  # fmt: skip
 
 
@@ -131,6 +135,9 @@ def trained(recipe: Recipe, target: Target, method: str, rate: float, seed: int,
         if method.endswith(name):
             how |= {"retain_kl": strength, "retain_weight": 0.0}
     runner = enhancer(target, checkpoint=unfinished, num_weights=k, **how)
+    if PREFERRED in method:
+        answers = cells.RUNS / "answers"
+        runner = preferring.preferring(runner, how["data"], how["retain"], how["answer_tokens"], answers)
     arm = Arm(name="arm", what=what)
     trial = runner.train(arm, how["settings"])
     with runner.shown(arm, trial):
