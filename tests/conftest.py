@@ -42,17 +42,20 @@ def run(capsys):
 @pytest.fixture
 def scripts(monkeypatch):
     """Makes the modules of a folder of scripts importable, for one test: other folders have some of their names."""
-    kept = {}
+    names, kept = set(), {}
+
+    def here():
+        return [name for name in sys.modules if name.partition(".")[0] in names]
 
     def importable(folder):
-        kept.update({name: sys.modules.pop(name, None) for path in folder.glob("[!_]*.py") for name in [path.stem]})
+        names.update(path.stem for path in folder.glob("[!_]*"))
+        kept.update({name: sys.modules.pop(name) for name in here()})
         monkeypatch.syspath_prepend(folder)
 
     yield importable
-    for name, module in kept.items():
-        sys.modules.pop(name, None)
-        if module is not None:
-            sys.modules[name] = module
+    for name in here():
+        del sys.modules[name]
+    sys.modules.update(kept)
 
 
 @pytest.fixture

@@ -188,13 +188,13 @@ def test_the_page_shows_what_the_file_says(tmp_path):
 
 def test_the_real_models_cards_are_computed_from_its_cells(scripts):
     scripts(Path(__file__).parents[1] / "benchmarks" / "real")
-    pages = import_module("pages")
-    found = dict(pages.cells.kept("enhance"))
+    page = import_module("topics.enhance")
+    found = dict(page.cells.kept("enhance"))
     after, before = (found[name]["outcomes"]["harmbench"] for name in ("esi-0.0001-0", "before"))
-    recipe = pages.enhancing.RECIPES["plain"]
-    card = pages._enhance_cards(recipe, *pages._enhanced(recipe))[-1]
+    recipe = page.enhancing.RECIPES["plain"]
+    card = page._cards(recipe, *page.groups_of(recipe))[-1]
     effect = (after.count("1") - before.count("1")) / len(after)
-    lines = card.partition(f"{pages.NAMES['esi']}, 0.0001 |")[2].splitlines()
+    lines = card.partition(f"{page.NAMES['esi']}, 0.0001 |")[2].splitlines()
     row = next(line for line in lines if "fresh semantics" in line)
     assert f"harmbench {round(100 * effect)} [" in row
     assert "advbench 9" not in row  # weights are found with it

@@ -1,0 +1,124 @@
+"""Does the choice of weights matter? Every pair that the other pages hold."""
+
+import cells
+import enhancing
+import numpy as np
+import preserving
+import verifying
+from matplotlib.figure import Figure
+from topics import enhance
+from topics.outcomes import HEADINGS, NAMES, PAGES, SOURCES, Cell, negative, outcomes
+
+from safelocus.analysis.words import interval
+from safelocus.evaluation.measures import Measure
+from safelocus.report.colours import LIGHT
+from safelocus.report.grid import Grid
+from safelocus.verification.pooling import difference
+
+
+def page() -> str | None:
+    """ESI's weights against as many others, the same done with both: every pair that there is on the other pages."""
+    found = [*_chosen_by_training(), *_chosen_by_protection(), *_chosen_by_noise()]
+    if not found:
+        return None
+    rows = [(what, against, shown, f"{change.n // 2:,}", _verdict(change)) for what, against, shown, change in found]
+    _figure(found).savefig(PAGES / "real-choice.png")
+    table = Grid(
+        title="", headings=("what is done", "instead", "set", "n", "ESI's refuse"), rows=tuple(rows), num_labels=3,
+        caption="points [95 % interval over prompts, and seeds where there are several], paired by prompt; one draw of "
+        "random weights for each seed. n: answers of each of the two",
+    )  # fmt: skip
+    return "\n\n".join(
+        [
+            "# Does the choice of weights matter?",
+            "Made by `python benchmarks/real/pages.py` from what the pages on [SET](real-enhance.md), "
+            "[contrast](real-contrast.md), [300 steps of it](real-contrast-long.md), [SPA](real-preserve.md) and "
+            "[noise](real-verify.md) hold: the same training, protection or disturbance of ESI's weights, and of as "
+            "many others.",
+            "![How many points more or fewer are refused with ESI's weights than with others](real-choice.png)",
+            table.markdown(),
+        ]
+    )  # fmt: skip
+
+
+Comparison = tuple[str, str, str, Measure]  # what is done, with which other weights, set, the difference
+SHOWN = ("harmbench", "advbench", "xstest_safe", "alpaca")
+
+
+def _chosen_by_training() -> list[Comparison]:
+    compared = []
+    for name, recipe in enhancing.RECIPES.items():
+        _, groups = enhance.groups_of(recipe)
+        for (method, rate), group in groups.items():
+            what = ", ".join(filter(None, ("SET", name, method.partition(" ")[2], f"{rate:g}")))
+            for other in ("random", "gradient", "snip", "magnitude", cells.APART):
+                rival = groups.get((method.replace("esi", other), rate)) if method.startswith("esi") else None
+                compared += _pairs(what, NAMES[other], group, rival)
+    return compared
+
+
+def _chosen_by_protection() -> list[Comparison]:
+    found = dict(cells.kept(preserving.TABLE))
+    compared = []
+    for key, cell in found.items():
+        if cell["arm"].startswith("esi"):
+            rival = found.get(key.replace("esi", "random"))
+            percent, _, kind = cell["arm"].removeprefix("esi-").partition("-")
+            how = ["SPA", cell["task"], f"{percent} %", *([kind] if kind else []), *(["LoRA"] if cell["lora"] else [])]
+            compared += _pairs(", ".join(how), NAMES["random"], [cell], None if rival is None else [rival])
+    return compared
+
+
+def _pairs(what: str, other: str, first: list[Cell], second: list[Cell] | None) -> list[Comparison]:
+    if second is None:
+        return []
+    seeds = min(len(first), len(second))
+    return [
+        (
+            what, other, HEADINGS[SOURCES.index(source)],
+            difference(outcomes(first[:seeds], source), outcomes(second[:seeds], source), paired="prompts"),
+        )
+        for source in SHOWN
+    ]  # fmt: skip
+
+
+def _chosen_by_noise() -> list[Comparison]:
+    compared = []
+    for key, cell in cells.kept(verifying.TABLE):
+        for claim in cell["claims"]:
+            lost = Measure.from_json(claim["numbers"]["refusals lost beyond random"])
+            compared.append((f"disturbed: {key.replace('-', ' ')} sigma", NAMES["random"], "AdvBench", negative(lost)))
+    return compared
+
+
+def _verdict(change: Measure) -> str:
+    assert change.low is not None
+    assert change.high is not None
+    said = "more" if change.low > 0 else "fewer" if change.high < 0 else "not told apart"
+    return f"{said}: {interval(change)}"
+
+
+def _figure(found: list[Comparison]) -> Figure:
+    lines = [(what, other) for what, other, _, _ in found]
+    order = list(dict.fromkeys(lines))
+    figure = Figure(figsize=(7.2, 0.9 + 0.42 * len(order)), dpi=150, layout="constrained")
+    figure.set_facecolor("white")
+    axes = figure.subplots()
+    shown = [HEADINGS[SOURCES.index(source)] for source in SHOWN]
+    for number, heading in enumerate(shown):
+        some = [(order.index((what, other)), change) for what, other, source, change in found if source == heading]
+        values = np.array([[m.value, m.low, m.high] for _, m in some], float) * 100
+        at = [place + 0.17 * (number - 1.5) for place, _ in some]
+        axes.errorbar(
+            values[:, 0], at, xerr=[values[:, 0] - values[:, 1], values[:, 2] - values[:, 0]], fmt="o", markersize=3,
+            elinewidth=0.9, capsize=2, color=LIGHT.series[number],
+            label=heading + (" (more is wanted)" if number < 2 else " (fewer is wanted)"),
+        )  # fmt: skip
+    axes.axvline(0, color="#444444", linewidth=0.8)
+    axes.set_yticks(range(len(order)), [f"{what}\nagainst {other}" for what, other in order], fontsize=6)
+    axes.invert_yaxis()
+    axes.set_xlabel("refused with ESI's weights, minus refused with the others: points", fontsize=8)
+    axes.tick_params(axis="x", labelsize=7)
+    axes.grid(True, axis="x", color="#e6e6e6", linewidth=0.6)
+    figure.legend(fontsize=7, frameon=False, ncols=2, loc="outside lower center")
+    return figure

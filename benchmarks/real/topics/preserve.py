@@ -1,0 +1,87 @@
+"""SPA: an arm per row, a table per task."""
+
+from collections.abc import Iterable
+
+import cells
+import preserving
+from topics.card import card_run, cards
+from topics.outcomes import HEADINGS, Cell, numbers, outcomes, perplexity, rates, told
+
+from safelocus.analysis.acceptance import CardRun
+from safelocus.analysis.claims import kept_verdict
+from safelocus.report.grid import Grid
+from safelocus.verification.pooling import difference
+
+
+def page() -> str | None:
+    found = dict(cells.kept(preserving.TABLE))
+    parts = []
+    for task in ("gsm8k", "pubmedqa", "instruct"):
+        before = found.get(f"{task}-before")
+        arms = [cell for cell in found.values() if cell["task"] == task and cell["arm"] != "before"]
+        if before is None or not arms:
+            continue
+        groups = _grouped(arms)
+        bare = {(lora, rate): group for (arm, lora, rate), group in groups.items() if arm == "unprotected"}
+        rows = [("before", "", "", "", *rates([before]), perplexity([before]), perplexity([before], "task"), "")]
+        for (arm, lora, rate), group in groups.items():
+            alike = [bare[lora, rate]] if arm != "unprotected" and (lora, rate) in bare else []
+            change, *controls = (
+                difference(outcomes(seeds, "advbench"), outcomes([before], "advbench")) for seeds in (group, *alike)
+            )
+            rows.append(
+                (
+                    arm + (", LoRA" if lora else ""), f"{rate:g}", str(len(group)), f"{group[0]['num_protected']:,}",
+                    *rates(group), perplexity(group), perplexity(group, "task"),
+                    kept_verdict(change, controls, steps=group[0]["steps"]),
+                )
+            )  # fmt: skip
+        headings = ("arm", "rate", "seeds", "protected", *HEADINGS, "task's perplexity", "safety within 1 %")
+        parts += [
+            f"## {task}: {arms[0]['steps']:,} steps",
+            Grid(
+                title="", headings=headings, rows=tuple(rows), caption=f"percent refused, or right [95 % interval over "
+                f"prompts and seeds]; n: {numbers(before)}; the last column by AdvBench refusals",
+            ).markdown(),
+        ]  # fmt: skip
+    if not parts:
+        return None
+    return "\n\n".join(["# SPA on a real model's aligned twin", told(preserving), *parts, *_cards(found)])
+
+
+def _grouped(arms: Iterable[Cell]) -> dict[tuple[str, bool, float], list[Cell]]:
+    """(arm, with LoRA, rate) -> its seeds; the unprotected ones first."""
+    groups: dict[tuple[str, bool, float], list[Cell]] = {}
+    for cell in sorted(arms, key=lambda cell: (cell["lora"], cell["arm"] != "unprotected", cell["arm"])):
+        groups.setdefault((cell["arm"], cell["lora"], cell["rate"]), []).append(cell)
+    return groups
+
+
+def _cards(found: dict[str, Cell]) -> list[str]:
+    """Of every arm that protects ESI's weights or mixes rows in; the same arm on other tasks is its transfer."""
+    runs: dict[tuple[str, bool], dict[str, list[CardRun]]] = {}
+    for task in dict.fromkeys(cell["task"] for cell in found.values()):
+        groups = _grouped(cell for cell in found.values() if cell["task"] == task and cell["arm"] != "before")
+        for (arm, lora, rate), group in groups.items():
+            if arm.startswith(("esi", "mixed")):
+                others = {
+                    name: (groups.get((other, lora, rate)) or [None])[0]
+                    for name, other in (("unprotected", "unprotected"), ("random", arm.replace("esi", "random")))
+                    if other != arm
+                }
+                runs.setdefault((arm, lora), {})[task] = [
+                    card_run(
+                        "preserve", task, preserving.USED, cell, before=found.get(f"{task}-before"), **others,
+                    )
+                    for cell in group
+                ]  # fmt: skip
+    return cards(
+        "task, arm",
+        {
+            f"{task}, {arm}{', LoRA' if lora else ''}": (
+                seeds, [run for other, more in tasks.items() if other != task for run in more]
+            )
+            for (arm, lora), tasks in sorted(runs.items())
+            for task, seeds in tasks.items()
+        },
+    )  # fmt: skip
