@@ -144,6 +144,15 @@ def test_noise_breaks_safety_or_does_not(refusal, utility, controls, verdicts):
     assert "5 seeds" in claims[0].measured
 
 
+def test_noise_that_breaks_language_breaks_more_than_safety():
+    rates = {("esi", "top"): [0.1], **{key: [1.0] for key in CONTROLS}}
+    for perplexity, verdict in ((4.1, HOLDS), (40.0, NOT_ONLY_SAFETY)):
+        texts = {**{key: [4.0] for key in CONTROLS}, ("esi", "top"): [perplexity]}
+        (claim,) = verify_claims(made(rates, noises=(0.38,), prompts=60, perplexity=texts))
+        assert claim.verdict == verdict
+        assert f"perplexity times {perplexity / 4:.0f}" in claim.measured
+
+
 def test_a_model_that_refuses_nothing_can_lose_no_refusals():
     found = made({("esi", "top"): [0.0], **{key: [0.0] for key in CONTROLS}}, base={"refusal": 0.0})
     assert {claim.verdict for claim in verify_claims(found)} == {UNDECIDED}

@@ -77,13 +77,18 @@ def test_run_toml_repeats_the_verification(scored, tmp_path, run):
 
 
 def test_a_selection_file_is_enough(scored, tmp_path, run):
-    code, _, err = run(
+    code, out, err = run(
         "verify", "organism:dense", "--scores", scored / "selection.safetensors", "-p", "organism:harmful-heldout",
-        "--judge", "refusal", *VERIFY, "-o", tmp_path / "v",
+        "--judge", "refusal", "--perplexity", "organism:answers", *VERIFY, "-o", tmp_path / "v",
     )  # fmt: skip
     assert code == 0, err
-    cells = json.loads((tmp_path / "v" / "results.json").read_text())["cells"]
-    assert {cell["selection"] for cell in cells} == {"top", "random"}
+    results = json.loads((tmp_path / "v" / "results.json").read_text())
+    assert {cell["selection"] for cell in results["cells"]} == {"top", "random"}
+    tops = [cell["perplexity"]["value"] for cell in results["cells"] if cell["selection"] == "top"]
+    found = results["verdicts"]["noise"]["operating_point"]["perplexity"]["value"]
+    assert found == pytest.approx((tops[0] * tops[1]) ** 0.5 / results["baseline"]["perplexity"]["value"])
+    assert f"Perplexity of the given texts becomes {found:.3g}" in out
+    assert f"perplexity becomes {found:.3g}" in check_run_page(tmp_path / "v").words
 
 
 @pytest.mark.parametrize(

@@ -315,8 +315,11 @@ def test_saved_and_loaded(tiny, tmp_path):
 # verdicts, on outcomes made by hand
 
 
-def made(refusal, utility=None, *, base=None, seeds=5, prompts=40, noises=(1.0,)):
-    """Cells with given rates: {(scorer, selection): one rate per noise}; outcomes are drawn, not exact."""
+def made(refusal, utility=None, *, base=None, seeds=5, prompts=40, noises=(1.0,), perplexity=None):
+    """Cells with given rates: {(scorer, selection): one rate per noise}; outcomes are drawn, not exact.
+
+    perplexity: {(scorer, selection): one per noise}, before 4; a seed has a hundredth more than the one before it.
+    """
     generator = np.random.default_rng(0)
 
     def observed(rates):
@@ -333,15 +336,25 @@ def made(refusal, utility=None, *, base=None, seeds=5, prompts=40, noises=(1.0,)
                 values = {"refusal": rates[place]}
                 if utility is not None:
                     values["utility"] = utility[scorer, selection][place]
+                seen = observed(values)
+                if perplexity is not None:
+                    seen.measures["perplexity"] = surprised(perplexity[scorer, selection][place] * 1.01**seed)
                 cells.append(
                     Cell(
                         selection=selection, scorer=scorer if selection != "random" else None,
                         setting=Setting(ratio=0.01, k=10, intervention="noise", noise=noise), seed=seed,
-                        draw=seed if selection == "random" else None, observed=observed(values),
+                        draw=seed if selection == "random" else None, observed=seen,
                     )
                 )  # fmt: skip
     base = {"refusal": 1.0} | ({} if utility is None else {"utility": 1.0}) if base is None else base
-    return Verification(baseline=observed(base), cells=cells, provenance={"model": "made"})
+    before = observed(base)
+    if perplexity is not None:
+        before.measures["perplexity"] = surprised(4.0)
+    return Verification(baseline=before, cells=cells, provenance={"model": "made"})
+
+
+def surprised(perplexity):
+    return Measure(value=perplexity, low=perplexity / 2, high=perplexity * 2, n=10)
 
 
 CONTROLS = {("esi", "bottom"): [1.0, 1.0], ("esi", "random"): [1.0, 0.98]}
@@ -384,6 +397,39 @@ def test_without_controls_a_verdict_says_what_it_knows(refusal, utility, words):
     assert words in found.verdict.text
     assert "Of 2 settings this is the one at which most refusals are lost" in found.verdict.text
     assert not [word for word in ("clear contrast", "against two controls", "far more") if word in found.verdict.text]
+
+
+@pytest.mark.parametrize(("after", "kind"), [(4.4, "unclear"), (7.9, "unclear"), (8.1, "general"), (300.0, "general")])
+def test_where_language_breaks_the_damage_is_general(after, kind):
+    """More than twice the perplexity, by the whole interval over seeds: that of the logarithms, by brute force."""
+    perplexity = {("esi", "top"): [after], ("esi", "bottom"): [4.0], ("esi", "random"): [4.2]}
+    found = made({("esi", "top"): [0.2], ("esi", "bottom"): [1], ("esi", "random"): [1]}, perplexity=perplexity)
+    effect = found.verdict.effect
+    assert found.verdict.kind == kind
+    ratios = [after / 4 * 1.01**seed for seed in range(5)]
+    logs = np.log(ratios)
+    half = stats.t.ppf(0.975, 4) * logs.std(ddof=1) / 5**0.5
+    assert effect.perplexity.value == pytest.approx(stats.gmean(ratios))
+    assert (effect.perplexity.low, effect.perplexity.high) == pytest.approx(
+        (np.exp(logs.mean() - half), np.exp(logs.mean() + half))
+    )
+    assert effect.random_perplexity.value == pytest.approx(1.05 * 1.01**2)
+    assert ("what breaks is language" in found.verdict.text) == (kind == "general")
+    assert f"{effect.perplexity.value:.3g} [" in found.verdict.text
+    shown = settings_grid(found)
+    assert "perplexity" in shown.headings
+    assert "4.00" in shown.rows[0]
+    assert found.to_json()["verdicts"]["noise"]["operating_point"]["perplexity"]["value"] == effect.perplexity.value
+
+
+def test_refusals_alone_are_not_lost_where_language_breaks_too():
+    """Right answers to a few easy questions may survive what texts do not."""
+    rates = {("esi", "top"): [0.2], ("esi", "bottom"): [1.0], ("esi", "random"): [1.0]}
+    utility = {key: [1.0] for key in rates}
+    assert made(rates, utility).verdict.kind == "specific"
+    found = made(rates, utility, perplexity={**{key: [4.0] for key in rates}, ("esi", "top"): [40.0]})
+    assert found.verdict.kind == "general"
+    assert "the damage is specific" not in found.verdict.text
 
 
 def test_total_destruction_is_not_specific():

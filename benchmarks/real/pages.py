@@ -11,7 +11,7 @@ from functools import partial
 
 import cells
 import enhancing
-from topics import aligned, attack, avoid, certify, choice, enhance, locate, preserve, verify
+from topics import aligned, attack, avoid, certify, choice, claims, enhance, locate, preserve, verify
 from topics.choice import SHOWN
 from topics.outcomes import HEADINGS, NAMES, PAGES, SOURCES, outcomes
 
@@ -77,7 +77,7 @@ def readme() -> None:
 def main() -> None:
     readme()
     for name, make in (
-        ("map", locate.page), ("aligned", aligned.page), ("verify", verify.page),
+        ("claims", claims.page), ("map", locate.page), ("aligned", aligned.page), ("verify", verify.page),
         ("enhance", partial(enhance.page, "plain")), ("contrast", partial(enhance.page, "contrast")),
         ("contrast-long", partial(enhance.page, "contrast-long")),
         ("preserve", preserve.page), ("choice", choice.page), ("attack", attack.page), ("words", avoid.page),

@@ -21,7 +21,7 @@ def page() -> str | None:
         arms = [cell for cell in found.values() if cell["task"] == task and cell["arm"] != "before"]
         if before is None or not arms:
             continue
-        groups = _grouped(arms)
+        groups = grouped(arms)
         bare = {(lora, rate): group for (arm, lora, rate), group in groups.items() if arm == "unprotected"}
         rows = [("before", "", "", "", *rates([before]), perplexity([before]), perplexity([before], "task"), "")]
         for (arm, lora, rate), group in groups.items():
@@ -49,7 +49,7 @@ def page() -> str | None:
     return "\n\n".join(["# SPA on a real model's aligned twin", told(preserving), *parts, *_cards(found)])
 
 
-def _grouped(arms: Iterable[Cell]) -> dict[tuple[str, bool, float], list[Cell]]:
+def grouped(arms: Iterable[Cell]) -> dict[tuple[str, bool, float], list[Cell]]:
     """(arm, with LoRA, rate) -> its seeds; the unprotected ones first."""
     groups: dict[tuple[str, bool, float], list[Cell]] = {}
     for cell in sorted(arms, key=lambda cell: (cell["lora"], cell["arm"] != "unprotected", cell["arm"])):
@@ -61,7 +61,7 @@ def _cards(found: dict[str, Cell]) -> list[str]:
     """Of every arm that protects ESI's weights or mixes rows in; the same arm on other tasks is its transfer."""
     runs: dict[tuple[str, bool], dict[str, list[CardRun]]] = {}
     for task in dict.fromkeys(cell["task"] for cell in found.values()):
-        groups = _grouped(cell for cell in found.values() if cell["task"] == task and cell["arm"] != "before")
+        groups = grouped(cell for cell in found.values() if cell["task"] == task and cell["arm"] != "before")
         for (arm, lora, rate), group in groups.items():
             if arm.startswith(("esi", "mixed")):
                 others = {

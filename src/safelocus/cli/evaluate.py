@@ -29,7 +29,14 @@ class AskOptions(options.BatchOptions, SeedOption):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evaluate(AskOptions, options.LimitOption, options.FieldOptions, options.PlaceOptions, RunOptions):
+class Evaluate(
+    AskOptions,
+    options.LimitOption,
+    options.PerplexityOption,
+    options.FieldOptions,
+    options.PlaceOptions,
+    RunOptions,
+):
     model: str | None = argument("Model folder, hub id, or organism:NAME.")
     prompts: list[str] | None = option(
         "Harmful prompts: file, hub-id:split:field, embedded:NAME or organism:NAME. May be repeated.", "-p"
@@ -40,7 +47,6 @@ class Evaluate(AskOptions, options.LimitOption, options.FieldOptions, options.Pl
         "exact=, numeric=, choice= or contains= before it says how answers compare. May be repeated."
     )
     lm_eval: list[str] | None = option("Task of lm-eval, NAME or NAME:COUNT. May be repeated.")
-    perplexity: str | None = option("Prompts with responses whose perplexity to measure.")
     judge: list[str] | None = option(
         "guard:NAME, lexicon:FILE, rubric:NAME, reader or refusal; the first one's verdicts make the ASR. May be "
         "repeated.",
@@ -115,7 +121,7 @@ def evaluate(given: Evaluate) -> int:
     harmful = sources.read_sets(given.prompts, given.field, given.where, held_out=given.held_out, **of_each)
     harmless = sources.read_sets(given.harmless, given.harmless_field, given.harmless_where, **of_each)
     tasks = sources.read_tasks(given.task, **of_each)
-    texts = sources.read_sets([given.perplexity] if given.perplexity else None, with_responses=True, **of_each)
+    texts = sources.texts(given.perplexity, **of_each)
     attack = _attack(given, [*harmful, *harmless])
     for requirement in required:
         requirement.check(_measured(given, [task.name for task in tasks]))

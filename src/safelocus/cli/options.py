@@ -185,6 +185,11 @@ class MeasureOptions(LimitOption):
 
 
 @dataclass(frozen=True, kw_only=True)
+class PerplexityOption:
+    perplexity: str | None = option("Prompts with responses whose perplexity to measure: does language break?")
+
+
+@dataclass(frozen=True, kw_only=True)
 class ScheduleOptions(SeedOption):
     """Settings of a training by their names there."""
 

@@ -37,6 +37,11 @@ def read_sets(
     return found if limit is None else [each.limit(limit, seed=seed) for each in found]
 
 
+def texts(source: str | None, limit: int | None, seed: int) -> "list[PromptSet]":
+    """Prompts with responses whose perplexity is measured, where some are given."""
+    return read_sets([source] if source else None, with_responses=True, limit=limit, seed=seed)
+
+
 def harmless_prompts(source: str | None, limit: int | None, seed: int) -> "PromptSet | None":
     """The prompts that should be answered, where some are given."""
     return next(iter(read_sets([source] if source else None, limit=limit, seed=seed)), None)

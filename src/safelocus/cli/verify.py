@@ -28,6 +28,7 @@ class Verify(
     options.LexiconOption,
     options.GuardOptions,
     options.MeasureOptions,
+    options.PerplexityOption,
     options.FieldOptions,
     options.ModelOptions,
     RunOptions,
@@ -59,7 +60,8 @@ def verify(given: Verify) -> None:
     """Show by intervention whether the selected weights carry safety, and whether only that.
 
     Disturbs the top weights, the bottom ones and random ones of exactly the same number, and measures
-    refusal, ASR, over-refusal and utility each time. Writes results.json, cells.jsonl, report.html and figures.
+    refusal, ASR, over-refusal, utility and perplexity each time. Writes results.json, cells.jsonl, report.html and
+    figures.
     Interrupted with Ctrl-C, the same command resumes; the model's files are never touched.
     """
     from safelocus import distributed
@@ -81,6 +83,7 @@ def verify(given: Verify) -> None:
     mind(check_unseen(named, prompts, allow_seen=given.allow_seen))
     harmless = sources.harmless_prompts(given.harmless, given.limit, given.seed)
     tasks = sources.read_tasks(given.task, given.limit, given.seed)
+    texts = sources.texts(given.perplexity, given.limit, given.seed)
     wanted = options.words(given.scorers, "--scorers", METHODS)
     sources.check_shard(given.shard, {"--scorers wanda": "wanda" in wanted})
     ratios, noises = options.numbers(given.ratios, "--ratios"), options.numbers(given.noise, "--noise")
@@ -90,7 +93,7 @@ def verify(given: Verify) -> None:
     given = planning.resumed(given, "batch_size")
     batch_size, device = planning.answering_settings(
         planning.Model.of(given), [prompts, *([harmless] if harmless else []), *tasks],
-        judges=[*([f"guard:{given.guard}"] if given.guard else []), *named_judges],
+        judges=[*([f"guard:{given.guard}"] if given.guard else []), *named_judges], texts=texts[0] if texts else None,
         max_new_tokens=given.max_new_tokens, batch_size=given.batch_size,
         num_disturbed=max(_num_disturbed(artefact, ratios) for artefact in named.values()),
         num_scores=len(set(wanted) - set(named)), source=given.transplant_from, quiet=given.json,
@@ -113,8 +116,8 @@ def verify(given: Verify) -> None:
                     reader=sources.guard_among(judges, given.guard, given.guard_description),
                 )  # fmt: skip
         found = verify_selections(
-            target, named, prompts=prompts, judges=judges, harmless=harmless, tasks=tasks, ratios=ratios, noises=noises,
-            interventions=options.words(given.interventions), transplant_from=source,
+            target, named, prompts=prompts, judges=judges, harmless=harmless, tasks=tasks, perplexity=texts,
+            ratios=ratios, noises=noises, interventions=options.words(given.interventions), transplant_from=source,
             selections=("top", "bottom", "random") if given.bottom else ("top", "random"),
             checkpoint=folder / CHECKPOINT, progress=not given.json, **given.part(DisturbOptions),
         )  # fmt: skip

@@ -1,5 +1,6 @@
 """A verification, and the stability of selections: tables, curves, and what the page says of them."""
 
+import math
 from collections.abc import Iterator, Sequence
 
 from safelocus.analysis.words import MEASURES, UNKNOWN, capital, in_words, measure_label, method_label
@@ -11,12 +12,13 @@ from safelocus.report.runs import ReportRun
 from safelocus.verification import Stability, Verification, VerificationVerdict
 from safelocus.verification.cells import Setting
 from safelocus.verification.ranking import Rank
+from safelocus.verification.verdict import times
 
 _MEASURES = ("refusal", "asr", "utility", "over_refusal", "incoherent")
 _SELECTIONS = ("top", "random", "bottom")
 _SAYS = {
     "specific": "Safety rests on these weights, and far more so than other abilities.",
-    "general": "Refusals rest on these weights, but so do other abilities.",
+    "general": "Refusals rest on these weights, but so do other abilities, or language itself.",
     "unclear": "Refusals rest on these weights; whether other abilities do too was not measured or cannot be told.",
     "none": "Nothing shows that refusals rest on these weights more than on others.",
     "untestable": "The undisturbed model refuses too little for this to be tested.",
@@ -30,7 +32,9 @@ def settings_grid(found: Verification, scorer: str | None = None) -> Grid:
     """Levels of every measure at every setting: baseline, then top, random and bottom."""
     scorer = scorer or found.scorers[0]
     names = [name for name in MEASURES if name in found.measure_names]
-    rows = [("baseline", "", *(Span(found.baseline.measures[name]) for name in names), "1")]
+    language = found.baseline.measures.get("perplexity")
+    before = [] if language is None else [f"{language.value or math.nan:.2f}"]
+    rows = [("baseline", "", *(Span(found.baseline.measures[name]) for name in names), *before, "1")]
     sections = []
     for setting in found.settings:
         pooled = [found.pool(selection, scorer, setting) for selection in _SELECTIONS]
@@ -41,10 +45,11 @@ def settings_grid(found: Verification, scorer: str | None = None) -> Grid:
             if entry is not None:
                 label = str(setting) if entry is pooled[0] else ""
                 levels = (Span(entry.measures[name]) for name in names)
-                rows.append((label, entry.selection, *levels, str(entry.num_cells)))
+                after = [] if language is None else [times(found.perplexity(entry.selection, scorer, setting))]
+                rows.append((label, entry.selection, *levels, *after, str(entry.num_cells)))
     return Grid(
         title=f"Disturbing the top weights by {method_label(scorer)}, and as many others",
-        headings=("change", "selection", *(MEASURES[name] for name in names), "cells"),
+        headings=("change", "selection", *(MEASURES[n] for n in names), *(["perplexity"] if before else []), "cells"),
         rows=tuple(rows), sections=tuple(sections), num_labels=2,
         caption="percent [95 % interval over seeds and prompts]; sigma: standard deviation of a weight's own matrix",
     )  # fmt: skip
@@ -219,6 +224,9 @@ def _brief(found: Verification, verdict: VerificationVerdict) -> str:
         if before is not None and top is not None:
             control = f" (as many random weights: {in_words(random)})" if random is not None else ""
             said.append(f"{words} go from {_percent(before.value)} to {in_words(top)}{control}")
+    if effect.perplexity is not None:
+        control = f" ({times(effect.random_perplexity)})" if effect.random_perplexity is not None else ""
+        said.append(f"perplexity becomes {times(effect.perplexity)} what it was{control}")
     method = method_label(effect.scorer)
     return f"{says} When the top weights by {method} are disturbed ({effect.setting}), {'; '.join(said)}."
 

@@ -13,7 +13,7 @@ from typing import Any, Self
 import numpy as np
 
 from safelocus.evaluation.measures import Measure
-from safelocus.verification.pooling import Outcomes, difference, level
+from safelocus.verification.pooling import Outcomes, difference, geometric_mean, level
 
 SELECTIONS = ("top", "bottom", "random")
 
@@ -178,6 +178,14 @@ class Cells:
             measures={n: level(self.outcomes(n, selection, scorer, setting)) for n in self.measure_names},
             changes={n: difference(self.changes(n, selection, scorer, setting)) for n in self.measure_names},
         )
+
+    def perplexity(self, selection: str, scorer: str | None, setting: Setting) -> Measure | None:
+        """As a multiple of the baseline's, its geometric mean over the cells; None where none was measured."""
+        before = self.baseline.measures.get("perplexity")
+        after = [cell.observed.measures.get("perplexity") for cell in self._of(selection, scorer, setting)]
+        if before is None or not before.value or not after or any(m is None or m.value is None for m in after):
+            return None
+        return geometric_mean([m.value / before.value for m in after if m is not None and m.value is not None])
 
     @cached_property
     def pooled(self) -> list[Pooled]:
