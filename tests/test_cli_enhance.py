@@ -110,7 +110,8 @@ def test_everything_at_once(tmp_path, run, monkeypatch):
         "enhance", "organism:moe-unaligned", "--guard", "organism:guard", "--prompts", harmful,
         "--ratio", "0.01", "--data", "organism:refusals", "--retain", retained, "--retain-weight", "0.5",
         "--answer-tokens", "8", *SMALL, "--max-new-tokens", "4", "--sweep", "1e-3,3e-3", "--controls", "snip,lora",
-        "--accumulation", "2", "--interpolate", "--checkpointing", "--schedule", "linear", "--warmup", "1", "--json", "-o", folder,
+        "--accumulation", "2", "--interpolate", "--checkpointing", "--schedule", "linear", "--warmup", "1", "--json",
+        "-o", folder,
     )  # fmt: skip
     assert code == 0, err
     results = json.loads(out)

@@ -401,21 +401,18 @@ def test_without_controls_a_verdict_says_what_it_knows(refusal, utility, words):
 
 @pytest.mark.parametrize(("after", "kind"), [(4.4, "unclear"), (7.9, "unclear"), (8.1, "general"), (300.0, "general")])
 def test_where_language_breaks_the_damage_is_general(after, kind):
-    """More than twice the perplexity, by the whole interval over seeds: that of the logarithms, by brute force."""
+    """More than twice the perplexity, in every cell."""
     perplexity = {("esi", "top"): [after], ("esi", "bottom"): [4.0], ("esi", "random"): [4.2]}
     found = made({("esi", "top"): [0.2], ("esi", "bottom"): [1], ("esi", "random"): [1]}, perplexity=perplexity)
     effect = found.verdict.effect
     assert found.verdict.kind == kind
     ratios = [after / 4 * 1.01**seed for seed in range(5)]
-    logs = np.log(ratios)
-    half = stats.t.ppf(0.975, 4) * logs.std(ddof=1) / 5**0.5
     assert effect.perplexity.value == pytest.approx(stats.gmean(ratios))
-    assert (effect.perplexity.low, effect.perplexity.high) == pytest.approx(
-        (np.exp(logs.mean() - half), np.exp(logs.mean() + half))
-    )
+    assert (effect.perplexity.low, effect.perplexity.high) == pytest.approx((ratios[0], ratios[-1]))
     assert effect.random_perplexity.value == pytest.approx(1.05 * 1.01**2)
     assert ("what breaks is language" in found.verdict.text) == (kind == "general")
-    assert f"{effect.perplexity.value:.3g} [" in found.verdict.text
+    assert f"{effect.perplexity.value:.3g} times [" in found.verdict.text
+    assert f"x {effect.perplexity.value:.3g}" in settings_grid(found).rows[1]
     shown = settings_grid(found)
     assert "perplexity" in shown.headings
     assert "4.00" in shown.rows[0]

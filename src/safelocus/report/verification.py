@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator, Sequence
 
 from safelocus.analysis.words import MEASURES, UNKNOWN, capital, in_words, measure_label, method_label
+from safelocus.evaluation.measures import Measure
 from safelocus.report import colours
 from safelocus.report.blocks import Block, Lines, Part, Section
 from safelocus.report.grid import Grid, Span
@@ -12,7 +13,6 @@ from safelocus.report.runs import ReportRun
 from safelocus.verification import Stability, Verification, VerificationVerdict
 from safelocus.verification.cells import Setting
 from safelocus.verification.ranking import Rank
-from safelocus.verification.verdict import times
 
 _MEASURES = ("refusal", "asr", "utility", "over_refusal", "incoherent")
 _SELECTIONS = ("top", "random", "bottom")
@@ -45,7 +45,7 @@ def settings_grid(found: Verification, scorer: str | None = None) -> Grid:
             if entry is not None:
                 label = str(setting) if entry is pooled[0] else ""
                 levels = (Span(entry.measures[name]) for name in names)
-                after = [] if language is None else [times(found.perplexity(entry.selection, scorer, setting))]
+                after = [] if language is None else [_times(found.perplexity(entry.selection, scorer, setting))]
                 rows.append((label, entry.selection, *levels, *after, str(entry.num_cells)))
     return Grid(
         title=f"Disturbing the top weights by {method_label(scorer)}, and as many others",
@@ -91,6 +91,11 @@ def stability_grid(found: Stability) -> Grid:
         headings=("differs in", "what", "ratio", "pairs", "IoU (lowest to highest)", "chance", "rank correlation"),
         rows=tuple(rows), caption="chance: IoU of two random selections of these sizes", num_labels=2,
     )  # fmt: skip
+
+
+def _times(perplexity: Measure | None) -> str:
+    """As a multiple of the baseline's."""
+    return UNKNOWN if perplexity is None else f"x {perplexity.value:.3g}"
 
 
 def _quotient(entry: Rank) -> str:
@@ -225,8 +230,7 @@ def _brief(found: Verification, verdict: VerificationVerdict) -> str:
             control = f" (as many random weights: {in_words(random)})" if random is not None else ""
             said.append(f"{words} go from {_percent(before.value)} to {in_words(top)}{control}")
     if effect.perplexity is not None:
-        control = f" ({times(effect.random_perplexity)})" if effect.random_perplexity is not None else ""
-        said.append(f"perplexity becomes {times(effect.perplexity)} what it was{control}")
+        said.append(f"perplexity goes {_times(effect.perplexity)} ({_times(effect.random_perplexity)})")
     method = method_label(effect.scorer)
     return f"{says} When the top weights by {method} are disturbed ({effect.setting}), {'; '.join(said)}."
 

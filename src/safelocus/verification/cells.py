@@ -13,9 +13,10 @@ from typing import Any, Self
 import numpy as np
 
 from safelocus.evaluation.measures import Measure
-from safelocus.verification.pooling import Outcomes, difference, geometric_mean, level
+from safelocus.verification.pooling import Outcomes, difference, level
 
 SELECTIONS = ("top", "bottom", "random")
+UNKNOWN = Measure(value=None, low=None, high=None, n=0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,12 +181,17 @@ class Cells:
         )
 
     def perplexity(self, selection: str, scorer: str | None, setting: Setting) -> Measure | None:
-        """As a multiple of the baseline's, its geometric mean over the cells; None where none was measured."""
-        before = self.baseline.measures.get("perplexity")
-        after = [cell.observed.measures.get("perplexity") for cell in self._of(selection, scorer, setting)]
-        if before is None or not before.value or not after or any(m is None or m.value is None for m in after):
+        """As a multiple of the baseline's: geometric mean over the cells, the least and the most of them.
+
+        None where none was measured, or one is no number.
+        """
+        states = [self.baseline, *(cell.observed for cell in self._of(selection, scorer, setting))]
+        before, *after = (state.measures.get("perplexity", UNKNOWN).value for state in states)
+        if not before or not after or None in after:
             return None
-        return geometric_mean([m.value / before.value for m in after if m is not None and m.value is not None])
+        ratios = np.array(after, float) / before
+        mean = float(np.exp(np.log(ratios).mean()))
+        return Measure(value=mean, low=float(ratios.min()), high=float(ratios.max()), n=len(ratios))
 
     @cached_property
     def pooled(self) -> list[Pooled]:

@@ -17,7 +17,6 @@ few seeds give wide intervals. Where seeds make no difference (S = 1) only the s
 Input: float arrays [seeds, prompts] of 0, 1 and NaN (unscorable). Output: `Measure`.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -129,16 +128,6 @@ def difference(
     return Measure(
         value=value, low=float(max(-end, value - half)), high=float(min(end, value + half)), n=num_observations
     )
-
-
-def geometric_mean(values: Sequence[float]) -> Measure:
-    """Of positive numbers, one per seed: Student's t of their logarithms; a single one has no interval."""
-    logs = np.log(values)
-    middle, half = float(logs.mean()), None
-    if len(logs) > 1:
-        half = _quantile(LEVEL, len(logs) - 1) * float(logs.std(ddof=1)) / np.sqrt(len(logs))
-    low, high = (None, None) if half is None else (float(np.exp(middle - half)), float(np.exp(middle + half)))
-    return Measure(value=float(np.exp(middle)), low=low, high=high, n=len(logs))
 
 
 def _of(means: NDArray[np.float64]) -> tuple[float, int]:
