@@ -276,7 +276,10 @@ def _curves(recipe: enhancing.Recipe, before: list[Cell], groups: dict[tuple[str
         axis.axhline(np.nanmean(outcomes(before, source)), color="#999999", linewidth=0.8, linestyle=":")
         for method in enhancing.SHOWN:
             colour = _colour(method)
-            points = [(rate, level(outcomes(group, source))) for (m, rate), group in groups.items() if m == method]
+            aside = 1.04 ** (enhancing.SHOWN.index(method) - 3)  # points of several methods would hide each other
+            points = [
+                (rate * aside, level(outcomes(group, source))) for (m, rate), group in groups.items() if m == method
+            ]
             if points:
                 _curve(axis, points, colour, NAMES[method])
         axis.set_title(title, fontsize=9)
