@@ -27,7 +27,8 @@ def page() -> str | None:
         title="", headings=("the paper", "tried", "with ESI's weights", "beside", "verdict"), rows=tuple(rows),
         num_labels=5, caption="[95 % interval]. SET: by how much of what it was the share of HarmBench that is not "
         "refused falls, in percent; kept: AG News, PubMedQA, Alpaca and XSTest's safe requests, each within 5 points. "
-        "SPA: percent of AdvBench refused, and the task's perplexity. [Verdicts](../demo.md#the-verdicts) computed.",
+        "SPA: percent of AdvBench refused, and the task's perplexity. [Verdicts](../demo.md#the-verdicts) computed, "
+        "random weights as the controls.",
     )  # fmt: skip
     return "\n\n".join(
         [

@@ -260,7 +260,7 @@ def _claims(recipe: enhancing.Recipe, before: list[Cell], groups: dict[tuple[str
     return Grid(
         title="", headings=("claim", "ESI", "others", "verdict"), rows=tuple(rows), num_labels=1,
         caption="HarmBench, ASR as the share not refused; the fall in percent of what it was, changes in points "
-        "[95 % interval]",
+        "[95 % interval]; the controls of a verdict are random weights",
     )  # fmt: skip
 
 

@@ -39,7 +39,8 @@ def page() -> str | None:
                 title="",
                 headings=("disturbance", "weights", "cells", "refusal", "over-refusal", "incoherent", "perplexity"),
                 rows=tuple(rows), num_labels=2,
-                caption="percent, mean over noise seeds [least, most]; n 100 prompts or texts of each kind per cell",
+                caption="percent, mean over noise seeds [least, most]; a claim's multiple of the perplexity is "
+                "geometric; n 100 prompts or texts of each kind per cell",
             ).markdown(),
             Grid(
                 title="", headings=("disturbance", "claim", "measured", "verdict"), rows=tuple(verdicts), num_labels=4
