@@ -2,18 +2,8 @@
 
     python benchmarks/real/enhancing.py [--recipe contrast] [--share 0/2] [--only 'esi-*']
 
-plain: 100 steps; each has 4 refusals (circuit-breakers) and 4 benign rows (instruct), rows cut to 128 tokens, the
-loss on the responses of both. contrast: 100 steps of 6 refusals of one sentence, and 6 rows of the first 24 tokens of
-the model's own answers, two to one to alarming but harmless requests and to ordinary ones, cut to 112 tokens.
-contrast-long: the same for 300 steps, the first 20 of them warming up, as the aligned twin was trained; its "all
-weights" is that twin. AdamW, the rate falling to zero along a line. "gone back": on the straight line to the
-original, as far as 90 % of the validation part, on which nothing was trained, are still refused; the whole way is
-measured too. "interpolated": on that line where the validation part finds best (`enhance --interpolate`). "held": by 20
-times the divergence from the original along these answers, in place of the loss on them; "held briefly": by once the
-divergence, along 8 tokens. "brief": the loss on 8 tokens; "preferred": each answer preferred to its opposite, too.
-"apart": the weights found by S of harmful requests less S of harmless ones, 128 of each, which are not trained on then.
-One cell per method, rate and seed, in this order: every method at every rate with one seed, the paper's rate (plain),
-further seeds of what the claim compares.
+AdamW, the rate falling to zero along a line. One cell per method, rate and seed, in this order: every method at every
+rate with one seed, the paper's rate (plain), further seeds of what the claim compares.
 """
 
 from collections.abc import Callable
@@ -35,17 +25,22 @@ from safelocus.training.arm import Arm
 from safelocus.training.examination import Examination
 
 METHODS = ("esi", "random", "gradient", "snip", "magnitude", "lora", "full")
-BACK = " gone back"  # as far as the validation part is still refused (`aligning.gone_back`)
-INTERPOLATED = " interpolated"  # as far as `enhance --interpolate` goes, by that part
-HELD = " held"  # to what it was on these answers, by 20 times the divergence, as `enhance` does to answers given
-BRIEFLY = " held briefly"  # by once the divergence, along 8 tokens
-BRIEF = " brief"  # 8 tokens of the model's own answers
-PREFERRED = " brief preferred"  # the same, and each preferred to its opposite (`preferring`)
-APART = cells.APART.removeprefix("esi")  # weights that tell harmful requests from harmless ones (`cells.Apart`)
+BACK, INTERPOLATED, HELD, BRIEFLY, BRIEF = " gone back", " interpolated", " held", " held briefly", " brief"
+PREFERRED, APART = f"{BRIEF} preferred", cells.APART.removeprefix("esi")
+WAYS = {  # of training with contrast
+    INTERPOLATED: "on the straight line to the original, where the validation part, on which nothing was trained, "
+    "finds best (`enhance --interpolate`)",
+    HELD: "by 20 times the divergence from the original along these answers, in place of the loss on them, as "
+    "`enhance` does with answers that are given",
+    BRIEFLY: "by once the divergence, along 8 tokens",
+    BRIEF: "own answers of 8 tokens",
+    PREFERRED: "the same, and each answer is preferred to its opposite too (`preferring.py`)",
+    APART: "the weights found by S of harmful requests less S of harmless ones, 128 of each, not trained on then",
+    BACK: "on the straight line to the original, as far as 90 % of the validation part are still refused; the whole "
+    "way is measured too",
+}
 VARIANTS = tuple(
-    f"{method}{how}"
-    for how in (BACK, INTERPOLATED, HELD, BRIEFLY, BRIEF, f"{BRIEF}{BACK}", PREFERRED, f"{PREFERRED}{BACK}", APART)
-    for method in ("esi", "random", "full")
+    f"{method}{how}" for how in (*WAYS, f"{BRIEF}{BACK}", f"{PREFERRED}{BACK}") for method in ("esi", "random", "full")
 )
 SHOWN = (*METHODS, *VARIANTS)
 FLOOR = 0.9  # of the validation part: what is aimed at
@@ -56,8 +51,12 @@ SETTINGS = TrainingSettings(steps=100, schedule="linear")
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """What is trained on, and the rates that are tried."""
+    """What is trained on, and the rates that are tried.
 
+    what: in words, after the number of steps.
+    """
+
+    what: str
     table: str
     rates: tuple[float, ...]
     methods: tuple[str, ...] = METHODS
@@ -82,11 +81,15 @@ class Recipe:
 
 RECIPES = {
     "plain": Recipe(
+        what="of 4 refusals (circuit-breakers) and 4 benign rows (instruct), rows cut to 128 tokens, the loss on the "
+        "responses of both",
         table="enhance", rates=(1e-4, 3e-4, 1e-3), paper=("esi", "random", "full"), batch_size=4, max_length=128,
         data=lambda: sets.refusals().limit(800, seed=0), retain=lambda: [sets.benign()], how={},
         used=("advbench", "circuit_breakers", "instruct"),
     ),
     "contrast": Recipe(
+        what="of 6 refusals of one sentence, and 6 rows of the first 24 tokens of the model's own answers, two to one "
+        "to alarming but harmless requests and to ordinary ones, cut to 112 tokens",
         table="contrast", rates=(1e-3, 3e-3, 3e-4),
         methods=(
             "esi", *(f"esi{how}" for how in (INTERPOLATED, HELD, BRIEFLY, BRIEF, PREFERRED, APART)),
@@ -96,10 +99,13 @@ RECIPES = {
         batch_size=6, max_length=112, data=sets.refused, retain=lambda: sets.answered(whole=False),
         how={"own_answers": True, "answer_tokens": 24},
         used=("advbench", "circuit_breakers", "harmful", "embedded", "oktest", "alpaca"),
+        compared=(f"esi{BRIEF}", f"random{BRIEF}"),
     ),
 }  # fmt: skip
 RECIPES["contrast-long"] = replace(
-    RECIPES["contrast"], table="contrast-long", before="contrast", rates=(1e-3,), steps=300, warmup_steps=20,
+    RECIPES["contrast"],
+    what=f"{RECIPES['contrast'].what}; the first 20 warm up, as those of the aligned twin, which is \"all weights\"",
+    table="contrast-long", before="contrast", rates=(1e-3,), steps=300, warmup_steps=20,
     methods=tuple(f"{method}{how}{BACK}" for how in ("", BRIEF, PREFERRED) for method in ("esi", "random", "full")),
     compared=tuple(f"{method}{how}{BACK}" for how in ("", BRIEF, PREFERRED) for method in METHODS[:2]),
 )  # fmt: skip
@@ -183,7 +189,8 @@ def untrained(recipe: Recipe, target: Target, unfinished: Path) -> dict[str, Any
 
 
 def main() -> None:
-    parser = cells.options(__doc__)
+    what = [f"{name}: {recipe.steps} steps {recipe.what}." for name, recipe in RECIPES.items()]
+    parser = cells.options("\n\n".join([__doc__ or "", *what, *(f"{name[1:]}: {way}." for name, way in WAYS.items())]))
     parser.add_argument("--recipe", choices=RECIPES, default="plain")
     given = parser.parse_args()
     recipe, target = RECIPES[given.recipe], cells.subject("smollm2")

@@ -1,6 +1,7 @@
 """SET: the page of each recipe, with its curve or its frontier."""
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import cells
@@ -67,7 +68,9 @@ def page(name: str) -> str | None:
     return "\n\n".join(
         [
             f"# SET on a real model: {recipe.steps} steps on 1 % of the weights, the {name} recipe",
-            f"SmolLM2-135M-Instruct ({origin(before[0])}), which refuses next to nothing. {told(enhancing)}",
+            f"SmolLM2-135M-Instruct ({origin(before[0])}), which refuses next to nothing; {recipe.steps} steps "
+            f"{recipe.what}. {told(enhancing)}",
+            *_ways(groups),
             *pictures,
             table.markdown(),
             f"Not measured yet: {len(missing)} of {len(recipe.plan())} cells"
@@ -78,6 +81,12 @@ def page(name: str) -> str | None:
             *_cards(recipe, before, groups),
         ]
     )
+
+
+def _ways(groups: Iterable[tuple[str, float]]) -> list[str]:
+    """A list of the ways that the table has, in words."""
+    ways = [way for way in enhancing.WAYS if any(f"{method} ".find(f"{way} ") > 0 for method, _ in groups)]
+    return ["\n".join(f"- {way[1:]}: {enhancing.WAYS[way]}" for way in ways)] if ways else []
 
 
 def _way(group: list[Cell]) -> str:
