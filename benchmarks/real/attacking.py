@@ -3,12 +3,12 @@
     python benchmarks/real/attacking.py [--only 'set-*']
 
 On the aligned twin (all weights trained on refusals), on the model with a SET patch (top 1 % by ESI, the contrast
-recipe), and on the twin after SPA (300 steps of instructions, ESI's top 10 % frozen). Asked under attack: a begun
-answer, known wrappers, the ablation of one direction of activations, found with the prompts that found the weights and
-Alpaca's other half. Trained under attack: 50 steps of 4 out of 100 harmful requests (of those that the twin and the
-patch learned to refuse), with what the original model said to them where that complies; all weights or LoRA of rank 8,
-three rates each, nothing held. The defender's measure of what a patch or a protection is not; attacked models are not
-kept, and answers neither.
+recipe), and on the twin after SPA (300 steps of instructions, own answers to embedded requests mixed in, as `preserve`
+does by itself). Asked under attack: a begun answer, known wrappers, the ablation of one direction of activations, found
+with the prompts that found the weights and Alpaca's other half. Trained under attack: 50 steps of 4 out of 100 harmful
+requests (of those that the twin and the patch learned to refuse), with what the original model said to them where that
+complies; all weights or LoRA of rank 8, three rates each, nothing held. The defender's measure of what a patch or a
+protection is not; attacked models are not kept, and answers neither.
 """
 
 from collections.abc import Callable
@@ -28,8 +28,9 @@ from safelocus.evaluation.attack import ABLATION
 from safelocus.evaluation.judges import RefusalMatcher
 from safelocus.model.target import Target
 from safelocus.patch import Patch
+from safelocus.preservation.mixing import Mixed
 from safelocus.prompts import PromptSet
-from safelocus.training import TrainingSettings, fit, training_rows
+from safelocus.training import Checkpoints, TrainingSettings, fit, training_rows
 from safelocus.training.lora import Lora
 from safelocus.training.responses import own_answers
 
@@ -61,15 +62,16 @@ def patched() -> Target:
 
 
 def preserved() -> Target:
-    """The twin after SPA on instructions."""
+    """The twin after SPA on instructions, which is trained once and kept outside the repository."""
     target, folder = twin(), cells.RUNS / "preserved"
     if not folder.is_dir():
+        unfinished = cells.RUNS / "unfinished" / "preserved"
         data, _ = preserving.lesson("instruct")
-        selection = cells.selection(target, "esi", 0.1)
+        data = Mixed(prompts=preserving.shown("embedded")).into(data, target, checkpoint=unfinished / "mixed")
         settings = replace(preserving.SETTINGS, steps=300, learning_rate=preserving.RATE)
         fit(
-            target, training_rows(data, target.chat, max_length=settings.max_length), settings, model=target.model,
-            prepare=lambda trainer: sl.preserve(trainer, selection),
+            target, training_rows(data, target.chat, max_length=settings.max_length), settings,
+            checkpoints=Checkpoints(folder=unfinished / "training"),
         )  # fmt: skip
         target.model.save_pretrained(folder)
         target.tokenizer.save_pretrained(folder)
