@@ -39,9 +39,7 @@ WAYS = {  # of training with contrast
     BACK: "on the straight line to the original, as far as 90 % of the validation part are still refused; the whole "
     "way is measured too",
 }
-VARIANTS = tuple(
-    f"{method}{how}" for how in (*WAYS, f"{BRIEF}{BACK}", f"{PREFERRED}{BACK}") for method in ("esi", "random", "full")
-)
+VARIANTS = tuple(f"{method}{how}" for how in (*WAYS, f"{BRIEF}{BACK}") for method in ("esi", "random", "full"))
 SHOWN = (*METHODS, *VARIANTS)
 FLOOR = 0.9  # of the validation part: what is aimed at
 PAPER_RATE = 3e-5
@@ -93,7 +91,7 @@ RECIPES = {
         table="contrast", rates=(1e-3, 3e-3, 3e-4),
         methods=(
             "esi", *(f"esi{how}" for how in (INTERPOLATED, HELD, BRIEFLY, BRIEF, PREFERRED, APART)),
-            "random", *(f"random{how}" for how in (INTERPOLATED, BRIEF, PREFERRED)),
+            "random", *(f"random{how}" for how in (INTERPOLATED, BRIEF)),
             f"esi{BACK}", "full", "lora", "gradient", "snip",
         ),
         batch_size=6, max_length=112, data=sets.refused, retain=lambda: sets.answered(whole=False),
@@ -106,8 +104,8 @@ RECIPES["contrast-long"] = replace(
     RECIPES["contrast"],
     what=f"{RECIPES['contrast'].what}; the first 20 warm up, as those of the aligned twin, which is \"all weights\"",
     table="contrast-long", before="contrast", rates=(1e-3,), steps=300, warmup_steps=20,
-    methods=tuple(f"{method}{how}{BACK}" for how in ("", BRIEF, PREFERRED) for method in ("esi", "random", "full")),
-    compared=tuple(f"{method}{how}{BACK}" for how in ("", BRIEF, PREFERRED) for method in METHODS[:2]),
+    methods=tuple(f"{method}{how}{BACK}" for how in ("", BRIEF) for method in ("esi", "random", "full")),
+    compared=tuple(f"{method}{how}{BACK}" for how in ("", BRIEF) for method in METHODS[:2]),
 )  # fmt: skip
 
 
