@@ -88,7 +88,7 @@ def test_a_selection_file_is_enough(scored, tmp_path, run):
     found = results["verdicts"]["noise"]["operating_point"]["perplexity"]["value"]
     assert found == pytest.approx((tops[0] * tops[1]) ** 0.5 / results["baseline"]["perplexity"]["value"])
     assert f"Perplexity of the given texts becomes {found:.3g}" in out
-    assert f"perplexity goes x {found:.3g}" in check_run_page(tmp_path / "v").words
+    assert f"perplexity goes to {found:.3g} times" in check_run_page(tmp_path / "v").words
 
 
 @pytest.mark.parametrize(

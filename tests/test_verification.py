@@ -412,7 +412,7 @@ def test_where_language_breaks_the_damage_is_general(after, kind):
     assert effect.random_perplexity.value == pytest.approx(1.05 * 1.01**2)
     assert ("what breaks is language" in found.verdict.text) == (kind == "general")
     assert f"{effect.perplexity.value:.3g} times [" in found.verdict.text
-    assert f"x {effect.perplexity.value:.3g}" in settings_grid(found).rows[1]
+    assert f"{effect.perplexity.value:.3g} times" in settings_grid(found).rows[1]
     shown = settings_grid(found)
     assert "perplexity" in shown.headings
     assert "4.00" in shown.rows[0]

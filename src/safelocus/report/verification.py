@@ -95,7 +95,7 @@ def stability_grid(found: Stability) -> Grid:
 
 def _times(perplexity: Measure | None) -> str:
     """As a multiple of the baseline's."""
-    return UNKNOWN if perplexity is None else f"x {perplexity.value:.3g}"
+    return UNKNOWN if perplexity is None else f"{perplexity.value:.3g} times"
 
 
 def _quotient(entry: Rank) -> str:
@@ -230,7 +230,8 @@ def _brief(found: Verification, verdict: VerificationVerdict) -> str:
             control = f" (as many random weights: {in_words(random)})" if random is not None else ""
             said.append(f"{words} go from {_percent(before.value)} to {in_words(top)}{control}")
     if effect.perplexity is not None:
-        said.append(f"perplexity goes {_times(effect.perplexity)} ({_times(effect.random_perplexity)})")
+        control = f" (as many random weights: {_times(effect.random_perplexity)})" if effect.random_perplexity else ""
+        said.append(f"perplexity goes to {_times(effect.perplexity)} of what it was{control}")
     method = method_label(effect.scorer)
     return f"{says} When the top weights by {method} are disturbed ({effect.setting}), {'; '.join(said)}."
 

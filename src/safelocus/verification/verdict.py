@@ -258,9 +258,11 @@ def _ordinary(found: Cells, effect: Effect) -> Sequence[str]:
             + (": what breaks is language, and not refusals alone." if effect.breaks_language else ".")
         )
     if effect.utility_fall is None or effect.net is None:
-        said.append(
-            "Utility was not measured, so this does not show that the damage is limited to safety; give tasks (--task)."
-        )
+        if not effect.breaks_language:
+            said.append(
+                "Utility was not measured, so this does not show that the damage is limited to safety; give tasks "
+                "(--task)."
+            )
     else:
         random = f" (random: {points(effect.random_utility_fall)})" if effect.random_utility_fall else ""
         said.append(f"Utility falls by {points(effect.utility_fall)}{random}.")
