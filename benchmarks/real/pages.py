@@ -6,8 +6,9 @@ Tables, verdicts and pictures are computed, in `topics/` one module a page; what
 written by people, and kept.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 
 import cells
 import enhancing
@@ -20,22 +21,33 @@ from safelocus.report.grid import Grid
 from safelocus.verification.pooling import level
 
 README_RATE = 1e-4
+TOPICS: dict[str, Callable[[], str | None]] = {
+    "claims": claims.page, "map": locate.page, "aligned": aligned.page, "verify": verify.page,
+    **{recipe.table: partial(enhance.page, name) for name, recipe in enhancing.RECIPES.items()},
+    "preserve": preserve.page, "choice": choice.page, "attack": attack.page, "words": avoid.page,
+    "certify": certify.page,
+}  # fmt: skip
 
 
-def write(name: str, make: Callable[[], str | None]) -> None:
-    made, file = make(), PAGES / f"real-{name}.md"
-    if made is None:
-        return
-    title, _, measured = made.partition("\n\n")
-    written = file.read_text(encoding="utf-8") if file.exists() else ""
-    reading = written.partition("## Reading\n")[2].partition("## Measured\n")[0].strip("\n")
-    parts = [title, *(["## Reading", reading, "## Measured"] if reading else []), measured]
-    file.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
-    print(f"wrote {file.relative_to(cells.ROOT)}")
+def written() -> Iterator[tuple[Path, str]]:
+    """(file, what it is to hold) of README and of every page that has cells."""
+    if (table := readme_table()) is not None:
+        file = cells.ROOT / "README.md"
+        head, _, rest = file.read_text(encoding="utf-8").partition("<!-- real -->\n")
+        yield file, f"{head}<!-- real -->\n{table}\n<!-- /real -->{rest.partition('<!-- /real -->')[2]}"
+    for name, make in TOPICS.items():
+        made, file = make(), PAGES / f"real-{name}.md"
+        if made is None:
+            continue
+        title, _, measured = made.partition("\n\n")
+        old = file.read_text(encoding="utf-8") if file.exists() else ""
+        reading = old.partition("## Reading\n")[2].partition("## Measured\n")[0].strip("\n")
+        parts = [title, *(["## Reading", reading, "## Measured"] if reading else []), measured]
+        yield file, "\n\n".join(parts) + "\n"
 
 
-def readme() -> None:
-    """The table of README, between its marks: before and after SET, two recipes, on ESI's and on random weights."""
+def readme_table() -> str | None:
+    """Before and after SET, two recipes, on ESI's and on random weights; None where cells are missing."""
     found = {recipe.table: dict(cells.kept(recipe.table)) for recipe in enhancing.RECIPES.values()}
     plain, contrast = enhancing.RECIPES["plain"], enhancing.RECIPES["contrast-long"]
     shown = [(plain, "before", "before")]
@@ -48,7 +60,7 @@ def readme() -> None:
             for method in ("esi", "random")
         ]
     if any(key not in found[recipe.table] for recipe, key, _ in shown):
-        return
+        return None
     brief = found[contrast.table].get(f"esi{enhancing.BRIEF}{enhancing.BACK}-{contrast.rates[0]:g}-0".replace(" ", "-"))
     if brief is not None:
         found[contrast.table]["brief"] = brief["whole"]
@@ -67,23 +79,13 @@ def readme() -> None:
         "original as far as 90 % of a validation part are still refused "
         "([results](docs/results/real-contrast-long.md)). Brief: 8 tokens of these answers, the whole way. One seed.",
     )  # fmt: skip
-    file = cells.ROOT / "README.md"
-    head, _, rest = file.read_text(encoding="utf-8").partition("<!-- real -->\n")
-    _, _, tail = rest.partition("<!-- /real -->")
-    file.write_text(f"{head}<!-- real -->\n{table.markdown()}\n<!-- /real -->{tail}", encoding="utf-8")
-    print("wrote the table of README.md")
+    return table.markdown()
 
 
 def main() -> None:
-    readme()
-    for name, make in (
-        ("claims", claims.page), ("map", locate.page), ("aligned", aligned.page), ("verify", verify.page),
-        ("enhance", partial(enhance.page, "plain")), ("contrast", partial(enhance.page, "contrast")),
-        ("contrast-long", partial(enhance.page, "contrast-long")),
-        ("preserve", preserve.page), ("choice", choice.page), ("attack", attack.page), ("words", avoid.page),
-        ("certify", certify.page),
-    ):  # fmt: skip
-        write(name, make)
+    for file, text in written():
+        file.write_text(text, encoding="utf-8")
+        print(f"wrote {file.relative_to(cells.ROOT)}")
 
 
 if __name__ == "__main__":
