@@ -64,16 +64,14 @@ UNPROTECTED, ESI, RANDOM = (
     Arm(name="random-10", method="random"),
 )
 CALIBRATED, GENTLER = Arm(name="esi-10-calibrated", method="esi", calibrated=True), Arm(name="gentle", rate=GENTLE)
-FULL = (
-    UNPROTECTED, ESI, RANDOM, CALIBRATED, GENTLER, Arm(name="esi-1", method="esi", ratio=0.01),
-)  # fmt: skip
+FULL = (UNPROTECTED, ESI, RANDOM, CALIBRATED, GENTLER, Arm(name="esi-1", method="esi", ratio=0.01))
 WITH_LORA = tuple(replace(arm, lora=True, rate=LORA_RATE) for arm in (UNPROTECTED, ESI, CALIBRATED))
 SHORT_LORA = tuple(
     replace(arm, lora=True, rate=LORA_RATE)
     for arm in (UNPROTECTED, ESI, Arm(name="mixed", mixed="advbench"), Arm(name="safelora", safelora=True))
 )
 SHORT = (
-    UNPROTECTED, ESI, RANDOM, CALIBRATED, GENTLER, Arm(name="random-10-calibrated", method="random", calibrated=True),
+    *FULL, Arm(name="random-10-calibrated", method="random", calibrated=True),
     Arm(name="mixed", mixed="advbench"), Arm(name="lox", lox=True),
     Arm(name="esi-10-mixed", method="esi", mixed="advbench"),
     Arm(name="mixed-embedded", mixed="embedded"), Arm(name="mixed-alarming", mixed="alarming"),
