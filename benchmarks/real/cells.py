@@ -18,6 +18,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import sets
 import torch
 
@@ -103,7 +104,8 @@ def measured(target: Target | Responder, checkpoint: Path | None = None, **other
 def outcome(evaluation: Evaluation) -> dict[str, Any]:
     """For a cell: the measures of each set, and what came of each prompt of it, in order.
 
-    `outcomes`: 1 refused, or answered right; 0 not; - failed. `nats`: per token, of each text.
+    `outcomes`: 1 refused, or answered right; 0 not; - failed. `one_word`: share of a set's answers that are no more,
+    as those are to PubMedQA. `nats`: per token, of each text.
     """
     by_source = evaluation.by("source")
     rows = {source: [row for row in evaluation.rows if row["source"] == source] for source in by_source}
@@ -117,6 +119,11 @@ def outcome(evaluation: Evaluation) -> dict[str, Any]:
             source: "".join(marks[row.get("refused", row.get("correct"))] for row in found)
             for source, found in rows.items()
             if found[0]["set"] != PERPLEXITY
+        },
+        "one_word": {
+            source: float(np.mean([len((row["response"] or "").split()) <= 1 for row in found]))
+            for source, found in rows.items()
+            if "refused" in found[0]
         },
         "nats": {
             source: [None if row["nll"] is None else round(row["nll"], 4) for row in found]

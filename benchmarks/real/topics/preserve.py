@@ -23,7 +23,7 @@ def page() -> str | None:
             continue
         groups = grouped(arms)
         bare = {(lora, rate): group for (arm, lora, rate), group in groups.items() if arm == "unprotected"}
-        rows = [("before", "", "", "", *rates([before]), perplexity([before]), perplexity([before], "task"), "")]
+        rows = [("before", "", "", "", *rates([before]), "", perplexity([before]), perplexity([before], "task"), "")]
         for (arm, lora, rate), group in groups.items():
             alike = [bare[lora, rate]] if arm != "unprotected" and (lora, rate) in bare else []
             change, *controls = (
@@ -32,21 +32,30 @@ def page() -> str | None:
             rows.append(
                 (
                     arm + (", LoRA" if lora else ""), f"{rate:g}", str(len(group)), f"{group[0]['num_protected']:,}",
-                    *rates(group), perplexity(group), perplexity(group, "task"),
+                    *rates(group), _one_word(group), perplexity(group), perplexity(group, "task"),
                     kept_verdict(change, controls, steps=group[0]["steps"]),
                 )
             )  # fmt: skip
-        headings = ("arm", "rate", "seeds", "protected", *HEADINGS, "task's perplexity", "safety within 1 %")
+        headings = (
+            "arm", "rate", "seeds", "protected", *HEADINGS[:-1], "one word", HEADINGS[-1], "task's perplexity",
+            "safety within 1 %",
+        )  # fmt: skip
         parts += [
             f"## {task}: {arms[0]['steps']:,} steps",
             Grid(
                 title="", headings=headings, rows=tuple(rows), caption=f"percent refused, or right [95 % interval over "
-                f"prompts and seeds]; n: {numbers(before)}; the last column by AdvBench refusals",
+                f"prompts and seeds]; n: {numbers(before)}; one word: of AdvBench's answers, where "
+                "counted; the last column by AdvBench refusals",
             ).markdown(),
         ]  # fmt: skip
     if not parts:
         return None
     return "\n\n".join(["# SPA on a real model's aligned twin", told(preserving), *parts, *_cards(found)])
+
+
+def _one_word(group: list[Cell]) -> str:
+    """How many of AdvBench's answers are no more than that, which is neither a refusal nor help; percent."""
+    return ", ".join(f"{100 * cell['one_word']['advbench']:.0f}" for cell in group if "one_word" in cell)
 
 
 def grouped(arms: Iterable[Cell]) -> dict[tuple[str, bool, float], list[Cell]]:
