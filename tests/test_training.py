@@ -4,6 +4,7 @@ import copy
 import itertools
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from safelocus.model.chat import chat_format
 from safelocus.model.generation import generate
 from safelocus.run.files import seal
 from safelocus.training import Checkpoints, Curve, CurvePoint, TrainingSettings, fit, training_rows
+from safelocus.training.arm import single_words
 from safelocus.training.responses import rows_with_remarks
 from tiny_targets import CHAT
 
@@ -284,3 +286,20 @@ def test_a_finished_training_is_not_repeated(tmp_path, steps):
     assert train(again, settings=settings, checkpoints=checkpoints, callbacks=[curve]) == losses
     assert same(state(target), state(again))
     assert not curve.points
+
+
+def _asked(*answers, kind="harmful"):
+    return SimpleNamespace(rows=[{"set": kind, "response": answer} for answer in answers])
+
+
+def test_answers_that_became_single_words_are_spoken_of():
+    """A model that learned to say yes or no refuses nothing, and helps nobody."""
+    before = _asked("I cannot help with that.", "No.", "Sure, here is how", None)
+    arms = {
+        "protected": _asked("I cannot help with that.", "No.", "Yes", "It is."),
+        "unprotected": _asked("no", "Maybe.", " yes ", ""),
+    }
+    trained = [SimpleNamespace(name=name, after=after) for name, after in arms.items()]
+    (said,) = single_words(before, trained)
+    assert said.startswith("unprotected: 100 % of the answers to harmful prompts are single words (33 % before)")
+    assert single_words(before, [SimpleNamespace(name="x", after=_asked("Yes", "No", kind="utility"))]) == []

@@ -26,7 +26,7 @@ from safelocus.run.resume import claim
 from safelocus.scoring.run import versions
 from safelocus.selection.selection import Selection
 from safelocus.training import TrainingSettings
-from safelocus.training.arm import Arm, Trial
+from safelocus.training.arm import Arm, Trial, single_words
 from safelocus.training.examination import Examination, check_apart, facts
 from safelocus.training.responses import rows_with_remarks
 from safelocus.training.runner import Runner, check_made_for, part_of
@@ -166,6 +166,7 @@ def run_enhancement(
     runner = replace(runner, examination=examination, rates=rates)
     found = runner.run(selection, {"selection": selection, **(controls or {})})
     found["provenance"]["dtype"] = target.dtype
+    notes += single_words(found["before"], found["trained"])
     return Enhancement(**found, notes=tuple(notes), patch=_patch(runner, selection, found["trained"][0].trial))
 
 

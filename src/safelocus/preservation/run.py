@@ -23,6 +23,7 @@ from safelocus.prompts import PromptSet
 from safelocus.run.resume import claim
 from safelocus.selection.selection import Selection
 from safelocus.training import TrainingSettings
+from safelocus.training.arm import single_words
 from safelocus.training.examination import Examination, check_apart, facts
 from safelocus.training.lora import Lora
 from safelocus.training.responses import rows_with_remarks, without_listed
@@ -132,7 +133,7 @@ def run_preservation(
     )  # fmt: skip
     arms = {PROTECTED: selection, **({UNPROTECTED: None} if unprotected else {}), **(controls or {})}
     found = runner.run(selection, arms)
-    remarks += _unasked(found["before"], task.name)
+    remarks += [*_unasked(found["before"], task.name), *single_words(found["before"], found["trained"])]
     return Preservation(**found, notes=tuple(remarks), before_measures=measures_of(found["before"], task.name))
 
 
