@@ -1,6 +1,5 @@
 """A verification, and the stability of selections: tables, curves, and what the page says of them."""
 
-import math
 from collections.abc import Iterator, Sequence
 
 from safelocus.analysis.words import MEASURES, UNKNOWN, capital, in_words, measure_label, method_label
@@ -33,7 +32,7 @@ def settings_grid(found: Verification, scorer: str | None = None) -> Grid:
     scorer = scorer or found.scorers[0]
     names = [name for name in MEASURES if name in found.measure_names]
     language = found.baseline.measures.get("perplexity")
-    before = [] if language is None else [f"{language.value or math.nan:.2f}"]
+    before = [] if language is None else [UNKNOWN if language.value is None else f"{language.value:.2f}"]
     rows = [("baseline", "", *(Span(found.baseline.measures[name]) for name in names), *before, "1")]
     sections = []
     for setting in found.settings:
