@@ -74,6 +74,7 @@ SHORT = (
     *FULL, Arm(name="random-10-calibrated", method="random", calibrated=True),
     Arm(name="mixed", mixed="advbench"), Arm(name="lox", lox=True),
     Arm(name="esi-10-mixed", method="esi", mixed="advbench"),
+    Arm(name="esi-10-mixed-embedded", method="esi", mixed="embedded"),  # both, as the command does
     Arm(name="mixed-embedded", mixed="embedded"), Arm(name="mixed-alarming", mixed="alarming"),
     *(Arm(name=f"mixed-{kind}", mixed=kind, seed=seed) for seed in (1, 2) for kind in ("embedded", "alarming")),
 )  # fmt: skip
