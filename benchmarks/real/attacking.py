@@ -3,8 +3,8 @@
     python benchmarks/real/attacking.py [--only 'set-*']
 
 On the aligned twin (all weights trained on refusals), on the model with a SET patch (top 1 % by ESI, the contrast
-recipe), and on the twin after SPA (300 steps of instructions, own answers to embedded requests mixed in, as `preserve`
-does by itself). Asked under attack: a begun answer, known wrappers, the ablation of one direction of activations, found
+recipe), and on the twin after SPA (300 steps of instructions, own answers to embedded requests mixed in, nothing
+frozen). Asked under attack: a begun answer, known wrappers, the ablation of one direction of activations, found
 with the prompts that found the weights and Alpaca's other half. Trained under attack: 50 steps of 4 out of 100 harmful
 requests (of those that the twin and the patch learned to refuse), with what the original model said to them where that
 complies; all weights or LoRA of rank 8, three rates each, nothing held. The defender's measure of what a patch or a
