@@ -12,9 +12,10 @@ from pathlib import Path
 
 import cells
 import enhancing
+import preserving
 from topics import aligned, attack, avoid, certify, choice, claims, enhance, locate, preserve, verify
 from topics.choice import SHOWN
-from topics.outcomes import HEADINGS, NAMES, PAGES, SOURCES, outcomes
+from topics.outcomes import HEADINGS, NAMES, PAGES, SOURCES, outcomes, perplexity
 
 from safelocus.analysis.words import interval
 from safelocus.report.grid import Grid
@@ -31,10 +32,13 @@ TOPICS: dict[str, Callable[[], str | None]] = {
 
 def written() -> Iterator[tuple[Path, str]]:
     """(file, what it is to hold) of README and of every page that has cells."""
-    if (table := readme_table()) is not None:
-        file = cells.ROOT / "README.md"
-        head, _, rest = file.read_text(encoding="utf-8").partition("<!-- real -->\n")
-        yield file, f"{head}<!-- real -->\n{table}\n<!-- /real -->{rest.partition('<!-- /real -->')[2]}"
+    readme = cells.ROOT / "README.md"
+    text = readme.read_text(encoding="utf-8")
+    for mark, table in (("SET", enhanced_table()), ("SPA", preserved_table())):
+        if table is not None:
+            head, _, rest = text.partition(f"<!-- {mark} -->\n")
+            text = f"{head}<!-- {mark} -->\n{table}\n<!-- /{mark} -->{rest.partition(f'<!-- /{mark} -->')[2]}"
+    yield readme, text
     for name, make in TOPICS.items():
         made, file = make(), PAGES / f"real-{name}.md"
         if made is None:
@@ -46,7 +50,43 @@ def written() -> Iterator[tuple[Path, str]]:
         yield file, "\n\n".join(parts) + "\n"
 
 
-def readme_table() -> str | None:
+def preserved_table() -> str | None:
+    """Before and after two tasks, nothing protected and by three ways; None where cells are missing."""
+    found, ways = dict(cells.kept(preserving.TABLE)), {
+        "before": "before", "full-unprotected": "after, nothing protected", "full-esi-10": "after, 10 % by ESI frozen",
+        "full-random-10": "after, 10 % at random frozen", "full-mixed-embedded": "after, own answers mixed in",
+    }  # fmt: skip
+    shown = {
+        "instruct": (
+            "Instructions",
+            SHOWN[:3],
+            "task's perplexity",
+            lambda cell: perplexity([cell], "task").split()[0],
+        ),
+        "pubmedqa": ("PubMedQA", SHOWN[:3], "right", lambda cell: interval(level(outcomes([cell], "pubmedqa")))),
+    }
+    if any(f"{task}-{way}" not in found for task in shown for way in ways):
+        return None
+    headings = ["refused, percent [95 % interval]"]
+    for name, sources, learned, _ in shown.values():
+        headings += [f"{name}: HarmBench", *(HEADINGS[SOURCES.index(each)] for each in sources[1:]), learned]
+    rows = []
+    for way, label in ways.items():
+        row = [label]
+        for task, (_, sources, _, learned) in shown.items():
+            cell = found[f"{task}-{way}"]
+            row += [*(interval(level(outcomes([cell], each))) for each in sources), learned(cell)]
+        rows.append(tuple(row))
+    return Grid(
+        title="", headings=tuple(headings), rows=tuple(rows),
+        caption="Its aligned twin, 300 steps of each task; n 78, 200, 250, 100. PubMedQA's answers are one word; with "
+        "random weights frozen one word is all that the twin says any more. Own answers: one row in six is the twin's own to "
+        "an embedded request, which `preserve` does beside freezing. Seed 0 ([SPA and its rivals]"
+        "(docs/results/real-preserve.md)).",
+    ).markdown()  # fmt: skip
+
+
+def enhanced_table() -> str | None:
     """Before and after SET, two recipes, on ESI's and on random weights; None where cells are missing."""
     found = {recipe.table: dict(cells.kept(recipe.table)) for recipe in enhancing.RECIPES.values()}
     plain, contrast = enhancing.RECIPES["plain"], enhancing.RECIPES["contrast-long"]
