@@ -190,7 +190,8 @@ def test_the_real_models_cards_are_computed_from_its_cells(scripts):
     scripts(Path(__file__).parents[1] / "benchmarks" / "real")
     page = import_module("topics.enhance")
     found = dict(page.cells.kept("enhance"))
-    after, before = (found[name]["outcomes"]["harmbench"] for name in ("esi-0.0001-0", "before"))
+    seeds = [cell["outcomes"]["harmbench"] for key, cell in found.items() if key.startswith("esi-0.0001-")]
+    after, before = "".join(seeds), found["before"]["outcomes"]["harmbench"] * len(seeds)
     recipe = page.enhancing.RECIPES["plain"]
     card = page._cards(recipe, *page.groups_of(recipe))[-1]
     effect = (after.count("1") - before.count("1")) / len(after)
