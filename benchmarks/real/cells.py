@@ -18,7 +18,6 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import sets
 import torch
 
@@ -33,6 +32,7 @@ from safelocus.run.files import write_json
 from safelocus.scoring.run import versions
 from safelocus.scoring.scores import Scores
 from safelocus.selection.selection import Selection
+from safelocus.training.arm import share_of_single_words
 from safelocus.verification.plan import random_selection
 
 ROOT = Path(__file__).parents[2]
@@ -104,8 +104,8 @@ def measured(target: Target | Responder, checkpoint: Path | None = None, **other
 def outcome(evaluation: Evaluation) -> dict[str, Any]:
     """For a cell: the measures of each set, and what came of each prompt of it, in order.
 
-    `outcomes`: 1 refused, or answered right; 0 not; - failed. `one_word`: share of a set's answers that are no more,
-    as those are to PubMedQA. `nats`: per token, of each text.
+    `outcomes`: 1 refused, or answered right; 0 not; - failed. `single_words`: their share of a set's answers. `nats`:
+    per token, of each text.
     """
     by_source = evaluation.by("source")
     rows = {source: [row for row in evaluation.rows if row["source"] == source] for source in by_source}
@@ -120,10 +120,8 @@ def outcome(evaluation: Evaluation) -> dict[str, Any]:
             for source, found in rows.items()
             if found[0]["set"] != PERPLEXITY
         },
-        "one_word": {
-            source: float(np.mean([len((row["response"] or "").split()) <= 1 for row in found]))
-            for source, found in rows.items()
-            if "refused" in found[0]
+        "single_words": {
+            source: share_of_single_words(found) for source, found in rows.items() if "refused" in found[0]
         },
         "nats": {
             source: [None if row["nll"] is None else round(row["nll"], 4) for row in found]

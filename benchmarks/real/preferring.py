@@ -86,7 +86,7 @@ def preferring(
     target, matcher = runner.target, RefusalMatcher()
     how = {"max_new_tokens": num_tokens, "cut": True}
     answers = own_answers(target, refused, checkpoint=checkpoint, **how)
-    begun = replace(answers, examples=tuple(e for e in answers if not matcher.refuses(e.response or "")))
+    begun = [e for e in answers if not matcher.refuses(e.response or "")]
     refusals, chance = [e.response for e in refused], random.Random(0)
     asked = [replace(e, response=chance.choice(refusals)) for part in harmless for e in part]
     unwanted = {_prompt(row): row for example in [*begun, *asked] for row in _rows(target, example, num_tokens)}

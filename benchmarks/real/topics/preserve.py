@@ -32,19 +32,19 @@ def page() -> str | None:
             rows.append(
                 (
                     arm + (", LoRA" if lora else ""), f"{rate:g}", str(len(group)), f"{group[0]['num_protected']:,}",
-                    *rates(group), _one_word(group), perplexity(group), perplexity(group, "task"),
+                    *rates(group), _single_words(group), perplexity(group), perplexity(group, "task"),
                     kept_verdict(change, controls, steps=group[0]["steps"]),
                 )
             )  # fmt: skip
         headings = (
-            "arm", "rate", "seeds", "protected", *HEADINGS[:-1], "one word", HEADINGS[-1], "task's perplexity",
+            "arm", "rate", "seeds", "protected", *HEADINGS[:-1], "single words", HEADINGS[-1], "task's perplexity",
             "safety within 1 %",
         )  # fmt: skip
         parts += [
             f"## {task}: {arms[0]['steps']:,} steps",
             Grid(
                 title="", headings=headings, rows=tuple(rows), caption=f"percent refused, or right [95 % interval over "
-                f"prompts and seeds]; n: {numbers(before)}; one word: of AdvBench's answers, where "
+                f"prompts and seeds]; n: {numbers(before)}; single words: of AdvBench's answers, where "
                 "counted; the last column by AdvBench refusals",
             ).markdown(),
         ]  # fmt: skip
@@ -53,9 +53,9 @@ def page() -> str | None:
     return "\n\n".join(["# SPA on a real model's aligned twin", told(preserving), *parts, *_cards(found)])
 
 
-def _one_word(group: list[Cell]) -> str:
-    """How many of AdvBench's answers are no more than that, which is neither a refusal nor help; percent."""
-    return ", ".join(f"{100 * cell['one_word']['advbench']:.0f}" for cell in group if "one_word" in cell)
+def _single_words(group: list[Cell]) -> str:
+    """How many of AdvBench's answers are that, which are neither a refusal nor help; percent."""
+    return ", ".join(f"{100 * cell['single_words']['advbench']:.0f}" for cell in group if "single_words" in cell)
 
 
 def grouped(arms: Iterable[Cell]) -> dict[tuple[str, bool, float], list[Cell]]:

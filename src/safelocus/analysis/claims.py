@@ -193,9 +193,8 @@ def breaking(effect: Effect, baseline: Interval) -> str:
         return UNDECIDED
     verdict = weakest(decide(beyond, _BREAKS) for beyond in (effect.beyond_random, effect.beyond_bottom))
     verdict = beside(verdict, [decide(fall, _BREAKS) for fall in (effect.random_fall, effect.bottom_fall)])
-    is_specific = effect.margin is not None and effect.margin.low is not None and effect.margin.low > 0
-    is_general = effect.breaks_language or (effect.utility_fall is not None and not is_specific)
-    return NOT_ONLY_SAFETY if verdict == HOLDS and is_general else verdict
+    is_known = effect.breaks_language or effect.utility_fall is not None
+    return NOT_ONLY_SAFETY if verdict == HOLDS and is_known and not effect.is_specific else verdict
 
 
 def _broken(key: str, claim: str, found: Verification, effect: Effect) -> Claim:

@@ -61,8 +61,7 @@ def verify(given: Verify) -> None:
 
     Disturbs the top weights, the bottom ones and random ones of exactly the same number, and measures
     refusal, ASR, over-refusal, utility and perplexity each time. Writes results.json, cells.jsonl, report.html and
-    figures.
-    Interrupted with Ctrl-C, the same command resumes; the model's files are never touched.
+    figures. Interrupted with Ctrl-C, the same command resumes; the model's files are never touched.
     """
     from safelocus import distributed
     from safelocus.report.page import write_outcome

@@ -16,7 +16,6 @@ from safelocus.evaluation.measures import Measure
 from safelocus.verification.pooling import Outcomes, difference, level
 
 SELECTIONS = ("top", "bottom", "random")
-UNKNOWN = Measure(value=None, low=None, high=None, n=0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,7 +185,8 @@ class Cells:
         None where none was measured, or one is no number.
         """
         states = [self.baseline, *(cell.observed for cell in self._of(selection, scorer, setting))]
-        before, *after = (state.measures.get("perplexity", UNKNOWN).value for state in states)
+        found = [state.measures.get("perplexity") for state in states]
+        before, *after = (None if measure is None else measure.value for measure in found)
         if not before or not after or None in after:
             return None
         ratios = np.array(after, float) / before

@@ -60,13 +60,18 @@ class Effect:
     beyond_bottom: Measure | None
     net: Measure | None
     margin: Measure | None
-    perplexity: Measure | None = None
-    random_perplexity: Measure | None = None
+    perplexity: Measure | None
+    random_perplexity: Measure | None
 
     @property
     def breaks_language(self) -> bool:
         """Whether perplexity is more than twice what it was, in every cell."""
         return self.perplexity is not None and (self.perplexity.low or 0.0) > _BROKEN_LANGUAGE
+
+    @property
+    def is_specific(self) -> bool:
+        """Whether refusals suffer more than twice as much as utility, and language does not break."""
+        return not self.breaks_language and self.margin is not None and (self.margin.low or 0.0) > 0
 
     def to_json(self) -> dict[str, Any]:
         values = {
@@ -189,11 +194,9 @@ def _kind(effect: Effect) -> str:
         return "unclear"
     if not has_contrast(effect):
         return "none"
-    if effect.breaks_language:
-        return "general"
-    if effect.margin is None or effect.margin.low is None:
+    if not effect.breaks_language and (effect.margin is None or effect.margin.low is None):
         return "unclear"
-    return "specific" if effect.margin.low > 0 else "general"
+    return "specific" if effect.is_specific else "general"
 
 
 def _sentences(found: Cells, effect: Effect, kind: str, num_settings: int) -> Sequence[str]:
@@ -268,7 +271,7 @@ def _ordinary(found: Cells, effect: Effect) -> Sequence[str]:
         said.append(f"Utility falls by {points(effect.utility_fall)}{random}.")
         net = f"share of refusal lost minus share of utility lost: {points(effect.net)}"
         if effect.margin is not None and (effect.margin.low or 0.0) > 0:
-            specific = "" if effect.breaks_language else ": the damage is specific"
+            specific = ": the damage is specific" if effect.is_specific else ""
             said.append(f"Refusals suffer more than twice as much as utility ({net}){specific}.")
         elif (effect.net.high or 0.0) < 0:
             said.append(
