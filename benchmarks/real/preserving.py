@@ -7,12 +7,16 @@ two cores can do), cut to 256 tokens (PubMedQA: 448), AdamW, the rate falling to
 arm and rate. Frozen: the top of ESI, found on the twin itself, or random weights. Calibrated: the same weights,
 trained every 4th step on the twin's own answers to the prompts that found them and to embedded harmless ones.
 Rivals, nothing frozen: a gentle rate; mixed (1 row in 6 is one of these answers, the practitioner's remedy); mixed
-with embedded harmful requests in place of AdvBench's; the same with twice as many alarming but harmless ones; LoX
+with embedded harmful requests in place of AdvBench's; the same with twice as many alarming but harmless ones;
+rescored (ESI is measured anew of the model in training after a third and two thirds of the steps, and what it then
+finds is frozen instead, as it is by then); projected (each update loses what lowers S to first order, on 4 of the
+prompts that found the weights: A-GEM of the update, Chaudhry et al. 2019); LoX
 (before training, 1.25 times the 6 largest singular components of what made the twin out of the original are added to
 it, Perin et al. 2025); SafeLoRA (after training, of each matrix what was learned is multiplied with C = V V^T / |V|, V
 what made the twin, where the cosine of the two is below 0.35; Hsu et al. 2024).
 """
 
+import sys
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -21,6 +25,7 @@ from typing import Any
 import cells
 import sets
 import torch
+from transformers import TrainerCallback
 
 import safelocus as sl
 from safelocus.evaluation import Task
@@ -31,6 +36,9 @@ from safelocus.preservation.protection import Protection
 from safelocus.prompts import PromptSet
 from safelocus.training import Checkpoints, TrainingSettings, fit, training_rows
 from safelocus.training.lora import Lora
+
+sys.path.append(str(Path(__file__).parents[1] / "lexicon"))
+from projection import Projection
 
 TABLE = "preserve"
 USED = ("advbench", "circuit_breakers", "harmful", "embedded", "oktest", "alpaca")  # the twin's training among them
@@ -48,6 +56,8 @@ class Arm:
     ratio: float = 0.1
     calibrated: bool = False
     mixed: str = ""
+    rescored: bool = False
+    projected: bool = False
     lox: bool = False
     safelora: bool = False
     rate: float = RATE
@@ -64,7 +74,8 @@ UNPROTECTED, ESI, RANDOM = (
     Arm(name="random-10", method="random"),
 )
 CALIBRATED, GENTLER = Arm(name="esi-10-calibrated", method="esi", calibrated=True), Arm(name="gentle", rate=GENTLE)
-FULL = (UNPROTECTED, ESI, RANDOM, CALIBRATED, GENTLER, Arm(name="esi-1", method="esi", ratio=0.01))
+BOTH = Arm(name="esi-10-mixed-embedded", method="esi", mixed="embedded")  # as the command does
+FULL = (UNPROTECTED, ESI, BOTH, RANDOM, CALIBRATED, GENTLER, Arm(name="esi-1", method="esi", ratio=0.01))
 WITH_LORA = tuple(replace(arm, lora=True, rate=LORA_RATE) for arm in (UNPROTECTED, ESI, CALIBRATED))
 SHORT_LORA = tuple(
     replace(arm, lora=True, rate=LORA_RATE)
@@ -73,11 +84,12 @@ SHORT_LORA = tuple(
 SHORT = (
     *FULL, Arm(name="random-10-calibrated", method="random", calibrated=True),
     Arm(name="mixed", mixed="advbench"), Arm(name="lox", lox=True),
+    Arm(name="esi-10-rescored", method="esi", rescored=True), Arm(name="projected", projected=True),
     Arm(name="esi-10-mixed", method="esi", mixed="advbench"),
-    Arm(name="esi-10-mixed-embedded", method="esi", mixed="embedded"),  # both, as the command does
     Arm(name="mixed-embedded", mixed="embedded"), Arm(name="mixed-alarming", mixed="alarming"),
     *(Arm(name=f"mixed-{kind}", mixed=kind, seed=seed) for seed in (1, 2) for kind in ("embedded", "alarming")),
 )  # fmt: skip
+PROJECTED_ON = 4  # prompts a step
 LOX_RANK, LOX_FACTOR = 6, 1.25
 SAFELORA_COSINE = 0.35
 PLAN = (
@@ -137,6 +149,32 @@ def project(target: Target, before: dict[str, torch.Tensor]) -> int:
     return projected
 
 
+class Rescoring(TrainerCallback):
+    """The weights to freeze are found anew after each third of the steps but the last."""
+
+    def __init__(self, protection: Protection, target: Target, steps: int, ratio: float) -> None:
+        self._protection, self._target, self._ratio = protection, target, ratio
+        self._due = (steps // 3, 2 * steps // 3)
+        self.agreement: list[float] = []  # of what was frozen and what is now, IoU
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step in self._due:
+            found = sl.score(self._target, sets.find(), objective=sl.Refusal()).select(self._ratio)
+            self.agreement.append(round(self._protection.selection.iou(found), 4))
+            self._protection.update(found)
+
+
+def projection(trainer: Any, target: Target) -> Projection:
+    """On the prompts in turn, a few at each step."""
+    prompts, objective = sets.find().texts, sl.Refusal()
+
+    def score() -> torch.Tensor:
+        first = trainer.state.global_step * PROJECTED_ON
+        return objective(target, [prompts[(first + i) % len(prompts)] for i in range(PROJECTED_ON)]).mean()
+
+    return Projection(trainer, score)
+
+
 def learned(task: str, steps: int, arm: Arm, unfinished: Path) -> dict[str, Any]:
     target = cells.subject("smollm2:aligned")
     described, (data, held_out) = cells.described(target), lesson(task)
@@ -155,12 +193,19 @@ def learned(task: str, steps: int, arm: Arm, unfinished: Path) -> dict[str, Any]
     before = {name: weight.clone() for name, weight in target.model.state_dict().items()} if arm.safelora else {}
     model = Lora(rank=8).wrap(target.model, target.layout) if arm.lora else target.model
     held: list[Protection] = []
+    facts: dict[str, Any] = {}
 
     def protect(trainer: Any) -> None:
         if selection is not None:
             held.append(sl.preserve(trainer, selection, calibration=calibration))
+        if arm.rescored:
+            rescoring = Rescoring(held[0], target, steps, arm.ratio)
+            facts["agreement"] = rescoring.agreement
+            trainer.add_callback(rescoring)
+        if arm.projected:
+            facts["projection"] = projection(trainer, target)
 
-    checkpoints = Checkpoints(folder=unfinished / "training", inputs={"the arm": arm})
+    checkpoints = None if arm.rescored else Checkpoints(folder=unfinished / "training", inputs={"the arm": arm})
     if arm.lora and arm.name in ("unprotected", "safelora"):  # the same training, kept for the other of the two
         checkpoints = Checkpoints(folder=cells.RUNS / "trained" / f"{task}-lora", inputs={"the rate": arm.rate})
     losses = fit(
@@ -169,11 +214,14 @@ def learned(task: str, steps: int, arm: Arm, unfinished: Path) -> dict[str, Any]
     )  # fmt: skip
     if arm.lora:
         held[0].merge() if held else model.merge_and_unload()
-    projected = project(target, before) if arm.safelora else 0
+    if arm.safelora:
+        facts["projected"] = project(target, before)
+    if arm.projected:
+        facts["projected"] = facts.pop("projection").num_projected
     found = cells.measured(target, unfinished / "after", perplexity=[sets.texts(), held_out])
     return {
         "task": task, "arm": arm.name, "lora": arm.lora, "seed": arm.seed, "rate": arm.rate, "steps": steps,
-        **({"projected": projected} if arm.safelora else {}),
+        **facts,
         "num_protected": held[0].num_protected_in_all if held else 0, "settings": settings.to_json(),
         "losses": [round(loss.loss, 4) for loss in losses], **described, **cells.outcome(found),
     }  # fmt: skip
