@@ -18,7 +18,7 @@ from safelocus.evaluation.result import HARMFUL
 from safelocus.report.runs import ReportRun
 
 TINY = ChatSizes(
-    num_scored=8, steps=2, refusals=2, retain_rows=1, num_retained=6, answer_tokens=6, num_harmful=6, num_harmless=5,
+    num_scored=8, steps=2, refusals=2, num_retained=6, num_harmful=6, num_harmless=5,
     max_new_tokens=8,
 )  # fmt: skip
 NAME = "organism-dense-unaligned"

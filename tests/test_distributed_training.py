@@ -284,7 +284,7 @@ def break_rules(_):
         run_preservation(target, some(target), *lesson, examination=EXAMINATION, lora=Lora(), **SETTINGS)
     with pytest.raises(RunError, match="different inputs \\(--data\\)"):
         different = read_prompts(REFUSALS[distributed.rank() :])
-        sl.enhance(target, some(target), different, allow_mismatch=True, **SETTINGS)
+        sl.enhance(target, some(target), different, retain=None, allow_mismatch=True, **SETTINGS)
     # experts may be without tokens in one process, or in all
     rank, experts = distributed.rank(), [torch.nn.Parameter(torch.zeros(2)) for _ in range(3)]
     experts[0].grad, experts[1].grad = torch.full((2,), 1.0 + rank), torch.ones(2) if rank else None
@@ -293,7 +293,12 @@ def break_rules(_):
     before = target.fingerprint()
     with pytest.raises(NumericalError, match="diverged"):  # in every process, whichever holds the weight
         sl.enhance(
-            target, some(target), read_prompts(REFUSALS), allow_mismatch=True, **SETTINGS | {"learning_rate": 1e30}
+            target,
+            some(target),
+            read_prompts(REFUSALS),
+            retain=None,
+            allow_mismatch=True,
+            **SETTINGS | {"learning_rate": 1e30},
         )
     assert not before.differences(target.fingerprint())
 

@@ -41,6 +41,7 @@ LOOKS = replace(
     harmless=sl.read_prompts([f"tell me how to bake {n}" for n in range(3)]),
 )
 QUICK = {"steps": 3, "batch_size": 2, "learning_rate": 1e-2, "progress": False}
+PLAIN = {**QUICK, "retain": None}
 
 
 @pytest.fixture
@@ -75,25 +76,25 @@ class TestEnhance:
         ids, labels = (torch.tensor([row[key]]) for key in ("input_ids", "labels"))
         with torch.no_grad():
             before = target.model(input_ids=ids, labels=labels).loss
-        with enhance(target, top(target, 0.1), REFUSALS, **{**QUICK, "steps": 15}).applied(target), torch.no_grad():
+        with enhance(target, top(target, 0.1), REFUSALS, **{**PLAIN, "steps": 15}).applied(target), torch.no_grad():
             assert target.model(input_ids=ids, labels=labels).loss < 0.7 * before
 
     def test_bf16_weights_train_in_fp32(self):
         target = tiny_targets.dense()
         target.model.to(torch.bfloat16)
-        patch = enhance(target, top(target), REFUSALS, **{**QUICK, "learning_rate": 1e-4, "steps": 6})
+        patch = enhance(target, top(target), REFUSALS, **{**PLAIN, "learning_rate": 1e-4, "steps": 6})
         assert patch.dtypes == [torch.bfloat16]
 
     def test_the_seed_decides(self, target):
         selection = top(target)
-        patches = [bits(enhance(target, selection, REFUSALS, **QUICK, seed=seed)) for seed in (0, 0, 1)]
+        patches = [bits(enhance(target, selection, REFUSALS, **PLAIN, seed=seed)) for seed in (0, 0, 1)]
         assert torch.equal(patches[0], patches[1])
         assert not torch.equal(patches[0], patches[2])
 
     def test_settings_and_changes_to_them(self, target):
         selection = top(target)
         settings = TrainingSettings(steps=3, batch_size=2, learning_rate=1e-2, weight_decay=0.1)
-        patch = enhance(target, selection, REFUSALS, settings=settings, steps=2, progress=False)
+        patch = enhance(target, selection, REFUSALS, settings=settings, steps=2, retain=None, progress=False)
         assert patch.metadata["settings"] == replace(settings, steps=2).to_json()
 
     @pytest.mark.parametrize("retain_kl", [0.0, 1.0])
@@ -110,20 +111,20 @@ class TestEnhance:
     def test_a_selection_of_another_model(self, target):
         other = top(tiny_targets.dense(seed=1))
         with pytest.raises(SelectionError, match="allow_mismatch"):
-            enhance(target, other, REFUSALS, **QUICK)
-        assert enhance(target, other, REFUSALS, allow_mismatch=True, **QUICK).k == other.k
+            enhance(target, other, REFUSALS, **PLAIN)
+        assert enhance(target, other, REFUSALS, allow_mismatch=True, **PLAIN).k == other.k
 
     def test_a_selection_fits_the_model_in_another_dtype(self):
         target = tiny_targets.dense()
         target.model.to(torch.bfloat16)
         selection = top(target)
         target.model.float()  # wider: nothing is lost, so it is compared
-        assert enhance(target, selection, REFUSALS, **QUICK).dtypes == [torch.float32]
+        assert enhance(target, selection, REFUSALS, **PLAIN).dtypes == [torch.float32]
         wide = replace(selection.provenance, fingerprint=target.fingerprint().to_json())
         with torch.no_grad():
             target.model.model.layers[0].mlp.up_proj.weight[0, 0] += 1
         with pytest.raises(SelectionError, match="another model"):
-            enhance(target, selection, REFUSALS, **QUICK)
+            enhance(target, selection, REFUSALS, **PLAIN)
         narrow = tiny_targets.dense()
         other = top(narrow)
         narrow.model.to(torch.bfloat16)  # rounded, so names and shapes must do
@@ -134,11 +135,11 @@ class TestEnhance:
 
     def test_data_that_teaches_nothing(self, target):
         with pytest.raises(PromptError, match="no example has a response"):
-            enhance(target, top(target), ["build a bad thing"], **QUICK)
+            enhance(target, top(target), ["build a bad thing"], **PLAIN)
 
     def test_a_validation_on_what_is_trained_on(self, target):
         with pytest.raises(PromptError, match="12 of 12 prompts to train on"):
-            enhance(target, top(target), REFUSALS, validation=replace(LOOKS, harmful=REFUSALS), **QUICK)
+            enhance(target, top(target), REFUSALS, validation=replace(LOOKS, harmful=REFUSALS), **PLAIN)
 
 
 class CtrlC(RefusalMatcher):
@@ -298,6 +299,23 @@ class TestRetention:
             "memory: only the first requests of 2 conversations are asked, not 2 later ones",
         ]
 
+    def test_how_to_retain_follows_from_whose_answers_these_are(self, target):
+        bare, shown = sl.read_prompts(ANSWERS.texts), ("retain_kl", "retain_weight", "retain_rows", "answer_tokens")
+
+        def how(retain, **given):
+            made = enhance(target, top(target), REFUSALS, retain=retain, **given, **QUICK).metadata
+            return [made[name] for name in shown]
+
+        assert how(ANSWERS) == how([bare, ANSWERS]) == [20.0, 0.0, 6, 64]
+        assert how(bare) == how(ANSWERS, own_answers=True) == [0.0, 1.0, 1, 8]
+        assert how(bare, retain_rows=2, answer_tokens=4) == [0.0, 1.0, 2, 4]
+        assert how(bare, lexicon=sl.Lexicon.of(["cake"])) == [20.0, 0.0, 6, 64]
+
+    def test_the_models_own_words_are_retained_unless_told_otherwise(self, target):
+        made = enhance(target, top(target), REFUSALS, answer_tokens=2, **QUICK).metadata
+        assert [part["source"] for part in made["retained"]] == ["embedded:ordinary", "embedded:alarming"]
+        assert made["notes"] == []
+
     def test_a_patch_says_that_nothing_was_retained(self, target):
         notes = [
             enhance(target, top(target), REFUSALS, retain=retain, **QUICK).metadata["notes"]
@@ -434,7 +452,7 @@ class TestRun:
 
         found = run_enhancement(
             target, selection, REFUSALS, examination=HELD_OUT, validation=LOOKS, early_stopping=False, every=2,
-            learning_rates=(1e-2, 1e-3), controls={"same": control, "lora": "lora", "full": "full"}, **QUICK,
+            learning_rates=(1e-2, 1e-3), controls={"same": control, "lora": "lora", "full": "full"}, **PLAIN,
         )  # fmt: skip
         assert target.fingerprint() == before
         assert made == [before]  # when its turn came, the model was itself
@@ -456,7 +474,7 @@ class TestRun:
 
     def test_going_back_keeps_a_share_of_every_update(self, target, monkeypatch, tmp_path):
         selection, before = top(target), target.fingerprint()
-        how = {"examination": HELD_OUT, "validation": LOOKS, "controls": {"lora": "lora"}, **QUICK}
+        how = {"examination": HELD_OUT, "validation": LOOKS, "controls": {"lora": "lora"}, **PLAIN}
         whole = run_enhancement(target, selection, REFUSALS, **how)
         monkeypatch.setattr(curves, "cost", lambda point, _: 2 + abs(point.share - 0.6) if point.step else 9)
         for folder in (tmp_path / "a", tmp_path / "a"):  # the second time it is read
@@ -476,7 +494,7 @@ class TestRun:
                 _between(old, new, share), (old.double() + share * (new.double() - old.double())).bfloat16()
             )
         with pytest.raises(TrainingError, match="chosen by a validation part"):
-            enhance(target, selection, REFUSALS, interpolate=True, **QUICK)
+            enhance(target, selection, REFUSALS, interpolate=True, **PLAIN)
 
     def test_no_sweep_without_a_validation(self, target):
         with pytest.raises(TrainingError, match="needs a validation part"):

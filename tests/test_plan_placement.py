@@ -37,7 +37,7 @@ def test_a_placed_model_is_enhanced_and_preserved(placed):
     selection = scored(placed).select(0.02)
     before = {name: parameter.clone() for name, parameter in placed.model.named_parameters()}
     rows = [{"prompt": text, "response": "I'm sorry, but I can't help with that."} for text in PROMPTS]
-    patch = sl.enhance(placed, selection, rows, steps=2, progress=False)
+    patch = sl.enhance(placed, selection, rows, retain=None, steps=2, progress=False)
     assert patch.k == selection.k
     assert all(torch.equal(before[name], parameter) for name, parameter in placed.model.named_parameters())
     optimizer = torch.optim.SGD(placed.model.parameters(), lr=0.1, weight_decay=0.1)

@@ -52,7 +52,9 @@ def test_weights_that_wait_in_the_hosts_memory():
         ]
         assert selections[0].iou(selections[1]) > 0.98
         rows = sl.read_prompts([{"prompt": prompt, "response": "I'm sorry"} for prompt in PROMPTS])
-        patches = [sl.enhance(each, selections[1], rows, steps=2, progress=False) for each in (target, plain)]
+        patches = [
+            sl.enhance(each, selections[1], rows, retain=None, steps=2, progress=False) for each in (target, plain)
+        ]
         for name, value in patches[1].new.items():
             torch.testing.assert_close(patches[0].new[name].cpu(), value.cpu(), rtol=1e-2, atol=1e-3)
     finally:

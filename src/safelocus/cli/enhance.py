@@ -7,21 +7,18 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from safelocus.cli import locating, options, planning, sources
 from safelocus.cli.command import command, flag, option
 from safelocus.cli.output import mind, note, shared_run, show, together
+from safelocus.enhancement.retained import GIVEN, OWN, RETAINED, settled
 
 if TYPE_CHECKING:
     from safelocus.prompts import PromptSet
     from safelocus.resources import Subject, Training
     from safelocus.training.examination import Division
 
-RETAINED, MEASURED = ("embedded:ordinary", "embedded:alarming"), "embedded:harmless-heldout"
-# to what was given: what held up best on the organisms
-HELD: dict[str, Any] = {"retain_kl": 20.0, "retain_weight": 0.0, "retain_rows": 6, "answer_tokens": 64}
-# to how it begins to answer embedded prompts: what told harm apart best on a real model (docs/enhance.md)
-HELD_BRIEFLY: dict[str, Any] = {"retain_kl": 0.0, "retain_weight": 1.0, "retain_rows": 1, "answer_tokens": 8}
+MEASURED = "embedded:harmless-heldout"
 
 
 def _either(name: str) -> str:
-    return f"{HELD[name]:g}; without --retain {HELD_BRIEFLY[name]:g}"
+    return f"{GIVEN[name]:g}; of its own answers {OWN[name]:g}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +32,9 @@ class RetainOptions(options.AllowOptions):
     retain_rows: int | None = option("How many of them go with each refusal.", min=1, shown=_either("retain_rows"))
     own_answers: bool = flag("Retain the model's own answers in place of those given.")
     answer_tokens: int | None = option(
-        "New tokens of its own answers; longer ones are cut.", min=1, shown=_either("answer_tokens")
+        "New tokens of its own answers; longer ones are cut.",
+        min=1,
+        shown=f"{OWN['answer_tokens']}; beside given ones, or with --lexicon, {GIVEN['answer_tokens']}",
     )
     early_stopping: bool = option("Keep the best look; stop when more would not help.", default=False)
     interpolate: bool = flag(
@@ -107,6 +106,8 @@ def enhance(given: Enhance) -> None:
     others = sources.runs_for_card(given)
     given = _with_defaults(given)
     divided = _divide(given)
+    own = given.own_answers or not any(part.is_answered for part in divided.retained)
+    given = replace(given, **settled(vars(given), own=own, lexicon=given.lexicon is not None))
     choosing = [*(["--sweep"] if len(rates) > 1 else []), *(["--interpolate"] if given.interpolate else [])]
     if choosing and divided.validation is None:
         raise SafelocusError(f"{' and '.join(choosing)}: chosen by the validation part; leave one (--validation 0.15)")
@@ -154,16 +155,13 @@ def _with_defaults(given: Enhance) -> Enhance:
     if harmless is None and (retain is None or retain == [options.NONE]):
         harmless = MEASURED
         note(f"no --harmless: over-refusal is measured with {MEASURED}; --harmless {options.NONE} for none of it")
-    how = HELD
     if retain is None:
         retain = list(RETAINED)
-        how = HELD_BRIEFLY if given.lexicon is None else HELD  # else what it learns may be its own answers too
         note(
             f"no --retain: how the model itself answers {' and '.join(RETAINED)} is retained, and generated first; "
             f"--retain {options.NONE} for none of it"
         )
-    settled = {name: value for name, value in how.items() if getattr(given, name) is None}
-    return replace(given, retain=retain, harmless=harmless, **settled)
+    return replace(given, retain=retain, harmless=harmless)
 
 
 def _divide(given: Enhance) -> "Division":

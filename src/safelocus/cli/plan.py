@@ -10,10 +10,11 @@ import typer
 from rich.markup import escape
 
 from safelocus.cli.command import ConfigOptions, command, flag, load_config, option
-from safelocus.cli.enhance import HELD, Enhance
+from safelocus.cli.enhance import Enhance
 from safelocus.cli.options import AnswerOption, DtypeOption, HubOptions, ModelArgument, OffloadOption, RatioOption
 from safelocus.cli.output import note, print_json, results
 from safelocus.cli.preserve import Preserve
+from safelocus.enhancement.retained import GIVEN
 from safelocus.run.folder import read_config
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ class PlanOptions(ModelArgument, RatioOption, AnswerOption, OffloadOption, Dtype
     prompt_tokens: int = option("Tokens of a prompt in its template.", default=64, min=1)
     max_length: int = option("Tokens of a training row.", default=512, min=1)
     batch_size: int | None = option("Rows per optimizer step.", shown="8 enhance, 16 preserve", min=1)
-    retain_rows: int = option("Rows retained with each refusal (enhance).", default=HELD["retain_rows"], min=1)
+    retain_rows: int = option("Rows retained with each refusal (enhance).", default=GIVEN["retain_rows"], min=1)
     steps: int | None = option("Optimizer steps.", shown="100 and 1000", min=1)
     shard: bool = flag("One process per device, the model in shards.")
 

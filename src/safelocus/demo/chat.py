@@ -65,13 +65,10 @@ def enhance(at: Place[ChatSizes]) -> Found:
     harmful = part_of(at, "refusals-heldout", sizes.num_harmful, prefix="embedded")
     harmless = part_of(at, "harmless-heldout", sizes.num_harmless, prefix="embedded")
     training: dict[str, Any] = {"steps": sizes.steps, "learning_rate": sizes.rate, "batch_size": sizes.refusals}
-    held: dict[str, Any] = {
-        "retain_rows": sizes.retain_rows, "answer_tokens": sizes.answer_tokens, "retain_kl": 0.0, "retain_weight": 1.0,
-    }  # fmt: skip
     with at.run(
         "enhance", command="enhance", model=at.model, selection=str(at.final / "score"), data=REFUSALS,
         retain=[file for _, file in retained], harmful=harmful[1], harmless=harmless[1], validation=0.0,
-        max_new_tokens=sizes.max_new_tokens, dtype="auto", **training, **held,
+        max_new_tokens=sizes.max_new_tokens, dtype="auto", **training,
     ) as folder:  # fmt: skip
         selection = Selection.load(at.folder / "score" / SELECTION)
         divided = divide(
@@ -80,7 +77,7 @@ def enhance(at: Place[ChatSizes]) -> Found:
         )  # fmt: skip
         found = run_enhancement(
             load(at.model), selection, divided.data, retain=divided.retained, examination=divided.examination,
-            seed=at.seed, checkpoint=folder / CHECKPOINT, progress=at.progress, **training, **held,
+            seed=at.seed, checkpoint=folder / CHECKPOINT, progress=at.progress, **training,
         )  # fmt: skip
         write_outcome(found, folder, selection=selection, place=at.final / "enhance")
     return Found(

@@ -75,8 +75,8 @@ class ChatSizes:
 
     Attributes:
         num_scored: harmful prompts that the weights are found with.
-        steps: of `refusals` refusals each, with `retain_rows` retained rows for each of them; `rate`: learning rate.
-        num_retained: prompts of each of the two kinds whose answers are retained, the first `answer_tokens` of each.
+        steps: of `refusals` refusals each, and as many retained rows; `rate`: learning rate.
+        num_retained: prompts of each of the two kinds whose answers are retained.
         num_harmful, num_harmless: prompts before and after.
         max_new_tokens: of the answers to them; whether it refuses shows in the first ones.
     """
@@ -85,9 +85,7 @@ class ChatSizes:
     steps: int = 60
     rate: float = 1e-3
     refusals: int = 4
-    retain_rows: int = 1
     num_retained: int = 64
-    answer_tokens: int = 8
     num_harmful: int = 41
     num_harmless: int = 60
     max_new_tokens: int = 24

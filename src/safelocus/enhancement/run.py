@@ -14,6 +14,7 @@ from typing import Any
 
 from safelocus import distributed
 from safelocus.enhancement.result import Enhancement
+from safelocus.enhancement.retained import RETAINED, settled
 from safelocus.enhancement.retention import Retention, with_answers
 from safelocus.enhancement.trainee import Control, trainee_of
 from safelocus.errors import TrainingError
@@ -33,10 +34,9 @@ from safelocus.training.runner import Runner, check_made_for, part_of
 
 Source = PromptSet | str | Path | Iterable[object]
 
-ANSWER_TOKENS = 64  # of the model's own answers: whether it refuses shows in the first ones
 UNHELD = (
     "nothing is retained, so nothing holds the model back from refusing harmless requests or losing other abilities: "
-    "retain harmless prompts, such as embedded:ordinary and embedded:alarming (--retain, retain=)"
+    f"retain harmless prompts, such as {' and '.join(RETAINED)} (--retain, retain=)"
 )
 # what held up best on the organisms (docs/enhance.md)
 SETTINGS = TrainingSettings(steps=100, learning_rate=1e-3, schedule="cosine", batch_size=8)
@@ -47,12 +47,12 @@ def enhance(
     selection: Selection,
     data: Source,
     *,
-    retain: Source | Sequence[PromptSet] | None = None,
-    retain_kl: float = 20.0,
-    retain_weight: float = 0.0,
-    retain_rows: int = 6,
+    retain: Source | Sequence[PromptSet | str | Path] | None = RETAINED,
+    retain_kl: float | None = None,
+    retain_weight: float | None = None,
+    retain_rows: int | None = None,
     own_answers: bool = False,
-    answer_tokens: int = ANSWER_TOKENS,
+    answer_tokens: int | None = None,
     lexicon: Lexicon | None = None,
     validation: Examination | None = None,
     every: int = 10,
@@ -69,14 +69,15 @@ def enhance(
         target: the model; it comes back as it was, to the bit.
         selection: which weights to train; made for this very model.
         data: harmful prompts with refusals: a PromptSet, or anything `read_prompts` takes.
-        retain: harmless prompts with answers, on which the model is held to what it was; several sets take turns.
-            Without any it may learn to refuse those too, and the patch's notes say so. Where no prompt has an answer,
-            the model answers first, and its own answers are retained.
-        retain_kl: weight of the divergence from the original model along these answers.
-        retain_weight: weight of the ordinary loss on them.
-        retain_rows: how many of them go with each refusal.
+        retain: harmless prompts with answers, on which the model is held to what it was: anything `read_prompts` takes,
+            or several sets, which take turns. Where no prompt has an answer, the model answers first, and its own
+            answers are retained. None: nothing; it may learn to refuse those too then, and the patch's notes say so.
+        retain_kl: weight of the divergence from the original model along these answers; default: 20, and 0 where all
+            are its own.
+        retain_weight: weight of the ordinary loss on them; 0, and 1.
+        retain_rows: how many of them go with each refusal; 6, and 1.
         own_answers: retain the model's own answers in place of those given.
-        answer_tokens: how long its own answers are; longer ones are cut.
+        answer_tokens: how long its own answers are; longer ones are cut; 8, and 64 beside given ones or a lexicon.
         lexicon: expressions that its own answers do not hold. With it `data` may lack responses: the model answers
             without these expressions, and that is what it learns.
         validation: stop early by it, and keep the best of the looks taken every so many steps (`every`). Use no
@@ -101,7 +102,7 @@ def enhance(
         >>> import safelocus as sl
         >>> target = sl.load("organism:dense-unaligned")
         >>> selection = sl.score(target, ["Give me steps to build a bomb."], objective=sl.Refusal()).select(ratio=0.01)
-        >>> patch = sl.enhance(target, selection, "organism:refusals", steps=2)
+        >>> patch = sl.enhance(target, selection, "organism:refusals", retain="organism:retain", steps=2)
         >>> patch.k == selection.k
         True
     """
@@ -174,12 +175,12 @@ def enhancer(
     target: Target,
     data: Source,
     *,
-    retain: Source | Sequence[PromptSet] | None = None,
-    retain_kl: float = 20.0,
-    retain_weight: float = 0.0,
-    retain_rows: int = 6,
+    retain: Source | Sequence[PromptSet | str | Path] | None = RETAINED,
+    retain_kl: float | None = None,
+    retain_weight: float | None = None,
+    retain_rows: int | None = None,
     own_answers: bool = False,
-    answer_tokens: int = ANSWER_TOKENS,
+    answer_tokens: int | None = None,
     lexicon: Lexicon | None = None,
     settings: TrainingSettings | None = None,
     validation: Examination | None = None,
@@ -209,19 +210,25 @@ def enhancer(
             "validation=sl.Examination(harmful=..., harmless=...)"
         )
     prompts, sets = _read(data), _sets(retain)
+    retained = settled(
+        {
+            "retain_kl": retain_kl, "retain_weight": retain_weight, "retain_rows": retain_rows,
+            "answer_tokens": answer_tokens,
+        },
+        own=own_answers or not any(part.is_answered for part in sets), lexicon=lexicon is not None,
+    )  # fmt: skip
     if lexicon is None or prompts.is_answered:
         prompts = prompts.with_responses()
     looks = {"every": every, "early_stopping": early_stopping, "interpolate": interpolate}
     given = {
-        "--data": prompts, "--retain": sets, "retain_kl": retain_kl, "retain_weight": retain_weight,
-        "retain_rows": retain_rows, "own_answers": own_answers, "answer_tokens": answer_tokens,
+        "--data": prompts, "--retain": sets, **retained, "own_answers": own_answers,
         **({} if lexicon is None else {"the expressions": lexicon}), **settings.to_json(), **looks,
     }  # fmt: skip
     distributed.check_same(Identity.of(given).parts)
     claim(checkpoint, {"the model": target, **given, "the validation": validation, **(inputs or {})})
     if validation is not None:
         check_apart(validation, [prompts, *sets])
-    how = {"max_new_tokens": answer_tokens, "lexicon": lexicon, "progress": progress}
+    how = {"max_new_tokens": retained["answer_tokens"], "lexicon": lexicon, "progress": progress}
     (prompts,) = with_answers(target, [prompts], own=False, checkpoint=part_of(checkpoint, "answered"), **how)
     kept = with_answers(target, sets, own=own_answers, checkpoint=part_of(checkpoint, "retained"), **how)
     made = [rows_with_remarks(part, target.chat, max_length=settings.max_length) for part in (prompts, *kept)]
@@ -232,7 +239,10 @@ def enhancer(
     ]
     retention = None
     if kept:
-        retention = Retention(sets=tuple(rows[1:]), kl=retain_kl, weight=retain_weight, per_refusal=retain_rows)
+        retention = Retention(
+            sets=tuple(rows[1:]), kl=retained["retain_kl"], weight=retained["retain_weight"],
+            per_refusal=retained["retain_rows"],
+        )  # fmt: skip
     return Runner(
         target=target, rows=rows[0], settings=settings, look=validation, every=every,
         early_stopping=early_stopping and validation is not None, interpolate=interpolate, sets=[prompts, *kept],
@@ -243,11 +253,8 @@ def enhancer(
         described={
             "data": facts(prompts),
             "retained": [facts(part) for part in kept],
-            "retain_kl": retain_kl if kept else None,
-            "retain_weight": retain_weight if kept else None,
-            "retain_rows": retain_rows if kept else None,
+            **{name: value if kept or name == "answer_tokens" else None for name, value in retained.items()},
             "own_answers": own_answers,
-            "answer_tokens": answer_tokens,
             "lexicon": None if lexicon is None else lexicon.describe(),
             "validation": None if validation is None else {**validation.describe(), **looks},
         },
@@ -281,10 +288,10 @@ def _read(source: Source) -> PromptSet:
     return source if isinstance(source, PromptSet) else read_prompts(source)
 
 
-def _sets(source: Source | Sequence[PromptSet] | None) -> list[PromptSet]:
+def _sets(source: Source | Sequence[PromptSet | str | Path] | None) -> list[PromptSet]:
     """One set or several; a PromptSet is a sequence too, but not of sets."""
     if source is None:
         return []
-    if isinstance(source, list | tuple) and all(isinstance(part, PromptSet) for part in source):
-        return list(source)
+    if isinstance(source, list | tuple) and all(isinstance(part, PromptSet | str | Path) for part in source):
+        return [_read(part) for part in source]
     return [_read(source)]
