@@ -399,6 +399,19 @@ def test_without_controls_a_verdict_says_what_it_knows(refusal, utility, words):
     assert not [word for word in ("clear contrast", "against two controls", "far more") if word in found.verdict.text]
 
 
+def test_a_cell_whose_perplexity_is_no_number_hides_nothing_of_the_others():
+    perplexity = {("esi", "top"): [300.0], ("esi", "bottom"): [4.0], ("esi", "random"): [4.2]}
+    found = made({("esi", "top"): [0.2], ("esi", "bottom"): [1], ("esi", "random"): [1]}, perplexity=perplexity)
+    top = [cell for cell in found.cells if cell.selection == "top"]
+    for cell in top[1:]:
+        cell.observed.measures["perplexity"] = Measure(value=None, low=None, high=None, n=0)
+    assert found.verdict.kind == "general"
+    assert (found.verdict.effect.perplexity.value, found.verdict.effect.perplexity.n) == (pytest.approx(75), 1)
+    top[0].observed.measures["perplexity"] = Measure(value=None, low=None, high=None, n=0)
+    again = Verification(baseline=found.baseline, cells=found.cells, provenance=found.provenance)
+    assert again.verdict.effect.perplexity is None
+
+
 @pytest.mark.parametrize(("after", "kind"), [(4.4, "unclear"), (7.9, "unclear"), (8.1, "general"), (300.0, "general")])
 def test_where_language_breaks_the_damage_is_general(after, kind):
     """More than twice the perplexity, in every cell."""

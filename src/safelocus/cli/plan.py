@@ -14,7 +14,7 @@ from safelocus.cli.enhance import Enhance
 from safelocus.cli.options import AnswerOption, DtypeOption, HubOptions, ModelArgument, OffloadOption, RatioOption
 from safelocus.cli.output import note, print_json, results
 from safelocus.cli.preserve import Preserve
-from safelocus.enhancement.retained import GIVEN
+from safelocus.enhancement.retained import GIVEN, OWN
 from safelocus.run.folder import read_config
 
 if TYPE_CHECKING:
@@ -58,7 +58,10 @@ class PlanOptions(ModelArgument, RatioOption, AnswerOption, OffloadOption, Dtype
     prompt_tokens: int = option("Tokens of a prompt in its template.", default=64, min=1)
     max_length: int = option("Tokens of a training row.", default=512, min=1)
     batch_size: int | None = option("Rows per optimizer step.", shown="8 enhance, 16 preserve", min=1)
-    retain_rows: int = option("Rows retained with each refusal (enhance).", default=GIVEN["retain_rows"], min=1)
+    retain_rows: int = option(
+        f"Rows retained with each refusal (enhance); {GIVEN['retain_rows']} where answers to them are given.",
+        default=OWN["retain_rows"], min=1,
+    )  # fmt: skip
     steps: int | None = option("Optimizer steps.", shown="100 and 1000", min=1)
     shard: bool = flag("One process per device, the model in shards.")
 
@@ -132,7 +135,7 @@ def _stages(given: PlanOptions, subject: "Subject", reader: "Subject | None", wh
     words = ["evaluate", model, *asked, *(["--judge", judge] if judge else [])]
     add("evaluate", words, answering, number, lambda: choose(answering, where, most=most, **placed))
     for name, kind, rows, num_steps, data in (
-        ("enhance", "sparse", Enhance.rows, Enhance.steps, ["--data", "REFUSALS", "--retain", "HARMLESS"]),
+        ("enhance", "sparse", Enhance.rows, Enhance.steps, ["--data", "REFUSALS"]),
         ("preserve", "full", Preserve.rows, Preserve.steps, ["--data", "TASK"]),
         ("preserve --lora", "lora", Preserve.rows, Preserve.steps, ["--data", "TASK"]),
     ):

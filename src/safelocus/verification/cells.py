@@ -182,14 +182,14 @@ class Cells:
     def perplexity(self, selection: str, scorer: str | None, setting: Setting) -> Measure | None:
         """As a multiple of the baseline's: geometric mean over the cells, the least and the most of them.
 
-        None where none was measured, or one is no number.
+        Cells whose perplexity is no number at any text are left out, as broken as can be. None where none is left.
         """
         states = [self.baseline, *(cell.observed for cell in self._of(selection, scorer, setting))]
         found = [state.measures.get("perplexity") for state in states]
         before, *after = (None if measure is None else measure.value for measure in found)
-        if not before or not after or None in after:
+        if not before or not (numbers := [value for value in after if value is not None]):
             return None
-        ratios = np.array(after, float) / before
+        ratios = np.array(numbers) / before
         mean = float(np.exp(np.log(ratios).mean()))
         return Measure(value=mean, low=float(ratios.min()), high=float(ratios.max()), n=len(ratios))
 
