@@ -4,16 +4,16 @@
 
 GSM8K for 1,000 steps (all weights, and LoRA of rank 8), PubMedQA and plain instructions for 300; 2 rows a step (what
 two cores can do), cut to 256 tokens (PubMedQA: 448), AdamW, the rate falling to zero along a line. One cell per task,
-arm and rate. Frozen: the top of ESI, found on the twin itself, or random weights. Calibrated: the same weights,
-trained every 4th step on the twin's own answers to the prompts that found them and to embedded harmless ones.
-Rivals, nothing frozen: a gentle rate; mixed (1 row in 6 is one of these answers, the practitioner's remedy); mixed
-with embedded harmful requests in place of AdvBench's; the same with twice as many alarming but harmless ones;
-rescored (ESI is measured anew of the model in training after a third and two thirds of the steps, and what it then
-finds is frozen instead, as it is by then); projected (each update loses what lowers S to first order, on 4 of the
-prompts that found the weights: A-GEM of the update, Chaudhry et al. 2019); LoX
-(before training, 1.25 times the 6 largest singular components of what made the twin out of the original are added to
-it, Perin et al. 2025); SafeLoRA (after training, of each matrix what was learned is multiplied with C = V V^T / |V|, V
-what made the twin, where the cosine of the two is below 0.35; Hsu et al. 2024).
+arm and rate. Frozen: the top of ESI, found on the twin itself, or random weights; rescored: ESI is measured anew of the
+model in training after a third and two thirds of the steps, and what it then finds is frozen instead, as it is by then.
+Calibrated: the same weights, trained every 4th step on the twin's own answers to the prompts that found them and to
+embedded harmless ones. Rivals, nothing frozen: a gentle rate; mixed (1 row in 6 is one of these answers, the
+practitioner's remedy); mixed with embedded harmful requests in place of AdvBench's; the same with twice as many
+alarming but harmless ones, or with the first 8 tokens of each answer in place of 64 (brief); projected (each update
+loses what lowers S to first order, on 4 of the prompts that found the weights: A-GEM of the update, Chaudhry et al.
+2019); LoX (before training, 1.25 times the 6 largest singular components of what made the twin out of the original are
+added to it, Perin et al. 2025); SafeLoRA (after training, of each matrix what was learned is multiplied with C = V V^T
+/ |V|, V what made the twin, where the cosine of the two is below 0.35; Hsu et al. 2024).
 """
 
 import sys
@@ -31,7 +31,7 @@ import safelocus as sl
 from safelocus.evaluation import Task
 from safelocus.evaluation.tasks import recognise_task
 from safelocus.model.target import Target
-from safelocus.preservation.mixing import PROMPTS, Mixed
+from safelocus.preservation.mixing import ANSWER_TOKENS, PROMPTS, Mixed
 from safelocus.preservation.protection import Protection
 from safelocus.prompts import PromptSet
 from safelocus.training import Checkpoints, TrainingSettings, fit, training_rows
@@ -56,6 +56,7 @@ class Arm:
     ratio: float = 0.1
     calibrated: bool = False
     mixed: str = ""
+    answer_tokens: int = ANSWER_TOKENS  # of what is mixed in
     rescored: bool = False
     projected: bool = False
     lox: bool = False
@@ -87,6 +88,7 @@ SHORT = (
     Arm(name="esi-10-rescored", method="esi", rescored=True), Arm(name="projected", projected=True),
     Arm(name="esi-10-mixed", method="esi", mixed="advbench"),
     Arm(name="mixed-embedded", mixed="embedded"), Arm(name="mixed-alarming", mixed="alarming"),
+    Arm(name="mixed-brief", mixed="embedded", answer_tokens=8),
     *(Arm(name=f"mixed-{kind}", mixed=kind, seed=seed) for seed in (1, 2) for kind in ("embedded", "alarming")),
 )  # fmt: skip
 PROJECTED_ON = 4  # prompts a step
@@ -183,7 +185,8 @@ def learned(task: str, steps: int, arm: Arm, unfinished: Path) -> dict[str, Any]
     if arm.calibrated:
         calibration = sl.Calibration(target=target, prompts=shown(), max_new_tokens=64)
     if arm.mixed:
-        data = Mixed(prompts=shown(arm.mixed), seed=arm.seed).into(data, target, checkpoint=unfinished / "mixed")
+        mixed = Mixed(prompts=shown(arm.mixed), seed=arm.seed, max_new_tokens=arm.answer_tokens)
+        data = mixed.into(data, target, checkpoint=unfinished / "mixed")
     if arm.lox:
         extrapolate(target)
     settings = replace(
