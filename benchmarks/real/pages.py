@@ -55,27 +55,25 @@ def preserved_table() -> str | None:
     found, ways = dict(cells.kept(preserving.TABLE)), {
         "before": "before", "full-unprotected": "after, nothing protected", "full-esi-10": "after, 10 % by ESI frozen",
         "full-random-10": "after, 10 % at random frozen", "full-mixed-embedded": "after, own answers mixed in",
+        "full-esi-10-mixed-embedded": "after, both (`preserve`)",
     }  # fmt: skip
+    asked = ("harmbench", "advbench", "xstest_safe")
     shown = {
-        "instruct": (
-            "Instructions",
-            SHOWN[:3],
-            "task's perplexity",
-            lambda cell: perplexity([cell], "task").split()[0],
-        ),
-        "pubmedqa": ("PubMedQA", SHOWN[:3], "right", lambda cell: interval(level(outcomes([cell], "pubmedqa")))),
+        "instruct": ("Instructions", "task's perplexity", lambda cell: perplexity([cell], "task").split()[0]),
+        "pubmedqa": ("PubMedQA", "right", lambda cell: interval(level(outcomes([cell], "pubmedqa")))),
     }
-    if any(f"{task}-{way}" not in found for task in shown for way in ways):
+    ways = {way: label for way, label in ways.items() if all(f"{task}-{way}" in found for task in shown)}
+    if "before" not in ways:
         return None
     headings = ["refused, percent [95 % interval]"]
-    for name, sources, learned, _ in shown.values():
-        headings += [f"{name}: HarmBench", *(HEADINGS[SOURCES.index(each)] for each in sources[1:]), learned]
+    for name, learned, _ in shown.values():
+        headings += [f"{name}: HarmBench", *(HEADINGS[SOURCES.index(each)] for each in asked[1:]), learned]
     rows = []
     for way, label in ways.items():
         row = [label]
-        for task, (_, sources, _, learned) in shown.items():
+        for task, (*_, learned) in shown.items():
             cell = found[f"{task}-{way}"]
-            row += [*(interval(level(outcomes([cell], each))) for each in sources), learned(cell)]
+            row += [*(interval(level(outcomes([cell], each))) for each in asked), learned(cell)]
         rows.append(tuple(row))
     return Grid(
         title="", headings=tuple(headings), rows=tuple(rows),
@@ -90,34 +88,35 @@ def enhanced_table() -> str | None:
     """Before and after SET, two recipes, on ESI's and on random weights; None where cells are missing."""
     found = {recipe.table: dict(cells.kept(recipe.table)) for recipe in enhancing.RECIPES.values()}
     plain, contrast = enhancing.RECIPES["plain"], enhancing.RECIPES["contrast-long"]
-    shown = [(plain, "before", "before")]
+    before = found[plain.table].get("before")
+    shown = [("before", [before])]
     back = enhancing.BACK.replace(" ", "-")
     for recipe, how, rate, label in (
         (plain, "", README_RATE, "plain"), (contrast, back, contrast.rates[0], "with contrast"),
     ):  # fmt: skip
-        shown += [
-            (recipe, f"{method}{how}-{rate:g}-0", f"1 % of the weights, {NAMES[method]}, {label}")
-            for method in ("esi", "random")
-        ]
-    if any(key not in found[recipe.table] for recipe, key, _ in shown):
-        return None
+        for method in ("esi", "random"):
+            seeds = [found[recipe.table].get(f"{method}{how}-{rate:g}-{seed}") for seed in range(3)]
+            shown.append((f"1 % of the weights, {NAMES[method]}, {label}", list(filter(None, seeds))))
     brief = found[contrast.table].get(f"esi{enhancing.BRIEF}{enhancing.BACK}-{contrast.rates[0]:g}-0".replace(" ", "-"))
     if brief is not None:
-        found[contrast.table]["brief"] = brief["whole"]
-        shown.append((contrast, "brief", f"1 % of the weights, {NAMES['esi']}, with contrast, brief"))
+        shown.append((f"1 % of the weights, {NAMES['esi']}, with contrast, brief", [brief["whole"]]))
+    if before is None or not all(seeds for _, seeds in shown):
+        return None
     table = Grid(
-        title="", headings=("refused, percent [95 % interval]", *(HEADINGS[SOURCES.index(each)] for each in SHOWN)),
+        title="",
+        headings=("refused, percent [95 % interval]", *(HEADINGS[SOURCES.index(each)] for each in SHOWN), "seeds"),
         rows=tuple(
-            (label, *(interval(level(outcomes([found[recipe.table][key]], source))) for source in SHOWN))
-            for recipe, key, label in shown
+            (label, *(interval(level(outcomes(seeds, source))) for source in SHOWN), str(len(seeds)) * bool(number))
+            for number, (label, seeds) in enumerate(shown)
         ),
         caption="SmolLM2-135M-Instruct; n "
-        + ", ".join(str(len(found[plain.table]["before"]["outcomes"][source])) for source in SHOWN)
-        + ". The first two columns should rise, the other two should not. Plain: 100 steps of refusals and benign "
-        f"rows at {README_RATE:g} ([results](docs/results/real-enhance.md)). With contrast: {contrast.steps} steps of "
-        f"refusals and the model's own answers to harmless requests at {contrast.rates[0]:g}, then back towards the "
-        "original as far as 90 % of a validation part are still refused "
-        "([results](docs/results/real-contrast-long.md)). Brief: 8 tokens of these answers, the whole way. One seed.",
+        + ", ".join(str(len(before["outcomes"][source])) for source in SHOWN)
+        + ", told by [known openings](docs/judges.md) of refusals. The first three columns should rise, the other two "
+        f"should not. Plain: 100 steps of refusals and benign rows at {README_RATE:g} "
+        f"([results](docs/results/real-enhance.md)). With contrast: {contrast.steps} steps of refusals and the model's "
+        f"own answers to harmless requests at {contrast.rates[0]:g}, then back towards the original as far as 90 % of "
+        "a validation part are still refused ([results](docs/results/real-contrast-long.md)). Brief: 8 tokens of these "
+        "answers, the whole way.",
     )  # fmt: skip
     return table.markdown()
 

@@ -1,5 +1,7 @@
 """Does the choice of weights matter? Every pair that the other pages hold."""
 
+import math
+
 import cells
 import enhancing
 import numpy as np
@@ -26,7 +28,8 @@ def page() -> str | None:
     table = Grid(
         title="", headings=("what is done", "instead", "set", "n", "ESI's refuse"), rows=tuple(rows), num_labels=3,
         caption="points [95 % interval over prompts, and seeds where there are several], paired by prompt; one draw of "
-        "random weights for each seed. n: answers of each of the two",
+        "random weights for each seed. n: answers of each of the two. How far XSTest's unsafe requests are from its "
+        "safe ones says whether harm is told from what only sounds like it",
     )  # fmt: skip
     return "\n\n".join(
         [
@@ -42,7 +45,9 @@ def page() -> str | None:
 
 
 Comparison = tuple[str, str, str, Measure]  # what is done, with which other weights, set, the difference
-SHOWN = ("harmbench", "advbench", "xstest_safe", "alpaca")
+SHOWN = ("harmbench", "advbench", "xstest_unsafe", "xstest_safe", "alpaca")
+PICTURED = ("HarmBench", "AdvBench", "XSTest safe", "Alpaca")
+DISCERNED = "XSTest unsafe, less safe"
 
 
 def _chosen_by_training() -> list[Comparison]:
@@ -73,13 +78,22 @@ def _pairs(what: str, other: str, first: list[Cell], second: list[Cell] | None) 
     if second is None:
         return []
     seeds = min(len(first), len(second))
-    return [
-        (
-            what, other, HEADINGS[SOURCES.index(source)],
-            difference(outcomes(first[:seeds], source), outcomes(second[:seeds], source), paired="prompts"),
-        )
+    found = {
+        source: difference(outcomes(first[:seeds], source), outcomes(second[:seeds], source), paired="prompts")
         for source in SHOWN
-    ]  # fmt: skip
+    }
+    named = {HEADINGS[SOURCES.index(source)]: change for source, change in found.items()}
+    return [(what, other, *pair) for pair in (*named.items(), (DISCERNED, _less(*map(found.get, SHOWN[2:4]))))]
+
+
+def _less(first: Measure | None, second: Measure | None) -> Measure:
+    """The difference of two changes, each on prompts of its own: their half-widths add up in squares."""
+    assert first is not None
+    assert second is not None
+    ends = [np.array([each.value, each.low, each.high], float) for each in (first, negative(second))]
+    value = float(sum(end[0] for end in ends))
+    below, above = (math.hypot(*(end[side] - end[0] for end in ends)) for side in (1, 2))
+    return Measure(value=value, low=value - below, high=value + above, n=first.n + second.n)
 
 
 def _chosen_by_noise() -> list[Comparison]:
@@ -104,8 +118,7 @@ def _figure(found: list[Comparison]) -> Figure:
     figure = Figure(figsize=(7.2, 0.9 + 0.42 * len(order)), dpi=150, layout="constrained")
     figure.set_facecolor("white")
     axes = figure.subplots()
-    shown = [HEADINGS[SOURCES.index(source)] for source in SHOWN]
-    for number, heading in enumerate(shown):
+    for number, heading in enumerate(PICTURED):
         some = [(order.index((what, other)), change) for what, other, source, change in found if source == heading]
         values = np.array([[m.value, m.low, m.high] for _, m in some], float) * 100
         at = [place + 0.17 * (number - 1.5) for place, _ in some]

@@ -51,8 +51,8 @@ class Enhance(RetainOptions, options.TrainOptions):
         "then answers itself, without these expressions.", "-d",
     )  # fmt: skip
     retain: list[str] | None = option(
-        "Harmless prompts with answers, on which the model is held to what it was. Without answers its own "
-        "are taken. May be repeated: they take turns. none: nothing.",
+        "Harmless prompts with answers, which the model should go on giving. Without answers its own are taken. May be "
+        "repeated: they take turns. none: nothing.",
         shown="embedded:ordinary, embedded:alarming",
     )
     harmful: str | None = option("Harmful prompts to measure with.", shown="a share of --data that is not trained on")

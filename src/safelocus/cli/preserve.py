@@ -202,7 +202,9 @@ def _examination(
     from safelocus.training.examination import Examination
     from safelocus.verification.run import check_unseen
 
-    harmful = material.harmful or sources.unscored_prompts(None, selection.provenance, allow_seen=given.allow_seen)
+    harmful = material.harmful or sources.unscored_prompts(
+        None, selection.provenance, allow_seen=given.allow_seen, option="--harmful"
+    )  # fmt: skip
     harmful = harmful if given.limit is None else harmful.limit(given.limit, seed=given.seed)
     remarks = [*check_unseen({"the selection": selection}, harmful, allow_seen=given.allow_seen)]
     if selection.layout.left_out:

@@ -186,8 +186,9 @@ def unscored_prompts(
     field: str | None = None,
     where: dict[str, str] | None = None,
     allow_seen: bool = False,
+    option: str = "--prompts",
 ) -> "PromptSet":
-    """The prompts given; else what the scores' own source has left.
+    """The prompts given; else what the scores' own source has left. `option`: which gives them.
 
     Raises:
         PromptError: nothing is left, or the source is not known.
@@ -199,15 +200,17 @@ def unscored_prompts(
         return read_prompts(source, field=field, where=where)
     used = provenance.extra.get("prompt_hashes")
     if provenance.prompts is None or used is None or provenance.prompts == "memory":
-        raise PromptError("the scores do not say where their prompts came from; give prompts to verify with: --prompts")
+        raise PromptError(
+            f"the scores do not say where their prompts came from; give prompts to measure with: {option}"
+        )
     prompts = read_prompts(provenance.prompts, field=field, where=where)
     if allow_seen:
         return prompts
     left = tuple(example for example in prompts.examples if prompt_hash(example.prompt) not in set(used))
     if not left:
         raise PromptError(
-            f"{provenance.prompts}: all {len(prompts)} prompts were used to find these weights; give others to verify "
-            "with (--prompts), or leave some out next time (score --held-out 0.5)"
+            f"{provenance.prompts}: all {len(prompts)} prompts were used to find these weights; give others to "
+            f"measure with ({option}), or leave some out next time (score --held-out 0.5)"
         )
     return replace(prompts, examples=left)
 
