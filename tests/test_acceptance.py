@@ -163,6 +163,36 @@ def test_parts_of_one_source_are_one(one, other):
     assert origin(one) != origin("b.json")
 
 
+def made(seed=0, **changes):
+    """Facts of a run, of whose provenance a part is another."""
+    provenance = {
+        "fingerprint": "f", "selection": {"k": 5, "method": "esi", "which": "top"}, "task": None,
+        "data": {"source": "own"}, "used": {"also_measured": [], "sources": []},
+        "mixed": {"share": 0.2, "seed": seed, "prompts": [{"source": "embedded:refusals", "hash": str(seed)}]},
+        "calibration": {"every": 4, "seed": seed, "prompts": [{"source": "a.json", "hash": str(seed)}]},
+        "retained": [{"source": "b.json", "hash": str(seed)}], "answer_tokens": 8, "own_answers": False,
+        "validation": {"every": 10, "interpolate": False, "harmful": {"hash": str(seed)}},
+    }  # fmt: skip
+    return CardRun.of("run", {"provenance": provenance | changes, "settings": {"seed": seed, "steps": 3}}, {}).facts
+
+
+def test_runs_that_differ_in_the_seed_alone_are_alike():
+    assert made(seed=0) == made(seed=1)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("answer_tokens", 64), ("own_answers", True), ("retained", [{"source": "c.json"}]), ("lexicon", {"num": 3}),
+        ("validation", {"every": 10, "interpolate": True}), ("mixed", None), ("unlearned", {"num": 3}),
+        ("mixed", {"share": 0.2, "prompts": [{"source": "c.json"}]}), ("retain_kl", 1.0), ("calibration", {"every": 2}),
+    ],
+)  # fmt: skip
+def test_runs_made_otherwise_are_not_alike(name, value):
+    one, other = made(), made(**{name: value})
+    assert [key for key in one if one[key] != other[key]] == [name]
+
+
 def test_a_folder_that_is_no_such_run_is_one_message(tmp_path):
     with pytest.raises(RunError, match="no run for an acceptance card"):
         CardRun.load(tmp_path)

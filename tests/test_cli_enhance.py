@@ -168,10 +168,31 @@ def test_run_toml_repeats_the_run(scored, tmp_path, run):
         ([*REFUSAL, "--card-with", "nowhere"], "nowhere: no run for an acceptance card"),
         ([*REFUSAL, "--sweep", "0,1"], "learning_rate is a positive number"),
         ([*REFUSAL, "--sweep", "1e-3,1e-2", "--validation", "0"], "leave one"),
-        ([*REFUSAL, "--interpolate", "--validation", "0"], "--interpolate: chosen by the validation part; leave one"),
+        ([*REFUSAL, "--interpolate", "--validation", "0"], "--interpolate: the validation part is what chooses"),
+        (
+            [*REFUSAL, "--early-stopping", "--validation-task", "organism:utility", "--validation", "0"],
+            "--early-stopping and --validation-task: the validation part",
+        ),
         ([*REFUSAL, "--data", "organism:nothing"], "nothing"),
         ([*REFUSAL, "--harmful", "organism:harmful"], "are among those to find the weights with"),
-        ([*REFUSAL, "--harmful", "organism:refusals"], "prompts to train on are also among those to measure with"),
+        ([*REFUSAL, "--harmful", "organism:refusals"], "to train on or to choose by are also among those to measure"),
+        (
+            [
+                *REFUSAL,
+                "--retain",
+                "organism:utility",
+                "--task",
+                "organism:utility",
+                "--validation-task",
+                "organism:utility-validation",
+            ],
+            "organism:utility: 6 of 143 prompts to train on or to choose by",
+        ),
+        (
+            [*REFUSAL, "--task", "organism:utility", "--validation-task", "organism:utility"],
+            "prompts to train on or to choose by are also",
+        ),
+        ([*REFUSAL, "--retain-weight", "0", "--retain-kl", "0"], "what is retained has no weight"),
     ],
 )
 def test_bad_input_is_one_message(tmp_path, run, arguments, message):

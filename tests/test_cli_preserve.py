@@ -148,6 +148,8 @@ def test_everything_at_once(few, tmp_path, run):
         ([*REFUSAL, "--mix", "none", "--mix", "organism:harmless"], "expected one or the other"),
         ([*REFUSAL, "--mix", "none", "--mix-share", "0.3"], "with --mix none there are none"),
         ([*REFUSAL, "--mix", "organism:harmful-heldout"], "are also among those to measure with"),
+        ([*REFUSAL, "--lora", "--lora-mode", "patch", "--calibrate", "organism:harmful"], "needs --lora-mode exact"),
+        ([*REFUSAL, "--lora", "--save-dtype", "bfloat16"], "with --lora give --merge too"),
         ([*REFUSAL, "--calibrate", "organism:harmful", "--calibrate-rate", "0"], "learning_rate is a positive"),
     ],
 )

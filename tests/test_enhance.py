@@ -10,6 +10,7 @@ import torch
 from torch.nn.functional import kl_div
 
 import safelocus as sl
+import test_forcing
 import tiny_targets
 from safelocus.enhancement import retention
 from safelocus.enhancement.optimizer import SparseOptimizer
@@ -311,6 +312,16 @@ class TestRetention:
         assert how(bare, retain_rows=2, answer_tokens=4) == [0.0, 1.0, 2, 4]
         assert how(bare, lexicon=sl.Lexicon.of(["cake"])) == [20.0, 0.0, 6, 64]
 
+    @pytest.mark.parametrize("given", [{"retain": ANSWERS, "retain_kl": 0.0}, {"retain_weight": 0.0}])
+    def test_what_is_retained_without_weight_is_refused_at_once(self, target, given, monkeypatch):
+        monkeypatch.setattr("safelocus.enhancement.run.with_answers", None)
+        with pytest.raises(TrainingError, match=r"what is retained has no weight.*--retain-weight.*--retain-kl"):
+            enhance(target, top(target), REFUSALS, **given, **QUICK)
+
+    def test_texts_name_sets_to_retain(self, target):
+        with pytest.raises(PromptError, match=r"give prompts as read_prompts"):
+            enhance(target, top(target), REFUSALS, retain=["bake a cake", "help"], **QUICK)
+
     def test_the_models_own_words_are_retained_unless_told_otherwise(self, target):
         made = enhance(target, top(target), REFUSALS, answer_tokens=2, **QUICK).metadata
         assert [part["source"] for part in made["retained"]] == ["embedded:ordinary", "embedded:alarming"]
@@ -352,6 +363,12 @@ class TestTrainees:
         assert target.fingerprint() == before
         assert [name for name, _ in target.model.named_modules()] == modules
         assert all(parameter.requires_grad for parameter in target.model.parameters())
+
+    def test_an_adapter_goes_on_gpt_2_too(self):
+        """Whose matrices are no `nn.Linear`."""
+        target = test_forcing.gpt2()
+        with adapter(target, 2000, TrainingSettings()) as trainee:
+            assert abs(trainee.num_weights - 2000) / 2000 < 0.2
 
     @pytest.mark.parametrize("kind", ["selection", "lora"])
     def test_half_of_the_way_is_half_of_the_update(self, target, kind):

@@ -5,6 +5,7 @@ import json
 import shlex
 import tomllib
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -381,6 +382,27 @@ def test_the_plan_prints_every_stage_and_commands_that_parse(run):
     code, out, _ = run("plan", "organism:moe", "--device", "2x0.6GB")
     assert code == 0
     assert "does not fit" in out
+
+
+@pytest.mark.parametrize(
+    ("said", "rows"),
+    [
+        ("", 1), ('retain = ["organism:retain"]', 6), ('retain = ["organism:retain"]\nown_answers = true', 1),
+        ('retain = ["organism:retain"]\nretain_rows = 2', 2), ('lexicon = "words.txt"', 6),
+    ],
+)  # fmt: skip
+def test_what_a_recipe_retains_is_planned_for(said, rows, tmp_path, run, monkeypatch):
+    (tmp_path / "words.txt").write_text("poison")
+    monkeypatch.chdir(tmp_path)
+    Path("r.toml").write_text(f'command = "enhance"\nmodel = "organism:dense"\ndata = "organism:refusals"\n{said}\n')
+    _, planned, _ = run("plan", "--config", "r.toml", "--device", "24GB", "--json")
+    plain = ["--lexicon", "words.txt"] if "lexicon" in said else []
+    _, told, _ = run(
+        "plan", "organism:dense", "--stage", "enhance", "--retain-rows", rows, *plain, "--device", "24GB", "--json"
+    )  # fmt: skip
+    need = [json.loads(text)["stages"]["enhance"] for text in (planned, told)]
+    assert need[0]["bytes"] == need[1]["bytes"]
+    assert f"--retain-rows {rows}" in need[1]["command"]
 
 
 def test_a_folder_without_weights_can_be_planned_for(tmp_path, run):

@@ -248,9 +248,10 @@ def test_interrupted_in_the_evaluation_it_does_not_train_again(tmp_path, monkeyp
 
 def test_what_is_saved(tmp_path):
     target = tiny_targets.dense()
+    others = [{"prompt": f"what is {n} plus 2?", "response": f"{n + 2}"} for n in range(2)]
     found = preserved(
         target, unprotected=True, controls={"bottom": some(target, seed=1)}, every=1,
-        examination=replace(EXAMINATION, tasks=(replace(task_of(SUMS)[:2], name="sums"),)),
+        examination=replace(EXAMINATION, tasks=(replace(task_of(sl.read_prompts(others)), name="sums"),)),
     )  # fmt: skip
     found.save(tmp_path)
     results = json.loads((tmp_path / "results.json").read_text())

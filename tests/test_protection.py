@@ -335,6 +335,16 @@ def test_another_selection_can_follow():
     assert not same(gather(target.model, first), values)
 
 
+def test_a_selection_that_cannot_follow_changes_nothing():
+    target = dense()
+    first, stranger = some(target, 200, seed=0), some(moe(), 50)
+    protection = sl.preserve(target, first)
+    with pytest.raises(SelectionError):
+        protection.update(stranger)
+    assert protection.selection is first
+    assert protection.check() == 0
+
+
 def test_a_selection_of_another_model_is_refused():
     target, sibling = dense(), dense(seed=1)
     selection = some(sibling)

@@ -249,6 +249,22 @@ class TestCurve:
         assert resumed.points == whole.points
         assert [point.step for point in losses] == [1, 2, 3, 4]
 
+    def test_a_run_that_was_stopped_does_not_go_on_when_it_is_resumed(self, tmp_path):
+        """The newest checkpoint may be that of the look at which there was reason to stop."""
+
+        def run():
+            target = tiny_targets.dense()
+            curve = Curve(
+                Look(target), every=1, stop_when=lambda points: "enough" if len(points) == 3 else None,
+                folder=tmp_path / "curve",
+            )  # fmt: skip
+            checkpoints = Checkpoints(folder=tmp_path / "run", every_seconds=1e-9)
+            losses = train(target, callbacks=[curve], checkpoints=checkpoints)
+            return [point.step for point in losses], curve.reason, target.fingerprint()
+
+        assert run() == run()
+        assert (run()[0], run()[1]) == ([1, 2], "enough")
+
     def test_points_survive_json(self):
         point = CurvePoint(step=3, measures={"asr": proportion(1, 7)})
         assert CurvePoint.from_json(point.to_json()) == point

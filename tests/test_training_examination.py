@@ -59,10 +59,29 @@ def test_what_is_not_measured_is_said():
 def test_prompts_that_are_trained_on_are_refused():
     examination = Examination(harmful=prompts("poison", 8), harmless=prompts("cake", 4))
     assert check_apart(examination, [prompts("bomb")]) == []
-    with pytest.raises(PromptError, match="8 of 200 prompts to train on are also among those to measure with"):
+    with pytest.raises(PromptError, match="8 of 200 prompts to train on or to choose by are also among those to"):
         check_apart(examination, [prompts("bomb"), prompts("poison")])
     (remark,) = check_apart(examination, [prompts("CAKE")], allow_seen=True)
-    assert remark.startswith("4 of the prompts measured with were trained on")
+    assert remark.startswith("4 of the prompts measured with were trained on or chosen by")
+
+
+def test_questions_count_as_prompts_do():
+    task = sl.read_task("organism:utility").limit(20)
+    examination = Examination(harmful=prompts("poison", 8), tasks=(task,))
+    trained = sl.read_prompts([example.prompt for example in task.examples[:5]])
+    with pytest.raises(PromptError, match="5 of 5 prompts to train on or to choose by are also among those to measure"):
+        check_apart(examination, [trained])
+    with pytest.raises(PromptError, match="20 of 20 prompts"):
+        check_apart(examination, [task])
+
+
+def test_what_is_set_aside_is_trained_on_in_no_set():
+    """A set that is named twice counts twice."""
+    found = divide(prompts("poison"), [prompts("cake"), prompts("cake")])
+    aside = {*found.examination.prompt_hashes, *found.validation.prompt_hashes}
+    assert len(found.retained) == 2
+    assert all(not aside & set(part.prompt_hashes) for part in found.retained)
+    assert check_apart(found.examination, [found.data, *found.retained, *found.validation.parts]) == []
 
 
 def test_too_few_questions():

@@ -11,6 +11,7 @@ import torch
 from scipy import stats
 
 import safelocus as sl
+from safelocus.analysis.claims import HOLDS, NOT_ONLY_SAFETY, verify_claims
 from safelocus.errors import PromptError, RunError, SafelocusError, SelectionError
 from safelocus.evaluation.judges import GuardJudge, RefusalMatcher
 from safelocus.evaluation.measures import Measure, proportion
@@ -399,17 +400,67 @@ def test_without_controls_a_verdict_says_what_it_knows(refusal, utility, words):
     assert not [word for word in ("clear contrast", "against two controls", "far more") if word in found.verdict.text]
 
 
-def test_a_cell_whose_perplexity_is_no_number_hides_nothing_of_the_others():
-    perplexity = {("esi", "top"): [300.0], ("esi", "bottom"): [4.0], ("esi", "random"): [4.2]}
+def test_random_weights_of_one_size_are_disturbed_once_whatever_they_are_beside():
+    target = dense()
+    first, second = (random_selection(target, 50, seed=seed) for seed in (5, 6))
+    found = sl.verify(target, {"a": first, "b": second}, noises=(1.0,), seeds=3, **QUICK)
+    random = [cell.key for cell in found.cells if cell.selection == "random"]
+    assert len(random) == len(set(random)) == 3
+    assert found.pool("random", None, found.settings[0]).num_cells == 3
+
+
+@pytest.mark.parametrize(("numbers", "kind", "words"), [
+    ([9.0, 9.0], "general", "no number, or 2.25 times and more, what it was"),
+    ([4.0], "unclear", "no number, or 1 times and more, what it was"),
+    ([], "general", "no number, whatever the seed, beside what it was"),
+])  # fmt: skip
+def test_a_perplexity_that_is_no_number_counts_as_broken(numbers, kind, words):
+    perplexity = {("esi", "top"): [9.0], ("esi", "bottom"): [4.0], ("esi", "random"): [4.2]}
     found = made({("esi", "top"): [0.2], ("esi", "bottom"): [1], ("esi", "random"): [1]}, perplexity=perplexity)
     top = [cell for cell in found.cells if cell.selection == "top"]
-    for cell in top[1:]:
-        cell.observed.measures["perplexity"] = Measure(value=None, low=None, high=None, n=0)
-    assert found.verdict.kind == "general"
-    assert (found.verdict.effect.perplexity.value, found.verdict.effect.perplexity.n) == (pytest.approx(75), 1)
-    top[0].observed.measures["perplexity"] = Measure(value=None, low=None, high=None, n=0)
-    again = Verification(baseline=found.baseline, cells=found.cells, provenance=found.provenance)
-    assert again.verdict.effect.perplexity is None
+    for number, cell in enumerate(top):
+        value = numbers[number] if number < len(numbers) else None
+        cell.observed.measures["perplexity"] = Measure(value=value, low=value, high=value, n=10 if value else 0)
+    assert found.verdict.kind == kind
+    assert found.verdict.effect.perplexity.value is None
+    assert words in found.verdict.text
+    assert "no number" in settings_grid(found).rows[1]
+    (claim,) = verify_claims(found)
+    assert "perplexity no number" in claim.measured
+    assert claim.verdict == (NOT_ONLY_SAFETY if kind == "general" else HOLDS)
+
+
+def test_answers_that_cannot_be_scored_are_no_missing_contrast():
+    found = made({("esi", "top"): [0.2], ("esi", "bottom"): [1], ("esi", "random"): [1]})
+    for cell in found.cells:
+        if cell.selection == "top":
+            cell.observed.outcomes["refusal"] = "-" * 40
+    assert found.verdict.kind == "unclear"
+    assert "no answer under the top selection by esi could be scored" in found.verdict.text
+
+
+def test_few_questions_do_not_make_damage_specific():
+    """What one of them that changed sides would leave counts in the units of what is compared."""
+    rates = {("esi", "top"): [0.4], ("esi", "bottom"): [1.0], ("esi", "random"): [1.0]}
+    found = made(rates, {key: [1.0] for key in rates})
+    assert found.verdict.kind == "specific"
+    few = made(rates)
+    for state in (few.baseline, *(cell.observed for cell in few.cells)):
+        state.outcomes["utility"] = "11110000"
+        state.measures["utility"] = proportion(4, 8)
+    margin = few.verdict.effect.margin
+    assert margin.value == pytest.approx(few.verdict.effect.fall.value)
+    assert margin.value - margin.low > 2 * 2 / (8 + 2)  # Student's quantile is above 2
+    assert few.verdict.kind == "general"
+
+
+def test_utility_that_has_nothing_to_lose_says_nothing():
+    rates = {("esi", "top"): [0.0], ("esi", "bottom"): [1.0], ("esi", "random"): [1.0]}
+    found = made(rates, {key: [0.0] for key in rates}, base={"refusal": 1.0, "utility": 0.0})
+    assert found.verdict.kind == "unclear"
+    assert "Utility has nothing to lose" in found.verdict.text
+    (claim,) = verify_claims(found)
+    assert claim.verdict == HOLDS
 
 
 @pytest.mark.parametrize(("after", "kind"), [(4.4, "unclear"), (7.9, "unclear"), (8.1, "general"), (300.0, "general")])

@@ -48,6 +48,10 @@ from safelocus.verification.pooling import difference
 PASSES, FAILS, NOT_MEASURED = "passes", "fails", "not measured"
 BEFORE, AFTER, UNPROTECTED = "before", "after", "unprotected"
 _CONTROLS = ("random", "bottom")  # as many weights, chosen without regard to safety
+_ALIKE = (  # of what made a run: the same, but for the draw, where runs differ in the seed alone
+    "calibration", "lora", "mixed", "unlearned", "retain_kl", "retain_weight", "retain_rows", "own_answers",
+    "answer_tokens", "lexicon", "validation",
+)  # fmt: skip
 
 Outcomes = Mapping[Any, float]  # prompt -> 1 as wanted, 0 not, NaN where it cannot be told
 Sets = Mapping[str, Outcomes]  # source -> its prompts
@@ -99,11 +103,10 @@ class CardRun:
         made, settings = results["provenance"], dict(results["settings"])
         kind = "preserve" if UNPROTECTED in results else "enhance"
         seed, task = settings.pop("seed"), (made.get("task") or {}).get("name")
-        calibration = {k: v for k, v in (made.get("calibration") or {}).items() if k not in ("seed", "prompts")}
         facts = {
             "model": made["fingerprint"], "weights": [made["selection"].get(key) for key in ("k", "method", "which")],
-            "data": made["data"]["source"], "settings": settings, "calibration": calibration,
-            **{key: made.get(key) for key in ("lora", "mixed", "retain_kl", "retain_weight", "retain_rows")},
+            "data": made["data"]["source"], "settings": settings, "retained": _origins(made.get("retained")),
+            **{key: _but_for_the_draw(made.get(key)) for key in _ALIKE},
         }  # fmt: skip
         seen = frozenset(made["used"]["also_measured"])
         return cls(
@@ -350,6 +353,19 @@ def _shown(effect: Measure) -> bool:
 
 
 # reading
+
+
+def _but_for_the_draw(made: Mapping[str, Any] | None) -> Any:
+    """How it was made, without the seed and which prompts and questions there were: those of other draws are alike."""
+    if not isinstance(made, Mapping):
+        return made
+    drawn = ("seed", "harmful", "harmless", "tasks", "judges")
+    found = {key: value for key, value in made.items() if key not in drawn}
+    return found | ({"prompts": _origins(made["prompts"])} if "prompts" in made else {})
+
+
+def _origins(sets: Sequence[Mapping[str, Any]] | None) -> list[str]:
+    return [origin(each["source"]) for each in sets or ()]
 
 
 def _conduct(evaluation: Evaluation, kind: str, task: str | None, seen: frozenset[str]) -> Conduct:

@@ -193,7 +193,7 @@ def breaking(effect: Effect, baseline: Interval) -> str:
         return UNDECIDED
     verdict = weakest(decide(beyond, _BREAKS) for beyond in (effect.beyond_random, effect.beyond_bottom))
     verdict = beside(verdict, [decide(fall, _BREAKS) for fall in (effect.random_fall, effect.bottom_fall)])
-    is_known = effect.breaks_language or effect.utility_fall is not None
+    is_known = effect.breaks_language or (effect.margin is not None and effect.margin.low is not None)
     return NOT_ONLY_SAFETY if verdict == HOLDS and is_known and not effect.is_specific else verdict
 
 
@@ -207,7 +207,7 @@ def _broken(key: str, claim: str, found: Verification, effect: Effect) -> Claim:
     if "utility" in found.measure_names:
         said += f", utility {_percent(before['utility'])} to {interval(level['top']['utility'])}"
     if effect.perplexity is not None:
-        said += f", perplexity times {effect.perplexity.value:.2g}"
+        said += ", perplexity " + (f"times {value:.2g}" if (value := effect.perplexity.value) else "no number")
     return Claim(
         key=key, stage="verify", claim=claim, verdict=breaking(effect, before[SAFETY]),
         measured=f"{said}; n {before[SAFETY].n}, {pooled['top'].num_cells if pooled['top'] else 0} seeds",

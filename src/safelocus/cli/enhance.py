@@ -18,7 +18,7 @@ MEASURED = "embedded:harmless-heldout"
 
 
 def _either(name: str) -> str:
-    return f"{GIVEN[name]:g}; of its own answers {OWN[name]:g}"
+    return f"{GIVEN[name]:g}; of its own answers, without --lexicon, {OWN[name]:g}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,11 +106,18 @@ def enhance(given: Enhance) -> None:
     others = sources.runs_for_card(given)
     given = _with_defaults(given)
     divided = _divide(given)
-    own = given.own_answers or not any(part.is_answered for part in divided.retained)
-    given = replace(given, **settled(vars(given), own=own, lexicon=given.lexicon is not None))
-    choosing = [*(["--sweep"] if len(rates) > 1 else []), *(["--interpolate"] if given.interpolate else [])]
+    how = settled(
+        vars(given), divided.retained, own_answers=given.own_answers, lexicon=given.lexicon is not None
+    )  # fmt: skip
+    given = replace(given, **how)
+    choosing = [name for name, chooses in {
+        "--sweep": len(rates) > 1, "--interpolate": given.interpolate, "--early-stopping": given.early_stopping,
+        "--validation-task": given.validation_task,
+    }.items() if chooses]  # fmt: skip
     if choosing and divided.validation is None:
-        raise SafelocusError(f"{' and '.join(choosing)}: chosen by the validation part; leave one (--validation 0.15)")
+        raise SafelocusError(
+            f"{' and '.join(choosing)}: the validation part is what chooses; leave one (--validation 0.15)"
+        )
     given = planning.settle(given, _stage(given, divided, full="full" in wanted))
     with shared_run(given) as folder:
         target = given.load()
@@ -177,7 +184,8 @@ def _divide(given: Enhance) -> "Division":
         validation_tasks=sources.read_tasks(given.validation_task, None, given.seed), held_out=given.held_out,
         validation=given.validation, limit=given.limit, seed=given.seed, max_new_tokens=given.max_new_tokens,
     )  # fmt: skip
-    check_apart(divided.examination, [divided.data, *divided.retained], allow_seen=given.allow_seen)
+    chosen_by = divided.validation.parts if divided.validation else []
+    check_apart(divided.examination, [divided.data, *divided.retained, *chosen_by], allow_seen=given.allow_seen)
     sources.check_unscored(given.prompts, divided.examination.harmful, allow_seen=given.allow_seen)
     return divided
 

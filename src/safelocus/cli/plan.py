@@ -1,7 +1,7 @@
 """`safelocus plan MODEL`: will every stage fit, with which settings, and roughly how long does it take."""
 
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,10 +11,10 @@ from rich.markup import escape
 
 from safelocus.cli.command import ConfigOptions, command, flag, load_config, option
 from safelocus.cli.enhance import Enhance
-from safelocus.cli.options import AnswerOption, DtypeOption, HubOptions, ModelArgument, OffloadOption, RatioOption
+from safelocus.cli.options import NONE, AnswerOption, DtypeOption, HubOptions, ModelArgument, OffloadOption, RatioOption
 from safelocus.cli.output import note, print_json, results
 from safelocus.cli.preserve import Preserve
-from safelocus.enhancement.retained import GIVEN, OWN
+from safelocus.enhancement.retained import GIVEN, OWN, RETAINED, settled
 from safelocus.run.folder import read_config
 
 if TYPE_CHECKING:
@@ -35,11 +35,22 @@ def take_run(context: typer.Context, value: Path | None) -> Path | None:
     if name == "evaluate":
         guards = [judge.removeprefix("guard:") for judge in values.get("judge", []) if judge.startswith("guard:")]
         values |= {"prompts": next(iter(values.get("prompts", [])), None), "guard": next(iter(guards), None)}
+    if name == "enhance" and values.get("retain_rows") is None:
+        values["retain_rows"] = _rows_retained(values)
     values["stage"] = f"{name} --lora" if values.get("lora") else name
     context.default_map = {
         p.name: values[p.name] for p in context.command.params if values.get(str(p.name)) is not None
     }
     return value
+
+
+def _rows_retained(values: Mapping[str, Any]) -> int:
+    """With each refusal, where the run of `enhance` does not say."""
+    from safelocus.prompts import read_prompts
+
+    sets = [read_prompts(each) for each in values.get("retain") or RETAINED if each != NONE]
+    own_answers, lexicon = bool(values.get("own_answers")), bool(values.get("lexicon"))
+    return int(settled(dict.fromkeys(OWN), sets, own_answers=own_answers, lexicon=lexicon)["retain_rows"])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,9 +69,9 @@ class PlanOptions(ModelArgument, RatioOption, AnswerOption, OffloadOption, Dtype
     prompt_tokens: int = option("Tokens of a prompt in its template.", default=64, min=1)
     max_length: int = option("Tokens of a training row.", default=512, min=1)
     batch_size: int | None = option("Rows per optimizer step.", shown="8 enhance, 16 preserve", min=1)
-    retain_rows: int = option(
-        f"Rows retained with each refusal (enhance); {GIVEN['retain_rows']} where answers to them are given.",
-        default=OWN["retain_rows"], min=1,
+    retain_rows: int | None = option(
+        "Rows retained with each refusal (enhance).", min=1,
+        shown=f"{OWN['retain_rows']}; with --lexicon {GIVEN['retain_rows']}, as enhance takes where answers are given",
     )  # fmt: skip
     steps: int | None = option("Optimizer steps.", shown="100 and 1000", min=1)
     shard: bool = flag("One process per device, the model in shards.")
@@ -124,6 +135,8 @@ def _stages(given: PlanOptions, subject: "Subject", reader: "Subject | None", wh
     asked = ["--prompts", given.prompts or "PROMPTS", "--max-new-tokens", str(given.max_new_tokens)]
     lexicon = ["--lexicon", str(given.lexicon)] if given.lexicon else []
     words = ["score", model, *asked, *(["--guard", guard] if guard else lexicon or ["--refusal"])]
+    retained = given.retain_rows or (GIVEN if lexicon else OWN)["retain_rows"]
+    rows_retained = ["--retain-rows", str(retained)] if given.retain_rows else []
     found: list[_Planned] = []
 
     def add(name: str, words: list[str], *how: Any) -> None:
@@ -135,14 +148,14 @@ def _stages(given: PlanOptions, subject: "Subject", reader: "Subject | None", wh
     words = ["evaluate", model, *asked, *(["--judge", judge] if judge else [])]
     add("evaluate", words, answering, number, lambda: choose(answering, where, most=most, **placed))
     for name, kind, rows, num_steps, data in (
-        ("enhance", "sparse", Enhance.rows, Enhance.steps, ["--data", "REFUSALS"]),
+        ("enhance", "sparse", Enhance.rows, Enhance.steps, ["--data", "REFUSALS", *rows_retained]),
         ("preserve", "full", Preserve.rows, Preserve.steps, ["--data", "TASK"]),
         ("preserve --lora", "lora", Preserve.rows, Preserve.steps, ["--data", "TASK"]),
     ):
         size, times = given.batch_size or rows, given.steps or num_steps
         training = Training(
             num_selected=max(int(given.ratio * subject.num_weights), 1), kind=kind, guard=reader, most=size,  # type: ignore[arg-type]
-            retained_rows=given.retain_rows if kind == "sparse" else 0, processes=processes, **common,
+            retained_rows=retained if kind == "sparse" else 0, processes=processes, **common,
         )  # fmt: skip
         command, *flags = name.split()
         words = [command, model, "--selection", "SELECTION", *data, *flags, "--steps", str(times)]

@@ -93,6 +93,10 @@ def preserve(given: Preserve) -> None:
         given = replace(given, learning_rate=2e-4 if given.lora else 2e-5)
     if given.mask_listed and given.lexicon is None:
         raise SafelocusError("--mask-listed needs the list of expressions: --lexicon FILE")
+    if given.calibrate and given.lora and given.lora_mode == "patch":
+        raise SafelocusError("--calibrate needs --lora-mode exact: in patch the adapter changes the same weights")
+    if given.save_dtype and given.lora and not given.merge:
+        raise SafelocusError("--save-dtype is the type of a model that is saved; with --lora give --merge too")
     sources.check_shard(given.shard, {"--lora": given.lora})
     wanted = locating.check_training(given)
     others = sources.runs_for_card(given)
@@ -159,7 +163,8 @@ def _read(given: Preserve) -> _Material:
     calibrated = [read_prompts(source) for source in given.calibrate or []]
     options.check_none(given.mix, "--mix")
     mixed = [read_prompts(each) for each in given.mix or PROMPTS if each != options.NONE]
-    Mixed(prompts=mixed, share=given.mix_share)  # refuses what is no share
+    if mixed:
+        Mixed(prompts=mixed, share=given.mix_share)  # refuses what is no share
     if not mixed and given.mix_share != Preserve.mix_share:
         raise SafelocusError(f"--mix-share is the share of mixed-in rows; with --mix {options.NONE} there are none")
     if harmful is not None:

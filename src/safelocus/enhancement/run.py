@@ -17,7 +17,7 @@ from safelocus.enhancement.result import Enhancement
 from safelocus.enhancement.retained import RETAINED, settled
 from safelocus.enhancement.retention import Retention, with_answers
 from safelocus.enhancement.trainee import Control, trainee_of
-from safelocus.errors import TrainingError
+from safelocus.errors import PromptError, TrainingError
 from safelocus.model.target import Target
 from safelocus.objective import Lexicon
 from safelocus.patch import Patch
@@ -73,7 +73,7 @@ def enhance(
             or several sets, which take turns. Where no prompt has an answer, the model answers first, and its own
             answers are retained. None: nothing; it may learn to refuse those too then, and the patch's notes say so.
         retain_kl: weight of the divergence from the original model along these answers; default: 20, and 0 where all
-            are its own.
+            are its own (with a lexicon: 20 again, and so on).
         retain_weight: weight of the ordinary loss on them; 0, and 1.
         retain_rows: how many of them go with each refusal; 6, and 1.
         own_answers: retain the model's own answers in place of those given.
@@ -163,7 +163,7 @@ def run_enhancement(
     notes = [*_notes(runner), *examination.only_first]
     notes += [*check_apart(examination, runner.sets, allow_seen=allow_seen), *remarks]
     if validation is not None:
-        check_apart(examination, [validation.harmful], allow_seen=allow_seen)
+        notes += check_apart(examination, validation.parts, allow_seen=allow_seen)
     runner = replace(runner, examination=examination, rates=rates)
     found = runner.run(selection, {"selection": selection, **(controls or {})})
     found["provenance"]["dtype"] = target.dtype
@@ -215,7 +215,7 @@ def enhancer(
             "retain_kl": retain_kl, "retain_weight": retain_weight, "retain_rows": retain_rows,
             "answer_tokens": answer_tokens,
         },
-        own=own_answers or not any(part.is_answered for part in sets), lexicon=lexicon is not None,
+        sets, own_answers=own_answers, lexicon=lexicon is not None,
     )  # fmt: skip
     if lexicon is None or prompts.is_answered:
         prompts = prompts.with_responses()
@@ -293,5 +293,10 @@ def _sets(source: Source | Sequence[PromptSet | str | Path] | None) -> list[Prom
     if source is None:
         return []
     if isinstance(source, list | tuple) and all(isinstance(part, PromptSet | str | Path) for part in source):
-        return [_read(part) for part in source]
+        try:
+            return [_read(part) for part in source]
+        except PromptError as error:
+            raise PromptError(
+                f"{error} (A list of texts names sets to retain; give prompts as read_prompts([...]))"
+            ) from error
     return [_read(source)]

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from safelocus.enhancement.optimizer import SparseOptimizer
 from safelocus.enhancement.retention import RetainingTrainer, Retention
@@ -23,7 +23,7 @@ from safelocus.selection.selection import Selection
 from safelocus.selection.sparse import restoring, scatter
 from safelocus.training import TrainingSettings
 from safelocus.training.arm import Trainee
-from safelocus.training.lora import Lora, unwrap
+from safelocus.training.lora import Lora, linear_classes, unwrap
 from safelocus.training.sharing import trained_weights
 
 Control = Selection | Literal["full", "lora"]
@@ -176,12 +176,11 @@ def _lora_shape(target: Target, num_weights: int) -> tuple[int, list[str], str]:
 
 def _linear(target: Target, components: set[str]) -> dict[str, int]:
     """Linear layers with only these components -> weights of an adapter of rank 1 (inputs + outputs)."""
-    found = {}
+    found: dict[str, int] = {}
     for name in target.layout.eligible_tensors:
         module_name, _, kind = name.rpartition(".")
         if kind != "weight" or not {m.component for m in target.layout.tensors[name].matrices} <= components:
             continue
-        module = target.model.get_submodule(module_name)
-        if isinstance(module, nn.Linear):
-            found[module_name] = module.in_features + module.out_features
+        if isinstance(target.model.get_submodule(module_name), linear_classes()):
+            found[module_name] = sum(target.layout.tensors[name].shape)
     return found

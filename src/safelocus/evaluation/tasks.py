@@ -22,7 +22,7 @@ from typing import Any
 
 from safelocus.errors import PromptError
 from safelocus.evaluation.matching import MATCHES, Match, extract, is_right, parse_number
-from safelocus.prompts import PromptSet, normalise, read_prompts
+from safelocus.prompts import PromptSet, normalise, prompt_hash, read_prompts
 from safelocus.prompts.sources import READERS, read_file
 from safelocus.run.identity import digest
 
@@ -64,6 +64,11 @@ class Task(Sequence[TaskExample]):
 
     def __len__(self) -> int:
         return len(self.examples)
+
+    @property
+    def prompt_hashes(self) -> list[str]:
+        """Of the questions; as of prompts."""
+        return [prompt_hash(example.prompt) for example in self.examples]
 
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):

@@ -46,6 +46,8 @@ class Mixed:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if not self.prompts:
+            raise TrainingError("nothing to mix in: give at least one set of prompts, or no `Mixed`")
         if not 0 < self.share <= MOST:
             raise TrainingError(
                 f"the share of mixed-in rows is above 0 and at most {MOST:g}, so that the task is learned; found "

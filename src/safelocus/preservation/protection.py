@@ -236,17 +236,21 @@ class Protection:
         """Protect another selection from now on.
 
         Weights that were protected keep their value, and those that no longer are are let go. New ones keep the
-        value that they have now; `values` (name -> [k of this tensor], of the original model say) gives others.
+        value that they have now, with LoRA that of the base, as when a protection begins (`notes` says so); `values`
+        (name -> [k of this tensor], of the original model say) gives others.
 
         Raises:
             TrainingError: a calibration trains the selection that is protected now.
         """
         if self.calibrator is not None:
             raise TrainingError("a calibration trains the protected weights, so the selection cannot be changed")
+        hold(self.model, selection)  # refuses what cannot be held, before anything is changed
         for held in map(Held.settled, self._held.values()):
             held.site.write(held.values)  # what was held is now what the model holds, without corrections
         self.selection = selection
         self._held, self._untrained = hold(self.model, selection)
+        if values is None and any(held.update is not None for held in self._held.values()):
+            self.notes.append("newly selected weights have the base's values: what the adapter changed of them is gone")
         if values is not None:
             for name, held in self._held.items():
                 self._held[name] = replace(held, values=held.site.part_of(values[name]).to(held.values))

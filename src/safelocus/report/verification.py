@@ -94,7 +94,9 @@ def stability_grid(found: Stability) -> Grid:
 
 def _times(perplexity: Measure | None) -> str:
     """As a multiple of the baseline's."""
-    return UNKNOWN if perplexity is None else f"{perplexity.value:.3g} times"
+    if perplexity is None:
+        return UNKNOWN
+    return "no number" if perplexity.value is None else f"{perplexity.value:.3g} times"
 
 
 def _quotient(entry: Rank) -> str:

@@ -95,6 +95,8 @@ class Curve(TrainerCallback):
         self.points = [CurvePoint.from_json({"step": step, **self._journal[(step,)]}) for step in known]
         if not self.points and state.global_step == 0:
             self._look(0, model, control)
+        elif self.points and self.points[-1].step == state.global_step:  # it may have been the last
+            self._stop(control)
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         step = state.global_step
@@ -106,6 +108,9 @@ class Curve(TrainerCallback):
             point = CurvePoint(step=step, measures=dict(self._measure()))
         self.points.append(point)
         self._journal.add([((step,), {name: measure.to_json() for name, measure in point.measures.items()})])
+        self._stop(control)
+
+    def _stop(self, control: Any) -> None:
         if self._stop_when is not None and (reason := self._stop_when(self.points)):
             self.reason, control.should_training_stop = reason, True
 

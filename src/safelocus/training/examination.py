@@ -86,6 +86,11 @@ class Examination:
         )
 
     @property
+    def parts(self) -> list[PromptSet | Task]:
+        """All that is asked."""
+        return [self.harmful, *([] if self.harmless is None else [self.harmless]), *self.tasks]
+
+    @property
     def only_first(self) -> list[str]:
         """What its sets of prompts hold that is not asked, in sentences."""
         sets = [self.harmful, *([] if self.harmless is None else [self.harmless])]
@@ -93,9 +98,8 @@ class Examination:
 
     @property
     def prompt_hashes(self) -> set[str]:
-        """Of the prompts; questions of tasks are not among them."""
-        sets = [self.harmful, *([] if self.harmless is None else [self.harmless])]
-        return {value for prompts in sets for value in prompts.prompt_hashes}
+        """Of the prompts and the tasks' questions."""
+        return {value for part in self.parts for value in part.prompt_hashes}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,7 +160,8 @@ def divide(
         remarks.append(f"measured with {len(harmful)} prompts of {data.source} that are not trained on")
     own_harmless = harmless is not None
     if harmless is None and rest and over_refusal:
-        rest[0], harmless = rest[0].split(held_out)
+        harmless = rest[0].split(held_out)[1]
+        rest = [part.without(harmless) for part in rest]
         remarks.append(f"measured with {len(harmless)} prompts of {harmless.source} that are not trained on")
     if harmless is None:
         remarks.append("over-refusal is not measured: no harmless prompts to measure it with (--harmless)")
@@ -170,7 +175,8 @@ def divide(
             assert harmless is not None
             harmless, harmless_look = _take(harmless, validation, look, seed)
         elif rest and over_refusal:
-            rest[0], harmless_look = _take(rest[0], validation, look, seed)
+            harmless_look = _take(rest[0], validation, look, seed)[1]
+            rest = [part.without(harmless_look) for part in rest]
         if not validation_tasks:
             parts = [split_task(task, validation) for task in tasks]
             tasks, validation_tasks = [task for task, _ in parts], [part for _, part in parts]
@@ -249,7 +255,10 @@ def read_lesson(
     if recognised is not None:
         rest, task = split_task(recognised, share)
         return _prompts_of(rest), task
-    prompts, aside = prompts.split(share, salt="safelocus lesson")
+    try:
+        prompts, aside = prompts.split(share, salt="safelocus lesson")
+    except PromptError as error:
+        raise PromptError(f"{error} Or give questions of the task (--task-heldout, held_out=)") from error
     return prompts, task_of(aside)
 
 
@@ -263,11 +272,14 @@ def facts(prompts: PromptSet) -> dict[str, Any]:
     return {"source": prompts.source, "num_prompts": len(prompts), "hash": prompts.hash}
 
 
-def check_apart(examination: Examination, training: Sequence[PromptSet], *, allow_seen: bool = False) -> list[str]:
-    """Refuse to measure a model on prompts that it is trained on; remarks where that is allowed.
+def check_apart(
+    examination: Examination, training: Sequence[PromptSet | Task], *, allow_seen: bool = False
+) -> list[str]:
+    """Refuse to measure a model on prompts or questions that it is trained on, or chosen by; remarks where that is
+    allowed.
 
     Raises:
-        PromptError: a set for training shares prompts with the examination.
+        PromptError: a set for training or choosing shares some with the examination.
     """
     remarks = []
     for prompts in training:
@@ -276,9 +288,9 @@ def check_apart(examination: Examination, training: Sequence[PromptSet], *, allo
             continue
         if not allow_seen:
             raise PromptError(
-                f"{prompts.source}: {len(common)} of {len(prompts)} prompts to train on are also among those to "
-                "measure with; that would flatter the result. Give other prompts, or allow it: --allow-seen, "
+                f"{prompts.source}: {len(common)} of {len(prompts)} prompts to train on or to choose by are also among "
+                "those to measure with; that would flatter the result. Give other prompts, or allow it: --allow-seen, "
                 "allow_seen=True"
             )
-        remarks.append(f"{len(common)} of the prompts measured with were trained on ({prompts.source})")
+        remarks.append(f"{len(common)} of the prompts measured with were trained on or chosen by ({prompts.source})")
     return remarks

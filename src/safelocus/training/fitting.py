@@ -214,7 +214,7 @@ class _OfPlacedModel(SFTConfig):
 
 
 class _AllDone(Exception):
-    """The checkpoint that is resumed from is that of the last step: the trainer would take one more."""
+    """The checkpoint that is resumed from is that of the last step, or of a stop: the trainer would take one more."""
 
 
 class _Watch(TrainerCallback):
@@ -239,7 +239,7 @@ class _Watch(TrainerCallback):
             progress_bar("training", self._steps, enabled=self._progress, start=state.global_step)
         )
         self._open.enter_context(self._stop)
-        if state.global_step >= state.max_steps:
+        if state.global_step >= state.max_steps or control.should_training_stop:
             raise _AllDone
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:

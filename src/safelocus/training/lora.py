@@ -57,6 +57,7 @@ class Lora:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", FutureWarning)  # PEFT asks for an attribute that has a new name
                 warnings.filterwarnings("ignore", "The following .*_pattern keys", RuntimeWarning)  # its own patterns
+                warnings.filterwarnings("ignore", "fan_in_fan_out", UserWarning)  # GPT-2's, which it sets right itself
                 wrapped = get_peft_model(model, config)
         except ValueError as error:
             raise TrainingError(f"no LoRA adapter could be made for {', '.join(self.modules)}: {error}") from error
@@ -72,7 +73,7 @@ class Lora:
         adapted = {*(f"{name}.weight" for name in linear), *experts}
         kinds: dict[str, list[str]] = {}
         for name, tensor in layout.tensors.items():
-            is_linear = isinstance(model.get_submodule(name.rpartition(".")[0]), _linear_classes())
+            is_linear = isinstance(model.get_submodule(name.rpartition(".")[0]), linear_classes())
             is_matrix = len(tensor.shape) > 1 and (is_linear or tensor.eligible or "router" in tensor.components)
             if is_matrix and name not in adapted and "head" not in tensor.components:
                 kinds.setdefault(tensor.components[0], []).append(collapse(name, stacks=False))
@@ -98,7 +99,7 @@ def _linear_layers(model: Any, layout: Layout) -> tuple[list[str], list[str]]:
     modules, experts = [], []
     for name in layout.eligible_tensors:
         owner, _, kind = name.rpartition(".")
-        if isinstance(model.get_submodule(owner), _linear_classes()) and kind == "weight":
+        if isinstance(model.get_submodule(owner), linear_classes()) and kind == "weight":
             if owner not in passed_by:
                 modules.append(owner)
         elif layout.tensors[name].fused_experts and len(layout.tensors[name].shape) == 3:
@@ -106,7 +107,8 @@ def _linear_layers(model: Any, layout: Layout) -> tuple[list[str], list[str]]:
     return modules, experts
 
 
-def _linear_classes() -> tuple[type[nn.Module], ...]:
+def linear_classes() -> tuple[type[nn.Module], ...]:
+    """Of modules that are a matrix, GPT-2's among them."""
     from transformers.pytorch_utils import Conv1D
 
     return (nn.Linear, Conv1D)

@@ -182,16 +182,20 @@ class Cells:
     def perplexity(self, selection: str, scorer: str | None, setting: Setting) -> Measure | None:
         """As a multiple of the baseline's: geometric mean over the cells, the least and the most of them.
 
-        Cells whose perplexity is no number at any text are left out, as broken as can be. None where none is left.
+        Where a cell's perplexity is no number at any text, it is as broken as can be: there is no mean and no most
+        then, and no least where that is all of them. None where it was not measured.
         """
         states = [self.baseline, *(cell.observed for cell in self._of(selection, scorer, setting))]
         found = [state.measures.get("perplexity") for state in states]
-        before, *after = (None if measure is None else measure.value for measure in found)
-        if not before or not (numbers := [value for value in after if value is not None]):
+        before = None if found[0] is None else found[0].value
+        after = [measure.value for measure in found[1:] if measure is not None]
+        if not before or not after:
             return None
-        ratios = np.array(numbers) / before
-        mean = float(np.exp(np.log(ratios).mean()))
-        return Measure(value=mean, low=float(ratios.min()), high=float(ratios.max()), n=len(ratios))
+        ratios = np.array([value for value in after if value is not None]) / before
+        least = float(ratios.min()) if len(ratios) else None
+        if len(ratios) < len(after):
+            return Measure(value=None, low=least, high=None, n=0)
+        return Measure(value=float(np.exp(np.log(ratios).mean())), low=least, high=float(ratios.max()), n=len(ratios))
 
     @cached_property
     def pooled(self) -> list[Pooled]:

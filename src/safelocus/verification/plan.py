@@ -1,6 +1,6 @@
 """Which cells a verification consists of, in which order, and the selection of each.
 
-Selection by selection, so that each is made once; random ones are shared by all scorers of one size.
+Selection by selection, so that each is made once; random ones are shared by all scorers and selections of one size.
 """
 
 import json
@@ -38,13 +38,14 @@ class Step:
     scorer: str | None
     size_of: str  # the scorer whose top selection says how many weights
     ratio: float | None
+    k: int | None  # of a selection that was not made by ratio
     intervention: Intervention
     seed: int
     draw: int | None
 
     @property
     def made_by(self) -> tuple[Any, ...]:
-        return (self.selection, self.scorer, self.size_of if self.ratio is None else None, self.ratio, self.draw)
+        return (self.selection, self.scorer, self.k, self.ratio, self.draw)
 
     @property
     def key(self) -> str:
@@ -86,13 +87,14 @@ class Plan:
                     num_draws = self.num_seeds * self.random_draws if which == "random" else 1
                     for draw in range(num_draws):
                         for step in self._disturb(which, name, ratio, draw):
-                            # random selections of one ratio serve all scorers
+                            # random selections of one size serve all scorers
                             identity = (step.made_by, id(step.intervention), step.seed)
                             if identity not in seen:
                                 seen.add(identity)
                                 yield step
 
     def _disturb(self, which: str, scorer: str, ratio: float | None, draw: int) -> Iterator[Step]:
+        given = self.scorers[scorer]
         for intervention in self.interventions:
             seeds = range(self.num_seeds) if intervention.is_random else range(1)
             if which == "random":  # one noise seed per draw: both vary at once
@@ -100,7 +102,8 @@ class Plan:
             for seed in seeds:
                 yield Step(
                     selection=which, scorer=None if which == "random" else scorer, size_of=scorer, ratio=ratio,
-                    intervention=intervention, seed=seed, draw=draw if which == "random" else None,
+                    k=given.k if isinstance(given, Selection) else None, intervention=intervention, seed=seed,
+                    draw=draw if which == "random" else None,
                 )  # fmt: skip
 
     def select(self, target: Target, step: Step) -> Selection:

@@ -12,7 +12,7 @@ few seeds give wide intervals. Where seeds make no difference (S = 1) only the s
                  [0, 1], and of positive width at 0 and 1, where it is that of P prompts
     difference   paired by prompt where both sides were measured on the same ones, by seed where on the
                  same disturbances; no standard error is below 1 / (P + 2), which is what one prompt that
-                 changed sides in a set without any would leave (Agresti and Min 2005)
+                 changed sides in a set without any would leave (Agresti and Min 2005), in the units of the outcomes
 
 Input: float arrays [seeds, prompts] of 0, 1 and NaN (unscorable). Output: `Measure`.
 """
@@ -97,6 +97,7 @@ def difference(
     *,
     paired: Literal["prompts", "seeds"] = "prompts",
     level: float = LEVEL,
+    units: tuple[float, float] = (1.0, 1.0),
 ) -> Measure:
     """Mean of `first` minus mean of `second` (of nothing: the mean of `first`, a table of differences itself).
 
@@ -104,6 +105,7 @@ def difference(
         first, second: [seeds, prompts]. Paired by prompts, their prompts are the same ones and their seeds
             are independent; paired by seeds, the reverse.
         level: of the interval; more than 0.95 where several differences are looked at.
+        units: what one prompt that changes sides adds to an outcome of the first and of the second.
     """
     a = Table(first)
     b = Table(second) if second is not None else None
@@ -120,8 +122,8 @@ def difference(
         by_seed = [_of(a.by_seed - b.by_seed)] if same else [_of(a.by_seed), _of(b.by_seed)]
         by_prompt = [_of(a.by_prompt), _of(b.by_prompt)]
     variance, freedom = _combine(by_seed, by_prompt, residual)
-    prompts = min(table.num_prompts for table in (a, b) if table)
-    half = _quantile(level, freedom) * max(np.sqrt(variance), 1 / (prompts + 2))
+    floor = max(unit / (table.num_prompts + 2) for table, unit in zip((a, b), units, strict=True) if table)
+    half = _quantile(level, freedom) * max(np.sqrt(variance), floor)
     num_observations = a.num_observations + (b.num_observations if b else 0)
     # unlike two rates, two changes of different rates can differ by more than one
     end = 1.0 if paired == "prompts" else max(1.0, abs(value) + half)

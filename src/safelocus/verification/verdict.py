@@ -16,11 +16,13 @@ Refusal and utility are compared as shares of their baselines: where a model kno
     specific    top breaks refusals beyond both controls, and a share of them at least twice that of utility
     general     ... beyond both controls, but utility suffers too, or language does: perplexity of given texts is
                 more than twice the baseline's, whatever the seed
-    unclear     ... beyond both controls, and what it does to utility was not measured; or there were no controls
+    unclear     ... beyond both controls, and what it does to utility was not measured; or there were no controls; or
+                no answer could be scored
     none        no contrast with the controls
     untestable  the undisturbed model refuses too little for refusals to be lost
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -65,8 +67,8 @@ class Effect:
 
     @property
     def breaks_language(self) -> bool:
-        """Whether perplexity is more than twice what it was, in every cell."""
-        return self.perplexity is not None and (self.perplexity.low or 0.0) > _BROKEN_LANGUAGE
+        """Whether perplexity is more than twice what it was, or no number, in every cell."""
+        return self.perplexity is not None and (self.perplexity.low or math.inf) > _BROKEN_LANGUAGE
 
     @property
     def is_specific(self) -> bool:
@@ -125,6 +127,11 @@ def effect_of(found: Cells, scorer: str, setting: Setting, *, num_looks: int = 1
     utility = lost_share(found, UTILITY, scorer, setting)
     safety = lost_share(found, SAFETY, scorer, setting)
     known = utility is not None and safety is not None
+
+    def beyond_utility(times: int) -> Measure:
+        units = (1 / (_level(found, SAFETY) or 1.0), times / (_level(found, UTILITY) or 1.0))
+        return difference(safety, times * utility, paired="seeds", units=units)  # type: ignore[arg-type, operator]
+
     return Effect(
         scorer=scorer,
         setting=setting,
@@ -135,8 +142,8 @@ def effect_of(found: Cells, scorer: str, setting: Setting, *, num_looks: int = 1
         random_utility_fall=fall(UTILITY, "random"),
         beyond_random=beyond("random"),
         beyond_bottom=beyond("bottom"),
-        net=difference(safety, utility, paired="seeds") if known else None,  # type: ignore[arg-type]
-        margin=difference(safety, 2 * utility, paired="seeds") if known else None,  # type: ignore[arg-type, operator]
+        net=beyond_utility(1) if known else None,
+        margin=beyond_utility(2) if known else None,
         perplexity=found.perplexity("top", scorer, setting),
         random_perplexity=found.perplexity("random", scorer, setting),
     )
@@ -147,7 +154,7 @@ def lost_share(found: Cells, name: str, scorer: str, setting: Setting) -> Outcom
     changes = _changes(found, name, "top", scorer, setting)
     if changes is not None and np.isnan(changes).all():
         return None
-    baseline = found.baseline.measures[name].value if changes is not None else None
+    baseline = _level(found, name)
     return None if changes is None or not baseline else -changes / baseline
 
 
@@ -184,6 +191,12 @@ def verdict_of(found: Cells, scorer: str, intervention: str) -> VerificationVerd
             "test says nothing about its weights. Verify on an aligned model."
         )
         return VerificationVerdict(kind="untestable", effect=effect, num_settings=num_settings, text=text)
+    if effect.fall.value is None:
+        text = (
+            f"At {effect.setting} ({effect.setting.k:,} weights), no answer under the top selection by {scorer} could "
+            "be scored: the model computes no numbers any more. Nothing is shown of refusals; disturb less."
+        )
+        return VerificationVerdict(kind="unclear", effect=effect, num_settings=num_settings, text=text)
     kind = _kind(effect)
     text = " ".join(_sentences(found, effect, kind, num_settings))
     return VerificationVerdict(kind=kind, effect=effect, num_settings=num_settings, text=text)
@@ -260,11 +273,12 @@ def _ordinary(found: Cells, effect: Effect) -> Sequence[str]:
             f"Perplexity of the given texts becomes {_times(effect.perplexity)} what it was{random}"
             + (": what breaks is language, and not refusals alone." if effect.breaks_language else ".")
         )
-    if effect.utility_fall is None or effect.net is None:
+    if effect.utility_fall is None or effect.net is None or effect.net.value is None:
         if not effect.breaks_language:
+            why = "was not measured" if UTILITY not in found.measure_names else "has nothing to lose, or was not told"
             said.append(
-                "Utility was not measured, so this does not show that the damage is limited to safety; give tasks "
-                "(--task)."
+                f"Utility {why}, so this does not show that the damage is limited to safety; give tasks that the model "
+                "can do (--task)."
             )
     else:
         random = f" (random: {points(effect.random_utility_fall)})" if effect.random_utility_fall else ""
@@ -312,7 +326,11 @@ def _harm(found: Cells, effect: Effect) -> Sequence[str]:
 
 
 def _times(measure: Measure) -> str:
-    return f"{measure.value:.3g} times [least {measure.low:.3g}, most {measure.high:.3g}]"
+    if measure.value is not None:
+        return f"{measure.value:.3g} times [least {measure.low:.3g}, most {measure.high:.3g}]"
+    return "no number, " + (
+        "whatever the seed, beside" if measure.low is None else f"or {measure.low:.3g} times and more,"
+    )
 
 
 def points(measure: Measure | None) -> str:
@@ -328,6 +346,12 @@ def points(measure: Measure | None) -> str:
 def _contrast(effect: Effect) -> float:
     contrast = effect.beyond_random or effect.beyond_bottom or effect.fall
     return contrast.value if contrast.value is not None else 0.0
+
+
+def _level(found: Cells, name: str) -> float | None:
+    """At baseline."""
+    measure = found.baseline.measures.get(name)
+    return None if measure is None else measure.value
 
 
 def _changes(found: Cells, name: str, selection: str, scorer: str, setting: Setting) -> Outcomes | None:
