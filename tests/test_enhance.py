@@ -322,6 +322,19 @@ class TestRetention:
         with pytest.raises(PromptError, match=r"give prompts as read_prompts"):
             enhance(target, top(target), REFUSALS, retain=["bake a cake", "help"], **QUICK)
 
+    def test_a_set_that_counts_twice_is_answered_once(self, target, monkeypatch):
+        asked = []
+
+        def answered(target, prompts, **how):
+            asked.append(len(prompts))
+            return own_answers(target, prompts, **how)
+
+        monkeypatch.setattr(retention, "own_answers", answered)
+        bare = sl.read_prompts(ANSWERS.texts)
+        made = enhance(target, top(target), REFUSALS, retain=[bare, bare], answer_tokens=2, **QUICK).metadata
+        assert asked == [len(bare)]
+        assert len(made["retained"]) == 2
+
     def test_the_models_own_words_are_retained_unless_told_otherwise(self, target):
         made = enhance(target, top(target), REFUSALS, answer_tokens=2, **QUICK).metadata
         assert [part["source"] for part in made["retained"]] == ["embedded:ordinary", "embedded:alarming"]
@@ -449,6 +462,7 @@ class TestLooks:
             ([(1, 0, 1), (0.08, 0, 1), (0.02, 0, 1)], None),
             ([(1, 0, 1), (0.05, 0, 1), (0.05, 0, 1)], "fell no further"),
             ([(1, 0, 1), (0.5, 0, 1), (0.5, 0, 1)], None),
+            ([(0, 0, 1), (0, 0, 1), (0, 0, 1)], None),  # it had nowhere to fall
             ([(1, 0, 1), (0.5, 0.2, 1), (0.4, 0.03, 1)], None),
             ([(1, 0, 1), (0.5, 0.2, 1), (0.4, 0.1, 1)], "over-refusal was 10 points above"),
         ],

@@ -164,12 +164,17 @@ class RetainingTrainer(SharingTrainer):
 def with_answers(
     target: Target, prompts: Sequence[PromptSet], *, own: bool, checkpoint: Path | None, **how: Any
 ) -> list[PromptSet]:
-    """Each set with answers: those given, or the model's own (`how`) where there are none, or all of them."""
-    folders = [None if checkpoint is None else checkpoint / str(number) for number in range(len(prompts))]
-    return [
-        own_answers(target, part, cut=True, checkpoint=folder, **how) if own or not part.is_answered else part
-        for part, folder in zip(prompts, folders, strict=True)
-    ]
+    """Each set with answers: those given, or the model's own (`how`) where there are none, or all of them.
+
+    A set that is there twice is answered once.
+    """
+    found: dict[str, PromptSet] = {}
+    for number, part in enumerate(prompts):
+        if part.hash not in found:
+            folder = None if checkpoint is None else checkpoint / str(number)
+            is_own = own or not part.is_answered
+            found[part.hash] = own_answers(target, part, cut=True, checkpoint=folder, **how) if is_own else part
+    return [found[part.hash] for part in prompts]
 
 
 @lru_cache(maxsize=8)

@@ -160,7 +160,7 @@ def reason_to_stop(points: Sequence[CurvePoint]) -> str | None:
         return None
     first, (previous, last) = points[0], points[-2:]
     asr = [_value(point, "asr", 1.0) for point in (first, previous, last)]
-    if asr[2] <= (1 - _FALL) * asr[0] and asr[2] >= asr[1]:
+    if asr[2] < asr[0] and asr[2] <= (1 - _FALL) * asr[0] and asr[2] >= asr[1]:
         return f"ASR had fallen from {asr[0]:.2f} to {asr[2]:.2f} and fell no further (step {last.step})"
     grown = [_value(p, "over_refusal", 0.0) - _value(first, "over_refusal", 0.0) for p in (previous, last)]
     if min(grown) > _GROWTH:
