@@ -234,6 +234,9 @@ def test_the_command_certifies_and_shows_it(run, tmp_path):
     bounds = json.loads(out)["certificates"]["harmful"]
     assert len(bounds) == 3
     assert bounds == sorted(bounds)
+    alone = [*common[:4], *common[6:], "--certify-against", "edited", "--certify-draws", "20"]
+    code, _, errors = run(*alone, "--judge", "guard:organism:guard", "-o", tmp_path / "alone")  # some draws are empty
+    assert code == 0, errors
     code, _, errors = run(
         "evaluate", "organism:dense", "--task", "organism:utility", "--certify", "1", "-o", tmp_path / "no"
     )

@@ -71,6 +71,10 @@ def test_select_and_compare(scored, tmp_path, run):
     whole = scored / "selection.safetensors"
     assert run("select", scored, "--ratio", "0.01", "--minus", half, "-o", rest)[0] == 0
     assert run("select", scored, "--which", "random", "--seed", "3", "-o", none)[0] == 0
+    code, _, err = run("select", scored, "--ratio", "0.005", "--minus", scored, "-o", tmp_path / "nothing.safetensors")
+    assert code == 2
+    assert "nothing is left of the selection" in err
+    assert not (tmp_path / "nothing.safetensors").exists()
     assert sl.Selection.load(rest).k == sl.Selection.load(whole).k - sl.Selection.load(half).k
     code, out, _ = run("compare", whole, half, rest, none, "--json")
     assert code == 0

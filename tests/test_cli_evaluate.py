@@ -130,6 +130,28 @@ def test_sets_with_their_own_fields(tmp_path, run):
     assert (results["refusal"]["n"], results["over_refusal"]["n"]) == (1, 1)
 
 
+def test_a_run_that_was_asked_nothing_of_this_is_refused_before_the_work(evaluated, tmp_path, run):
+    code, _, err = run(
+        "evaluate", "organism:dense", "-p", "organism:harmful", "--against", evaluated, "-o", tmp_path / "x"
+    )
+    assert code == 2
+    assert "no prompt in common" in err
+    assert not (tmp_path / "x").exists()
+
+
+def test_tasks_of_one_name_go_by_their_files(tmp_path, run):
+    for name in ("train", "test"):
+        rows = [{"prompt": f"{name} {n} plus 1?", "response": f"{n + 1}"} for n in range(2)]
+        (tmp_path / "sums").mkdir(exist_ok=True)
+        (tmp_path / "sums" / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tasks = [part for name in ("train", "test") for part in ("--task", tmp_path / "sums" / f"{name}.jsonl")]
+    code, out, err = run(
+        "evaluate", "organism:dense", *tasks, "--max-new-tokens", "4", "--json", "-o", tmp_path / "run"
+    )
+    assert code == 0, err
+    assert {"utility@sums", f"utility@{tmp_path / 'sums' / 'test.jsonl'}"} <= set(json.loads(out))
+
+
 def test_held_out_prompts_are_those_that_scoring_left_out(tmp_path, run):
     code, _, _ = run(
         "evaluate", "organism:dense", "-p", "organism:harmful", "--held-out", "0.2", "--max-new-tokens", "4", "--json",

@@ -25,6 +25,30 @@ def scored(tmp_path_factory):
     return folder
 
 
+def test_what_scoring_left_out_is_read_as_it_was(tmp_path, run):
+    """Of a file that holds harmless prompts too, the harmful ones; wherever the run has gone since."""
+    rows = [{"goal": p, "label": "unsafe", "note": "x"} for p in sl.read_prompts("organism:harmful").texts[:16]]
+    rows += [{"goal": p, "label": "safe", "note": "y"} for p in sl.read_prompts("organism:harmless").texts[:12]]
+    (data := tmp_path / "all.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    code, _, err = run(
+        "score", "organism:dense", "-p", data, "--where", "label=unsafe", "--held-out", "0.5", "--refusal", "-o",
+        tmp_path / "scored",
+    )  # fmt: skip
+    assert code == 0, err
+    (tmp_path / "scored" / "scores").rename(tmp_path / "moved")
+    code, _, err = run("verify", "organism:dense", "--scores", tmp_path / "moved", *VERIFY, "-o", tmp_path / "v")
+    assert code == 0, err
+    (used,) = json.loads((tmp_path / "v" / "results.json").read_text())["provenance"]["prompts"]
+    assert 0 < used["num_prompts"] <= 6
+    left_out = sl.read_prompts(data, where={"label": "unsafe"}).split(0.5)[1]
+    assert used["num_prompts"] == min(6, len(left_out))
+    data.unlink()
+    code, _, err = run("verify", "organism:dense", "--scores", tmp_path / "moved", *VERIFY, "-o", tmp_path / "w")
+    assert code == 2
+    assert "what the scores were made with" in err
+    assert "--prompts" in err
+
+
 def test_verify_takes_what_is_not_given_from_the_scores(scored, tmp_path, run):
     code, out, err = run("verify", "organism:dense", "--scores", scored, *VERIFY, "-o", tmp_path / "v")
     assert code == 0, err

@@ -359,6 +359,25 @@ def test_comparison_of_different_judges_says_so():
     assert any("asr is left out" in note for note in comparison.notes)
 
 
+def test_perplexities_of_other_texts_are_not_compared():
+    target = dense()
+    first, second = (
+        evaluate(target, perplexity=sl.read_prompts([{"prompt": "a", "response": said}]), progress=False)
+        for said in ("yes", "no, never")
+    )
+    assert "perplexity" not in compare_evaluations(first, second).differences
+
+
+def test_what_is_in_two_sets_counts_once():
+    target, prompts = dense(), sl.read_prompts(["hello", "help"])
+    twice = [prompts, replace(prompts, source="again")]
+    texts = [sl.read_prompts([{"prompt": "a", "response": "b"}]) for _ in range(2)]
+    found = evaluate(
+        target, harmless=twice, perplexity=texts, original=dense(seed=1), max_new_tokens=3, progress=False
+    ).measures  # fmt: skip
+    assert (found["over_refusal"].n, found["kl"].n, found["perplexity"].n) == (2, 2, 1)
+
+
 def test_perplexity_is_compared_by_ratio():
     texts = sl.read_prompts([{"prompt": p, "response": HELP} for p in PROMPTS])
     first, second = (evaluate(dense(seed), perplexity=texts, progress=False) for seed in (0, 1))

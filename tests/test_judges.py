@@ -234,8 +234,10 @@ def test_guard_without_a_verdict_on_one_response_is_unscorable_there(monkeypatch
     found = judge.judge(["a", "b", "c"], ["even", "odd", "even too"])
     assert [j.verdict is Verdict.UNSCORABLE for j in found] == [False, True, False]
     assert "48 tokens" in found[1].explanation
-    with pytest.raises(ModelError, match="48 tokens"):  # none at all: the guard is wrong
-        judge.judge(["a", "b"], ["odd", "odd"])
+    few = judge.judge(["a", "b", "c"], ["odd", "", "odd"])  # one response may well have no verdict
+    assert {j.verdict for j in few} == {Verdict.UNSCORABLE}
+    with pytest.raises(ModelError, match="48 tokens"):  # of several none at all: the guard is wrong
+        judge.judge(["a", "b", "c", "d"], ["odd"] * 4)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -658,6 +658,13 @@ def test_tables_with_another_separator_than_their_ending_says(tmp_path, name, de
     assert [found[0].prompt, found[0].response] == [f"a{delimiter} b", "c"]
 
 
+def test_a_table_as_pandas_writes_it(tmp_path):
+    """The column of its index has no name."""
+    found = read_prompts(write(tmp_path / "frame.csv", ",prompt,category\n0,hello; you,x\n1,help,y\n"))
+    assert found.texts == ["hello; you", "help"]
+    assert [example.category for example in found] == ["x", "y"]
+
+
 def test_a_table_of_one_column_is_one(tmp_path):
     found = read_prompts(write(tmp_path / "a.csv", '"prompt; or so"\n"a; b"\n'), field="prompt; or so")
     assert found.texts == ["a; b"]

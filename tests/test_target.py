@@ -52,6 +52,13 @@ def test_missing_files(folder, remove, message):
         sl.load(folder)
 
 
+def test_an_adapter_is_no_model(folder):
+    (folder / "adapter_config.json").write_text("{}")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ModelError, match=r"an adapter, not a model\. Merge it"):
+        sl.load(folder)
+
+
 def test_pickled_weights_are_not_loaded(folder):
     (folder / "model.safetensors").unlink()
     torch.save({}, folder / "pytorch_model.bin")

@@ -33,6 +33,10 @@ def write(path, rows):
         ("#### 1,234,567", "1234567"),
         ("3 + 4 = 7\n#### 70", "70"),
         ("5 came up, but\n#### none\nof 6", None),
+        ("#### Step 1: Add\n40 + 2 = 42\n\nThe answer is 42.", "42"),
+        ("#### 1. Add\n40 + 2 = 42\n\n**Final answer:** 42", "42"),
+        ("#### Solution\n40 + 2 = 42", None),
+        ("#### Solution\n40 + 2 = 42\n#### 42 apples", "42"),
         ("The answer is $18 per day. There are 3 left.", "18"),
         ("The answer is 17. No: the answer is 18.", "18"),
         ("the answer is 3 * 6 = 18.", "18"),
@@ -194,6 +198,26 @@ def test_own_files(tmp_path):
     task = read_task(tmp_path / "colours.csv", field="q", answer_field="a", match="choice")
     assert task[0].choices == ("blue", "green")
     assert task.num_left_out == 1
+
+
+def test_multiple_choice_as_it_is_published(tmp_path):
+    """A number is an index from 0, whatever the choices are; a label is a label; one wording, other choices."""
+    mmlu = [
+        {"question": "Index of p?", "choices": ["8", "2", "24", "120"], "answer": 2},
+        {"question": "Which is true?", "choices": ["a lake", "a river"], "answer": 0},
+        {"question": "Which is true?", "choices": ["a hill", "a plain"], "answer": 1},
+        {"question": "Which is true?", "choices": ["a hill", "a plain"], "answer": 1},
+    ]
+    task = read_task(write(tmp_path / "mmlu.jsonl", mmlu))
+    assert [example.answer for example in task] == ["24", "a lake", "a plain"]
+    assert task.num_left_out == 1
+    texts = [{"question": f"{n} + 1?", "choices": ["1", "2", "3"], "answer": str(n + 1)} for n in range(3)]
+    assert [example.answer for example in read_task(write(tmp_path / "texts.jsonl", texts))] == ["1", "2", "3"]
+    arc = [
+        {"question": f"Which {n}?", "choices": {"text": ["hot", "cold"], "label": labels}, "answerKey": labels[n]}
+        for n, labels in enumerate((["1", "2"], ["A", "B"]))
+    ]
+    assert [example.answer for example in read_task(write(tmp_path / "arc.jsonl", arc))] == ["hot", "cold"]
 
 
 @pytest.mark.parametrize(

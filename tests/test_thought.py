@@ -15,6 +15,7 @@ from safelocus.evaluation import TargetResponder, Task, TaskExample, evaluate
 from safelocus.evaluation.judges import Endpoint, GuardJudge, RefusalMatcher, RefusalReader, Verdict
 from safelocus.evaluation.judges.endpoint import Answer
 from safelocus.evaluation.suites import run_suites
+from safelocus.evaluation.tasks import task_of
 from safelocus.model.chat import chat_format
 from safelocus.model.generation import Response, generate
 from safelocus.model.thought import MARKERS, answer_of, left_open, split
@@ -118,6 +119,19 @@ def test_a_thought_is_told_from_its_answer(text, thought, answer):
     assert found.thought == thought
     assert (text[found.start :] if found.finished else None) == answer
     assert (answer_of(text) is None) == (answer is None)
+
+
+def test_a_model_that_thinks_has_room_for_its_thought_before_a_short_answer(monkeypatch):
+    """A choice needs few tokens, but not few beside a thought."""
+    task = task_of(sl.read_prompts([{"question": "Which?", "choices": ["red", "blue"], "answer": "A"}]))
+    asked = []
+    monkeypatch.setattr(
+        "safelocus.evaluation.responding.generate_from",
+        lambda encoded, target, limit, **_: asked.append(limit) or [Response(ids=(), text="A", finished=True)],
+    )
+    for thinking in (True, False):
+        evaluate(target_of("qwen3", thinking), tasks=task, max_new_tokens=900, progress=False)
+    assert asked == [900, 64]
 
 
 def test_a_thought_that_the_prompt_opened():

@@ -2,8 +2,11 @@
 
 import pytest
 import torch
+from transformers import BertConfig, BertForSequenceClassification
 
+from safelocus.errors import ModelError
 from safelocus.model.generation import Response
+from safelocus.objective import Classifier
 from safelocus.objective.spelling import spell_vocabulary
 from safelocus.objective.transfer import GuardReading
 from tiny_targets import PROMPTS, byte_level, dense, guard, metaspace
@@ -43,6 +46,18 @@ def test_identity_equals_autograd_through_one_hot_inputs():
         scores.append(score.detach())
     torch.testing.assert_close(gain, torch.cat(expected), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(reading.score, torch.stack(scores), rtol=1e-5, atol=1e-6)
+
+
+def test_an_answer_that_a_classifier_has_no_positions_for():
+    tokenizer = byte_level(300, seed=1)
+    config = BertConfig(
+        vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
+        max_position_embeddings=24,
+    )  # fmt: skip
+    judge = Classifier(name="tiny", model=BertForSequenceClassification(config), tokenizer=tokenizer, unsafe=1)
+    assert judge.read(["bake"], ["a cake"]).score.shape == (1,)
+    with pytest.raises(ModelError, match=r"this classifier 24 positions.*--max-new-tokens"):
+        judge.read(["bake"], ["a cake of many words " * 5])
 
 
 @pytest.mark.parametrize("guard_tokenizer", [byte_level(300, seed=1), metaspace()], ids=["byte-level", "metaspace"])

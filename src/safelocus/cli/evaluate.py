@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from safelocus.evaluation.judges import Endpoint, Judge
     from safelocus.evaluation.requirement import Judged
     from safelocus.evaluation.responding import Responder
+    from safelocus.evaluation.tasks import Task
     from safelocus.prompts import PromptSet
 
 ERASE = "erase-and-check"
@@ -123,6 +124,8 @@ def evaluate(given: Evaluate) -> int:
     tasks = sources.read_tasks(given.task, **of_each)
     texts = sources.texts(given.perplexity, **of_each)
     attack = _attack(given, [*harmful, *harmless])
+    if earlier is not None:
+        _check_common(earlier, [*harmful, *harmless, *tasks, *texts], str(given.against))
     for requirement in required:
         requirement.check(_measured(given, [task.name for task in tasks]))
     _check_certifiable(given, harmless)
@@ -166,6 +169,16 @@ def evaluate(given: Evaluate) -> int:
     if distributed.is_main():
         _show(given, found, {"against": changed, "certificates": certificates}, outcomes, written)
     return int(not all(outcome.met for outcome in outcomes))
+
+
+def _check_common(earlier: "Evaluation", asked: "Sequence[PromptSet | Task]", name: str) -> None:
+    """Refuse to compare with a run that was asked nothing of what will be asked now."""
+    from safelocus.errors import RunError
+    from safelocus.prompts import prompt_hash
+
+    known = {prompt_hash(row["prompt"]) for row in earlier.rows}
+    if not any(known & set(part.prompt_hashes) for part in asked):
+        raise RunError(f"--against {name}: that run has no prompt in common with this one; evaluate both on the same")
 
 
 def _measured(given: Evaluate, tasks: list[str]) -> list[str]:
@@ -291,7 +304,8 @@ def _certificates(
 
     if given.certify is None:
         return None
-    asked, spared = (read_prompts([example for part in parts for example in part]) for parts in (harmful, harmless))
+    asked = read_prompts([example for part in harmful for example in part])
+    spared = read_prompts([example for part in harmless for example in part]) if harmless else None
     if given.certify_against == "edited":
         smoothed = Smoothed(responder=responder, keep=given.certify_keep, seed=given.seed)
         found = certify_smoothed(
@@ -304,7 +318,7 @@ def _certificates(
         responder=inside(responder, ERASE), radius=given.certify, against=given.certify_against,
         threshold=given.certify_threshold,
     )  # fmt: skip
-    return certify_erasing(checked, asked, spared or None, progress=not given.json).to_json()
+    return certify_erasing(checked, asked, spared, progress=not given.json).to_json()
 
 
 def _attack(given: Evaluate, measured: "Sequence[PromptSet]") -> "Callable[[Responder], Responder]":

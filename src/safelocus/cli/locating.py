@@ -69,7 +69,7 @@ def check_located(given: options.LocateOptions) -> None:
         check_objective(given, what="finding the weights")
     else:
         check_lexicon(given)
-        _selection_file(given.selection)
+        selection_file(given.selection)
 
 
 def check_training(given: options.TrainOptions, *kinds: str) -> tuple[str, ...]:
@@ -131,7 +131,7 @@ def locate(
     from safelocus.selection.selection import Selection
 
     if selection is not None:
-        file = _selection_file(selection)
+        file = selection_file(selection)
         found = Selection.load(file)
 
         @cache
@@ -214,9 +214,7 @@ def score_like(
             "like them; score again (safelocus score), and give that run folder"
         )
     assert provenance.prompts is not None
-    prompts = read_prompts(
-        provenance.prompts, field=earlier.get("field"), where=options.conditions(earlier.get("where"))
-    )
+    prompts = read_prompts(provenance.prompts, **known.get("read_with", {}))
     prompts = replace(prompts, examples=tuple(e for e in prompts.examples if prompt_hash(e.prompt) in used))
     if prompts.hash != provenance.prompts_hash:
         raise PromptError(
@@ -235,7 +233,7 @@ def score_like(
     )  # fmt: skip
 
 
-def _selection_file(path: Path) -> Path:
+def selection_file(path: Path) -> Path:
     from safelocus.errors import SelectionError
 
     file = path / "selection.safetensors" if path.is_dir() else path

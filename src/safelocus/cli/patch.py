@@ -171,7 +171,8 @@ def _tell(verb: str, outcome: "Outcome", where: str, *, is_copy: bool) -> None:
         note(f"rounded to the dtype of the model's files: {outcome.num_rounded:,} new values")
     if outcome.left_out:
         what = "not copied" if is_copy else "left as they are"
-        note(f"{what}, other forms of the weights that the patch does not change: {', '.join(outcome.left_out)}")
+        kinds = "weights in other forms, or the state of a trainer, which the patch does not change"
+        note(f"{what}, {kinds}: {', '.join(outcome.left_out)}")
     if outcome.changed:
         done = "wrote" if verb == "apply" else "restored"
         files = f"{len(outcome.files)} file{'s' if len(outcome.files) != 1 else ''}"

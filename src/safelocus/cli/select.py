@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from safelocus.cli.command import RunOptions, SeedOption, argument, command, option
+from safelocus.cli.locating import selection_file
 from safelocus.cli.options import ShareOptions
 from safelocus.cli.output import check_file, show
 from safelocus.cli.sources import scores_folder
@@ -32,6 +33,7 @@ class Select(PickOptions, RunOptions):
 def select(given: Select) -> None:
     """Select weights from saved scores. Set operations apply after the ratio, so K may fall below it."""
     from safelocus.analysis.map import safety_map
+    from safelocus.errors import SelectionError
     from safelocus.report.maps import map_parts
     from safelocus.scoring.scores import Scores
     from safelocus.selection.selection import Selection
@@ -40,9 +42,11 @@ def select(given: Select) -> None:
     scores = Scores.load(scores_folder(given.scores))
     selection = scores.select(**given.part(PickOptions))
     for path in given.minus or []:
-        selection = selection - Selection.load(path)
+        selection = selection - Selection.load(selection_file(path))
     for path in given.intersect or []:
-        selection = selection & Selection.load(path)
+        selection = selection & Selection.load(selection_file(path))
+    if not selection.k:
+        raise SelectionError("nothing is left of the selection: all its weights are in --minus, or none in --and")
     selection.save(given.output)
     drawn = safety_map(scores, selection)
     found = {"k": selection.k, "map": drawn.to_json()}

@@ -52,11 +52,13 @@ def read_tasks(sources: list[str] | None, limit: int | None, seed: int) -> "list
     from safelocus.evaluation.matching import MATCHES
     from safelocus.evaluation.tasks import read_task
 
-    tasks = []
+    tasks: list[Task] = []
     for text in sources or []:
         match, separator, source = text.partition("=")
         given = bool(separator) and match in MATCHES
         task = read_task(source if given else text, match=match if given else None)  # type: ignore[arg-type]
+        if task.name in [other.name for other in tasks]:
+            task = replace(task, name=task.source)
         tasks.append(task if limit is None else task.limit(limit, seed=seed))
     return tasks
 
@@ -203,7 +205,11 @@ def unscored_prompts(
         raise PromptError(
             f"the scores do not say where their prompts came from; give prompts to measure with: {option}"
         )
-    prompts = read_prompts(provenance.prompts, field=field, where=where)
+    asked = {name: value for name, value in {"field": field, "where": where}.items() if value}
+    try:
+        prompts = read_prompts(provenance.prompts, **{**provenance.extra.get("read_with", {}), **asked})
+    except PromptError as error:
+        raise PromptError(f"what the scores were made with: {error} Give prompts to measure with: {option}") from error
     if allow_seen:
         return prompts
     left = tuple(example for example in prompts.examples if prompt_hash(example.prompt) not in set(used))

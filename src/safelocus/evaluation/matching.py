@@ -46,14 +46,18 @@ def normalised(text: str) -> str:
 def read_number(response: str) -> Decimal | None:
     """The number a response ends up with: after `####`, in a box, after "the answer is", else the last one.
 
+    Where `####` opens something else (a heading), only a box or such a phrase says what the answer is.
+
     >>> read_number("16 - 3 = 13, so she sells 1,300 eggs.")
     Decimal('1300')
     >>> read_number("#### 4.5")
     Decimal('4.5')
     """
     response = response.replace("\u2212", "-")
-    if _MARK in response:
-        return _first_number(response.rpartition(_MARK)[2].strip().split("\n", 1)[0])
+    marked = [part.strip().split("\n", 1)[0] for part in response.split(_MARK)[1:]]
+    for line in reversed(marked):
+        if (found := _NUMBER.match(line)) and not re.match(r"[.):]\s*\S", line[found.end() :]):  # "1. Add them"
+            return _value(found, line)
     if boxed := _BOXED.findall(response):
         return _first_number(boxed[-1])
     for phrase in reversed(list(_ANSWER_IS.finditer(response))):
@@ -61,7 +65,7 @@ def read_number(response: str) -> Decimal | None:
         sentence = re.split(r"[.!?](?:\s|$)|\n", response[phrase.end() :], maxsplit=1)[0]
         if (number := _first_number(sentence.rpartition("=")[2])) is not None:
             return number
-    numbers = list(_NUMBER.finditer(response))
+    numbers = [] if marked else list(_NUMBER.finditer(response))
     return _value(numbers[-1], response) if numbers else None
 
 

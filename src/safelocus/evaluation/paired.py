@@ -121,7 +121,9 @@ def _short(value: Any) -> str:
 
 
 def _perplexity_ratio(first: Evaluation, second: Evaluation, seed: int) -> Difference | None:
-    a, b = ({identity_of(r): r["nll"] for r in e.rows if r["set"] == PERPLEXITY} for e in (first, second))
+    a, b = (
+        {(identity_of(r), r["response"]): r["nll"] for r in e.rows if r["set"] == PERPLEXITY} for e in (first, second)
+    )
     changes = [b[key] - a[key] for key in a if a[key] is not None and b.get(key) is not None]
     if not changes:
         return None

@@ -154,6 +154,18 @@ class TargetResponder:
         return self._encoded[key]
 
 
+def thinks(responder: Responder) -> bool:
+    """Whether an answer may come behind a thought, for which a short limit leaves no room, as far as that is known."""
+    while isinstance(wrapped := getattr(responder, "responder", None), Responder):
+        responder = wrapped
+    if isinstance(responder, TargetResponder):
+        return responder.target.chat.thinking or responder.target.chat.opened is not None
+    if isinstance(responder, EndpointResponder):
+        switches = responder.endpoint.parameters.get("chat_template_kwargs") or {}
+        return any(switches.get(name) for name in ("enable_thinking", "thinking"))
+    return False
+
+
 def inside(responder: Responder, what: str) -> TargetResponder:
     """The responder, for what needs more of a model than answers.
 

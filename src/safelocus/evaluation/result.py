@@ -238,10 +238,11 @@ def measure_names(
 def measures_of(rows: Sequence[Row], judge_names: Sequence[str], *, seed: int = 0) -> dict[str, Measure]:
     """All measures that the rows allow."""
     found = {name: rate(values.values()) for name, values in outcomes(rows, judge_names).items()}
-    if texts := [row for row in rows if row["set"] == PERPLEXITY]:
-        found["perplexity"] = _perplexity([row["nll"] for row in texts], seed)
-    if kl := [row["kl"] for row in rows if "kl" in row]:
-        found["kl"] = mean(kl, seed=seed)
+    # a text, or a prompt, that occurs in two sets counts once
+    if texts := {(identity_of(row), row["response"]): row["nll"] for row in rows if row["set"] == PERPLEXITY}:
+        found["perplexity"] = _perplexity([*texts.values()], seed)
+    if kl := {identity_of(row): row["kl"] for row in rows if "kl" in row}:
+        found["kl"] = mean([*kl.values()], seed=seed)
     return found
 
 

@@ -24,7 +24,7 @@ from safelocus.evaluation.incoherence import incoherence
 from safelocus.evaluation.judges import Judge, RefusalMatcher, RefusalReader, Verdict
 from safelocus.evaluation.judging import judge_all
 from safelocus.evaluation.perplexity import nats_per_token
-from safelocus.evaluation.responding import Reply, Request, Responder, TargetResponder, collect, inside
+from safelocus.evaluation.responding import Reply, Request, Responder, TargetResponder, collect, inside, thinks
 from safelocus.evaluation.result import (
     HARMFUL,
     HARMLESS,
@@ -129,7 +129,7 @@ def evaluate(
     distributed.check_same(Identity.of({**inputs, "the judges": [judge.name for judge in judges]}).parts)
     model = responder.identity() if checkpoint is not None else {}
     claim(checkpoint, {"the model": model, "the judges": judges, **inputs})
-    items = _items(sets, tasks, max_new_tokens)
+    items = _items(sets, tasks, max_new_tokens, short=not thinks(responder))
     asked = [item.request for item in items]
     replies = collect(responder, asked, Journal(checkpoint, "responses"), batch_size=batch_size, progress=progress)
     rows = [_row(item, replies[item.request.key]) for item in items]
@@ -220,7 +220,10 @@ class _Item:
         return Request(prompt=example.prompt, system=example.system, max_new_tokens=self.max_new_tokens)
 
 
-def _items(sets: Sequence[tuple[str, PromptSet]], tasks: Sequence[Task], max_new_tokens: int) -> list[_Item]:
+def _items(
+    sets: Sequence[tuple[str, PromptSet]], tasks: Sequence[Task], max_new_tokens: int, *, short: bool
+) -> list[_Item]:
+    """short: of tasks whose answers are, no more tokens than these need."""
     items = [
         _Item(set=name, source=prompts.source, example=example, max_new_tokens=max_new_tokens, task=None)
         for name, prompts in sets
@@ -229,7 +232,7 @@ def _items(sets: Sequence[tuple[str, PromptSet]], tasks: Sequence[Task], max_new
     return items + [
         _Item(
             set=UTILITY, source=task.name, example=example, task=task,
-            max_new_tokens=min(max_new_tokens, task.max_new_tokens or max_new_tokens),
+            max_new_tokens=min(max_new_tokens, (task.max_new_tokens if short else None) or max_new_tokens),
         )
         for task in tasks
         for example in task
@@ -317,7 +320,9 @@ def _perplexity_rows(target: Target, prompts: PromptSet, batch_size: int, progre
     for example, (nats, num_tokens) in zip(
         answered, nats_per_token(target, answered, batch_size=batch_size, progress=progress), strict=True
     ):
-        failure = f"{num_tokens} tokens do not fit the model" if nats is None else None
+        failure = None
+        if nats is None:
+            failure = f"with {num_tokens} tokens of response it does not fit the model" if num_tokens else "no response"
         if nats is not None and not math.isfinite(nats):
             nats, failure = None, NO_NUMBER
         rows.append(

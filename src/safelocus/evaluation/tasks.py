@@ -6,7 +6,8 @@
     GSM8K                             question, and an answer that ends in `#### NUMBER`
     AG News                           class,title,description without a header, beside a classes.txt (or that folder)
     PubMedQA                          QUESTION, CONTEXTS, final_decision: yes, no or maybe
-    choices                           a column `choices` of lists; the answer a letter, a number or the text
+    choices                           a column `choices` of lists (MMLU), or of texts and labels (ARC); the answer a
+                                      label or letter, a number from 0, or the text where every row's is one
     anything else with answers        numeric where every answer is a number, else exact
 
 Errors are `PromptError`s.
@@ -16,13 +17,14 @@ import csv
 import json
 import random
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from safelocus.errors import PromptError
 from safelocus.evaluation.matching import MATCHES, Match, extract, is_right, parse_number
-from safelocus.prompts import PromptSet, normalise, prompt_hash, read_prompts
+from safelocus.prompts import Example, PromptSet, normalise, prompt_hash, read_prompts
 from safelocus.prompts.sources import READERS, read_file
 from safelocus.run.identity import digest
 
@@ -141,7 +143,8 @@ def read_task(
         raise PromptError(f"{match!r} is no way to compare answers; there are {', '.join(MATCHES)}.")
     if field is None and answer_field is None and (task := recognise_task(source)) is not None:
         return _named(task, match, name)
-    prompts = read_prompts(source, field=field, response_field=answer_field, where=where)
+    # questions of one wording may offer different choices
+    prompts = read_prompts(source, field=field, response_field=answer_field, where=where, keep_duplicates=True)
     return _named(task_of(prompts), match, name)
 
 
@@ -163,22 +166,26 @@ def _named(task: Task, match: Match | None, name: str | None) -> Task:
 def task_of(prompts: PromptSet) -> Task:
     """Questions with answers out of prompts with responses."""
     answered = prompts.with_responses()
-    examples = []
-    for number, example in enumerate(answered, start=1):
+    places = [f"{prompts.source}, question {number}" for number in range(1, len(answered) + 1)]
+    offered = [_choices(example, place) for example, place in zip(answered, places, strict=True)]
+    are_texts = all((e.response or "").strip() in choices for e, (choices, _) in zip(answered, offered, strict=True))
+    found: dict[tuple[str, str], TaskExample] = {}
+    for example, place, (choices, labels) in zip(answered, places, offered, strict=True):
         assert example.response is not None
         answer, prompt = example.response.strip(), example.prompt
-        choices: tuple[str, ...] = ()
-        column = next((name for name in _CHOICE_COLUMNS if name in example.fields), None)
-        if column is not None:
-            choices = _choices(example.fields[column], f"{prompts.source}, question {number}")
-            answer = _chosen(answer, choices, f"{prompts.source}, question {number}")
+        if choices:
+            answer = answer if are_texts else _chosen(answer, choices, labels, place)
             prompt = "\n".join([prompt, *(f"{chr(65 + i)}. {choice}" for i, choice in enumerate(choices))])
             prompt += "\nAnswer with the letter."
         elif "####" in answer:
             answer = answer.rpartition("####")[2].strip()
-        examples.append(
-            TaskExample(prompt=prompt, answer=answer, system=example.system, category=example.category, choices=choices)
-        )
+        found.setdefault(
+            (normalise(example.system or ""), normalise(prompt)),
+            TaskExample(
+                prompt=prompt, answer=answer, system=example.system, category=example.category, choices=choices
+            ),
+        )  # fmt: skip
+    examples = [*found.values()]
     numeric = all(parse_number(example.answer) is not None for example in examples)
     match: Match = "choice" if all(e.choices for e in examples) else "numeric" if numeric else "exact"
     return Task(
@@ -246,26 +253,32 @@ def _pubmedqa(path: Path) -> Task | None:
     return Task(name="pubmedqa", source=str(path), examples=tuple(examples), match="choice", max_new_tokens=_SHORT)
 
 
-def _choices(cell: str, place: str) -> tuple[str, ...]:
-    try:
+def _choices(example: Example, place: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """(the texts, their labels where they have some) that a question offers; nothing where it offers none."""
+    cell = next((example.fields[name] for name in _CHOICE_COLUMNS if name in example.fields), None)
+    if cell is None:
+        return (), ()
+    value: Any = None
+    with suppress(json.JSONDecodeError):
         value = json.loads(cell)
-    except json.JSONDecodeError:
-        value = None
+    labels: Any = ()
     if isinstance(value, Mapping):  # ARC: {"text": [...], "label": [...]}
-        value = value.get("text")
+        value, labels = value.get("text"), value.get("label") or ()
     if not isinstance(value, list) or not 2 <= len(value) <= 26:
         raise PromptError(f"{place}: choices should be a list of 2 to 26 texts, found {cell[:60]!r}.")
-    return tuple(str(choice).strip() for choice in value)
+    return tuple(str(choice).strip() for choice in value), tuple(str(label).strip() for label in labels)
 
 
-def _chosen(answer: str, choices: tuple[str, ...], place: str) -> str:
-    """The text of the right choice, given as text, letter or number from 0."""
-    if answer in choices:
-        return answer
+def _chosen(answer: str, choices: tuple[str, ...], labels: tuple[str, ...], place: str) -> str:
+    """The text of the right choice, given as its label, letter, number from 0, or text."""
+    if answer in labels and len(labels) == len(choices):
+        return choices[labels.index(answer)]
     if len(answer) == 1 and answer.isalpha() and ord(answer.upper()) - 65 < len(choices):
         return choices[ord(answer.upper()) - 65]
     if answer.isdigit() and int(answer) < len(choices):
         return choices[int(answer)]
+    if answer in choices:
+        return answer
     raise PromptError(f"{place}: the answer {answer[:40]!r} is none of the {len(choices)} choices.")
 
 

@@ -281,6 +281,11 @@ def resolve(name: str | Path) -> str:
             f"{text}: {what}; expected a model folder, a hub id such as `org/model`, `organism:NAME` or `smollm2`."
             f"{hint}"
         )
+    if (path / "adapter_config.json").is_file() and not any(path.glob("model*.safetensors")):
+        raise ModelError(
+            f"{path}: an adapter, not a model. Merge it into its base first: "
+            "AutoPeftModelForCausalLM.from_pretrained(FOLDER).merge_and_unload().save_pretrained(OTHER)"
+        )
     if not (path / "config.json").is_file():
         raise ModelError(f"{path}: no config.json in this folder; expected a Hugging Face model folder")
     return str(path)

@@ -63,6 +63,14 @@ class Classifier(TextObjective):
             for text, ids in zip(responses, given, strict=True)
         ]
 
+        longest = max(len(each.ids) for each in inputs)
+        room = getattr(self.model.config, "max_position_embeddings", None)
+        if room is not None and longest > room:
+            raise ModelError(
+                f"{self.name}: an answer has {longest} tokens, and this classifier {room} positions; let the model "
+                "answer in fewer (--max-new-tokens)"
+            )
+
         def score(batch: dict[str, Tensor]) -> Tensor:
             logits = self.model(**batch).logits.float()  # [B, labels]
             unsafe = logits[:, self.unsafe]

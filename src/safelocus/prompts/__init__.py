@@ -17,7 +17,7 @@ import random
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, overload
 
@@ -48,9 +48,10 @@ def prompt_hash(prompt: str) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class PromptSet(Sequence[Example]):
-    """Examples in the source's order. `source` to `num_duplicates` are facts about the reading, and stay as
+    """Examples in the source's order. `source` to `read_with` are facts about the reading, and stay as
     they are in slices, parts and samples: `num_rows` counts the rows that met `where`; of these `num_empty`
-    had no prompt and `num_duplicates` repeated an earlier one."""
+    had no prompt and `num_duplicates` repeated an earlier one; `read_with` has what `read_prompts` was asked for
+    beside the source, `field` and `where`."""
 
     examples: tuple[Example, ...]
     source: str
@@ -59,6 +60,7 @@ class PromptSet(Sequence[Example]):
     num_rows: int
     num_empty: int
     num_duplicates: int
+    read_with: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -201,6 +203,7 @@ def read_prompts(
         if field is not None or response_field is not None:
             raise PromptError("a PromptSet has been read already: give field= and response_field= then.")
         return source.where(**where) if where else source
+    asked = field
     rows, name, field = _rows(source, field)
     if isinstance(rows[0].value, Example):  # its own names, whatever its further fields are called
         field, response_field = "prompt", "response"
@@ -241,6 +244,7 @@ def read_prompts(
         num_rows=len(kept),
         num_empty=num_empty,
         num_duplicates=num_duplicates,
+        read_with={**({"field": asked} if asked else {}), **({"where": dict(where)} if where else {})},
     )
 
 

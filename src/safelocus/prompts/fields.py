@@ -134,7 +134,7 @@ FORMATS = (
         response=("output", *RESPONSES),
     ),
     Format(name="prompt", prompt=("prompt",), response=RESPONSES),
-    Format(name="question", prompt=("question",), response=("answer", "long_answer", *RESPONSES)),
+    Format(name="question", prompt=("question",), response=("answer", "answerkey", "long_answer", *RESPONSES)),
     Format(name="query", prompt=("query",), response=RESPONSES),
     Format(name="input and output", prompt=("input",), requires=("output",), response=("output",)),
     Format(name="preference conversations", prompt=("chosen",), requires=("rejected",), turns=True),

@@ -210,7 +210,7 @@ def _separator(text: str, expected: str) -> str:
 
     def columns(delimiter: str) -> int:
         head = next(csv.reader(text.lstrip("\r\n").splitlines()[:1], delimiter=delimiter), [])
-        return len(head) if all(head) else 0
+        return len(head) if sum(not name.strip() for name in head) <= 1 else 0  # pandas leaves its index without a name
 
     if columns(expected) > 1:
         return expected

@@ -146,6 +146,7 @@ def score(
                 "batch_size": batch_size,
                 "max_new_tokens": max_new_tokens,
                 "chat": target.chat.to_json(),
+                "read_with": dict(prompt_set.read_with),
                 **({"left_out": layout.left_out} if layout.left_out else {}),
             },
         ),
