@@ -183,6 +183,13 @@ def test_pubmedqa():
     assert task[0].prompt.count("Programmed cell death") == 1
 
 
+def test_pubmedqa_as_the_hub_has_it(tmp_path):
+    row = {"pubid": 1, "question": "Is it?", "context": {"contexts": ["One.", "Two."]}, "long_answer": "It is."}
+    task = read_task(write(tmp_path / "qa.jsonl", [row | {"final_decision": "yes"}]))
+    assert (task.match, task[0].answer) == ("choice", "yes")
+    assert task[0].prompt == "One.\nTwo.\n\nIs it?\nAnswer yes, no or maybe."
+
+
 def test_own_files(tmp_path):
     rows = [{"prompt": f"What is {n} plus 1?", "response": str(n + 1)} for n in range(4)]
     assert read_task(write(tmp_path / "sums.jsonl", rows)).match == "numeric"

@@ -5,7 +5,7 @@
     organism:utility, organism:task   the whole answer must be right
     GSM8K                             question, and an answer that ends in `#### NUMBER`
     AG News                           class,title,description without a header, beside a classes.txt (or that folder)
-    PubMedQA                          QUESTION, CONTEXTS, final_decision: yes, no or maybe
+    PubMedQA                          QUESTION, CONTEXTS, final_decision: yes, no or maybe; or question, context, ...
     choices                           a column `choices` of lists (MMLU), or of texts and labels (ARC); the answer a
                                       label or letter, a number from 0, or the text where every row's is one
     anything else with answers        numeric where every answer is a number, else exact
@@ -235,22 +235,31 @@ def _ag_news(path: Path) -> Task | None:
 def _pubmedqa(path: Path) -> Task | None:
     if path.suffix.casefold() not in READERS or not path.is_file() or path.suffix.casefold() in (".txt", ".csv"):
         return None
-    rows = read_file(path)
-    needed = {"QUESTION", "CONTEXTS", "final_decision"}
-    if not isinstance(rows[0].value, Mapping) or not needed <= set(rows[0].value):
+    rows = [(place, _pubmedqa_row(value)) for place, value in read_file(path)]
+    if rows[0][1] is None:
         return None
     choices = ("yes", "no", "maybe")
     examples = []
-    for place, value in rows:
-        if not isinstance(value, Mapping) or not needed <= set(value):
-            raise PromptError(f"{path}, {place}: expected {', '.join(sorted(needed))}.")
-        contexts, decision = value["CONTEXTS"], str(value["final_decision"]).strip().casefold()
+    for place, row in rows:
+        if row is None:
+            raise PromptError(f"{path}, {place}: expected QUESTION, CONTEXTS, final_decision.")
+        question, contexts, decision = row
         if decision not in choices:
             raise PromptError(f"{path}, {place}: final_decision is {decision[:40]!r}, expected yes, no or maybe.")
         text = "\n".join(map(str, contexts)) if isinstance(contexts, list) else str(contexts)
-        prompt = f"{text}\n\n{value['QUESTION']}\nAnswer yes, no or maybe."
+        prompt = f"{text}\n\n{question}\nAnswer yes, no or maybe."
         examples.append(TaskExample(prompt=prompt, answer=decision, choices=choices))
     return Task(name="pubmedqa", source=str(path), examples=tuple(examples), match="choice", max_new_tokens=_SHORT)
+
+
+def _pubmedqa_row(value: object) -> tuple[object, object, str] | None:
+    """(question, contexts, decision), in capitals as first published or in the hub's small letters; None where not."""
+    row = {str(name).casefold(): cell for name, cell in value.items()} if isinstance(value, Mapping) else {}
+    inner = row.get("context")
+    contexts = row.get("contexts", inner.get("contexts") if isinstance(inner, Mapping) else None)
+    if contexts is None or not {"question", "final_decision"} <= set(row):
+        return None
+    return row["question"], contexts, str(row["final_decision"]).strip().casefold()
 
 
 def _choices(example: Example, place: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
