@@ -116,6 +116,9 @@ def test_the_choice_a_response_names(response, choices, choice):
         ("(B) blue", "blue"),
         ("B) because it is", "blue"),
         ("The answer is C", "green"),
+        ("(A) is wrong. The correct option is B.", "blue"),
+        (r"Not A but \boxed{C}", "green"),
+        (r"\boxed{A or B}", None),
         ("I would say (A)", "red"),
         ("A dog is neither", None),  # an article
         ("(A) or (B)", None),

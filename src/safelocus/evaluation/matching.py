@@ -23,7 +23,9 @@ _NUMBER = re.compile(
     r"(?<![\w.,:/])(?P<sign>[-+]?)[$€£]?(?P<digits>\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?P<rest>\.\d+)?(?P<exponent>[eE][-+]?\d+)?"
     r"(?![.,:/]?\d)"
 )
-_ANSWER_IS = re.compile(r"\banswer\b(?:\s+(?:is|was|equals|would be)\b|\s*[:=])[\s:*]*", re.IGNORECASE)
+_ANSWER_IS = re.compile(
+    r"\b(?:answer|correct (?:option|choice))\b(?:\s+(?:is|was|equals|would be)\b|\s*[:=])[\s:*]*", re.IGNORECASE
+)
 _BOXED = re.compile(r"\\boxed\s*\{([^{}]*)\}")
 _QUOTES = " \"'`*\u2018\u2019\u201c\u201d"  # and markup
 _DASHES = "\u2013\u2014\\-"
@@ -83,8 +85,8 @@ def parse_number(text: str) -> Decimal | None:
 def read_choice(response: str, choices: Sequence[str], *, letters: bool = False) -> str | None:
     """The one choice that a response names.
 
-    In order: what "the answer is" names; what the response opens with; the only choice named anywhere. Words
-    always count; letters ("B", "(B)", "B.") where `letters` says that the prompt offered them.
+    Of a box what it holds; else in order: what "the answer is" names; what the response opens with; the only choice
+    named anywhere. Words always count; letters ("B", "(B)", "B.") where `letters` says that the prompt offered them.
 
     >>> read_choice("Sports. The article is about tennis.", ["World", "Sports"])
     'Sports'
@@ -92,6 +94,8 @@ def read_choice(response: str, choices: Sequence[str], *, letters: bool = False)
     True
     """
     text = unicodedata.normalize("NFKC", response).strip()
+    if boxed := _BOXED.findall(text):
+        text = boxed[-1]
     for phrase in reversed(list(_ANSWER_IS.finditer(text))):
         if (choice := _opening(text[phrase.end() :], choices, letters)) is not None:
             return choice
