@@ -73,13 +73,17 @@ def _enhanced() -> Iterator[Row]:
 
 def _preserved() -> Iterator[Row]:
     found = dict(cells.kept(preserving.TABLE))
-    for task, steps, _ in preserving.PLAN:
+    for task, steps in dict.fromkeys((task, steps) for task, steps, _ in preserving.PLAN):
         before = found.get(f"{task}-before")
         groups = preserve.grouped(
             cell for cell in found.values() if cell["task"] == task and cell["arm"] != "before"
         )  # fmt: skip
         for (arm, lora, rate), group in groups.items():
-            if before is None or not arm.startswith("esi") or any(word in arm for word in ("calibrated", "mixed")):
+            if (
+                before is None
+                or not arm.startswith("esi")
+                or any(word in arm for word in ("calibrated", "mixed", "rescored"))
+            ):
                 continue
             bare, random = (groups.get((other, lora, rate)) for other in ("unprotected", arm.replace("esi", "random")))
             others = {"unprotected": bare, "random": random}
