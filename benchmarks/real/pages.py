@@ -55,7 +55,7 @@ def preserved_table() -> str | None:
     found, ways = dict(cells.kept(preserving.TABLE)), {
         "before": "before", "full-unprotected": "after, nothing protected", "full-esi-10": "after, 10 % by ESI frozen",
         "full-random-10": "after, 10 % at random frozen", "full-mixed-embedded": "after, own answers mixed in",
-        "full-esi-10-mixed-embedded": "after, both (`preserve`)",
+        "full-esi-10-mixed-embedded": "after, both, as the command does",
     }  # fmt: skip
     asked = ("harmbench", "advbench", "xstest_safe")
     shown = {
