@@ -137,6 +137,9 @@ def test_a_run_that_was_asked_nothing_of_this_is_refused_before_the_work(evaluat
     assert code == 2
     assert "no prompt in common" in err
     assert not (tmp_path / "x").exists()
+    # what a task of lm-eval asks is not known before it asks
+    _, _, err = run("evaluate", "organism:dense", "--lm-eval", "none", "--against", evaluated, "-o", tmp_path / "x")
+    assert "no prompt in common" not in err
 
 
 def test_tasks_of_one_name_go_by_their_files(tmp_path, run):

@@ -83,13 +83,12 @@ def _pairs(what: str, other: str, first: list[Cell], second: list[Cell] | None) 
         for source in SHOWN
     }
     named = {HEADINGS[SOURCES.index(source)]: change for source, change in found.items()}
-    return [(what, other, *pair) for pair in (*named.items(), (DISCERNED, _less(*map(found.get, SHOWN[2:4]))))]
+    named[DISCERNED] = _less(found["xstest_unsafe"], found["xstest_safe"])
+    return [(what, other, *pair) for pair in named.items()]
 
 
-def _less(first: Measure | None, second: Measure | None) -> Measure:
+def _less(first: Measure, second: Measure) -> Measure:
     """The difference of two changes, each on prompts of its own: their half-widths add up in squares."""
-    assert first is not None
-    assert second is not None
     ends = [np.array([each.value, each.low, each.high], float) for each in (first, negative(second))]
     value = float(sum(end[0] for end in ends))
     below, above = (math.hypot(*(end[side] - end[0] for end in ends)) for side in (1, 2))

@@ -1,5 +1,6 @@
 """What the paper claims, and what became of each claim on the real model: verdicts of the other pages, in one place."""
 
+import re
 from collections.abc import Iterator
 
 import cells
@@ -79,11 +80,7 @@ def _preserved() -> Iterator[Row]:
             cell for cell in found.values() if cell["task"] == task and cell["arm"] != "before"
         )  # fmt: skip
         for (arm, lora, rate), group in groups.items():
-            if (
-                before is None
-                or not arm.startswith("esi")
-                or any(word in arm for word in ("calibrated", "mixed", "rescored"))
-            ):
+            if before is None or not re.fullmatch(r"esi-\d+", arm):  # frozen, and nothing else
                 continue
             bare, random = (groups.get((other, lora, rate)) for other in ("unprotected", arm.replace("esi", "random")))
             others = {"unprotected": bare, "random": random}

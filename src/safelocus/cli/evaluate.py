@@ -124,7 +124,7 @@ def evaluate(given: Evaluate) -> int:
     tasks = sources.read_tasks(given.task, **of_each)
     texts = sources.texts(given.perplexity, **of_each)
     attack = _attack(given, [*harmful, *harmless])
-    if earlier is not None:
+    if earlier is not None and not given.lm_eval:  # what that asks is known when it has been asked
         _check_common(earlier, [*harmful, *harmless, *tasks, *texts], str(given.against))
     for requirement in required:
         requirement.check(_measured(given, [task.name for task in tasks]))

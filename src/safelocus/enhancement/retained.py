@@ -9,9 +9,9 @@ if TYPE_CHECKING:
     from safelocus.prompts import PromptSet
 
 RETAINED = ("embedded:ordinary", "embedded:alarming")
-# to answers that are given: what held up best on the organisms
+# answers that are given: what held up best on the organisms
 GIVEN: dict[str, Any] = {"retain_kl": 20.0, "retain_weight": 0.0, "retain_rows": 6, "answer_tokens": 64}
-# to how the model itself begins to answer: what told harm apart best on a real model (docs/enhance.md)
+# how the model itself begins to answer: on a real model this cost the fewest needless refusals (docs/enhance.md)
 OWN: dict[str, Any] = {"retain_kl": 0.0, "retain_weight": 1.0, "retain_rows": 1, "answer_tokens": 8}
 
 

@@ -161,9 +161,8 @@ def run_enhancement(
     }  # fmt: skip
     runner = enhancer(target, data, validation=validation, num_weights=selection.k, inputs=inputs, **how)
     notes = [*_notes(runner), *examination.only_first]
-    notes += [*check_apart(examination, runner.sets, allow_seen=allow_seen), *remarks]
-    if validation is not None:
-        notes += check_apart(examination, validation.parts, allow_seen=allow_seen)
+    used = [*runner.sets, *(validation.parts if validation is not None else ())]
+    notes += [*check_apart(examination, used, allow_seen=allow_seen), *remarks]
     runner = replace(runner, examination=examination, rates=rates)
     found = runner.run(selection, {"selection": selection, **(controls or {})})
     found["provenance"]["dtype"] = target.dtype

@@ -20,7 +20,7 @@ from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
 from safelocus import distributed
 from safelocus.distributed import local
-from safelocus.errors import TrainingError, some
+from safelocus.errors import SafelocusError, TrainingError, some
 from safelocus.model.fingerprint import bits
 from safelocus.patch import Patch
 from safelocus.preservation.calibration import Calibration, Calibrator, references
@@ -244,11 +244,14 @@ class Protection:
         """
         if self.calibrator is not None:
             raise TrainingError("a calibration trains the protected weights, so the selection cannot be changed")
-        hold(self.model, selection)  # refuses what cannot be held, before anything is changed
         for held in map(Held.settled, self._held.values()):
             held.site.write(held.values)  # what was held is now what the model holds, without corrections
+        try:
+            self._held, self._untrained = hold(self.model, selection)
+        except SafelocusError:
+            self.restore()
+            raise
         self.selection = selection
-        self._held, self._untrained = hold(self.model, selection)
         if values is None and any(held.update is not None for held in self._held.values()):
             self.notes.append("newly selected weights have the base's values: what the adapter changed of them is gone")
         if values is not None:
