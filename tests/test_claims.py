@@ -97,7 +97,8 @@ def pattern(name="value matrices", fold=6.0, low=2.0, high=8.0, p=0.01, turned=N
         ({"turned": 0.3}, UNDECIDED),  # neighbouring layers may be alike
         ({"turned": 0.02}, HOLDS),
         ({"low": None, "high": None}, UNDECIDED),
-        ({"fold": 0.4, "low": 0.3, "high": 1.3, "p": 1.0}, NOT_SEEN),
+        ({"fold": 0.4, "low": 0.3, "high": 1.3, "p": 1.0}, UNDECIDED),
+        ({"fold": 0.4, "low": None, "high": None, "p": 1.0}, NOT_SEEN),
         ({"fold": 0.2, "low": 0.1, "high": 0.5, "p": 1.0}, NOT_SEEN),
     ],
 )

@@ -285,3 +285,10 @@ def test_a_tables_cells_come_whole_from_another_process():
     assert [copies[0].place, *(dict(cell.numbers) for cell in copies[1:])] == [
         0.75, {"value": 0.5, "low": 0.25, "high": 0.75, "n": 8}, {},
     ]  # fmt: skip
+
+
+def test_a_change_has_its_zero_in_the_middle_whatever_its_interval():
+    fall = {"value": 0.49, "low": 0.41, "high": 0.58, "n": 8}
+    assert Span(fall).bar == pytest.approx((41, 49, 58))
+    for change in (Span(fall, is_change=True), copy.deepcopy(Span(fall, is_change=True)), Span(fall | {"p": 0.1})):
+        assert change.bar == pytest.approx((70.5, 74.5, 79))

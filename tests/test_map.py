@@ -327,15 +327,9 @@ def test_concentration_in_chunks_is_that_of_the_whole(monkeypatch):
 
 def test_round_fractions_are_on_the_curve():
     found = concentration({"a": torch.rand(100_000, generator=torch.Generator().manual_seed(0))})
-    assert [found.mass_at(fraction) is not None for fraction in (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 0.02)] == [
-        True,
-        True,
-        True,
-        True,
-        True,
-        False,
-    ]
-    assert {p.fraction: p.num_weights for p in found.points}[1e-2] == 1000
+    numbers = {point.fraction: point.num_weights for point in found.points}
+    assert {1e-4, 1e-3, 1e-2, 1e-1, 1.0} <= set(numbers)
+    assert numbers[1e-2] == 1000
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -1.0])

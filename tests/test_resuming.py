@@ -213,7 +213,7 @@ CHANGES = {
         "the refusals of the objective refusal":
             {"objectives": {"refusal": sl.Refusal(**{**OPENINGS, "refusals": ("no",)})}},
         "method": {"method": "snip"}, "splits": {"splits": 2}, "seeds": {"seeds": 2}, "seed": {"seed": 1},
-        "ratios": {"ratios": (0.02,)}, "batch_size": {"batch_size": 2},
+        "batch_size": {"batch_size": 2},
     },
     "locate": {
         **MODEL, **prompts("prompts", "--prompts"),

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import shutil
+import weakref
 
 import numpy as np
 import pytest
@@ -15,7 +16,14 @@ from safelocus.analysis.claims import HOLDS, NOT_ONLY_SAFETY, verify_claims
 from safelocus.errors import PromptError, RunError, SafelocusError, SelectionError
 from safelocus.evaluation.judges import GuardJudge, RefusalMatcher
 from safelocus.evaluation.measures import Measure, proportion
-from safelocus.report.verification import curves_charts, ranking_chart, ranking_grid, settings_grid, stability_grid
+from safelocus.report.verification import (
+    _brief,
+    curves_charts,
+    ranking_chart,
+    ranking_grid,
+    settings_grid,
+    stability_grid,
+)
 from safelocus.run.files import seal
 from safelocus.scoring.run import sigma
 from safelocus.selection.sparse import gather
@@ -25,6 +33,7 @@ from safelocus.verification.cells import Observation
 from safelocus.verification.interventions import make_interventions, normals
 from safelocus.verification.plan import random_selection
 from safelocus.verification.pooling import difference, level
+from safelocus.verification.verdict import effect_of
 from tiny_targets import PROMPTS, dense, moe
 
 
@@ -451,7 +460,61 @@ def test_few_questions_do_not_make_damage_specific():
     margin = few.verdict.effect.margin
     assert margin.value == pytest.approx(few.verdict.effect.fall.value)
     assert margin.value - margin.low > 2 * 2 / (8 + 2)  # Student's quantile is above 2
-    assert few.verdict.kind == "general"
+    # it is not shown to be general either: none of the few was lost
+    assert few.verdict.kind == "unclear"
+    assert "more questions would tell" in few.verdict.text
+    assert "damage is" not in few.verdict.text
+    (claim,) = verify_claims(few)
+    assert claim.verdict == HOLDS
+    assert "Refusals rest on these weights; whether" in _brief(few, few.verdict)
+
+
+def test_the_margin_widens_with_the_number_of_settings():
+    rates = {("esi", "top"): [0.4, 0.4], ("esi", "bottom"): [1.0, 1.0], ("esi", "random"): [1.0, 1.0]}
+    utility = {("esi", "top"): [0.8, 0.8], ("esi", "bottom"): [1.0, 1.0], ("esi", "random"): [1.0, 1.0]}
+    found = made(rates, utility, noises=(1.0, 3.0))
+    one, many = (effect_of(found, "esi", found.settings[0], num_looks=number) for number in (1, 8))
+    assert many.margin.value == one.margin.value
+    assert many.margin.low < one.margin.low
+    assert many.net == one.net
+    assert many.to_json()["margin"] == many.margin.to_json()
+
+
+def test_what_is_not_shown_is_not_said_on_the_page():
+    """Nor in the verdict: without controls, without a contrast, and where half of the answers could not be scored."""
+    rates = {("esi", "top"): [0.2], ("esi", "bottom"): [1.0], ("esi", "random"): [1.0]}
+    alone = made({("esi", "top"): [0.2]}, {("esi", "top"): [1.0]})
+    no_contrast = made({**rates, ("esi", "top"): [1.0]}, {key: [0.5] for key in rates})
+    unscored = made(rates, {key: [1.0] for key in rates})
+    for cell in unscored.cells:
+        if cell.selection == "top":
+            refusals = cell.observed.outcomes["refusal"]
+            cell.observed.outcomes["refusal"] = "-" * (len(refusals) - 4) + refusals[-4:]
+    for found, kind in ((alone, "unclear"), (no_contrast, "none"), (unscored, "unclear")):
+        assert found.verdict.kind == kind
+        assert "damage is" not in found.verdict.text
+        assert _brief(found, found.verdict).startswith("Nothing shows that refusals rest on these weights")
+    assert "90 % of the answers under it could not be scored, and do not count. So few" in unscored.verdict.text
+
+
+def test_a_setting_without_numbers_does_not_hide_one_with_some():
+    rates = {("esi", "top"): [1.0, 1.0], ("esi", "bottom"): [1.0, 1.0], ("esi", "random"): [0.98, 1.0]}
+    found = made(rates, {key: [1.0, 1.0] for key in rates}, noises=(1.0, 3.0))
+    for cell in found.cells:
+        if cell.selection == "top" and cell.setting.noise == 3.0:
+            cell.observed.outcomes["refusal"] = "-" * len(cell.observed.outcomes["refusal"])
+            cell.observed.outcomes["utility"] = "-" * len(cell.observed.outcomes["utility"])
+    assert found.verdict.effect.setting.noise == 1.0
+    assert found.verdict.kind == "none"
+
+
+def test_interventions_of_one_name_are_refused_and_of_one_strength_made_once():
+    target = dense()
+    selection = random_selection(target, 50, seed=5)
+    found = sl.verify(target, selection, noises=(1.0, 1.0), seeds=2, **{**QUICK, "prompts": HELD_OUT.texts})
+    assert len([cell for cell in found.cells if cell.selection == "top"]) == 2
+    with pytest.raises(SelectionError, match="two interventions are called 'zero'"):
+        sl.verify(target, selection, interventions=("zero", "zero"), **QUICK)
 
 
 def test_utility_that_has_nothing_to_lose_says_nothing():
@@ -595,6 +658,27 @@ def test_stability_says_what_it_cannot_vary():
     assert "same scores for every seed" in found.notes[0]
     with pytest.raises(PromptError, match="halved"):
         sl.stability(dense(), sl.read_prompts(PROMPTS[:1]), objectives={"refusal": sl.Refusal()}, progress=False)
+
+
+def test_stability_refuses_before_it_scores_and_keeps_no_more_than_two(tmp_path, monkeypatch):
+    alive, most = weakref.WeakSet(), []
+
+    def load(folder, load=sl.Scores.load):
+        alive.add(scores := load(folder))
+        most.append(len(alive))
+        return scores
+
+    monkeypatch.setattr(sl.Scores, "load", load)
+    how = {"objectives": {"refusal": sl.Refusal()}, "progress": False, "checkpoint": tmp_path}
+    for wrong, said in (({"splits": 0}, "nothing to compare"), ({"ratios": (1, 3)}, "outside|ratio")):
+        with pytest.raises(SelectionError, match=said):
+            sl.stability(dense(), PROMPTS, **how, **wrong)
+    assert not list(tmp_path.iterdir())
+    for ratios in ((0.01,), (0.01, 0.02)):  # of the same scores
+        found = sl.stability(dense(), PROMPTS, splits=2, ratios=ratios, **how)
+        assert len(found.agreements) == 2 * len(ratios)
+    assert len(most) == 8
+    assert max(most) <= 2
 
 
 # the claim itself, on both organisms; tests/test_demo.py asserts the same of the quick demo's fewer prompts

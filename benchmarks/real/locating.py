@@ -14,7 +14,6 @@ import cells
 import sets
 
 import safelocus as sl
-from safelocus.analysis.claims import locate_claims
 from safelocus.analysis.map import safety_map
 from safelocus.analysis.patterns import patterns
 from safelocus.scoring.comparison import compare
@@ -36,11 +35,7 @@ def of(found: Scores) -> dict[str, Any]:
     """The map of scores, the patterns tested on it, and the overlap with what else was selected for this model."""
     selection = found.select(RATIO)
     shown = safety_map(found, selection)
-    tested = patterns(shown)
-    return {
-        "map": shown.to_json(), "patterns": [pattern.to_json() for pattern in tested],
-        "claims": [claim.to_json() for claim in locate_claims(tested)],
-    }  # fmt: skip
+    return {"map": shown.to_json(), "patterns": [pattern.to_json() for pattern in patterns(shown)]}
 
 
 def halves(model: str, unfinished: Path) -> dict[str, Any]:

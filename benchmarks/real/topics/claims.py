@@ -8,7 +8,7 @@ import enhancing
 import locating
 import preserving
 import verifying
-from topics import enhance, preserve
+from topics import enhance, locate, preserve
 from topics.outcomes import NAMES, Cell, outcomes, perplexity
 
 from safelocus.analysis.claims import kept_verdict, weakest
@@ -47,8 +47,8 @@ def _located() -> Iterator[Row]:
     found = dict(cells.kept(locating.TABLE))
     for model in locating.MODELS:
         cell = found.get(f"{model.replace(':', '-')}-esi")
-        for claim in [] if cell is None else cell["claims"]:
-            yield claim["claim"], model, claim["measured"], "", claim["verdict"]
+        for claim in [] if cell is None else locate.claims_of(cell):
+            yield claim.claim, model, claim.measured, "", claim.verdict
 
 
 def _disturbed() -> Iterator[Row]:

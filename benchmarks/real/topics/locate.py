@@ -5,10 +5,17 @@ import locating
 from topics.outcomes import NAMES, PAGES, Cell, told
 
 from safelocus.analysis import words
+from safelocus.analysis.claims import Claim, locate_claims
 from safelocus.analysis.map import SafetyMap
+from safelocus.analysis.patterns import Pattern
 from safelocus.report.drawing import write_picture
 from safelocus.report.grid import Grid
 from safelocus.report.maps import layers_chart
+
+
+def claims_of(cell: Cell) -> list[Claim]:
+    """Of where the weights lie, by the patterns that were tested."""
+    return locate_claims([Pattern(**pattern) for pattern in cell["patterns"]])
 
 
 def page() -> str | None:
@@ -51,7 +58,7 @@ def page() -> str | None:
             ),
             Grid(
                 title="", headings=("claim", "measured", "verdict"),
-                rows=tuple((c["claim"], c["measured"], c["verdict"]) for c in esi["claims"]), num_labels=3,
+                rows=tuple((c.claim, c.measured, c.verdict) for c in claims_of(esi)), num_labels=3,
             ).markdown(),
         ]  # fmt: skip
     if not parts:

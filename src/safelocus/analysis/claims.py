@@ -146,7 +146,7 @@ def locate_claims(tested: Sequence[Pattern]) -> list[Claim]:
 
 def pattern_verdict(pattern: Pattern) -> str:
     """Holds only if the test, the one that keeps the order of layers too, and the fold's interval all say so."""
-    if pattern.fold <= 1 or (pattern.high is not None and pattern.high <= 1):
+    if (pattern.fold if pattern.high is None else pattern.high) <= 1:
         return NOT_SEEN
     tested = pattern.p_holm < 0.05 and (pattern.p_rotation is None or pattern.p_rotation < 0.05)
     return HOLDS if tested and pattern.low is not None and pattern.low > 1 else UNDECIDED
@@ -193,8 +193,7 @@ def breaking(effect: Effect, baseline: Interval) -> str:
         return UNDECIDED
     verdict = weakest(decide(beyond, _BREAKS) for beyond in (effect.beyond_random, effect.beyond_bottom))
     verdict = beside(verdict, [decide(fall, _BREAKS) for fall in (effect.random_fall, effect.bottom_fall)])
-    is_known = effect.breaks_language or (effect.margin is not None and effect.margin.low is not None)
-    return NOT_ONLY_SAFETY if verdict == HOLDS and is_known and not effect.is_specific else verdict
+    return NOT_ONLY_SAFETY if verdict == HOLDS and effect.is_general else verdict
 
 
 def _broken(key: str, claim: str, found: Verification, effect: Effect) -> Claim:

@@ -62,10 +62,6 @@ class Concentration:
     gini: float
     gini_error: float
 
-    def mass_at(self, fraction: float) -> float | None:
-        """Share of the sum in the top `fraction`, where the curve has a point there; None elsewhere."""
-        return next((p.mass for p in self.points if math.isclose(p.fraction, fraction)), None)
-
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 

@@ -171,8 +171,7 @@ def _enriched(located: SafetyMap) -> str:
     if (run := _enriched_layers(located.layers)) and (enrichment := _enrichment(run)) >= _EVEN:
         found.append(f"{_run_label(run)} ({times(enrichment)})")
     if not found:
-        least = times(_EVEN)
-        return f"It is spread evenly: no component and no layer holds {least} what its size would give."
+        return f"It is spread evenly: no component and no layer holds {_EVEN:g}{TIMES} what its size would give."
     return f"Most enriched: {', '.join(found)}."
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Self
 
 from rich import box
@@ -38,16 +39,18 @@ class Span(str):
     """A proportion or a change in words, "67 [51,83]", with its numbers, which the page draws below."""
 
     numbers: Mapping[str, Any]
+    is_change: bool
 
-    def __new__(cls, measure: Any) -> Self:
-        """Of a measure, a difference, or either's JSON; None is unknown."""
+    def __new__(cls, measure: Any, *, is_change: bool = False) -> Self:
+        """Of a measure, a difference, or either's JSON; None is unknown. A paired difference is known by its p."""
         made = super().__new__(cls, interval(measure))
         values = measure if measure is None or isinstance(measure, Mapping) else measure.to_json()
         made.numbers = values if values is not None and values["value"] is not None else {}
+        made.is_change = is_change or "p" in made.numbers
         return made
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.numbers or None,)
+        return partial(type(self), is_change=self.is_change), (self.numbers or None,)
 
     @property
     def exact(self) -> str:
@@ -62,7 +65,7 @@ class Span(str):
         value = self.numbers["value"]
         ends = (self.numbers[end] if self.numbers[end] is not None else value for end in ("low", "high"))
         low, high = ends
-        start, width = (-1.0, 2.0) if "p" in self.numbers or low < 0 else (0.0, 1.0)
+        start, width = (-1.0, 2.0) if self.is_change else (0.0, 1.0)
         at = [100 * min(1.0, max(0.0, (number - start) / width)) for number in (low, value, high)]
         return at[0], at[1], at[2]
 

@@ -12,11 +12,12 @@ from safelocus.report.runs import ReportRun
 from safelocus.verification import Stability, Verification, VerificationVerdict
 from safelocus.verification.cells import Setting
 from safelocus.verification.ranking import Rank
+from safelocus.verification.verdict import has_contrast
 
 _MEASURES = ("refusal", "asr", "utility", "over_refusal", "incoherent")
 _SELECTIONS = ("top", "random", "bottom")
 _SAYS = {
-    "specific": "Safety rests on these weights, and far more so than other abilities.",
+    "specific": "Safety rests on these weights, and more than twice as much as other abilities.",
     "general": "Refusals rest on these weights, but so do other abilities, or language itself.",
     "unclear": "Refusals rest on these weights; whether other abilities do too was not measured or cannot be told.",
     "none": "Nothing shows that refusals rest on these weights more than on others.",
@@ -61,7 +62,8 @@ def ranking_grid(found: Verification, intervention: str) -> Grid:
         effect = entry.effect
         rows.append((
             method_label(entry.scorer), _quotient(entry), "yes" if entry.has_contrast else "no", str(effect.setting),
-            *map(Span, (effect.fall, effect.beyond_random, effect.utility_fall, effect.net)),
+            *(Span(change, is_change=True) for change in
+              (effect.fall, effect.beyond_random, effect.utility_fall, effect.net)),
         ))  # fmt: skip
     return Grid(
         title=f"Scorers under {intervention}: how much refusal breaks per utility lost",
@@ -129,9 +131,12 @@ def ranking_chart(found: Verification, intervention: str) -> Lines | None:
     rows: list[tuple[str, float, float]] = []
     for scorer in found.scorers:
         falls = sorted(
-            (-(entry.changes["utility"].value or 0.0), -(entry.changes["refusal"].value or 0.0))
+            (-utility, -refusal)
             for setting in found.settings
-            if setting.intervention == intervention and (entry := found.pool("top", scorer, setting)) is not None
+            if setting.intervention == intervention
+            and (entry := found.pool("top", scorer, setting)) is not None
+            and (utility := entry.changes["utility"].value) is not None
+            and (refusal := entry.changes["refusal"].value) is not None
         )
         rows += [(method_label(scorer), *point) for point in [(0.0, 0.0), *falls]]
     rows += [(even, 0.0, 0.0), (even, 1.0, 1.0)]
@@ -222,6 +227,8 @@ def _brief(found: Verification, verdict: VerificationVerdict) -> str:
     effect, says = verdict.effect, _SAYS[verdict.kind]
     if effect is None or verdict.kind == "untestable":
         return says
+    if verdict.kind == "unclear" and (effect.is_unscored or not has_contrast(effect)):  # or without controls
+        says = _SAYS["none"]
     levels = {which: found.pool(which, effect.scorer, effect.setting) for which in _SELECTIONS}
     said = []
     for name, words in (("refusal", "refusals of harmful prompts"), ("utility", "right answers")):

@@ -13,21 +13,24 @@ Input: a target, prompts and objectives. Output: a frozen `Stability`.
 
 import random
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, is_dataclass, replace
+from functools import partial
+from itertools import combinations
 from pathlib import Path
 from typing import Any, Self
 
-from safelocus.errors import MALFORMED, PromptError, RunError
+from safelocus.errors import MALFORMED, PromptError, RunError, SelectionError
 from safelocus.model.target import Target
 from safelocus.objective import Objective, describe
 from safelocus.progress import track
-from safelocus.prompts import PromptSet
+from safelocus.prompts import PromptSet, read_prompts
 from safelocus.run.files import read_json, seal, write_json
 from safelocus.run.resume import claim
 from safelocus.scoring.comparison import Overlap, compare
 from safelocus.scoring.run import Method, score
 from safelocus.scoring.scores import Scores
+from safelocus.selection.ratio import count_for_ratio
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,7 +123,7 @@ class Stability:
 
 def stability(
     target: Target,
-    prompts: PromptSet,
+    prompts: PromptSet | Iterable[object] | str,
     *,
     objectives: Mapping[str, Objective],
     ratios: Sequence[float] = (0.003, 0.01, 0.03),
@@ -136,7 +139,8 @@ def stability(
 
     Args:
         target: the model under study.
-        prompts: harmful prompts; halves of them are compared, so give twice as many as you would score with.
+        prompts: harmful prompts, whatever `read_prompts` takes; halves of them are compared, so give twice as many as
+            you would score with.
         objectives: name -> objective; the first is split by prompts and seeds too.
         ratios: sizes of the selections compared.
         method: esi, gradient or snip.
@@ -150,6 +154,7 @@ def stability(
 
     Raises:
         PromptError: too few prompts to halve.
+        SelectionError: nothing to compare; a ratio that gives no selection. Both before anything is scored.
         RunError: the checkpoint belongs to other inputs.
 
     Example:
@@ -158,6 +163,9 @@ def stability(
         ...     target, prompts, objectives={"guard": guard, "refusal": sl.Refusal()}
         ... )
     """
+    prompts = read_prompts(prompts)
+    for ratio in ratios:
+        count_for_ratio(target.layout, ratio)
     if splits and len(prompts) < 2:
         raise PromptError(f"{prompts.source}: {len(prompts)} prompt cannot be halved; give more")
     main, objective = next(iter(objectives.items()))
@@ -175,27 +183,35 @@ def stability(
         jobs.append(("seeds", f"Gumbel seed {number}", seeded, prompts))
     if len(objectives) > 1:
         jobs += [("objectives", name, other, prompts) for name, other in objectives.items()]
+    if not len([*_pairs([job[:2] for job in jobs])]):
+        raise SelectionError("nothing to compare: give splits, seeds of an objective that has some, or two objectives")
     inputs = {"the model": target, "--prompts": prompts, "method": method}
     inputs |= {f"the objective {name}": each for name, each in objectives.items()}
-    numbers = {"splits": splits, "seeds": seeds, "seed": seed, "batch_size": batch_size, "ratios": ratios}
+    numbers = {"splits": splits, "seeds": seeds, "seed": seed, "batch_size": batch_size}
     claim(checkpoint, {**inputs, **numbers})
-    scored: list[tuple[str, str, Scores]] = []
-    for number, (kind, label, used, part) in enumerate(track(jobs, "scoring", enabled=progress)):
+    kept: list[Callable[[], Scores]] = []  # on disk, where there is a checkpoint: they are as large as the model
+    for number, (_, _, used, part) in enumerate(track(jobs, "scoring", enabled=progress)):
         sums, finished = (
             None if checkpoint is None else checkpoint / f"{what}-{number}" for what in ("sums", "scores")
         )
-        if finished is not None and finished.is_dir():
-            scores = Scores.load(finished)
-        else:
+        if finished is None or not finished.is_dir():
             scores = score(
                 target, part, objective=used, method=method, batch_size=batch_size, checkpoint=sums, progress=False
             )  # fmt: skip
-            if finished is not None and sums is not None:
-                scores.save(finished)
-                shutil.rmtree(sums)
-        scored.append((kind, label, scores))
+            if finished is None or sums is None:
+                kept.append(partial(replace, scores, tensors={n: each.cpu() for n, each in scores.tensors.items()}))
+                continue
+            scores.save(finished)
+            shutil.rmtree(sums)
+            del scores
+        kept.append(partial(Scores.load, finished))
+    agreements = [
+        ScoreAgreement(kind=jobs[i][0], a=jobs[i][1], b=jobs[j][1], ratio=ratio, overlap=overlap, rho=rho)
+        for i, j in _pairs([job[:2] for job in jobs])
+        for ratio, overlap, rho in _agreements(kept[i](), kept[j](), ratios=ratios)
+    ]
     return Stability(
-        agreements=[agreement for pair in _pairs(scored) for agreement in _agreements(*pair, ratios=ratios)],
+        agreements=agreements,
         notes=tuple(notes),
         provenance={
             "model": target.name,
@@ -223,28 +239,17 @@ def _halves(prompts: PromptSet, *, seed: int) -> tuple[PromptSet, PromptSet]:
     return first, second
 
 
-def _pairs(
-    scored: Sequence[tuple[str, str, Scores]],
-) -> Iterator[tuple[str, tuple[str, Scores], tuple[str, Scores]]]:
-    """Halves of one split with each other; seeds and objectives, every two."""
-    for number, (kind, label, scores) in enumerate(scored):
-        for other_kind, other_label, other in scored[number + 1 :]:
-            if kind == other_kind and (kind != "prompts" or label.split()[1] == other_label.split()[1]):
-                yield kind, (label, scores), (other_label, other)
+def _pairs(jobs: Sequence[tuple[str, str]]) -> Iterator[tuple[int, int]]:
+    """Numbers of jobs that are compared, by kind and label: halves of one split; seeds and objectives, every two."""
+    for (i, (kind, label)), (j, (other_kind, other_label)) in combinations(enumerate(jobs), 2):
+        if kind == other_kind and (kind != "prompts" or label.split()[1] == other_label.split()[1]):
+            yield i, j
 
 
-def _agreements(
-    kind: str, a: tuple[str, Scores], b: tuple[str, Scores], *, ratios: Sequence[float]
-) -> list[ScoreAgreement]:
-    found = []
+def _agreements(a: Scores, b: Scores, *, ratios: Sequence[float]) -> Iterator[tuple[float, Overlap, float | None]]:
     for ratio in ratios:
-        comparison = compare(a[1], b[1], ratio=ratio)
-        found.append(
-            ScoreAgreement(
-                kind=kind, a=a[0], b=b[0], ratio=ratio, overlap=comparison.top.overall, rho=comparison.correlation.rho
-            )
-        )
-    return found
+        comparison = compare(a, b, ratio=ratio)
+        yield ratio, comparison.top.overall, comparison.correlation.rho
 
 
 def _group(agreement: ScoreAgreement) -> str:

@@ -72,6 +72,9 @@ class Plan:
             raise SelectionError(
                 f"expected at least one seed and one random draw, found {self.num_seeds} and {self.random_draws}"
             )
+        named = [(each.name, each.noise) for each in self.interventions]
+        if twice := [name for name in dict.fromkeys(named) if named.count(name) > 1]:
+            raise SelectionError(f"two interventions are called {twice[0][0]!r}; give each a name of its own")
         if any(isinstance(scorer, Scores) for scorer in self.scorers.values()) and not self.ratios:
             raise SelectionError("scores are verified at one or more ratios: ratios=(0.01,), --ratios 0.01")
 

@@ -11,7 +11,7 @@ Random draws are uniform over the eligible weights, without replacement, and sha
 belongs to the weight and the seed, so a weight in several selections gets the same noise.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from safelocus.evaluation.tasks import Task
 from safelocus.model.fingerprint import check_made_for
 from safelocus.model.target import Target
 from safelocus.progress import track
-from safelocus.prompts import PromptSet
+from safelocus.prompts import PromptSet, read_prompts
 from safelocus.run.resume import Journal, claim
 from safelocus.scoring.scores import Scores
 from safelocus.selection.selection import Selection
@@ -42,7 +42,7 @@ def verify(
     target: Target,
     scores: Scorer | Mapping[str, Scorer],
     *,
-    prompts: PromptSet,
+    prompts: PromptSet | Iterable[object] | str,
     judges: Sequence[Judge] | Judge = (),
     harmless: PromptSet | None = None,
     tasks: Sequence[Task] | Task = (),
@@ -67,7 +67,7 @@ def verify(
         target: the model under study; it comes back as it was, bit for bit.
         scores: what to verify: scores (top and bottom are selected at every ratio), a selection (taken as
             it is; it has no bottom), or several of them by name, compared with one another.
-        prompts: harmful prompts, other than those that the scores were made with.
+        prompts: harmful prompts, other than those that the scores were made with; whatever `read_prompts` takes.
         judges: of the responses; the first makes the `asr`. Default: the refusal reader.
         harmless: prompts that should be answered, for over-refusal.
         tasks: questions with answers, for utility. Without them nothing shows that damage is limited to safety.
@@ -98,11 +98,12 @@ def verify(
         ... )
         >>> print(verification.verdict.text)                                # doctest: +SKIP
     """
+    prompts = read_prompts(prompts)
     scorers: dict[str, Scorer] = {_label(scores): scores} if isinstance(scores, Scores | Selection) else dict(scores)
     plan = Plan(
         scorers=scorers,
         ratios=tuple(dict.fromkeys(ratios)),
-        interventions=tuple(make_interventions(tuple(interventions), tuple(noises), transplant_from)),
+        interventions=tuple(make_interventions(tuple(interventions), tuple(dict.fromkeys(noises)), transplant_from)),
         selections=tuple(selections),
         num_seeds=seeds,
         random_draws=random_draws,
