@@ -5,7 +5,9 @@ import json
 import shlex
 import tomllib
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -26,6 +28,7 @@ from safelocus.resources import (
     Training,
     choose,
     choose_training,
+    devices,
     find_device,
 )
 from safelocus.resources.rehearsal import _memory_of
@@ -69,6 +72,14 @@ def test_this_machine_is_asked_and_measured():
     assert found.is_here
     assert 0 < found.free <= found.memory
     assert 0 < found.seconds(1e9, 0, torch.float32) < found.seconds(1e12, 0, torch.float32)
+
+
+def test_files_in_a_containers_cache_are_free_memory(tmp_path, monkeypatch):
+    for name, text in (("max", 16 << 30), ("current", 15 << 30), ("stat", f"anon 1\ninactive_file {14 << 30}\n")):
+        (tmp_path / f"memory.{name}").write_text(f"{text}\n")
+    monkeypatch.setattr(devices, "_GROUPS", tmp_path)
+    monkeypatch.setattr(devices.psutil, "virtual_memory", lambda: SimpleNamespace(total=1 << 40, available=1 << 40))
+    assert devices.host_memory() == (16 << 30, 15 << 30)
 
 
 def test_a_faster_device_takes_less_time(subject):
@@ -259,6 +270,23 @@ def test_sums_leave_the_device_when_it_is_full_and_then_several_are_used(subject
     assert choice.settings.options == ["--device", "auto"]
 
 
+def test_what_is_short_is_said_where_it_is_the_hosts_memory(subject):
+    preserve = Training(target=subject, num_selected=12000, kind="full", lengths=SHORT, most=8)
+    with pytest.raises(
+        DoesNotFit, match=r"beside 80GB 2\.5 MB of the CPU's memory .* 0\.9 MB can .*\(original weights"
+    ):
+        choose_training(preserve, replace(find_device("80GB"), host=10**6), batch_size=8)
+
+
+def test_several_devices_are_at_most_as_much_faster_as_they_are_more(subject):
+    eight = find_device("8x80GB")
+    for make in (Scoring, partial(Training, num_selected=12000, kind="sparse")):
+        alone = make(target=subject, lengths=SHORT, **({"processes": 1, "most": 8} if make is not Scoring else {}))
+        shared = make(target=subject, lengths=SHORT, **({"processes": 8, "most": 8} if make is not Scoring else {}))
+        slow = alone.seconds(Settings(batch_size=8), eight, 100)
+        assert slow / 8 <= shared.seconds(Settings(batch_size=8, count=8, sharded=True), eight, 100) < slow
+
+
 def test_rows_of_a_step_never_change(subject):
     training = Training(target=subject, num_selected=12000, kind="sparse", lengths=SHORT, retained_rows=2, most=8)
     seen = set()
@@ -403,6 +431,57 @@ def test_what_a_recipe_retains_is_planned_for(said, rows, tmp_path, run, monkeyp
     need = [json.loads(text)["stages"]["enhance"] for text in (planned, told)]
     assert need[0]["bytes"] == need[1]["bytes"]
     assert f"--retain-rows {rows}" in need[1]["command"]
+
+
+def planned(run, *arguments):
+    """(stage, its command in words) of a plan of one stage."""
+    code, out, err = run("plan", *arguments, "--device", "24GB", "--json")
+    assert code == 0, err
+    ((_, stage),) = json.loads(out)["stages"].items()
+    return stage, shlex.split(stage["command"])
+
+
+def test_the_command_says_what_the_plan_rests_on(run):
+    own = ["--dtype", "bfloat16", "--skip-unknown", "--ratio", "0.05", "--max-new-tokens", "32"]
+    _, score = planned(run, "organism:dense", "--stage", "score", "--guard", "organism:guard", *own)
+    assert {*own, "--guard", "organism:guard"} <= {*score}
+    assert "--refusal" not in score
+    _, enhance = planned(run, "organism:dense", "--stage", "enhance", "--guard", "organism:guard", "--dtype", "float16")
+    assert {"--dtype", "float16", "--guard", "organism:guard"} <= {*enhance}
+    _, evaluate = planned(run, "organism:dense", "--stage", "evaluate", "--guard", "organism:guard")
+    assert "guard:organism:guard" in evaluate
+
+
+def test_a_run_is_planned_as_it_would_go_and_what_is_given_beside_it_is_in_the_command(run, tmp_path):
+    (file := tmp_path / "run.toml").write_text(
+        'command = "enhance"\nmodel = "organism:dense"\ndata = "organism:refusals"\nbatch_size = 4\naccumulation = 2\n'
+        "checkpointing = true\nmax_length = 256\n"
+    )
+    stage, command = planned(run, "--config", file)
+    assert command[:4] == ["safelocus", "enhance", "--config", str(file)]
+    assert (stage["batch_size"], stage["accumulation"], stage["checkpointing"]) == (4, 2, True)
+    assert command[4:-2] == ["--batch-size", "4", "--accumulation", "2", "--checkpointing"]
+    _, command = planned(run, "organism:moe", "--config", file, "--steps", "7", "--dtype", "bfloat16")
+    assert command[:5] == ["safelocus", "enhance", "organism:moe", "--config", str(file)]
+    assert {"--steps", "7", "--dtype", "bfloat16"} <= {*command}
+
+
+def test_all_that_a_run_scores_answers_and_trains_is_planned_for(run, tmp_path):
+    def stage(*lines):
+        (file := tmp_path / "run.toml").write_text('model = "organism:dense"\n' + "\n".join(lines))
+        return planned(run, "--config", file)[0]
+
+    evaluate = ('command = "evaluate"', "limit = 8", 'prompts = ["organism:harmful"]')
+    one, more = stage(*evaluate), stage(*evaluate, 'harmless = ["organism:harmless"]', 'task = ["organism:utility"]')
+    assert more["batch_size"] == 24 == 3 * one["batch_size"]
+    assert stage('command = "score"', 'prompts = "organism:harmful"', "refusal = true", "limit = 5")["batch_size"] == 5
+    preserve = ('command = "preserve"', "lora = true", 'data = "organism:requests"')
+    assert stage(*preserve, "lora_rank = 64")["bytes"] > stage(*preserve)["bytes"]
+    enhance, selection = ('command = "enhance"', 'data = "organism:refusals"'), tmp_path / "s.safetensors"
+    assert stage(*enhance, 'controls = "full"')["bytes"] > stage(*enhance)["bytes"]
+    sl.score(sl.load("organism:dense"), ["a"], method="random", progress=False).select(0.1).save(selection)
+    assert stage(*enhance, f'selection = "{selection}"')["bytes"] == stage(*enhance, "ratio = 0.1")["bytes"]
+    assert stage(*enhance, 'selection = "not-yet"')["bytes"] == stage(*enhance)["bytes"]
 
 
 def test_a_folder_without_weights_can_be_planned_for(tmp_path, run):

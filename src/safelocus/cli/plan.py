@@ -2,18 +2,31 @@
 
 import shlex
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.markup import escape
 
-from safelocus.cli.command import ConfigOptions, command, flag, load_config, option
+from safelocus.cli import planning, sources
+from safelocus.cli.command import ConfigOptions, Options, command, flag, load_config, option
 from safelocus.cli.enhance import Enhance
-from safelocus.cli.options import NONE, AnswerOption, DtypeOption, HubOptions, ModelArgument, OffloadOption, RatioOption
+from safelocus.cli.evaluate import Evaluate
+from safelocus.cli.options import (
+    NONE,
+    AnswerOption,
+    DtypeOption,
+    HubOptions,
+    ModelArgument,
+    OffloadOption,
+    PromptOptions,
+    RatioOption,
+    words,
+)
 from safelocus.cli.output import note, print_json, results
 from safelocus.cli.preserve import Preserve
+from safelocus.cli.score import Score
 from safelocus.enhancement.retained import GIVEN, OWN, RETAINED, settled
 from safelocus.run.folder import read_config
 
@@ -22,26 +35,42 @@ if TYPE_CHECKING:
     from safelocus.resources import Answering, Choice, Device, Scoring, Subject, Training
 
 
-STAGES = ("score", "evaluate", "enhance", "preserve", "preserve --lora")
+COMMANDS: dict[str, type[Options]] = {"score": Score, "evaluate": Evaluate, "enhance": Enhance, "preserve": Preserve}
+STAGES = (*COMMANDS, "preserve --lora")
+# what is the plan's own, or comes back with the settings that it chooses
+_NOT_PASSED_ON = ("model", "config", "json", "device", "batch_size", "offload")
 
 
 def take_run(context: typer.Context, value: Path | None) -> Path | None:
     """Make the defaults those of a run of another command, as far as a plan depends on them; plan that stage alone."""
-    values = {} if value is None else read_config(value)
-    name = values.get("command")
-    if name not in STAGES:
+    run = read_run(value)
+    if not run:
         load_config(context, value)
         return None
-    if name == "evaluate":
-        guards = [judge.removeprefix("guard:") for judge in values.get("judge", []) if judge.startswith("guard:")]
-        values |= {"prompts": next(iter(values.get("prompts", [])), None), "guard": next(iter(guards), None)}
-    if name == "enhance" and values.get("retain_rows") is None:
-        values["retain_rows"] = _rows_retained(values)
-    values["stage"] = f"{name} --lora" if values.get("lora") else name
+    values = {**run}
+    if run["command"] == "evaluate":
+        guards = [judge.removeprefix("guard:") for judge in run.get("judge", []) if judge.startswith("guard:")]
+        values |= {"prompts": next(iter(run.get("prompts", [])), None), "guard": next(iter(guards), None)}
+    values["stage"] = f"{run['command']} --lora" if run.get("lora") else run["command"]
     context.default_map = {
         p.name: values[p.name] for p in context.command.params if values.get(str(p.name)) is not None
     }
     return value
+
+
+def read_run(config: Path | None) -> dict[str, Any]:
+    """What a run.toml or recipe says, where it is of a command that is planned for; else nothing."""
+    values = {} if config is None else read_config(config)
+    if values.get("command") not in COMMANDS:
+        return {}
+    if values["command"] == "enhance" and values.get("retain_rows") is None:
+        values["retain_rows"] = _rows_retained(values)
+    return values
+
+
+def usual(kind: type[Options], run: Mapping[str, Any]) -> dict[str, Any]:
+    """What a command takes where its command line says nothing: of a run's file, else its defaults."""
+    return {f.name: run.get(f.name, None if f.default is MISSING else f.default) for f in fields(kind)}
 
 
 def _rows_retained(values: Mapping[str, Any]) -> int:
@@ -98,7 +127,7 @@ def plan(given: PlanOptions) -> None:
         raise ModelError("--guard and --lexicon are two objectives to plan for; give one")
     if given.guard:
         reader = Subject.load(given.guard, dtype=dtype, trust_remote_code=given.trust_remote_code)
-    found = _stages(given, subject, reader, where)
+    found = _stages(given, read_run(given.config), subject, reader, where)
     if given.json:
         about = {"name": where.label, "count": where.count, "memory": where.memory, "free": where.free}
         stages = {stage.name: stage.to_json() for stage in found}
@@ -119,49 +148,102 @@ def plan(given: PlanOptions) -> None:
     note("Times are rough, within a factor of three; measuring before and after is not in them. docs/plan.md")
 
 
-def _stages(given: PlanOptions, subject: "Subject", reader: "Subject | None", where: "Device") -> "list[_Planned]":
-    from safelocus.prompts import read_prompts
+def _stages(
+    given: PlanOptions, run: Mapping[str, Any], subject: "Subject", reader: "Subject | None", where: "Device"
+) -> "list[_Planned]":
     from safelocus.resources import Answering, Lengths, Scoring, Training, choose, choose_training
 
-    model, guard = given.model, given.guard
-    number = len(read_prompts(given.prompts)) if given.prompts else 128
+    lexicon = given.lexicon is not None
     processes = where.count if given.shard else 1
     lengths = Lengths(prompt=given.prompt_tokens, response=given.max_new_tokens, row=given.max_length)
     common: dict[str, Any] = {"target": subject, "lengths": lengths}
-    scoring = Scoring(guard=reader, answers=given.lexicon is not None, **common)
-    answering = Answering(guards=(reader,) if reader else (), **common)
     placed: dict[str, Any] = {"sharded": given.shard, "offload": given.offload}
-    most = max(number // processes, 1)
-    asked = ["--prompts", given.prompts or "PROMPTS", "--max-new-tokens", str(given.max_new_tokens)]
-    lexicon = ["--lexicon", str(given.lexicon)] if given.lexicon else []
-    words = ["score", model, *asked, *(["--guard", guard] if guard else lexicon or ["--refusal"])]
+    scoring = Scoring(guard=reader, answers=lexicon, **common)
+    answering = Answering(guards=(reader,) if reader else (), **common)
     retained = given.retain_rows or (GIVEN if lexicon else OWN)["retain_rows"]
-    rows_retained = ["--retain-rows", str(retained)] if given.retain_rows else []
     found: list[_Planned] = []
-
-    def add(name: str, words: list[str], *how: Any) -> None:
-        if given.stage in (None, name):
-            found.append(_stage(name, [words[0], "--config", str(given.config)] if given.config else words, *how))
-
-    add("score", words, scoring, number, lambda: choose(scoring, where, most=most, **placed))
-    judge = f"guard:{guard}" if guard else f"lexicon:{given.lexicon}" if lexicon else None
-    words = ["evaluate", model, *asked, *(["--judge", judge] if judge else [])]
-    add("evaluate", words, answering, number, lambda: choose(answering, where, most=most, **placed))
-    for name, kind, rows, num_steps, data in (
-        ("enhance", "sparse", Enhance.rows, Enhance.steps, ["--data", "REFUSALS", *rows_retained]),
-        ("preserve", "full", Preserve.rows, Preserve.steps, ["--data", "TASK"]),
-        ("preserve --lora", "lora", Preserve.rows, Preserve.steps, ["--data", "TASK"]),
-    ):
-        size, times = given.batch_size or rows, given.steps or num_steps
-        training = Training(
-            num_selected=max(int(given.ratio * subject.num_weights), 1), kind=kind, guard=reader, most=size,  # type: ignore[arg-type]
-            retained_rows=retained if kind == "sparse" else 0, processes=processes, **common,
-        )  # fmt: skip
+    for name in (given.stage,) if given.stage else STAGES:
         command, *flags = name.split()
-        words = [command, model, "--selection", "SELECTION", *data, *flags, "--steps", str(times)]
-        choice = lambda training=training, size=size: choose_training(training, where, batch_size=size, **placed)  # noqa: E731
-        add(name, [*words, "--max-length", str(given.max_length)], training, times, choice)
+        line = _line(given, run, command, flags)
+        if command in ("score", "evaluate"):
+            stage = scoring if command == "score" else answering
+            number = _number(given, run, command)
+            most = max(number // processes, 1)
+            choice = lambda stage=stage, most=most: choose(stage, where, most=most, **placed)  # noqa: E731
+            found.append(_stage(name, line, stage, number, choice))
+            continue
+        options: Any = COMMANDS[command]
+        size, times = given.batch_size or options.rows, given.steps or options.steps
+        kind: Any = "sparse" if command == "enhance" else "lora" if flags else "full"
+        training = Training(
+            num_selected=_num_trained(given, run, subject), kind=kind,
+            lora_rank=run.get("lora_rank", Preserve.lora_rank), guard=reader, most=size,
+            retained_rows=retained if command == "enhance" else 0, processes=processes, **common,
+        )  # fmt: skip
+        passes = run.get("accumulation") or 1 if given.batch_size == run.get("batch_size") else 1
+        how = {"batch_size": size, "accumulation": passes, "checkpointing": run.get("checkpointing") or None}
+        choice = lambda training=training, how=how: choose_training(training, where, **how, **placed)  # noqa: E731
+        found.append(_stage(name, line, training, times, choice))
     return found
+
+
+def _line(given: PlanOptions, run: Mapping[str, Any], command: str, flags: list[str]) -> list[str]:
+    """The command as it would be given: by the run's file, where there is one, and what it would not take by itself."""
+    is_training = command in ("enhance", "preserve")
+    expected = usual(COMMANDS[command], run)
+    left_out = {*_NOT_PASSED_ON, *(("prompts", "ratio") if is_training and (not run or run.get("selection")) else ())}
+    line = [command]
+    if not run or given.model != run.get("model"):
+        line.append(given.model)
+    if run:
+        line += ["--config", str(given.config)]
+    elif is_training:
+        line += ["--selection", "SELECTION", "--data", "REFUSALS" if command == "enhance" else "TASK", *flags]
+    elif given.prompts is None:
+        line += ["--prompts", "PROMPTS"]
+    if not run and command == "score" and given.guard is None and given.lexicon is None:
+        line.append("--refusal")
+    for field in fields(PlanOptions):
+        value, name = getattr(given, field.name), field.name
+        if name in ("guard", "lexicon") and name not in expected and value is not None:
+            judge = f"{name}:{value}"
+            line += [] if judge in (expected["judge"] or ()) else ["--judge", judge]
+        unsaid = run.get(name, field.default) if run else expected.get(name)
+        if name in expected and name not in left_out and value not in (None, False) and not _same(value, unsaid):
+            line += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
+    return line
+
+
+def _same(value: Any, other: Any) -> bool:
+    return str(value) == str(other[0] if isinstance(other, list) and other else other)  # of several the plan has one
+
+
+def _number(given: PlanOptions, run: Mapping[str, Any], command: str) -> int:
+    """Of prompts that are scored or answered, as far as it is known."""
+    from safelocus.prompts import read_prompts
+
+    if not run:
+        return len(read_prompts(given.prompts)) if given.prompts else 128
+    asked = usual(COMMANDS[command], run)
+    held_out: float = asked["held_out"]
+    if command == "score":
+        named = {field.name: asked[field.name] for field in fields(PromptOptions)} | {"prompts": given.prompts}
+        return len(PromptOptions(**named).read(held_out)[0])
+    of_each: dict[str, Any] = {"limit": asked["limit"], "seed": asked["seed"]}
+    harmful = [given.prompts, *(asked["prompts"] or [])[1:]] if given.prompts else None
+    sets = sources.read_sets(harmful, asked["field"], asked["where"], held_out=held_out, **of_each)
+    harmless = sources.read_sets(asked["harmless"], asked["harmless_field"], asked["harmless_where"], **of_each)
+    return sum(map(len, (*sets, *harmless, *sources.read_tasks(asked["task"], **of_each)))) or 128
+
+
+def _num_trained(given: PlanOptions, run: Mapping[str, Any], subject: "Subject") -> int:
+    """K, or more where a control trains more."""
+    selection = Path(run["selection"]).expanduser() if run.get("selection") else None
+    if selection is not None and not selection.exists():
+        note(f"{selection}: not there yet; the plan is of {given.ratio:.3g} of the weights")
+        selection = None
+    is_full = "full" in words(run.get("controls"))
+    return subject.num_weights if is_full else planning.num_selected(selection, given.ratio, subject)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -55,7 +55,7 @@ class Model:
         return Subject.load(name, dtype=dtype, trust_remote_code=self.place.trust_remote_code, **options)
 
     def devices(self) -> "Device":
-        """Of one process: its own accelerator, or its part of the CPU's memory."""
+        """Of one process: its own accelerator, and its part of the CPU's memory."""
         import os
 
         from safelocus import distributed
@@ -63,8 +63,11 @@ class Model:
 
         size = distributed.world_size()
         found = find_device(self.place.device or ("auto" if size == 1 else None))
-        if size > 1 and found.is_cpu:
-            found = replace(found, free=found.free // int(os.environ.get("LOCAL_WORLD_SIZE", size)))
+        beside = int(os.environ.get("LOCAL_WORLD_SIZE", size))  # processes on this machine
+        if found.is_cpu:
+            found = replace(found, free=found.free // beside)
+        elif found.host is not None and not self.place.shard:  # what is on the host has shards too
+            found = replace(found, host=found.host // beside)
         return replace(found, count=size) if self.place.shard else found
 
     def lengths(
@@ -225,19 +228,19 @@ def _settled(
     what: str, model: Model, make: "Callable[[], Choice]", otherwise: int, *, quiet: bool
 ) -> "tuple[int, str | None, Choice | None]":
     """(batch size, device, choice), the same in all processes and said in a line; a remark where there is no plan."""
-    from safelocus.errors import LayoutError, PlanError, ResourceError
+    from safelocus.errors import LayoutError, PlanError, ResourceError, SelectionError
     from safelocus.resources import in_bytes
 
     def attempt() -> "Choice | Exception":
         try:
             return make()
-        except (LayoutError, PlanError) as error:
+        except (LayoutError, PlanError, SelectionError) as error:
             return error
         except ResourceError as error:
             return ResourceError(f"{what} {error}")
 
     found = agreed(attempt)
-    if isinstance(found, ResourceError):
+    if isinstance(found, ResourceError | SelectionError):
         raise found
     if isinstance(found, Exception):
         note(f"{what}: batch size {otherwise}; no plan: {str(found).splitlines()[0]}")
@@ -261,8 +264,9 @@ def resumed(given: Run, *names: str) -> Run:
 
 def num_selected(selection: Path | None, ratio: float | None, subject: "Subject") -> int:
     """K of a selection file, or of a selection to be made."""
+    from safelocus.selection.ratio import count_for_ratio
     from safelocus.selection.selection import Selection
 
     if selection is None:
-        return int((0.01 if ratio is None else ratio) * subject.num_weights)
+        return count_for_ratio(subject.layout, 0.01 if ratio is None else ratio)
     return Selection.load(selection / "selection.safetensors" if selection.is_dir() else selection).k

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from safelocus.errors import ResourceError
-from safelocus.resources.devices import Device, host_memory
+from safelocus.resources.devices import Device
 from safelocus.resources.stages import Answering, Need, Scoring, Settings, Training
 
 MARGIN = 0.9  # of what is free: allocators leave gaps, kernels take work space
@@ -42,9 +42,13 @@ class Choice:
         return int(MARGIN * self.device.free)
 
     @property
+    def host_room(self) -> float:
+        """Bytes of memory that the host has for it."""
+        return float("inf") if self.device.host is None else MARGIN * self.device.host
+
+    @property
     def fits(self) -> bool:
-        on_host = sum(self.need.host.values())
-        return self.need.total <= self.room and (not self.device.is_here or on_host <= MARGIN * host_memory()[1])
+        return self.need.total <= self.room and sum(self.need.host.values()) <= self.host_room
 
     @property
     def sentence(self) -> str:
@@ -166,6 +170,15 @@ def _first(
         "a smaller --max-length, or --lora (preserve)" if isinstance(stage, Training) else "fewer --max-new-tokens"
     )
     wide = "--dtype bfloat16; " if stage.target.dtype.itemsize > 2 else ""
+    if (beside := {name: size for name, size in smallest.need.host.items() if size}) and (
+        smallest.need.total <= smallest.room
+    ):
+        parts = ", ".join(f"{name} {in_bytes(size)}" for name, size in beside.items())
+        raise DoesNotFit(
+            f"does not fit: beside {device.label} {in_bytes(sum(beside.values()))} of the CPU's memory are needed, "
+            f"{in_bytes(smallest.host_room)} can be used ({parts}). What would help: {wide}fewer processes, or more "
+            "memory", smallest,
+        )  # fmt: skip
     elsewhere = "" if device.is_cpu else "several devices (--device auto, --shard); --offload or --device cpu (slow); "
     raise DoesNotFit(
         f"does not fit: at least {in_bytes(smallest.need.total)} are needed on {device.label} "

@@ -29,6 +29,7 @@ _TABLE = {
 }  # fmt: skip
 _MODEST = (60, 400)  # of a device known by its memory alone
 _SINGLE = 0.1  # of the rate in 16 bits, in fp32
+_GROUPS = Path("/sys/fs/cgroup")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +42,7 @@ class Device:
         memory, free: bytes of one: all, and those that nothing else uses.
         teraflops, gigabytes: per second, of one: operations in 16 bits, and bytes, at best; None to measure them.
         count: how many there are.
+        host: bytes of memory beside it that nothing else uses, or this process's part of them; None: nobody knows.
     """
 
     name: str
@@ -50,6 +52,7 @@ class Device:
     teraflops: float | None = None
     gigabytes: float | None = None
     count: int = 1
+    host: int | None = None
 
     @property
     def is_here(self) -> bool:
@@ -129,7 +132,7 @@ def _here(name: str) -> Device:
     label = module.get_device_name(index) if hasattr(module, "get_device_name") else accelerator.type
     return Device(
         name=f"{accelerator.type}:{index}", label=label, memory=memory, free=free,
-        count=available if name == "auto" else 1,
+        count=available if name == "auto" else 1, host=host_memory()[1],
     )  # fmt: skip
 
 
@@ -137,14 +140,20 @@ def host_memory() -> tuple[int, int]:
     """All and available bytes, of the machine or of the container that this process may use."""
     host = psutil.virtual_memory()
     total, free = host.total, host.available
-    groups = Path("/sys/fs/cgroup")
-    for limit, used in (
-        (groups / "memory.max", groups / "memory.current"),
-        (groups / "memory/memory.limit_in_bytes", groups / "memory/memory.usage_in_bytes"),  # version 1
-    ):
+    for limit, used, files in (
+        (_GROUPS / "memory.max", _GROUPS / "memory.current", "inactive_file"),
+        (_GROUPS / "memory/memory.limit_in_bytes", _GROUPS / "memory/memory.usage_in_bytes", "total_inactive_file"),
+    ):  # version 2, version 1
         if limit.is_file() and used.is_file() and (text := limit.read_text(encoding="ascii").strip()).isdigit():
-            total, free = min(total, int(text)), min(free, max(int(text) - int(used.read_text(encoding="ascii")), 0))
+            taken = int(used.read_text(encoding="ascii")) - _counter(used.with_name("memory.stat"), files)
+            total, free = min(total, int(text)), min(free, max(int(text) - taken, 0))
     return total, free
+
+
+def _counter(file: Path, name: str) -> int:
+    """Of a control group's file; here bytes of read files, which make room for whatever needs it."""
+    lines = file.read_text(encoding="ascii").splitlines() if file.is_file() else []
+    return next((int(line.split()[1]) for line in lines if line.split()[:1] == [name]), 0)
 
 
 @cache

@@ -97,7 +97,7 @@ class Subject:
 
         Example:
             >>> Subject.load("organism:dense").num_weights
-            1267328
+            1270912
         """
         config = load_config(name, revision=revision, trust_remote_code=trust_remote_code)
         return cls.of(name, config, dtype=dtype, layout=layout, skip_unknown=skip_unknown)

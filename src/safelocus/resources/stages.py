@@ -154,7 +154,7 @@ class _Stage:
         for phase in self._between(settings).values():
             token = device.seconds(phase.operations / self.lengths.prompt, target.num_bytes, target.dtype)
             total += device.seconds(phase.operations, 0, target.dtype) + phase.tokens * token
-        return total * self._batches(settings, number) / (settings.count if settings.sharded else 1)
+        return total * self._batches(settings, number)
 
     def _between(self, settings: Settings) -> dict[str, Phase]:
         if not 1 < settings.batch_size < self.most:
@@ -167,7 +167,7 @@ class _Stage:
         }
 
     def _batches(self, settings: Settings, number: int) -> float:
-        return number / settings.batch_size
+        return number / settings.batch_size / (settings.count if settings.sharded else 1)
 
     def _kept(self, settings: Settings) -> tuple[dict[str, int], dict[str, int]]:
         """(beside the weights, on the host)"""
