@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from damage import flip
+from made_runs import enhance_run
 from safelocus.errors import RunError
 from safelocus.run.checking import check
 from safelocus.run.files import DIGESTS, inside, read_json, read_text, seal, write_json
@@ -161,3 +162,18 @@ def test_an_unfinished_run_can_be_checked(tmp_path):
     assert not bad(unfinished)
     journal.write_text(journal.read_text().replace("yes", "yet"))
     assert bad(unfinished) == {"answers.jsonl": "damaged"}
+
+
+def test_a_page_that_is_written_again_is_no_damage(tmp_path, run):
+    outer = tmp_path / "demo"
+    with run_folder(outer, config={"command": "demo"}) as folder:
+        with run_folder(folder / "tuned", config={"command": "enhance"}) as inner:
+            enhance_run(inner)
+            (inner / "report.html").write_text("old")
+        (folder / "results.json").write_text("{}")
+    code, _, err = run("report", outer / "tuned")
+    assert code == 0, err
+    assert (outer / "tuned" / "report.html").read_text() != "old"
+    assert not bad(outer)
+    (outer / "tuned" / "report.html").write_text("changed")
+    assert bad(outer) == {"report.html": "changed"}

@@ -293,3 +293,11 @@ def test_the_unaligned_twins_values_take_refusals_and_leave_utility(quick, organ
     assert swap.verdict.kind == "specific"
     assert swap.verdict.effect.beyond_random.low > 0.2
     assert target.fingerprint() == before
+
+
+@pytest.mark.parametrize("which", ["--quick", "--organisms"])
+def test_a_model_beside_the_organisms_is_refused(tmp_path, run, which):
+    code, _, err = run("demo", which, "--model", "organism:dense", "-o", tmp_path / "demo")
+    assert code == 2
+    assert "are about models of their own" in err
+    assert not list(tmp_path.iterdir())

@@ -222,7 +222,7 @@ def test_a_patch_trained_in_fp32_fits_the_bf16_model_it_began_from():
     patch = Patch.of(trained, selection, new=new)
     rounded = patch.to(torch.bfloat16)
     assert rounded.dtypes == [torch.bfloat16]
-    assert rounded.metadata == {"converted_to": "bfloat16", "num_rounded": 200}
+    assert rounded.metadata == {"converted_to": "bfloat16", "num_rounded": 200, "num_lost": 0}
     assert rounded.apply(stored)
     now = gather(stored.model, selection)
     assert all(torch.equal(now[name], new[name].bfloat16()) for name in now)
@@ -352,3 +352,25 @@ def test_patches_of_other_bases_are_not_merged(tmp_path):
     second.save(tmp_path / "small", old="digest")
     with pytest.raises(PatchError, match="without old values"):
         merge([first, Patch.load(tmp_path / "small")])
+    with pytest.raises(PatchError, match=r"no digest says what .* is after the patch .* keep them"):
+        replace(merge([first, second], prefer="last"), old=None)  # nothing would recognise what it makes
+
+
+def test_patches_made_in_two_dtypes_are_merged_where_they_are_of_one_base():
+    target = dense()
+    target.model.to(torch.bfloat16)
+    narrow = made(target)[0]
+    target.model.float()
+    wide = made(target, seed=1)[0]
+    with pytest.raises(PatchError, match=r"in another dtype; convert it: patch\.to\(torch\.float32\)"):
+        merge([wide, narrow], prefer="first")
+    merged, before = merge([wide, narrow.to(torch.float32)], prefer="first"), everything(target.model)
+    assert merged.apply(target)
+    assert not merged.apply(target)
+    assert merged.revert(target)
+    assert same(everything(target.model), before)
+    other = dense(seed=1)
+    other.model.to(torch.bfloat16)
+    fits = made(other, 2000)[0].to(torch.float32)
+    with pytest.raises(PatchError, match="another base"):
+        merge([made(target, 2000)[0], fits], prefer="first")

@@ -258,8 +258,12 @@ def test_a_folder_in_another_dtype(stored, tmp_path):
     before, patch = contents(path), full.to(torch.bfloat16)
     outcome = apply_to_folder(full, path)
     assert outcome.num_rounded == patch.metadata["num_rounded"] > 0
+    assert outcome.num_lost == patch.metadata["num_lost"]
     for again in (full, patch):
         assert not apply_to_folder(again, path)
+    faint = Patch.of(wide, selection, new={name: v * (1 + 2**-20) for name, v in full.old.items()})
+    assert apply_to_folder(faint, path, allow_mismatch=True).num_lost == faint.num_changed > 0
+    apply_to_folder(full, path, allow_mismatch=True)
     now = gather(reloaded(model, path), patch.selection)
     assert all(torch.equal(bits(now[name]), bits(patch.new[name])) for name in now)
     assert revert_folder(full, path)
@@ -333,6 +337,10 @@ def test_damaged_and_strange_folders(stored, tmp_path):
     with pytest.raises(ModelError, match=r"neither model\.safetensors nor"):
         apply_to_folder(patch, path)
     index.write_text(text)
+    (path / "model.safetensors").write_bytes(b"")  # which transformers takes, though there is an index
+    with pytest.raises(ModelError, match=r"model\.safetensors: not a complete"):
+        apply_to_folder(patch, path)
+    (path / "model.safetensors").unlink()
     config = path / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"quantization_config": {"quant_method": "fp8"}}))
     with pytest.raises(ModelError, match="quantised"):

@@ -1,7 +1,10 @@
+import os
+from pathlib import Path
+
 import pytest
 
 from safelocus.errors import RunError
-from safelocus.run.files import read_json, seal, write_json
+from safelocus.run.files import read_json, replacing, seal, write_json
 from safelocus.run.folder import CHECKPOINT, read_config, read_unfinished, run_folder
 from safelocus.run.resume import claim
 
@@ -78,7 +81,8 @@ def test_work_that_is_forgotten_is_nobodys_however_far_its_removal_came(tmp_path
         patched.setattr("shutil.rmtree", killed)
         with run_folder(tmp_path / "run", config={"seed": 1}):
             pass
-    with run_folder(tmp_path / "run", config={"seed": 2}) as folder:
+    assert read_config(tmp_path / "run") == {"seed": 1}  # it had its place
+    with run_folder(tmp_path / "run", config={"seed": 2}, overwrite=True) as folder:
         claim(folder / CHECKPOINT, {"seed": 2})
         assert not (folder / CHECKPOINT / "work").exists()
     assert names(tmp_path) == ["run"]
@@ -162,3 +166,59 @@ def test_read_config_errors(tmp_path):
     (tmp_path / "bad.toml").write_text("a = = 1")
     with pytest.raises(RunError, match="not valid TOML"):
         read_config(tmp_path / "bad.toml")
+
+
+def test_a_link_stays_and_the_run_is_where_it_leads(tmp_path):
+    (tmp_path / "disk" / "out").mkdir(parents=True)
+    (link := tmp_path / "out").symlink_to(tmp_path / "disk" / "out")
+    for number in range(3):
+        with run_folder(link, config={"number": number}, overwrite=number > 0) as folder:
+            assert folder.parent == tmp_path / "disk"
+    assert link.is_symlink()
+    assert read_config(tmp_path / "disk" / "out") == {"number": 2}
+    assert names(tmp_path / "disk") == ["out"]
+
+
+def test_a_place_that_nothing_can_take_is_refused_before_the_work(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for write in (lambda path: run_folder(path, config={}), replacing):
+        for path, said in ((Path(), "the current folder"), (Path("/"), "where a disk is mounted")):
+            with pytest.raises(RunError, match=f"is {said}.*a folder within it"), write(path):
+                raise AssertionError
+    assert names(tmp_path) == []
+
+
+def test_a_run_whose_last_step_fails_is_resumed(tmp_path, monkeypatch):
+    rename = os.replace
+
+    def fail(source, destination):
+        if destination == tmp_path / "run":
+            raise OSError(16, "Device or resource busy")
+        rename(source, destination)
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(RunError, match="busy"), run_folder(tmp_path / "run", config={}) as folder:
+        (folder / CHECKPOINT).mkdir()
+        (folder / CHECKPOINT / "state").write_text("3")
+    monkeypatch.undo()
+    with run_folder(tmp_path / "run", config={}) as folder:
+        assert (folder / CHECKPOINT / "state").read_text() == "3"
+    assert names(tmp_path / "run") == ["digests.json", "run.toml"]
+
+
+def test_a_folder_that_is_replaced_is_never_gone(tmp_path, monkeypatch):
+    with replacing(tmp_path / "a") as folder:
+        (folder / "old").touch()
+    rename, done = os.replace, []
+
+    def stop(source, destination):
+        done.append(destination)
+        if len(done) == 2:
+            raise KeyboardInterrupt
+        rename(source, destination)
+
+    monkeypatch.setattr(os, "replace", stop)
+    with pytest.raises(KeyboardInterrupt), replacing(tmp_path / "a") as folder:
+        (folder / "new").touch()
+    assert names(tmp_path) == ["a"]
+    assert names(tmp_path / "a") == ["old"]

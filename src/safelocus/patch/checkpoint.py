@@ -39,6 +39,8 @@ from safelocus.run.files import inside
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+# weights in forms that are not changed: stale copies of the old ones beside changed safetensors would mislead
+OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx")
 _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # others are quantised or no weights
 
 
@@ -257,24 +259,24 @@ def local_folder(name: str | Path, *, revision: str | None = None) -> Path:
     if Path(where).is_dir():
         return Path(where)
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+    left_out = [*(f"*{ending}" for ending in OTHER_WEIGHTS), "consolidated*", "original/*"]
     try:
-        return Path(snapshot_download(where, revision=revision, ignore_patterns=["*.bin", "*.pt", "*.pth", "*.gguf"]))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        return Path(snapshot_download(where, revision=revision, ignore_patterns=left_out))
+    except Exception as error:  # of whichever clients the hub's package uses; not all are its own, or OSErrors
         raise ModelError(f"{name}: cannot be downloaded: {str(error).strip().splitlines()[0]}") from error
 
 
 def weight_files(folder: Path) -> list[str]:
     """Names of the safetensors files that make up the model."""
+    if (folder / SINGLE).is_file():  # which transformers takes, whatever else is there
+        return [SINGLE]
     if (folder / INDEX).is_file():
         try:
             names = sorted(set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
             return [inside(folder, name).relative_to(folder).as_posix() for name in names]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ModelError(f"{folder / INDEX}: damaged ({error!r}); copy it again") from error
-    if (folder / SINGLE).is_file():
-        return [SINGLE]
     raise ModelError(f"{folder}: neither {SINGLE} nor {INDEX}; expected a Hugging Face model folder with safetensors")
 
 

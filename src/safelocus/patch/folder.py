@@ -33,14 +33,12 @@ from safelocus import distributed
 from safelocus.errors import PatchError, ResourceError
 from safelocus.model.fingerprint import bits
 from safelocus.model.layout import canonical_name
-from safelocus.patch.checkpoint import INDEX, Checkpoint, Stored, stored_in, weight_files
+from safelocus.patch.checkpoint import INDEX, OTHER_WEIGHTS, Checkpoint, Stored, stored_in, weight_files
 from safelocus.patch.patch import Patch
 from safelocus.patch.state import Goal, Outcome, examine
 from safelocus.progress import track
 from safelocus.run.files import alone, replacing
 
-# weights in forms that are not changed: stale copies of the old weights in a patched folder would mislead
-_OTHER_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx")
 # what turns text, pictures and sound into inputs, as transformers and others name it
 _INPUTS = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model", "*.tiktoken",
@@ -182,10 +180,9 @@ def _rewrite(
     checkpoint = Checkpoint.open(model, revision=revision, layout=patch.selection.layout)
     if output is not None:
         _check_output(output, checkpoint.folder)
-    num_rounded, dtypes = 0, checkpoint.dtypes
+    dtypes = checkpoint.dtypes
     if len(dtypes) == 1 and patch.dtypes != dtypes:  # trained in fp32, say, where the files are bf16
         patch = patch.to(*dtypes)
-        num_rounded = patch.metadata["num_rounded"]
     patch.selection.require({name: tuple(weights.shape) for name, weights in checkpoint.model.named_parameters()})
     forms = [(name, form) for name in patch.new for form in checkpoint.forms(name)]
     checked = track(forms, "check", enabled=progress)
@@ -199,7 +196,7 @@ def _rewrite(
             for file in edits:
                 _write(checkpoint, copy / file, edits[file])
     outcome = patch.outcome(pending, mismatches, files=tuple(edits), left_out=tuple(_other_weights(checkpoint)))
-    return replace(outcome, num_rounded=num_rounded)
+    return replace(outcome, **{name: patch.metadata.get(name, 0) for name in ("num_rounded", "num_lost")})
 
 
 def _edits(checkpoint: Checkpoint, patch: Patch, goal: Goal, names: list[str]) -> Edits:
@@ -290,7 +287,7 @@ def _files(folder: Path) -> Iterator[str]:
 def _other_weights(checkpoint: Checkpoint) -> Iterator[str]:
     own = {stored.file for stored in checkpoint.stored.values()}
     for file in _files(checkpoint.folder):
-        if file not in own and Path(file).suffix in _OTHER_WEIGHTS:
+        if file not in own and Path(file).suffix in (".safetensors", *OTHER_WEIGHTS):
             yield file
 
 

@@ -52,9 +52,7 @@ def _merge_two(first: Patch, second: Patch, prefer: Prefer | None, label: str) -
             new[name], old[name] = second.new[name], second.old[name]
             continue
         ours, theirs = first.selection[name], second.selection[name]
-        where = torch.searchsorted(ours, theirs).clamp_(max=ours.numel() - 1)
-        shared = ours[where] == theirs
-        conflicts = int((bits(first.new[name])[where[shared]] != bits(second.new[name])[shared]).count_nonzero())
+        conflicts = _num_differing(ours, first.new[name], theirs, second.new[name])
         num_conflicts += conflicts
         in_conflict += [name] * bool(conflicts)
         target = selection[name]
@@ -77,6 +75,13 @@ def _merge_two(first: Patch, second: Patch, prefer: Prefer | None, label: str) -
     )
 
 
+def _num_differing(ours: Tensor, first: Tensor, theirs: Tensor, second: Tensor) -> int:
+    """Of two tensors' values at indices that both have."""
+    where = torch.searchsorted(ours, theirs).clamp_(max=ours.numel() - 1)
+    shared = ours[where] == theirs
+    return int((bits(first)[where[shared]] != bits(second)[shared]).count_nonzero())
+
+
 def _overlay(target: Tensor, first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor], *, last_wins: bool) -> Tensor:
     """Values at `target`, the union of both indices; where both have one, the first's or the last's."""
     values = torch.empty(target.shape, dtype=first[1].dtype)
@@ -89,12 +94,22 @@ def _check_same_base(first: Patch, second: Patch, label: str) -> None:
     if first.before.config != second.before.config:
         raise PatchError(f"{label} was made for a model with another configuration; patches of one base can be merged")
     common = [name for name in second.new if name in first.new]
-    if differing := [name for name in common if first.before.tensors[name] != second.before.tensors[name]]:
-        raise PatchError(
-            f"{label} was made for another base: {len(differing)} of {len(common)} tensors that both touch were "
-            f"different before, first of them {differing[0]}. Make it again for the same base"
-        )
     if mixed := [name for name in common if first.new[name].dtype != second.new[name].dtype]:
         raise PatchError(
             f"{label} holds {mixed[0]} in another dtype; convert it: patch.to({first.new[mixed[0]].dtype})"
         )
+    if differing := [name for name in common if _are_apart(first, second, name)]:
+        raise PatchError(
+            f"{label} was made for another base: {len(differing)} of {len(common)} tensors that both touch were "
+            f"different before, first of them {differing[0]}. Make it again for the same base"
+        )
+
+
+def _are_apart(first: Patch, second: Patch, name: str) -> bool:
+    """Whether a tensor was another one before: by its digests; where these are of two dtypes, by the old values."""
+    assert first.old is not None
+    assert second.old is not None
+    ours, theirs = first.before.tensors[name], second.before.tensors[name]
+    if ours[1] == theirs[1] or ours[0] != theirs[0]:
+        return ours != theirs
+    return _num_differing(first.selection[name], first.old[name], second.selection[name], second.old[name]) > 0

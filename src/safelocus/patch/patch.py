@@ -170,7 +170,7 @@ class Patch(PatchValues):
         """The same patch for the model in another dtype.
 
         The old values must survive the conversion and back, so that reverting stays exact. The new ones are
-        rounded to nearest; how many changed by that is noted in the metadata.
+        rounded to nearest; how many changed by that, and how many changes are too small for it, the metadata says.
 
         Raises:
             PatchError: old values would change, or there are none and new ones would be rounded.
@@ -195,14 +195,12 @@ class Patch(PatchValues):
                     "would not be exact. Apply the patch to the model in the patch's own dtype and convert the model"
                 )
         known = {name: entry for name, entry in self.after.tensors.items() if name not in rounded}
-        note = {"converted_to": str(dtype).removeprefix("torch."), "num_rounded": num_rounded}
-        return replace(
-            self,
-            new=new,
-            old=old,
-            after=replace(self.after, tensors=known),
-            metadata=self.metadata | note if self.dtypes != [dtype] else self.metadata,
-        )
+        converted = replace(self, new=new, old=old, after=replace(self.after, tensors=known))
+        if self.dtypes == [dtype]:
+            return converted
+        lost_again = (self.num_changed or 0) - (converted.num_changed or 0)
+        note = {"converted_to": str(dtype).removeprefix("torch."), "num_rounded": num_rounded, "num_lost": lost_again}
+        return replace(converted, metadata=self.metadata | note)
 
     def save(self, path: str | Path, *, old: Literal["values", "digest"] = "values") -> None:
         """Write one safetensors file; an earlier one is replaced, and never left half-written.

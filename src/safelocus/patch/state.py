@@ -43,6 +43,11 @@ class PatchValues:
                     raise PatchError(f"{name}: old values are {self.old[name].dtype}, new ones {value.dtype}")
         if missing := [name for name in self.new if name not in self.before.tensors]:
             raise PatchError(f"no digest says what {missing[0]} was before the patch")
+        if self.old is None and (unknown := [name for name in self.new if name not in self.after.tensors]):
+            raise PatchError(
+                f"no digest says what {unknown[0]} is after the patch (it was merged, or rounded), so without its old "
+                "values nothing would recognise it: keep them"
+            )
 
     def _checked(self, values: Mapping[str, Tensor], which: str) -> dict[str, Tensor]:
         if differing := sorted(set(values) ^ set(self.selection.coordinates)):
@@ -70,6 +75,7 @@ class Outcome:
         files: written, in the model's folder.
         left_out: files that hold weights in another form, which the patch does not change.
         num_rounded: new values that the files' dtype rounds.
+        num_lost: of these, changes too small for it: the new value is the old one again.
     """
 
     num_weights: int
@@ -78,6 +84,7 @@ class Outcome:
     files: tuple[str, ...] = ()
     left_out: tuple[str, ...] = ()
     num_rounded: int = 0
+    num_lost: int = 0
 
     @property
     def changed(self) -> bool:

@@ -8,6 +8,7 @@ All are 128 bits of xxh3, as quick as memory: they notice damage and careless ed
 means to deceive can write new ones.
 """
 
+import hashlib
 import json
 import os
 import shutil
@@ -23,7 +24,6 @@ from safelocus.run.identity import digest
 
 DIGESTS = "digests.json"
 FORMAT_VERSION = 1
-_BLOCK = 1 << 22
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -109,10 +109,24 @@ def expected_digest(path: Path) -> str | None:
 
     Raises RunError where that is damaged.
     """
+    folder, name = _listing(path)
+    return None if folder is None else read_digests(folder).get(name)
+
+
+def rewritten(path: Path) -> None:
+    """Write down the new digest of a file that was changed on purpose, where it is listed, and so on upwards."""
+    folder, name = _listing(path)
+    if folder is not None and name in read_digests(folder):
+        seal(folder, [name])
+        rewritten(folder / DIGESTS)
+
+
+def _listing(path: Path) -> tuple[Path | None, str]:
+    """(the nearest folder above that has digests, a file's name in them)"""
     path = Path(os.path.abspath(path))
     above = path.parents[1:] if path.name == DIGESTS else path.parents
     folder = next((folder for folder in above if (folder / DIGESTS).is_file()), None)
-    return None if folder is None else read_digests(folder).get(path.relative_to(folder).as_posix())
+    return folder, "" if folder is None else path.relative_to(folder).as_posix()
 
 
 def read_digests(folder: Path) -> dict[str, str]:
@@ -142,11 +156,8 @@ def within(folder: Path) -> Iterator[Path]:
 
 def digest_of(path: Path) -> str:
     """128 bits of a file's bytes, in hexadecimal."""
-    found = xxhash.xxh3_128()
     with path.open("rb") as file:
-        while block := file.read(_BLOCK):
-            found.update(block)
-    return found.hexdigest()
+        return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
 
 
 def sealed(value: Any) -> dict[str, Any]:
@@ -203,20 +214,38 @@ def replacing(folder: Path) -> Iterator[Path]:
 
     Raises RunError where another process of safelocus writes there.
     """
+    folder = place_of(folder)
     partial, old = (folder.with_name(f".{folder.name}.{what}") for what in ("partial", "old"))
     folder.parent.mkdir(parents=True, exist_ok=True)
+
+    def tidy() -> None:
+        if old.exists() and not folder.exists():  # ended just when the new one took its place
+            os.replace(old, folder)
+        for left in (partial, old):
+            shutil.rmtree(left, ignore_errors=True)
+
     with alone(folder):
+        tidy()  # after a process that was killed
         try:
-            for left in (partial, old):  # by a process that was killed
-                shutil.rmtree(left, ignore_errors=True)
             partial.mkdir()
             yield partial
             if folder.exists():
                 os.replace(folder, old)
             os.replace(partial, folder)
         finally:
-            for left in (partial, old):
-                shutil.rmtree(left, ignore_errors=True)
+            tidy()
+
+
+def place_of(folder: Path) -> Path:
+    """Where a folder really lies whose place another takes at the end: a link stays, and leads to the new one.
+
+    Raises RunError for one that nothing can take the place of: the current folder, or where a disk is mounted.
+    """
+    place = folder.expanduser().resolve()
+    if place == Path.cwd() or place.is_mount():
+        what = "the current folder" if place == Path.cwd() else "where a disk is mounted"
+        raise RunError(f"{folder}: is {what}, whose place nothing can take; choose a folder within it")
+    return place
 
 
 def inside(folder: Path, name: str) -> Path:

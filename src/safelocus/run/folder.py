@@ -21,7 +21,7 @@ from typing import Any
 import tomli_w
 
 from safelocus.errors import RunError
-from safelocus.run.files import DIGESTS, alone, read_text, seal, within, write_text
+from safelocus.run.files import DIGESTS, alone, place_of, read_text, seal, within, write_text
 
 CHECKPOINT = "checkpoint"  # subfolder of an unfinished run that it resumes from
 IDENTITY = "identity.json"  # file in it, and in its parts, that says whose work it is
@@ -43,9 +43,10 @@ def run_folder(path: Path, *, config: Mapping[str, Any], overwrite: bool = False
         RunError: `path` is taken or cannot be written, or other processes were interrupted there. Raised before the
             block runs.
     """
-    path, resolved = Path(path), tomli_w.dumps(_without_none(config))
+    resolved = tomli_w.dumps(_without_none(config))
     with ExitStack() as until_the_end:
-        with _writing(path):
+        with _writing(Path(path)):
+            path = place_of(Path(path))
             path.parent.mkdir(parents=True, exist_ok=True)
             until_the_end.enter_context(alone(path))
             partial = _begin(path, resolved, overwrite, processes)
@@ -77,21 +78,21 @@ def _begin(path: Path, resolved: str, overwrite: bool, processes: int) -> Path:
 
 
 def _finish(partial: Path, path: Path, resolved: str) -> None:
-    """Nothing is lost wherever this ends: until it has its place, the run is resumed or begun anew."""
+    """Nothing is lost wherever this ends: until it has its place, the run is resumed."""
     write_text(partial / "run.toml", resolved)
     for left in (partial / DIGESTS, *partial.rglob(".*.tmp")):  # of an attempt that was killed
         left.unlink(missing_ok=True)
     files = (file.relative_to(partial) for file in within(partial))
     seal(partial, [str(file) for file in files if file.parts[0] not in (CHECKPOINT, _PARTS, _COUNT)])
-    for unfinished in (CHECKPOINT, _PARTS):
-        _forget(partial / unfinished)
-    (partial / _COUNT).unlink()
     old = _replaced(path)
     shutil.rmtree(old, ignore_errors=True)  # of a run that ended after the next three lines
     if path.exists():
         os.replace(path, old)
     os.replace(partial, path)
     shutil.rmtree(old, ignore_errors=True)
+    for unfinished in (CHECKPOINT, _PARTS):
+        _forget(path / unfinished)
+    (path / _COUNT).unlink()
 
 
 @contextmanager
@@ -110,7 +111,7 @@ def part_folder(path: Path, number: int) -> Iterator[Path]:
 
     It lies within the unfinished run, or alone on a machine that does not share the first process's files.
     """
-    part = _partial(Path(path)) / _PARTS / str(number)
+    part = _partial(place_of(Path(path))) / _PARTS / str(number)
     part.mkdir(parents=True, exist_ok=True)
     try:
         yield part
@@ -137,7 +138,7 @@ def read_config(path: Path) -> dict[str, Any]:
 
 def read_unfinished(path: Path) -> dict[str, Any]:
     """The configuration of an interrupted run that the same command would resume; empty where there is none."""
-    partial = _partial(path)
+    partial = _partial(place_of(path))
     return read_config(partial) if holds_work(partial / CHECKPOINT) and (partial / "run.toml").is_file() else {}
 
 

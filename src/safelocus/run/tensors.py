@@ -98,9 +98,10 @@ class TensorFile:
         except (json.JSONDecodeError, KeyError, TypeError, RecursionError) as error:
             raise self.error(f"{path}: damaged header ({error!r}). Make the {self.kind} again.") from error
         if version != self.version:
+            newer = isinstance(version, int) and version > self.version
             raise self.error(
-                f"{path}: format version {version}, but this safelocus reads version {self.version}. Upgrade "
-                f"safelocus, or make the {self.kind} again."
+                f"{path}: format version {version}, but this safelocus reads version {self.version}. "
+                f"{'Upgrade safelocus, or make' if newer else 'Make'} the {self.kind} again."
             )
         return header
 
