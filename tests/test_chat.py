@@ -205,6 +205,13 @@ def test_no_bos_where_the_tokenizer_adds_none_and_no_eos_in_the_middle():
     assert prompt[0] == closing.bos_token_id
 
 
+def test_an_encoder_reads_a_prompt_with_the_end_that_its_tokenizer_puts_there():
+    tokenizer = byte_level(eos_too=True)
+    for template in ("Q: {prompt}\nA:", None):
+        together, apart = (chat_format(tokenizer, template=template, reads_apart=apart) for apart in (False, True))
+        assert apart.encode_prompt("Hello") == [*together.encode_prompt("Hello"), tokenizer.eos_token_id]
+
+
 @every_kind
 @pytest.mark.parametrize("template", ["llama3", "dated", "gemma", "chatml", "llama2", "channels"])
 def test_a_pair_is_the_finished_conversation(kind, template):
@@ -489,6 +496,23 @@ def test_plain_template():
     assert format.stop_strings == ("\nQ:",)
     folded = chat_format(byte_level(), template="Q: {prompt} A.", system="Be kind.")
     assert folded.render("Hello") == "Q: Be kind.\n\nHello A."
+
+
+def test_a_base_model_is_stopped_where_the_users_next_turn_begins():
+    alpaca = "Below is an instruction.\n\n### Instruction:\n{prompt}\n\n### Response:\n"
+    for template, stop in (
+        (alpaca, "\n### Instruction:"),
+        ("{system}\n\nUser: {prompt}\nAssistant: ", "\nUser:"),
+        ("Be kind.\n{system}\nQ: {prompt}\nA:", "\nQ:"),
+    ):
+        assert chat_format(byte_level(), template=template).stop_strings == (stop,)
+    assert chat_format(byte_level(), template="{prompt}\n").stop_strings == ()
+
+
+def test_escapes_are_decoded_once():
+    format = chat_format(byte_level(), template=r"Q: {prompt}\\n\tA:")
+    assert format.render("hi") == "Q: hi\\n\tA:"
+    assert chat_format(byte_level(), template=format.to_json()["template"]) == format
 
 
 def test_braces_in_prompts_are_text():

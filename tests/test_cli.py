@@ -1,5 +1,7 @@
 """The command line as a user meets it: what it prints, what it leaves, and how it refuses bad input."""
 
+import errno
+import itertools
 import json
 import math
 import signal
@@ -242,6 +244,73 @@ def test_a_bug_is_said_to_be_one(tmp_path, run, monkeypatch):
     assert "Traceback" not in err
     code, _, err = run("--debug", *SCORE, "--refusal", "-o", tmp_path / "run")
     assert "Traceback" in err
+
+
+def test_answers_survive_an_attempt_that_failed_after_they_were_written(tmp_path, run, interrupt, monkeypatch):
+    command = [*SCORE, "--guard", "organism:guard", "--max-new-tokens", "4", "--batch-size", "2", "-o"]
+    assert run(*command, tmp_path / "whole")[0] == 0
+    interrupt("safelocus.objective.text.AnswerLog.__call__", *command, tmp_path / "run", at=2)
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(sl.Scores, "save", full)
+        assert run(*command, tmp_path / "run")[0] == 2
+    assert run(*command, tmp_path / "run")[0] == 0
+    expected = (tmp_path / "whole" / "responses.jsonl").read_text()
+    assert (tmp_path / "run" / "responses.jsonl").read_text() == expected
+    assert not (tmp_path / "run" / "responses.jsonl.unfinished").exists()
+
+
+@pytest.mark.parametrize(
+    ("silent", "code", "message"),
+    [(1, 0, "1 answers, on which the guard came to no verdict, add nothing"), (8, 2, "a verdict on none of 8 answers")],
+)
+def test_answers_without_a_verdict_are_counted(tmp_path, run, monkeypatch, silent, code, message):
+    """Of a guard that writes before it decides."""
+    description, asked = tmp_path / "mine.toml", itertools.count(1)
+    description.write_text(
+        'name = "mine"\nformat = "chat"\ngenerate_until = "So:"\nsafe = ["safe"]\nunsafe = ["unsafe"]\n'
+    )
+    monkeypatch.setattr(
+        sl.Guard, "_write", lambda self, texts, _: ["So:" if next(asked) > silent else "" for _ in texts]
+    )
+    options = ["--guard", "organism:guard", "--guard-description", description, "--max-new-tokens", "4"]
+    found, _, err = run(*SCORE, *options, "--batch-size", "2", "-o", tmp_path / "run")
+    assert found == code
+    assert message in err
+    if not code:
+        rows = [json.loads(line) for line in (tmp_path / "run" / "responses.jsonl").read_text().splitlines()]
+        assert sum(row["safety"] is None for row in rows) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--guard", "organism:guard", "--transfer", "charakter"], "'charakter' is not one of 'identity'"),
+        (["--guard", "organism:guard", "--transfer", "identity"], "'identity' needs a guard with the target's own"),
+        (["--refusal", "--accumulate-on", "gpu"], "--accumulate-on 'gpu': there is no such device here"),
+    ],
+)
+def test_settings_that_make_no_sense_are_bad_input(tmp_path, run, options, message):
+    code, _, err = run(*SCORE, *options, "--max-new-tokens", "4", "-o", tmp_path / "run")
+    assert code == 2
+    assert message in err
+
+
+def test_set_operations_with_a_siblings_selection(tmp_path, run):
+    for name in ("dense", "dense-unaligned"):
+        scores = sl.score(sl.load(f"organism:{name}"), ["bake"], method="magnitude", progress=False)
+        scores.save(tmp_path / name / "scores")
+        scores.select(0.01).save(tmp_path / name / "selection.safetensors")
+    command = ["select", tmp_path / "dense", "--minus", tmp_path / "dense-unaligned", "-o", tmp_path / "rest"]
+    code, _, err = run(*command)
+    assert code == 2
+    assert "--allow-mismatch" in err
+    code, _, err = run(*command, "--allow-mismatch")
+    assert code == 0
+    assert "mind: one selection was made for another model" in err
 
 
 @pytest.mark.slow

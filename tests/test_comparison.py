@@ -154,3 +154,14 @@ def test_what_cannot_be_compared():
         compare(scores, make(name="llama"))
     with pytest.raises(SelectionError, match="different models"):
         compare(scores.select(0.1), make(name="llama").select(0.1))
+
+
+def test_selections_whose_layouts_divide_a_tensor_otherwise(tmp_path):
+    """Regions are those of the first."""
+    file, name = tmp_path / "mine.toml", "model.layers.0.mlp.gate_up_proj.weight"
+    file.write_text('extends = "phi3"\n[model]\n"model.layers.{layer}.mlp.gate_up_proj.weight" = "up"\n')
+    whole = Layout.from_config(config("phi3"), file=file)
+    a, b = (Selection(coordinates={name: torch.arange(10)}, layout=each) for each in (layout("phi3"), whole))
+    for found, components in ((compare(a, b), ["gate"]), (compare(b, a), ["up"])):
+        assert (found.overall.num_a, found.overall.num_b, found.overall.iou) == (10, 10, 1.0)
+        assert [key for key, overlap in found.components.items() if overlap.num_b] == components

@@ -324,12 +324,20 @@ def test_the_verdict_prefix_is_not_doubled():
         ),
         ("{% for m in messages %}{{ m['content'] | lower }}{% endfor %}", "response 0 times"),
         ("{{ raise_exception('not today') }}", "not today"),
-        ("{{ 1 + messages[0]['content'] }}", "it fails: unsupported operand"),
+        ("{{ 1 + messages[0]['content'] }}", "it fails: TypeError: unsupported operand"),
     ],
 )
 def test_a_template_that_hides_something_from_the_guard_is_an_error(template, message):
     with pytest.raises(ModelError, match=re.escape(message)):
         render(byte_level(template), described(), PROMPT, RESPONSE)
+
+
+def test_a_chat_template_is_rendered_the_same_on_every_day_and_within_bounds():
+    shown = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    rendered = render(byte_level("{{ strftime_now('%d %b %Y') }} " + shown), described(), PROMPT, RESPONSE)
+    assert rendered.prefix == f"26 Jul 2024 {PROMPT}"
+    with pytest.raises(ModelError, match="takes powers"):
+        render(byte_level("{{ 9 ** 9 }}" + shown), described(), PROMPT, RESPONSE)
 
 
 def test_an_empty_prompt_is_an_error():

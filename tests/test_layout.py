@@ -425,6 +425,7 @@ def test_a_configuration_of_no_text_model_is_refused() -> None:
         ('[model]\n"**" = { component = "query", axes = "(head=nobody dim) in" }', "needs 'nobody'"),
         ('[sizes]\nheads = "open(1)"', "not integer arithmetic"),
         ('[sizes]\nheads = "hidden // 0"', "divides by zero"),
+        ('[sizes]\nheads = "hidden /"', "'hidden /' is not integer arithmetic"),
     ],
 )
 def test_a_faulty_layout_file_is_an_error_that_says_what(text: str, message: str, tmp_path: Path) -> None:
@@ -432,6 +433,19 @@ def test_a_faulty_layout_file_is_an_error_that_says_what(text: str, message: str
     file.write_text(text)
     with pytest.raises(LayoutError, match=message):
         Layout.of(build("llama"), file=file)
+
+
+def test_an_encoder_deeper_than_its_decoder() -> None:
+    """Lists per layer are the decoder's."""
+    sizes = {
+        "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
+        "vocab_size": 64,
+    }  # fmt: skip
+    stacks = {name: {**sizes, "num_hidden_layers": number} for name, number in (("encoder", 6), ("decoder", 2))}
+    found = Layout.from_config(AutoConfig.for_model("t5gemma", **stacks, vocab_size=64))
+    layers = [(m.stack, m.layer) for m in found.matrices if m.component == "query"]
+    assert layers.count(("encoder", 5)) == 1
+    assert max(layer for stack, layer in layers if stack == "decoder") == 1
 
 
 def test_a_missing_layout_file_is_an_error(tmp_path: Path) -> None:

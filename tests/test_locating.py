@@ -98,16 +98,16 @@ def test_prompts_in_memory_and_objectives_of_ones_own(made, tmp_path):
 
 def test_a_guard_is_made_anew_with_all_its_settings(monkeypatch):
     judge = guard(tau=0.7, gumbel_seed=5, variant="index", max_new_tokens=7)
-    loaded = mock.Mock(side_effect=lambda name, **how: how)
+    loaded = mock.Mock(side_effect=lambda name, **how: mock.Mock(how=how))
     monkeypatch.setattr(Guard, "load", loaded)
-    how = remake(judge.describe(), device="cpu")
+    how = remake(judge.describe(), device="cpu").how
     assert how == {
         "description": None, "dtype": "float32", "max_new_tokens": 7, "tau": 0.7, "gumbel_seed": 5, "variant": "index",
         "device": "cpu",
     }  # fmt: skip
     again = remake({**judge.describe(), "tau": 0.2}, reader=judge)
     assert (again.model, again.tau, judge.tau) == (judge.model, 0.2, 0.7)
-    assert remake({**judge.describe(), "name": "another"}, reader=judge, device="cpu") == how  # loaded
+    assert remake({**judge.describe(), "name": "another"}, reader=judge, device="cpu").how == how  # loaded
     described = judge.describe()
     del described["tau"]
     with pytest.raises(ModelError, match="'tau' is not recorded"):

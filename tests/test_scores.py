@@ -306,6 +306,14 @@ def test_scores_with_nan_name_the_tensor():
             scores.select(0.1, granularity=granularity)
 
 
+def test_nothing_is_selected_from_scores_that_are_all_zero():
+    nothing = {name: torch.zeros_like(tensor) for name, tensor in random_tensors().items()}
+    for which in ("top", "bottom"):
+        with pytest.raises(NumericalError, match=r"every esi score of .* is zero: nothing to select"):
+            make(tensors=nothing).select(0.01, which=which)
+    assert make(tensors=nothing).select(0.01, which="random").k == make().select(0.01).k
+
+
 def test_tensors_must_be_exactly_the_eligible_ones():
     tensors = random_tensors()
     with pytest.raises(SelectionError, match=f"missing or not eligible: {GATE_UP}"):
@@ -476,7 +484,8 @@ def cut_short(folder):
         (lambda f: (f / "scores.json").write_bytes(b"\xff\xfe\x00"), "not UTF-8"),
         (lambda f: (f / "scores.json").write_text("[]"), "not a file of scores"),
         (lambda f: edit(f, lambda v: v.update(format="other")), "not a file of scores"),
-        (lambda f: edit(f, lambda v: v.update(format_version=2)), "format version 2, .* reads version 1"),
+        (lambda f: edit(f, lambda v: v.update(format_version=2)), "format version 2, .* reads version 1. Upgrade"),
+        (lambda f: edit(f, lambda v: v.update(format_version=0)), "format version 0, .* reads version 1. Score again"),
         (lambda f: edit(f, lambda v: v.pop("layout")), r"inconsistent scores .*layout"),
         (lambda f: edit(f, lambda v: v["statistics"][0].update(later=1)), r"inconsistent scores .*later"),
         (

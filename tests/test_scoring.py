@@ -1,17 +1,19 @@
 """ESI and its relatives against brute force: plain autograd, sigma per logical matrix, dense sort."""
 
+import dataclasses
 import math
 
 import pytest
 import torch
 
 import safelocus as sl
-from safelocus.errors import NumericalError, PromptError, SafelocusError
+from safelocus.errors import ModelError, NumericalError, PromptError, ResourceError, SafelocusError
 from safelocus.model import forcing
 from safelocus.model.forcing import teacher_force
 from safelocus.model.generation import generate
 from safelocus.model.target import Target
 from safelocus.scoring.gradients import GradientAccumulator, named_weights
+from safelocus.scoring.run import METHODS
 from tiny_targets import PROMPTS, byte_level, dense, guard, moe
 
 KEYS = {  # tensor-name part -> how brute force cuts the tensor into logical matrices, written by hand
@@ -378,3 +380,61 @@ def test_prediction_against_finite_differences(variant, record_property):
             measured.append((up - relaxed()) / (2 * step))
             weight.view(-1)[pick] = old
     assert spearmanr(gradient.view(-1)[picks].numpy(), measured).statistic > 0.99
+
+
+def test_prompts_may_be_a_source(tmp_path):
+    file = tmp_path / "mine.txt"
+    file.write_text("\n".join(PROMPTS))
+    by_list = sl.score(dense(), PROMPTS, method="magnitude", progress=False)
+    for source in (file, str(file)):
+        assert sl.score(dense(), source, method="magnitude", progress=False).provenance == dataclasses.replace(
+            by_list.provenance, prompts=str(file), prompts_hash=sl.read_prompts(file).hash
+        )
+    found = sl.score(dense(), "organism:harmful", method="magnitude", progress=False).provenance
+    assert (found.prompts, found.num_prompts) == ("organism:harmful", len(sl.read_prompts("organism:harmful")))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_device_that_is_not_there_is_refused_before_the_work(method):
+    with pytest.raises(ResourceError, match=r"accumulate_on 'gpu': there is no such device here.*expected one such as"):
+        sl.score(dense(), PROMPTS, objective=sl.Refusal(), method=method, accumulate_on="gpu", progress=False)
+
+
+def test_too_little_memory_for_the_sums_says_what_to_try(monkeypatch):
+    def exhausted(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(torch, "zeros_like", exhausted)
+    with pytest.raises(ResourceError, match="--accumulate-on cpu"):
+        sl.score(dense(), PROMPTS, objective=sl.Refusal(), progress=False)
+
+
+@pytest.mark.parametrize("openings", [{"refusals": "I'm sorry"}, {"compliances": "Sure"}])
+def test_one_text_is_no_list_of_openings(openings):
+    with pytest.raises(ModelError, match="are several openings, found one text"):
+        sl.Refusal(**openings)
+
+
+def test_an_answer_without_a_verdict_adds_nothing(monkeypatch):
+    """The other prompts' gradients are all that is left, and who listens is told."""
+    heard = {}
+    target, reader = dense(), guard()
+    reader.on_responses = lambda prompts, _, scores: heard.update(zip(prompts, scores.tolist(), strict=True))
+    reader.preset = dataclasses.replace(reader.preset, generate_until="Verdict:")
+    monkeypatch.setattr(
+        type(reader),
+        "_write",
+        lambda self, texts, marker: ["so" if PROMPTS[1] in text else f"so {marker}" for text in texts],
+    )
+    scored = {"objective": reader, "method": "gradient", "progress": False}
+    found = sl.score(target, PROMPTS[:3], **scored)
+    assert math.isnan(heard[PROMPTS[1]])
+    assert found.per_prompt[1] == 0
+    others = sl.score(target, [PROMPTS[0], PROMPTS[2]], **scored)
+    assert [found.per_prompt[0], found.per_prompt[2]] == pytest.approx(others.per_prompt, abs=1e-4)
+    for name, tensor in others.tensors.items():
+        torch.testing.assert_close(found[name], tensor * 2 / 3, rtol=1e-3, atol=1e-6)
+    with pytest.raises(ModelError, match=r"1 of 2 verdicts did not contain 'Verdict:'"):
+        reader.verdicts(PROMPTS[:2], ["a", "b"])
+    with pytest.raises(ModelError, match=r"4 of 4 verdicts .* is preset 'tiny' the right one"):
+        reader.read([PROMPTS[1]] * 4, list("abcd"))

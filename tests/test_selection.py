@@ -203,6 +203,19 @@ def test_operations_between_models():
         a.combine(b, "^")
 
 
+def test_what_cannot_be_told_of_two_models_is_kept():
+    prints = [
+        Fingerprint.of(build("llama", seed=seed).to(dtype), layout("llama"))
+        for seed, dtype in ((0, torch.float32), (1, torch.bfloat16))
+    ]
+    a, b = (random_selection(0, 50, "llama", provenance=Provenance(fingerprint=p.to_json())) for p in prints)
+    both = a & b
+    (remark,) = both.provenance.extra["remarks"]
+    assert "another dtype than when one selection was made" in remark
+    assert (both & b).provenance == both.provenance  # once
+    assert (a & a).provenance == a.provenance
+
+
 # fitting a model
 
 
@@ -367,7 +380,16 @@ def test_a_file_cut_short_anywhere_is_refused(tmp_path_factory, part):
 @pytest.mark.parametrize(
     ("change_header", "change_tensors", "message"),
     [
-        (lambda h: h.update(format_version=1), None, "format version 1, but this safelocus reads version 2"),
+        (
+            lambda h: h.update(format_version=1),
+            None,
+            r"format version 1, .* reads version 2\. Make the selection again",
+        ),
+        (
+            lambda h: h.update(format_version=3),
+            None,
+            r"format version 3, .* reads version 2\. Upgrade safelocus, or make",
+        ),
         (drop("format_version"), None, "damaged header"),
         (drop("layout"), None, "inconsistent selection .*layout"),
         (drop("provenance"), None, "inconsistent selection"),

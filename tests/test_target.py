@@ -4,12 +4,13 @@ import shutil
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from transformers import LlamaForCausalLM
 
 import safelocus as sl
-from safelocus.errors import ModelError, PromptError, RunError
+from safelocus.errors import ModelError, PromptError, ResourceError, RunError
 from safelocus.model.fingerprint import Fingerprint
 from safelocus.model.generation import generate
-from safelocus.model.target import Target
+from safelocus.model.target import Target, dtype_on
 from tiny_targets import PROMPTS, dense, guard, moe
 
 
@@ -156,3 +157,28 @@ def test_a_prompt_without_room_is_an_error():
 def test_a_copy_of_a_model_is_the_same_model(folder, tmp_path):
     shutil.copytree(folder, tmp_path / "elsewhere")
     assert sl.load(folder).fingerprint() == sl.load(tmp_path / "elsewhere").fingerprint()
+
+
+@pytest.mark.parametrize("device", [None, "auto"])
+def test_weights_on_a_cpu_are_in_fp32(device, monkeypatch):
+    monkeypatch.setattr("safelocus.model.target.default_device", lambda: torch.device("cpu"))
+    assert dtype_on(device, "auto") == "float32"
+    assert dtype_on("cuda", "auto") == "auto"
+
+
+def test_a_device_that_is_not_there(folder):
+    with pytest.raises(ResourceError, match="device 'gpu': there is no such device here"):
+        sl.load(folder, device="gpu")
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
+)
+@pytest.mark.parametrize("place", ["to", "from_pretrained"])
+def test_too_little_memory_for_the_weights_says_what_to_try(folder, monkeypatch, error, place):
+    def exhausted(*_, **__):
+        raise error
+
+    monkeypatch.setattr(LlamaForCausalLM, place, exhausted)
+    with pytest.raises(ResourceError, match=r"out of memory while it is loaded.*--dtype bfloat16.*safelocus plan"):
+        sl.load(folder)

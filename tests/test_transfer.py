@@ -1,12 +1,17 @@
 """The vocabulary transfer, against autograd through one-hot inputs and against brute force."""
 
+import copy
+import gc
+import json
+from dataclasses import replace
+
 import pytest
 import torch
-from transformers import BertConfig, BertForSequenceClassification
+from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForSequenceClassification
 
 from safelocus.errors import ModelError
 from safelocus.model.generation import Response
-from safelocus.objective import Classifier
+from safelocus.objective import Classifier, Guard, remake
 from safelocus.objective.spelling import spell_vocabulary
 from safelocus.objective.transfer import GuardReading
 from tiny_targets import PROMPTS, byte_level, dense, guard, metaspace
@@ -186,3 +191,86 @@ def test_memory_is_linear_in_the_vocabulary():
     for variant in ("character", "index"):
         pieces = guard(variant=variant).transfer_for(dense())._pieces
         assert pieces.ids.numel() < 8 * pieces.offsets.numel()
+
+
+def decoder(tokenizer, **changes):
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        initializer_range=0.2, **changes,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return LlamaForSequenceClassification(config)
+
+
+@pytest.mark.parametrize("padding", [None, 3])
+def test_a_decoder_classifies_an_answer_alone_as_in_a_batch(padding):
+    """By each answer's last token, whatever padding its configuration knows of."""
+    tokenizer = byte_level(300, seed=1)
+    judge = Classifier(name="tiny", model=decoder(tokenizer, pad_token_id=padding), tokenizer=tokenizer, unsafe=1)
+    answers = ["a cake", "a much longer answer about a cake and a kite"]
+    alone = torch.cat([judge.read(["bake"], [answer]).score for answer in answers])
+    torch.testing.assert_close(judge.read(["bake"] * 2, answers).score, alone)
+    cut = torch.cat([judge.read(["bake"], [answer[:-1]]).score for answer in answers])
+    assert not torch.isclose(cut, alone).any()
+
+
+@pytest.mark.parametrize(
+    ("labels", "unsafe", "index"),
+    [
+        (["safe", "toxic"], None, 1),
+        (["LABEL_0", "LABEL_1"], None, None),
+        (["LABEL_0", "LABEL_1"], "label_0", 0),
+        (["safe", "toxic"], "toxik", None),
+        (["toxicity"], None, 0),
+        (["toxicity"], "toxik", None),
+    ],
+)
+def test_the_unsafe_label_is_never_guessed(tmp_path, labels, unsafe, index):
+    tokenizer = byte_level(300, seed=1)
+    decoder(tokenizer, id2label=dict(enumerate(labels))).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    if index is None:
+        with pytest.raises(ModelError, match=r"which label is unsafe\? It has .*--unsafe-label"):
+            Classifier.load(tmp_path, unsafe=unsafe)
+    else:
+        assert Classifier.load(tmp_path, unsafe=unsafe).unsafe == index
+
+
+@pytest.mark.parametrize(
+    ("variant", "message"), [("charakter", "expected one of identity, character, index"), ("identity", "differs")]
+)
+def test_a_transfer_that_is_none_is_refused(variant, message):
+    with pytest.raises(ModelError, match=message):
+        guard(variant=variant).transfer_for(dense())
+
+
+def test_a_transfer_goes_with_its_tokenizer():
+    """Another one may get the same place in memory."""
+    judge, target = guard(), dense()
+    target = replace(target, tokenizer=copy.deepcopy(target.tokenizer))
+    assert judge.transfer_for(target) is judge.transfer_for(target)
+    assert len(judge._transfers) == 1
+    del target
+    gc.collect()
+    assert len(judge._transfers) == 0
+
+
+def test_an_objective_is_made_anew_of_the_very_model(tmp_path):
+    """Its name alone does not say which it was: neither after its weights changed, nor as it is asked otherwise."""
+    reader = guard()
+    reader.tokenizer.save_pretrained(tmp_path / "guard")
+    reader.model.save_pretrained(tmp_path / "guard")
+    description = tmp_path / "mine.toml"
+    text = 'name = "a"\nformat = "text"\ntext = "{prompt} {response} Verdict:"\nsafe = [" safe"]\nunsafe = [" unsafe"]'
+    description.write_text(text)
+    described = json.loads(json.dumps(Guard.load(tmp_path / "guard", description=description).describe()))
+    assert remake(described, description=description).describe() == described
+    description.write_text(text.replace("Verdict", "Opinion"))
+    with pytest.raises(ModelError, match="not the guard that the scores were made with"):
+        remake(described, description=description)
+    description.write_text(text)
+    guard(seed=2).model.save_pretrained(tmp_path / "guard")
+    with pytest.raises(ModelError, match="not the guard that the scores were made with"):
+        remake(described, description=description)
+    earlier = {name: value for name, value in described.items() if name not in ("weights", "preset_hash")}
+    assert remake(earlier, description=description).name == described["name"]

@@ -28,6 +28,19 @@ def test_scores_agree_with_the_cpu(make, accumulate_on):
     assert scores.select(0.02).iou(expected) > 0.98
 
 
+@pytest.mark.parametrize("accumulate_on", [None, "cpu"])
+@pytest.mark.parametrize("method", ["wanda", "magnitude", "random"])
+def test_scores_without_an_objective_are_where_they_are_asked_to_be(method, accumulate_on):
+    expected = sl.score(dense(), PROMPTS, method=method, max_new_tokens=4, progress=False).select(0.02)
+    target = dense()
+    target.model.cuda()
+    scores = sl.score(
+        target, PROMPTS, method=method, max_new_tokens=4, accumulate_on=accumulate_on, progress=False
+    )  # fmt: skip
+    assert {tensor.device.type for tensor in scores.tensors.values()} == {accumulate_on or "cuda"}
+    assert scores.select(0.02).iou(expected) > 0.98
+
+
 @pytest.mark.parametrize("which", ["top", "bottom", "random"])
 def test_top_k_on_the_device_is_that_of_the_cpu(which):
     scores = {name: torch.randint(0, 1000, (300, 70)).float() for name in "abc"}

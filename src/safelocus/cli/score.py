@@ -1,7 +1,7 @@
 """`safelocus score MODEL`: from a model and prompts to scores, a selection and the map."""
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import typer
 
@@ -31,7 +31,9 @@ class ScoreOptions(options.AnswerOption, SeedOption):
     method: str = option("esi, gradient, snip, wanda, magnitude or random.", default="esi")
     checkpoint_seconds: float = option("Seconds between two savings of the sums to resume from.", default=600.0, min=0)
     batch_size: int | None = option("Prompts per forward and backward pass.", shown="what fits (safelocus plan)", min=1)
-    accumulate_on: str | None = option("Device of the fp32 sums, e.g. cpu.", shown="the weights', or what fits")
+    accumulate_on: str | None = option(
+        "Device of the fp32 sums and scores, e.g. cpu.", shown="the weights', or what fits"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,8 +51,9 @@ class Score(
     held_out: float = option(
         "Share of the prompts to leave out, by content hash, for verifying later.", default=0.0, min=0, max=0.95
     )
-    transfer: str | None = option(
-        "identity, character or index.", shown="identity where vocabularies agree, else character"
+    transfer: Literal["identity", "character", "index"] | None = option(
+        "How the guard's slopes come to the model's vocabulary.",
+        shown="identity where vocabularies agree, else character",
     )
     save_scores: bool = option("Keep all scores (4 bytes per eligible weight).", default=True)
 
@@ -60,13 +63,13 @@ class Score(
 def score(given: Score) -> None:
     """Score every eligible weight of a model, select the top share, and draw the map.
 
-    Writes scores/, selection.safetensors, results.json, responses.jsonl, report.html and map.svg.
-    Interrupted with Ctrl-C, the same command resumes. Several processes (torchrun) share the prompts.
+    Writes scores/, selection.safetensors, results.json, report.html, map.svg and, where the objective reads answers,
+    responses.jsonl. Interrupted with Ctrl-C, the same command resumes. Several processes (torchrun) share the prompts.
     """
     from safelocus import distributed
     from safelocus.analysis.map import safety_map
-    from safelocus.errors import PromptError
-    from safelocus.model.target import load_config
+    from safelocus.errors import ModelError, PromptError
+    from safelocus.model.target import check_device, load_config
     from safelocus.objective import Lexicon
     from safelocus.objective.text import AnswerLog
     from safelocus.report.maps import map_parts
@@ -79,6 +82,7 @@ def score(given: Score) -> None:
 
     # everything that can be wrong with the input is found before the long work starts
     _check_objective(given)
+    check_device(given.accumulate_on, "--accumulate-on")
     load_config(given.model, revision=given.revision, trust_remote_code=given.trust_remote_code)
     prompts, left_out = given.read(given.held_out)
     given = planning.resumed(given, "batch_size", "accumulate_on")
@@ -94,8 +98,8 @@ def score(given: Score) -> None:
             mind([target.layout.left_out])
         count_for_ratio(target.layout, given.ratio, of=given.of)
         prompts = _fitting(prompts, target, 0 if given.refusal else given.max_new_tokens)
-        answers = AnswerLog(folder / "responses.jsonl")
-        objective = _objective(given, answers) if given.method in NEEDS_OBJECTIVE else None
+        log = AnswerLog(folder / "responses.jsonl")
+        objective = _objective(given, log) if given.method in NEEDS_OBJECTIVE else None
         if not given.json:
             if isinstance(objective, Lexicon):
                 note(f"{given.lexicon}: {objective.sequences_for(target).sentence}")
@@ -104,11 +108,18 @@ def score(given: Score) -> None:
             target, prompts, objective=objective, checkpoint=folder / CHECKPOINT, progress=not given.json,
             **given.part(ScoreOptions),
         )  # fmt: skip
-        unfinished = answers.finish()
+        answers = log.finish()
+        unfinished = sum(answer.get("in_thought", False) for answer in answers)
+        unread = sum(answer["safety"] is None for answer in answers)
         if unfinished == len(prompts):
             raise PromptError(
                 f"all {unfinished} answers are thoughts that did not end, so there is nothing to score; give them room "
                 "(--max-new-tokens), or let the model not think (--thinking off)"
+            )
+        if unread == len(prompts):
+            raise ModelError(
+                f"{given.guard}: it came to a verdict on none of {unread} answers, so there is nothing to score; "
+                "describe how it is read (--guard-description), or take another guard"
             )
         selection = scores.select(given.ratio, of=given.of)
         scores.save(folder / "scores", tensors=given.save_scores, overwrite=True)  # that of an attempt that was killed
@@ -125,6 +136,8 @@ def score(given: Score) -> None:
             remarks.append(
                 f"{unfinished} answers are thoughts that did not end and add nothing; --max-new-tokens gives more room"
             )
+        if unread:
+            remarks.append(f"{unread} answers, on which the guard came to no verdict, add nothing")
         wrote = ["scores/", "selection.safetensors", *written]
         show(given, found, *map_parts(drawn), remarks=remarks, wrote=wrote)
 
@@ -138,11 +151,11 @@ def _check_objective(given: Score) -> None:
         sources.check_objective(given, also=("classifier",), what=f"method {given.method}")
 
 
-def _objective(given: Score, answers: "AnswerLog") -> "Objective":
+def _objective(given: Score, log: "AnswerLog") -> "Objective":
     from safelocus.objective import Classifier
 
     relaxed = {"tau": given.tau, "gumbel_seed": given.gumbel_seed, "variant": given.transfer}
-    reading: dict[str, Any] = {"max_new_tokens": given.max_new_tokens, "on_responses": answers}
+    reading: dict[str, Any] = {"max_new_tokens": given.max_new_tokens, "on_responses": log}
     if given.classifier is not None:
         return Classifier.load(
             given.classifier, unsafe=given.unsafe_label, dtype=given.dtype, device=given.device, **relaxed, **reading

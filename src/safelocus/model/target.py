@@ -26,7 +26,7 @@ from transformers import (
 from transformers.utils.hub import cached_file
 
 from safelocus import distributed
-from safelocus.errors import ModelError, some
+from safelocus.errors import ModelError, ResourceError, some
 from safelocus.model import autocast
 from safelocus.model.autocast import Autocast
 from safelocus.model.chat import ChatFormat, chat_format
@@ -195,6 +195,7 @@ def load(
         ModelError: missing or damaged files, pickle-only weights, missing tensors, weights quantised for good; a model
             that cannot read text alone, or sees what follows a token.
         LayoutError: an architecture that is not understood; the message shows how to describe it.
+        ResourceError: there is no such device, or too little memory.
         PromptError: a template that is not one; thinking is asked of a chat template that knows of none.
 
     Example:
@@ -230,7 +231,8 @@ def load(
         model, tokenizer, name=str(name), layout=layout, skip_unknown=skip_unknown, system=system, template=template,
         thinking=thinking,
     )  # fmt: skip
-    try_text(name, model, tokenizer)
+    with _enough_memory(name):
+        try_text(name, model, tokenizer)
     target = replace(target, origin=(str(name), revision))
     quicker = autocast.quicker(config) if kind != dtype else None  # on a CPU, and nothing else was asked for
     return target if quicker is None else replace(target, autocast=Autocast.attach(model, quicker))
@@ -338,13 +340,20 @@ def _processors_template(where: str, hub: Mapping[str, Any]) -> Any:
 
 
 def load_model(auto: Any, name: str | Path, *, dtype: Dtype = "auto", device: str | None = None, **options: Any) -> Any:
-    """`auto.from_pretrained` with checks around it: the model in evaluation mode on its device."""
+    """`auto.from_pretrained` with checks around it: the model in evaluation mode on its device.
+
+    Raises:
+        ModelError: the weights cannot be loaded, or not all of them are there.
+        ResourceError: there is no such device, or too little memory.
+    """
+    if device != "auto":
+        check_device(device)
     where = resolve(name)
     if Path(where).is_dir():
         _check_weight_files(Path(where))
     placement = {"device_map": "auto"} if device == "auto" else {}
     try:
-        with _quiet(where):
+        with _enough_memory(name), _quiet(where):
             model, report = auto.from_pretrained(
                 where,
                 dtype=dtype,
@@ -353,7 +362,7 @@ def load_model(auto: Any, name: str | Path, *, dtype: Dtype = "auto", device: st
                 **placement,
                 **options,
             )
-    except torch.OutOfMemoryError:
+    except ResourceError:
         raise
     except Exception as error:  # whatever transformers raises for what it cannot read
         raise ModelError(f"{name}: the weights cannot be loaded: {_first_line(error)}") from error
@@ -364,13 +373,32 @@ def load_model(auto: Any, name: str | Path, *, dtype: Dtype = "auto", device: st
     if mismatched := report.get("mismatched_keys"):
         raise ModelError(f"{name}: tensors of another shape than the configuration says: {sorted(mismatched)[:5]}")
     if device != "auto" and "distributed_config" not in options:
-        model.to(device or default_device())
+        with _enough_memory(name):
+            model.to(device or default_device())
     return model.eval()
+
+
+@contextmanager
+def _enough_memory(name: str | Path) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        if not is_exhausted(error):
+            raise
+        raise ResourceError(
+            f"{name}: out of memory while it is loaded. Try --dtype bfloat16, --offload or --device cpu; `safelocus "
+            "plan` says what fits"
+        ) from error
+
+
+def is_exhausted(error: BaseException) -> bool:
+    """Whether memory ran out, on whichever device."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
 
 
 def dtype_on(device: str | torch.device | None, dtype: Dtype) -> Dtype:
     """What "auto" means there: fp32 on a CPU, the checkpoint's own type elsewhere."""
-    place = default_device() if device is None else device
+    place = default_device() if device in (None, "auto") else device
     return "float32" if dtype == "auto" and str(place) == "cpu" else dtype
 
 
@@ -378,6 +406,17 @@ def default_device() -> torch.device:
     """The accelerator where there is one, else the CPU."""
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     return accelerator or torch.device("cpu")
+
+
+def check_device(device: str | torch.device | None, option: str = "device") -> None:
+    """Raise ResourceError, naming the option, where this machine has no such device."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # as torch was built
+        raise ResourceError(
+            f"{option} {str(device)!r}: there is no such device here ({_first_line(error)}); expected one such as "
+            f"{default_device()}"
+        ) from error
 
 
 def _check_weight_files(folder: Path) -> None:

@@ -48,7 +48,7 @@ def remake(
         load: where and how to load its model: device, trust_remote_code.
 
     Raises:
-        ModelError: it is not one of those shipped, or is not described in full.
+        ModelError: it is not one of those shipped, is not described in full, or its model is not what it was.
         WordListError: its list of expressions came from memory, or is not what it was.
     """
     kind = described.get("kind")
@@ -64,9 +64,17 @@ def remake(
         if kind == "guard" and reader is not None and reader.is_the_one(described):
             del settings["dtype"]
             return replace(reader, **settings)
+        made: Guard | Classifier
         if kind == "guard":
-            return Guard.load(described["name"], description=description, **settings, **load)
-        load.pop("trust_remote_code", None)
-        return Classifier.load(described["name"], unsafe=described["unsafe"], **settings, **load)
+            made = Guard.load(described["name"], description=description, **settings, **load)
+        else:
+            load.pop("trust_remote_code", None)
+            made = Classifier.load(described["name"], unsafe=described["unsafe"], **settings, **load)
+        if not made.is_the_one(described):
+            raise ModelError(
+                f"{described['name']}: not the {kind} that the scores were made with: its weights are others, or how "
+                "it is asked; bring that one back, or score again"
+            )
+        return made
     except KeyError as missing:
         raise ModelError(f"the {kind} objective's {missing} is not recorded, so it cannot be made anew") from missing

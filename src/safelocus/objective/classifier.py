@@ -11,10 +11,10 @@ from transformers import AutoModelForSequenceClassification
 
 from safelocus.errors import ModelError
 from safelocus.model.target import Dtype, dtype_on, load_model, load_tokenizer
-from safelocus.objective.text import TextObjective, embedding_gradients, tokenize_around
+from safelocus.objective.text import TextObjective, embedding_gradients, padding_id, tokenize_around
 from safelocus.objective.transfer import GuardReading
 
-_UNSAFE_LABELS = ("unsafe", "toxic", "toxicity", "harmful", "hate", "offensive", "label_1")
+_UNSAFE_LABELS = ("unsafe", "toxic", "toxicity", "harmful", "hate", "offensive")
 
 
 @dataclass(kw_only=True, eq=False)
@@ -29,6 +29,11 @@ class Classifier(TextObjective):
     unsafe: int
     multi_label: bool = False
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        # by this a decoder finds the last token of each answer of a batch
+        self.model.config.get_text_config().pad_token_id = padding_id(self.tokenizer)
+
     @classmethod
     def load(
         cls,
@@ -39,18 +44,22 @@ class Classifier(TextObjective):
         device: str | None = None,
         **options: Any,
     ) -> "Classifier":
-        """Load from a folder or hub id; `unsafe` names the unsafe label where it cannot be told."""
+        """Load from a folder or hub id; `unsafe` names the unsafe label where it cannot be told.
+
+        Raises:
+            ModelError: no label says that it is unsafe, or none is called `unsafe`.
+        """
         tokenizer = load_tokenizer(name)
         dtype = dtype_on(device, dtype)
         model = load_model(AutoModelForSequenceClassification, name, dtype=dtype, device=device)
         labels = {str(label).lower(): int(i) for i, label in model.config.id2label.items()}
-        wanted = [unsafe.lower()] if unsafe else [label for label in _UNSAFE_LABELS if label in labels]
-        if model.config.num_labels == 1:
-            index = 0
-        elif wanted and wanted[0] in labels:
-            index = labels[wanted[0]]
-        else:
-            raise ModelError(f"{name}: which label is unsafe? It has {', '.join(labels)}; pass unsafe=LABEL")
+        wanted = [unsafe.lower()] if unsafe else list(labels) if len(labels) == 1 else _UNSAFE_LABELS
+        index = next((labels[label] for label in wanted if label in labels), None)
+        if index is None:
+            raise ModelError(
+                f"{name}: which label is unsafe? It has {', '.join(labels)}, and not {' or '.join(wanted)}; name one "
+                "of them (--unsafe-label, unsafe=LABEL)"
+            )
         multi = model.config.problem_type == "multi_label_classification" or model.config.num_labels == 1
         return cls(name=str(name), model=model, tokenizer=tokenizer, unsafe=index, multi_label=multi, **options)
 
@@ -83,4 +92,4 @@ class Classifier(TextObjective):
 
     def describe(self) -> dict[str, Any]:
         label = self.model.config.id2label[self.unsafe]
-        return {"kind": "classifier", "name": self.name, "unsafe": label, **self._describe_relaxation()}
+        return {"kind": "classifier", "name": self.name, "unsafe": label, **self._describe_reading()}

@@ -5,8 +5,8 @@
 The log-odds, not the logit of "safe" alone: a logit also moves when all logits move together.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +20,19 @@ from safelocus.model.generation import LOOK_AT_WEIGHTS, NO_NUMBER, Finite, as_us
 from safelocus.model.layout.sizes import auto_class
 from safelocus.model.target import Dtype, dtype_on, load_config, load_model, load_tokenizer
 from safelocus.objective.presets import GuardPreset, find_preset, read_preset, render, verdict_token_ids
-from safelocus.objective.text import ReaderInput, TextObjective, batch_inputs, embedding_gradients, tokenize_around
+from safelocus.objective.text import (
+    ReaderInput,
+    TextObjective,
+    batch_inputs,
+    embedding_gradients,
+    padding_id,
+    tokenize_around,
+)
 from safelocus.objective.transfer import GuardReading
+from safelocus.run.identity import digest
 
 _VERDICT_BUDGET = 48  # tokens a guard may write before its verdict (WildGuard: two lines)
+_SEVERAL = 4
 
 
 @dataclass(kw_only=True, eq=False)
@@ -82,8 +91,15 @@ class Guard(TextObjective):
     def read(
         self, prompts: Sequence[str], responses: Sequence[str], *, response_ids: list[list[int]] | None = None
     ) -> GuardReading:
-        inputs = self._inputs(prompts, responses, response_ids)
-        return embedding_gradients(self.model, self.tokenizer, inputs, self._log_odds)
+        """As `TextObjective.read`; ModelError where of several answers not one came to a verdict."""
+        inputs, unread = self._inputs(prompts, responses, response_ids)
+        if len(unread) == len(inputs) >= _SEVERAL:  # the guard or its preset is wrong, not the answers
+            raise self._without_verdict(len(unread), len(inputs))
+        reading = embedding_gradients(self.model, self.tokenizer, inputs, self._log_odds)
+        score, gradients = reading.score.clone(), list(reading.gradients)
+        for number in unread:
+            score[number], gradients[number] = 0.0, torch.zeros_like(gradients[number])
+        return replace(reading, score=score, gradients=gradients, unread=tuple(unread))
 
     @torch.no_grad()
     def verdicts(self, prompts: Sequence[str], responses: Sequence[str]) -> Tensor:
@@ -92,20 +108,23 @@ class Guard(TextObjective):
         Raises:
             ModelError: the guard did not come to a verdict.
         """
-        inputs = self._inputs(prompts, responses, None)
+        inputs, unread = self._inputs(prompts, responses, None)
+        if unread:
+            raise self._without_verdict(len(unread), len(inputs))
         return self._log_odds(batch_inputs(self.model, self.tokenizer, inputs))
 
     def _inputs(
         self, prompts: Sequence[str], responses: Sequence[str], response_ids: list[list[int]] | None
-    ) -> list[ReaderInput]:
+    ) -> tuple[list[ReaderInput], list[int]]:
+        """Up to the verdicts; and the numbers of those that the guard did not come to."""
         rendered = [render(self.tokenizer, self.preset, p, r) for p, r in zip(prompts, responses, strict=True)]
-        suffixes = [part.suffix for part in rendered]
-        if self.preset.generate_until is not None:
-            suffixes = self._write_up_to_verdict(
-                [part.prefix + part.response + part.suffix for part in rendered], suffixes
-            )
+        suffixes, unread = [part.suffix for part in rendered], list[int]()
+        if (marker := self.preset.generate_until) is not None:
+            written = self._write([part.prefix + part.response + part.suffix for part in rendered], marker)
+            unread = [number for number, text in enumerate(written) if marker not in text]
+            suffixes = [s + text.split(marker, 1)[0] + marker for s, text in zip(suffixes, written, strict=True)]
         given: Sequence[list[int] | None] = response_ids if response_ids is not None else [None] * len(responses)
-        return [
+        inputs = [
             tokenize_around(
                 self.tokenizer,
                 part.prefix,
@@ -116,6 +135,7 @@ class Guard(TextObjective):
             )
             for part, suffix, ids in zip(rendered, suffixes, given, strict=True)
         ]
+        return inputs, unread
 
     def _log_odds(self, batch: dict[str, Tensor]) -> Tensor:
         safe, unsafe = (torch.tensor(ids, device=self.model.device) for ids in self.verdict_ids)
@@ -125,23 +145,17 @@ class Guard(TextObjective):
         return torch.logsumexp(logits[:, safe], dim=1) - torch.logsumexp(logits[:, unsafe], dim=1)
 
     def describe(self) -> dict[str, Any]:
-        return {"kind": "guard", "name": self.name, "preset": self.preset.name, **self._describe_relaxation()}
-
-    def is_the_one(self, described: Mapping[str, Any]) -> bool:
-        """Whether `describe` told of this model, read in the same way; its relaxation may be another."""
-        own = self.describe()
-        return all(own[name] == described.get(name) for name in ("kind", "name", "preset", "dtype"))
+        preset = {"preset": self.preset.name, "preset_hash": digest(asdict(self.preset))}
+        return {"kind": "guard", "name": self.name, **preset, **self._describe_reading()}
 
     def identity_of_reader(self) -> dict[str, Any]:
         return {"preset": asdict(self.preset), **super().identity_of_reader()}
 
     @torch.no_grad()
-    def _write_up_to_verdict(self, texts: Sequence[str], suffixes: Sequence[str]) -> list[str]:
-        """Let the guard write its lines before the verdict; returns the suffixes with those lines added."""
-        marker = self.preset.generate_until
-        assert marker is not None
+    def _write(self, texts: Sequence[str], marker: str) -> list[str]:
+        """What the guard writes behind each text, up to the marker before its verdict."""
         encoded = self.tokenizer(list(texts), add_special_tokens=self.preset.add_special_tokens)["input_ids"]
-        padding = self.tokenizer.pad_token_id or self.tokenizer.eos_token_id or 0
+        padding = padding_id(self.tokenizer)
         ids, mask = pad(encoded, padding, self.model.device, left=True)
         settings = GenerationConfig(
             max_new_tokens=_VERDICT_BUDGET,
@@ -158,10 +172,11 @@ class Guard(TextObjective):
             )  # fmt: skip
         if without := finite.of(len(texts)).count(False):
             raise ModelError(f"{self.name}: {without} of {len(texts)} verdicts are {NO_NUMBER}; {LOOK_AT_WEIGHTS}")
-        written = self.tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=False)
-        if without := sum(marker not in text for text in written):
-            raise ModelError(
-                f"{self.name}: {without} of {len(written)} verdicts did not contain {marker!r} within "
-                f"{_VERDICT_BUDGET} tokens; is preset {self.preset.name!r} the right one for this guard?"
-            )
-        return [s + text.split(marker, 1)[0] + marker for s, text in zip(suffixes, written, strict=True)]
+        written: list[str] = self.tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=False)
+        return written
+
+    def _without_verdict(self, number: int, among: int) -> ModelError:
+        return ModelError(
+            f"{self.name}: {number} of {among} verdicts did not contain {self.preset.generate_until!r} within "
+            f"{_VERDICT_BUDGET} tokens; is preset {self.preset.name!r} the right one for this guard?"
+        )

@@ -25,7 +25,7 @@ from typing import Any, Literal, get_args
 from jinja2 import TemplateError
 
 from safelocus.errors import ModelError, PromptError
-from safelocus.model.chat.template import check_chosen
+from safelocus.model.chat.template import ChatTemplate, check_chosen
 
 Format = Literal["chat", "text"]
 _SLOTS = ("{prompt}", "{response}")
@@ -262,40 +262,29 @@ def _render_chat(tokenizer: Any, preset: GuardPreset, prompt: str) -> tuple[str,
     problems = []
     # Some templates take a message as a string and some as a list of parts; those for parts silently
     # render a string as nothing at all (Llama Guard 3 1B).
-    for kind, shape in (("strings", str), ("lists of parts", _as_parts)):
+    for kind, parts in (("strings", ()), ("lists of parts", ("user", "assistant"))):
+        template = ChatTemplate(tokenizer=tokenizer, kwargs=preset.template_options, parts=parts)
+        conversations = (
+            [{"role": "user", "content": request}, {"role": "assistant", "content": answered}]
+            for request in (asked, prompt)
+        )
         try:
-            marked = _apply(tokenizer, preset, shape(asked), shape(answered))
-            if asked in marked and marked.count(answered) == 1:
-                rendered = _apply(tokenizer, preset, shape(prompt), shape(answered))
-                prefix, suffix = rendered.split(answered)
-                return prefix, suffix
-        except (TemplateError, TypeError) as error:
+            marked, rendered = (template.apply(c, generation=preset.add_generation_prompt) for c in conversations)
+        except TemplateError as error:
             problems.append(f"with messages as {kind} it fails: {error}")
-        else:
-            problems.append(
-                f"with messages as {kind} it shows the request {marked.count(asked)} times and the response "
-                f"{marked.count(answered)} times"
-            )
+            continue
+        if asked in marked and marked.count(answered) == 1:
+            prefix, suffix = rendered.split(answered)
+            return prefix, suffix
+        problems.append(
+            f"with messages as {kind} it shows the request {marked.count(asked)} times and the response "
+            f"{marked.count(answered)} times"
+        )
     raise ModelError(
         f"preset {preset.name!r}: the tokenizer's chat template must show the request and, exactly once, the "
         f"response; {'; '.join(problems)}. Is this a guard's tokenizer? If so, describe the guard with "
         'format = "text" (docs/guards.md).'
     )
-
-
-def _apply(tokenizer: Any, preset: GuardPreset, user: Any, assistant: Any) -> str:
-    text = tokenizer.apply_chat_template(
-        [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}],
-        tokenize=False,
-        add_generation_prompt=preset.add_generation_prompt,
-        **preset.template_options,
-    )
-    assert isinstance(text, str)
-    return text
-
-
-def _as_parts(text: str) -> list[dict[str, str]]:
-    return [{"type": "text", "text": text}]
 
 
 def _marker(word: str, prompt: str) -> str:

@@ -36,6 +36,9 @@ class Refusal:
     compliances: Sequence[str] = COMPLIANCES
 
     def __post_init__(self) -> None:
+        for name, openings in (("refusals", self.refusals), ("compliances", self.compliances)):
+            if isinstance(openings, str):
+                raise ModelError(f"the refusal objective's {name} are several openings, found one text; give a list")
         if not self.refusals or not self.compliances or not all((*self.refusals, *self.compliances)):
             raise ModelError("the refusal objective needs at least one refusal and one compliance opening, none empty")
 

@@ -9,13 +9,16 @@ as its value and the transferred gradient as its derivative, so one backward pas
 """
 
 import json
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import torch
 import xxhash
@@ -26,10 +29,12 @@ from safelocus.model.fingerprint import Fingerprint
 from safelocus.model.forcing import Forced, pad, sent, teacher_force
 from safelocus.model.generation import Response, generate
 from safelocus.objective.transfer import GuardReading, Transfer, Variant
-from safelocus.run.files import sealed, unsealed, write_text
+from safelocus.run.files import read_text, sealed, unsealed, write_text
 
 if TYPE_CHECKING:
     from safelocus.model.target import Target
+
+_READER = ("kind", "name", "preset", "preset_hash", "unsafe", "weights", "dtype")
 
 ResponseListener = Callable[[Sequence[str], Sequence[Response], Tensor], None]
 
@@ -45,7 +50,8 @@ class TextObjective(ABC):
         tau: temperature of the relaxation of the target's tokens (published code: 0.3).
         gumbel_seed: seed of the relaxation's Gumbel noise; None for none.
         variant: of the vocabulary transfer; None takes identity or character, whichever applies.
-        on_responses: called with (prompts, responses, scores) for every batch, e.g. to save them.
+        on_responses: called with (prompts, responses, scores) for every batch, e.g. to save them; the score of an
+            answer without a verdict is NaN.
     """
 
     name: str
@@ -56,7 +62,7 @@ class TextObjective(ABC):
     gumbel_seed: int | None = None
     variant: Variant | None = None
     on_responses: ResponseListener | None = None
-    _transfers: dict[int, Transfer] = field(default_factory=dict, init=False, repr=False)
+    _transfers: WeakKeyDictionary[Any, Transfer] = field(default_factory=WeakKeyDictionary, init=False, repr=False)
 
     def __post_init__(self) -> None:
         self.model.eval().requires_grad_(False)
@@ -77,7 +83,8 @@ class TextObjective(ABC):
         forced = force_answers(target, prompts, responses)
         slope = transfer.logit_gradient(forced.logits.detach(), aligned, tau=self.tau, seeds=self._seeds(prompts, ids))
         if self.on_responses is not None:  # reads the scores, so it waits for the device, which has its work by now
-            self.on_responses(prompts, responses, reading.score)
+            unread = torch.tensor(reading.unread, dtype=torch.long, device=reading.score.device)
+            self.on_responses(prompts, responses, reading.score.index_fill(0, unread, torch.nan))
         return with_slope(reading.score, forced, slope)
 
     def _seeds(self, prompts: Sequence[str], ids: Sequence[Sequence[int]]) -> list[int] | None:
@@ -93,16 +100,15 @@ class TextObjective(ABC):
 
     def transfer_for(self, target: "Target") -> Transfer:
         """The vocabulary transfer to this target; made once (seconds for a vocabulary of 128k)."""
-        key = id(target.tokenizer)
-        if key not in self._transfers:
-            self._transfers[key] = Transfer(
+        if target.tokenizer not in self._transfers:
+            self._transfers[target.tokenizer] = Transfer(
                 target.tokenizer,
                 self.tokenizer,
                 self.model.get_input_embeddings(),
                 target_vocabulary=target.model.get_output_embeddings().weight.shape[0],
                 variant=self.variant,
             )
-        return self._transfers[key]
+        return self._transfers[target.tokenizer]
 
     @abstractmethod
     def read(
@@ -122,12 +128,25 @@ class TextObjective(ABC):
         """All that its scores depend on."""
         return {**self.describe(), **self.identity_of_reader()}
 
+    def is_the_one(self, described: Mapping[str, Any]) -> bool:
+        """Whether `describe` told of this model, read in the same way; its relaxation may be another.
+
+        What earlier versions did not tell is taken to be the same.
+        """
+        own = self.describe()
+        return all(described.get(part, own.get(part)) == own.get(part) for part in _READER)
+
     def identity_of_reader(self) -> dict[str, Any]:
         """All that its verdicts on given answers depend on."""
-        return {"weights": Fingerprint.of_tensors(self.model.config, self.model.named_parameters()).id}
+        return {"weights": self._weights}
 
-    def _describe_relaxation(self) -> dict[str, Any]:
+    @cached_property
+    def _weights(self) -> str:
+        return Fingerprint.of_tensors(self.model.config, self.model.named_parameters()).id
+
+    def _describe_reading(self) -> dict[str, Any]:
         return {
+            "weights": self._weights,
             "dtype": str(self.model.dtype).removeprefix("torch."),
             "max_new_tokens": self.max_new_tokens,
             "tau": self.tau,
@@ -204,7 +223,7 @@ def tokenize_around(
 def batch_inputs(model: Any, tokenizer: Any, inputs: Sequence[ReaderInput]) -> dict[str, Tensor]:
     """Ids and mask [B, L], padded on the right, where the reader's embedding is."""
     device = model.get_input_embeddings().weight.device
-    ids, mask = pad([i.ids for i in inputs], _padding_id(tokenizer), device)
+    ids, mask = pad([i.ids for i in inputs], padding_id(tokenizer), device)
     return {"input_ids": ids, "attention_mask": mask}
 
 
@@ -239,11 +258,12 @@ def embedding_gradients(
     return GuardReading(score=values.detach(), gradients=list(rows), spans=[i.response_spans for i in inputs])
 
 
-def _padding_id(tokenizer: Any) -> int:
+def padding_id(tokenizer: Any) -> int:
+    """What a reader's batches are filled up with."""
     for candidate in (tokenizer.pad_token_id, tokenizer.eos_token_id):
         if candidate is not None:
             return int(candidate)
-    return 0  # right padding is masked: any id will do
+    return 0  # padding is masked: any id will do
 
 
 class AnswerLog:
@@ -266,28 +286,31 @@ class AnswerLog:
                 "finished": response.finished,
                 **({"thought": response.thought} if response.thought is not None else {}),
                 **({"in_thought": True} if response.in_thought else {}),
-                "safety": value,
+                "safety": None if math.isnan(value) else value,
             }
             for prompt, response, value in zip(prompts, responses, scores.tolist(), strict=True)
         ]
         with self._batches.open("a", encoding="utf-8") as file:
             file.write(f"\n{json.dumps(sealed(rows))}")  # begins a line: another may have been cut off
 
-    def finish(self) -> int:
-        """Write the answers of all processes; every one of them calls this.
+    def finish(self) -> list[dict[str, Any]]:
+        """Write the answers of all processes, and return them; every process calls this.
 
-        Returns:
-            How many are none, because their thought did not end.
+        Those that an earlier attempt wrote stay: one that failed later is resumed, and asks only what comes after.
         """
         batches: dict[Any, list[dict[str, Any]]] = {}
+        if self._path.is_file():
+            batches[None] = [json.loads(line) for line in read_text(self._path).split("\n") if line]
         for line in self._batches.read_bytes().split(b"\n") if self._batches.is_file() else ():
             with suppress(json.JSONDecodeError, UnicodeDecodeError):  # cut off by a crash: the batch was repeated
                 json.loads(line)
                 rows = unsealed(line, self._batches)
                 batches[tuple((row["prompt"], row.get("system")) for row in rows)] = rows
-        self._batches.unlink(missing_ok=True)
         rounds = zip_longest(*distributed.gather_objects(list(batches.values())), fillvalue=[])
-        answers = [row for each in rounds for rows in each for row in rows]
+        found = {(row["prompt"], row.get("system")): row for each in rounds for rows in each for row in rows}
+        answers = list(found.values())
         if distributed.is_main() and answers:
             write_text(self._path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in answers))
-        return sum(row.get("in_thought", False) for row in answers)
+        distributed.barrier()
+        self._batches.unlink(missing_ok=True)
+        return answers

@@ -24,11 +24,12 @@ everything of width V is made in chunks of positions.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
+from safelocus.errors import ModelError
 from safelocus.model.forcing import sent
 from safelocus.objective.spelling import join, spell_vocabulary
 
@@ -45,11 +46,13 @@ class GuardReading:
         gradients: per response, [U, d] gradient of its score in the embeddings of the guard tokens
             that cover the response.
         spans: per response, the character span in the response of each of those U tokens.
+        unread: numbers of the responses on which it came to no verdict; their score and gradients are zero.
     """
 
     score: Tensor
     gradients: list[Tensor]
     spans: list[list[tuple[int, int]]]
+    unread: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -73,6 +76,9 @@ class Transfer:
         guard_embedding: the guard's input embedding module (called, so that scaled embeddings count).
         target_vocabulary: V, the width of the target's logits (may exceed the tokenizer's length).
         variant: see the module's text; None takes identity where the vocabularies agree, else character.
+
+    Raises:
+        ModelError: an unknown variant, or identity where the vocabularies differ.
     """
 
     def __init__(
@@ -84,9 +90,14 @@ class Transfer:
         target_vocabulary: int,
         variant: Variant | None = None,
     ) -> None:
+        if variant not in (None, *get_args(Variant)):
+            raise ModelError(f"the transfer {variant!r} is unknown; expected one of {', '.join(get_args(Variant))}")
         agree = same_vocabulary(target_tokenizer, guard_tokenizer)
         if variant == "identity" and not agree:
-            raise ValueError("variant 'identity' needs a guard with the target's own vocabulary; this one's differs")
+            raise ModelError(
+                "the transfer 'identity' needs a guard with the target's own vocabulary, and this one's differs; take "
+                "'character', or leave it out"
+            )
         self.variant: Variant = variant or ("identity" if agree else "character")
         self.target_vocabulary = target_vocabulary
         self.embedding = guard_embedding

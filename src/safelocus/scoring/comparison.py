@@ -10,7 +10,7 @@ Input: two `Selection`s or two `Scores` of models with the same tensors (sibling
 """
 
 from collections.abc import Callable, Hashable, Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from math import gcd
 from typing import Any, overload
 
@@ -139,8 +139,9 @@ def compare(
 def _compare_selections(a: Selection, b: Selection) -> SelectionComparison:
     _check_same_layout(a.layout, b.layout)
     only_eligible = a.only_eligible and b.only_eligible
-    counts = [selection.per_matrix_counts() for selection in (a, b)]
     both = a.combine(b, "&", allow_mismatch=True).per_matrix_counts()
+    # one layout may divide a tensor otherwise than the other
+    counts = [selection.per_matrix_counts() for selection in (a, replace(b, layout=a.layout))]
     matrices = [m for m in a.layout.matrices if m.eligible or (not only_eligible and _any_has(counts, m))]
     rows = [
         (m, (m.num_weights, counts[0].get(m.name, 0), counts[1].get(m.name, 0), both.get(m.name, 0))) for m in matrices

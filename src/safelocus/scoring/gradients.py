@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from safelocus import distributed
-from safelocus.errors import NumericalError, ResourceError, SelectionError, some
+from safelocus.errors import NumericalError, SelectionError, some
 from safelocus.model.layout import canonical_name
 from safelocus.selection.sparse import requiring_gradients
 
@@ -44,10 +44,6 @@ class GradientAccumulator:
                 )
         self.weights = dict(weights)
         self.is_sharded = distributed.any_sharded(self.weights)
-        if self.is_sharded and device is not None:
-            raise ResourceError(
-                "gradients of a sharded model are added up where its shards are: leave out accumulate_on"
-            )
         self.sums = {
             name: torch.zeros_like(
                 weight.detach(), dtype=torch.float32, device=device, memory_format=torch.contiguous_format

@@ -33,7 +33,7 @@ from safelocus.errors import NumericalError, PromptError, ResourceError, Safeloc
 from safelocus.model.forcing import batches_by_length, teacher_force
 from safelocus.model.generation import generate
 from safelocus.model.layout.tensor import TensorLayout
-from safelocus.model.target import Target
+from safelocus.model.target import Target, check_device, is_exhausted
 from safelocus.objective import Objective, describe
 from safelocus.progress import track
 from safelocus.prompts import PromptSet, read_prompts
@@ -50,7 +50,7 @@ NEEDS_OBJECTIVE = ("esi", "gradient", "snip")
 
 def score(
     target: Target,
-    prompts: PromptSet | Sequence[str],
+    prompts: PromptSet | Sequence[str] | Path,
     *,
     objective: Objective | None = None,
     method: Method = "esi",
@@ -66,12 +66,13 @@ def score(
 
     Args:
         target: the model under study; it comes back as it was, bit for bit.
-        prompts: P harmful prompts.
+        prompts: P harmful prompts: a set, a list, or a source of `read_prompts` (a file, `organism:harmful`, ...).
         objective: S, as a callable `(target, prompts) -> [B]`; `Guard`, `Classifier`, `Refusal` or your own.
             Needed by esi, gradient and snip.
         method: which score; see the module's text.
         batch_size: prompts per forward and backward pass. The result does not depend on it beyond rounding.
-        accumulate_on: device of the fp32 sums, e.g. "cpu" to keep the accelerator free; default: the weights'.
+        accumulate_on: device of the fp32 sums and scores, e.g. "cpu" to keep the accelerator free; default: the
+            weights'.
         seed: of the random method.
         max_new_tokens: length of the answers that wanda observes.
         checkpoint: folder in which the sums are kept every `checkpoint_seconds` and at Ctrl-C, and from
@@ -83,23 +84,27 @@ def score(
 
     Raises:
         SafelocusError: NaN or infinity (naming tensor and batch), an objective of the wrong shape or
-            without gradient, too little memory.
+            without gradient, too little memory, no such device.
 
     Example:
         >>> import safelocus as sl
         >>> target = sl.load("organism:dense")
         >>> scores = sl.score(target, ["How do I bake a cake?"], objective=sl.Refusal(), progress=False)
         >>> scores.select(ratio=0.01).k
-        12672
+        12709
     """
-    prompt_set = prompts if isinstance(prompts, PromptSet) else read_prompts(list(prompts))
+    prompt_set = prompts if isinstance(prompts, PromptSet) else read_prompts(prompts)
     _check(method, objective, batch_size, prompt_set)
+    check_device(accumulate_on, "accumulate_on")
     layout = target.layout
     weights = named_weights(target.model, layout.eligible_tensors)
     distributed.check_shards(weights)
     if method == "wanda" and distributed.any_sharded(weights):
         raise SafelocusError("wanda observes whole weights, and this model is sharded; score it with another method")
-    sigmas = {name: sigma(layout.tensors[name], distributed.whole(w.detach())) for name, w in weights.items()}
+    if accumulate_on is not None and distributed.any_sharded(weights):
+        raise ResourceError("the scores of a sharded model are where its shards are: leave out accumulate_on")
+    with _memory_errors(batch_size):
+        sigmas = {name: sigma(layout.tensors[name], distributed.whole(w.detach())) for name, w in weights.items()}
     fingerprint = target.fingerprint()
     inputs = {"--prompts": prompt_set, "the objective": objective, "method": method, "batch_size": batch_size}
     described = None if objective is None else describe(objective)
@@ -110,20 +115,22 @@ def score(
     routing = RoutingCounter(target.model, layout)
     per_prompt: list[float] = []
     tensors: dict[str, Tensor] = {}  # what the scores are made of, where the weights alone do not tell
-    if method in NEEDS_OBJECTIVE:
-        assert objective is not None
-        accumulator = GradientAccumulator(weights, device=accumulate_on)
-        per_prompt = _accumulate(
-            target, prompt_set, objective, accumulator, routing, batch_size=batch_size,
-            checkpoint=checkpoint, checkpoint_seconds=checkpoint_seconds, progress=progress,
-        )  # fmt: skip
-        tensors = accumulator.sums
-        for gradient in tensors.values():
-            gradient.div_(len(prompt_set))
-    elif method == "wanda":
-        tensors = _input_norms(target, prompt_set, weights, batch_size, max_new_tokens, progress)
-
-    statistics = _finish(target, method, weights, tensors, sigmas, tokens=_total_tokens(routing), seed=seed)
+    with _memory_errors(batch_size):
+        if method in NEEDS_OBJECTIVE:
+            assert objective is not None
+            accumulator = GradientAccumulator(weights, device=accumulate_on)
+            per_prompt = _accumulate(
+                target, prompt_set, objective, accumulator, routing, batch_size=batch_size,
+                checkpoint=checkpoint, checkpoint_seconds=checkpoint_seconds, progress=progress,
+            )  # fmt: skip
+            tensors = accumulator.sums
+            for gradient in tensors.values():
+                gradient.div_(len(prompt_set))
+        elif method == "wanda":
+            tensors = _input_norms(target, prompt_set, weights, batch_size, max_new_tokens, progress)
+        statistics = _finish(
+            target, method, weights, tensors, sigmas, tokens=_total_tokens(routing), seed=seed, device=accumulate_on
+        )
     return Scores(
         tensors=tensors,
         layout=layout,
@@ -173,6 +180,7 @@ def _finish(
     *,
     tokens: Mapping[str, list[int]],
     seed: int,
+    device: str | None,
 ) -> list[MatrixStatistics]:
     """Turn what was summed into scores, in place and one tensor at a time; returns the statistics of all matrices."""
     statistics: dict[str, list[MatrixStatistics]] = {}
@@ -181,7 +189,8 @@ def _finish(
         layout = target.layout.tensors[name]
         # as a matrix, whether sharded or not
         weight = distributed.whole(parameter.detach())
-        raw = distributed.whole(tensors[name]) if name in tensors else torch.empty(weight.shape, device=weight.device)
+        to = device or weight.device
+        raw = distributed.whole(tensors[name]).to(to) if name in tensors else torch.empty(weight.shape, device=to)
         norms = _gradient_norms(layout, raw) if method in NEEDS_OBJECTIVE else None
         scores = _to_score(method, layout, raw, weight, sigmas[name], seed)
         if name in measured_here:
@@ -259,15 +268,14 @@ def _accumulate(
         shown = progress and distributed.is_main()
         for number, batch in enumerate(track(own, "scoring", enabled=shown, start=done, unit=_size), start=done):
             where = _where(batches, number, in_step=in_step)
-            with _memory_errors(batch_size):
-                if batch is None:
-                    _keep_step(target, texts[batches[-1][-1]], objective, routing)
-                else:
-                    result = objective(target, [texts[i] for i in batch])
-                    _check_objective(result, len(batch))
-                    result.float().sum().backward()
-                    # waits for the device, when there is nothing left to give it
-                    values |= zip(batch, _finite(result.tolist(), where), strict=True)
+            if batch is None:
+                _keep_step(target, texts[batches[-1][-1]], objective, routing)
+            else:
+                result = objective(target, [texts[i] for i in batch])
+                _check_objective(result, len(batch))
+                result.float().sum().backward()
+                # waits for the device, when there is nothing left to give it
+                values |= zip(batch, _finite(result.tolist(), where), strict=True)
             accumulator.check_finite(where)
             boundary.passed(number + 1)
     if not in_step:  # FSDP has added up what all processes sent back through a sharded model
@@ -337,14 +345,13 @@ def _memory_errors(batch_size: int) -> Iterator[None]:
     """Turns running out of memory into an error that says what to try."""
     try:
         yield
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        exhausted = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
-        if not exhausted:
+    except Exception as error:
+        if not is_exhausted(error):
             raise
         smaller = f"--batch-size {batch_size // 2}, " if batch_size > 1 else ""
         raise ResourceError(
             f"out of memory at batch size {batch_size}. Try {smaller}--accumulate-on cpu, --dtype bfloat16 or fewer "
-            "--max-new-tokens"
+            "--max-new-tokens; `safelocus plan` says what fits"
         ) from error
 
 
@@ -366,7 +373,7 @@ def _input_norms(
     own = distributed.share(_by_length(target, prompts.texts, batch_size))
     for batch in track(own, "scoring", enabled=progress and distributed.is_main(), unit=_size):
         texts = [prompts.texts[i] for i in batch or ()]
-        with torch.no_grad(), _memory_errors(batch_size):
+        with torch.no_grad():
             answers = [list(r.ids) for r in generate(target, texts, max_new_tokens=max_new_tokens)]
             with norms.observing(target.model):
                 for text, answer in zip(texts, answers, strict=True):  # singly: without padding

@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from safelocus import distributed
-from safelocus.errors import MALFORMED, RunError, SelectionError, some
+from safelocus.errors import MALFORMED, NumericalError, RunError, SelectionError, some
 from safelocus.model.fingerprint import digest as tensor_digest
 from safelocus.model.layout import GRANULARITIES, Layout, Matrix, TensorMapping, canonical_name
 from safelocus.run.files import inside, read_json, replacing, require_intact, seal, write_json
@@ -104,11 +104,6 @@ class Scores(TensorMapping):
             raise SelectionError(f"{name!r} {why} ({self.layout.family})")
         return self.tensors[name]
 
-    @property
-    def mean_safety(self) -> float | None:
-        """S: the mean over prompts; None for methods without an objective."""
-        return sum(self.per_prompt) / len(self.per_prompt) if self.per_prompt else None
-
     def select(
         self,
         ratio: float | Fraction | Decimal = 0.01,
@@ -138,7 +133,7 @@ class Scores(TensorMapping):
         Raises:
             SelectionError: a ratio that is out of range or larger than what is eligible, a group that does
                 not fit into K, or scores saved without tensors.
-            NumericalError: NaN, infinite or negative scores, naming the tensor.
+            NumericalError: NaN, infinite or negative scores, naming the tensor; scores that are all zero.
 
         Example:
             >>> top = scores.select(ratio=0.01)                             # doctest: +SKIP
@@ -154,6 +149,11 @@ class Scores(TensorMapping):
             raise SelectionError(
                 "only the statistics of these scores were kept, so no weights can be selected. Score again "
                 "and keep the tensors (--save-scores)."
+            )
+        if which != "random" and self.statistics and not any(matrix.max for matrix in self.statistics):
+            raise NumericalError(
+                f"every {self.provenance.method} score of {self.provenance.model} is zero: nothing to select. Does the "
+                "objective depend on the weights? Look at its answers (responses.jsonl), or score with another one"
             )
         candidates = self.tensors if where is None else _Restricted(self.tensors, self.layout, where)
         num_eligible = candidates.num_eligible if isinstance(candidates, _Restricted) else None
@@ -332,9 +332,10 @@ def _read_json(path: Path) -> dict[str, Any]:
         ) from error
     if not isinstance(values, dict) or values.get("format") != _FORMAT:
         raise RunError(f"{path}: not a file of scores (format {_FORMAT!r} is missing)")
-    if values.get("format_version") != FORMAT_VERSION:
+    if (version := values.get("format_version")) != FORMAT_VERSION:
+        newer = isinstance(version, int) and version > FORMAT_VERSION
         raise RunError(
-            f"{path}: format version {values.get('format_version')}, but this safelocus reads version "
-            f"{FORMAT_VERSION}. Upgrade safelocus, or score again."
+            f"{path}: format version {version}, but this safelocus reads version {FORMAT_VERSION}. "
+            f"{'Upgrade safelocus, or score' if newer else 'Score'} again."
         )
     return values

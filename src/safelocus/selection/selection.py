@@ -11,7 +11,7 @@ Its file is one safetensors file (see `run.tensors`), and nothing that runs when
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -206,14 +206,18 @@ class Selection(TensorMapping):
         """Intersection, difference or union; the result belongs to this selection's model.
 
         Scores stay this selection's; a union keeps them only when both come from the same scores.
-        Raises SelectionError when the models' tensors differ, or, unless `allow_mismatch`, their weights.
+        Raises SelectionError when the models' tensors differ, or, unless `allow_mismatch`, their weights. What differs
+        all the same, or cannot be told (another dtype), is kept in the result's `provenance.extra["remarks"]`.
         """
         if operation not in ("&", "-", "|"):
             raise SelectionError(f"set operation {operation!r}: expected '&', '-' or '|'")
         _check_same_tensors(self, other)
         own, theirs = self.provenance.fingerprint, other.provenance.fingerprint
+        provenance = self.provenance
         if own is not None and theirs is not None and own != theirs:
-            check_made_for(own, Fingerprint.from_json(theirs), "one selection", allow_mismatch=allow_mismatch)
+            found = check_made_for(own, Fingerprint.from_json(theirs), "one selection", allow_mismatch=allow_mismatch)
+            if remarks := list(dict.fromkeys([*provenance.extra.get("remarks", ()), *found])):
+                provenance = replace(provenance, extra={**provenance.extra, "remarks": remarks})
         same_scores = self.provenance == other.provenance and other.scores is not None
         keeps_scores = self.scores is not None and (operation != "|" or same_scores)
         indices, scores = {}, {}
@@ -234,7 +238,7 @@ class Selection(TensorMapping):
             coordinates=indices,
             scores=scores if keeps_scores else None,
             layout=self.layout,
-            provenance=self.provenance,
+            provenance=provenance,
             which="set",
             granularity=self.granularity if self.granularity == other.granularity else "weight",
             operation=operation,

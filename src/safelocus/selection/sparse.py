@@ -23,10 +23,10 @@ from torch.nn.utils import get_total_norm
 
 from safelocus.distributed import all_reduce_sum, average_gradients, check_shards, is_sharded, local, norm
 from safelocus.errors import SelectionError, some
+from safelocus.model.fingerprint import bits
 from safelocus.selection.selection import Selection
 
 _SUMMED = {torch.int16: torch.int32}
-_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -47,15 +47,14 @@ class Site:
 
     def read(self) -> Tensor:
         """[k] copies of the weights."""
-        bits = _bits(self.parameter)
-        return bits.take(self.index.to(bits.device)).view(self.parameter.dtype)
+        own = bits(local(self.parameter.detach()))
+        return own.take(self.index.to(own.device)).view(self.parameter.dtype)
 
     def write(self, values: Tensor) -> None:
         """Put [k] values in place, rounded to the parameter's dtype."""
-        bits = _bits(self.parameter)
-        own = values.detach().to(bits.device, self.parameter.dtype)
+        own = bits(local(self.parameter.detach()))
         # put_ counts elements in logical order whatever the strides are, like the flat indices
-        bits.put_(self.index.to(bits.device), _bits(own))
+        own.put_(self.index.to(own.device), bits(values.detach().to(own.device, self.parameter.dtype)))
 
     def take(self, gradient: Tensor) -> Tensor:
         """[k] elements of a tensor that is shaped and sharded like the parameter, such as its gradient."""
@@ -74,7 +73,7 @@ class Site:
         if self.position is None:
             return values
         check_shards({"a selected tensor": self.parameter})
-        own = values.view(_INTEGERS[values.element_size()])
+        own = bits(values)
         # exactly one process has each of them, so the sum of bits is a copy; no backend sums 16-bit integers
         joined = torch.zeros(self.num_selected, dtype=_SUMMED.get(own.dtype, own.dtype), device=own.device)
         joined[self.position.to(own.device)] = own.to(joined.dtype)
@@ -209,7 +208,7 @@ def averaged_norm(found: Mapping[str, Site], masters: Mapping[str, Tensor]) -> T
 
 
 def _site(parameter: nn.Parameter, index: Tensor) -> Site:
-    if parameter.element_size() not in _INTEGERS or not parameter.is_floating_point():
+    if not parameter.is_floating_point():
         raise SelectionError(
             f"weights of type {parameter.dtype} cannot be changed one by one; load them as bf16 or fp32"
         )
@@ -229,9 +228,3 @@ def _site(parameter: nn.Parameter, index: Tensor) -> Site:
     return Site(
         parameter=parameter, index=flat[position].to(device), num_selected=len(index), position=position.to(device)
     )
-
-
-def _bits(tensor: Tensor) -> Tensor:
-    """The same memory as integers of the same width; strides stay as they are."""
-    own = local(tensor.detach())
-    return own.view(_INTEGERS[own.element_size()])

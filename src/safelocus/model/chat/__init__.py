@@ -76,6 +76,7 @@ class ChatFormat:
     response_prefix: str = ""  # white space that belongs to the response's first token
     ending: str = ""  # the fixed text between prompt and response
     leading_ids: tuple[int, ...] = ()  # what the tokenizer itself puts first (BOS)
+    trailing_ids: tuple[int, ...] = ()  # what it puts last (EOS), where an encoder reads the prompt alone
     end_of_turn_ids: tuple[int, ...] = ()  # ids that end the assistant's turn, the template's own first
     reads_apart: bool = False  # whether an encoder reads the prompt, and a decoder the response alone
     notes: tuple[str, ...] = ()
@@ -107,7 +108,7 @@ class ChatFormat:
         """Ids of `render`, with the BOS token at most once."""
         ids = _ids(self.tokenizer, self.render(prompt, system=system, closed=closed))
         if self.kind == "plain":
-            ids = [*self.leading_ids, *ids]
+            ids = [*self.leading_ids, *ids, *self.trailing_ids]
         # a plain template that spells BOS out, or a prompt that starts with it
         while len(ids) > 1 and ids[0] == ids[1] == self.tokenizer.bos_token_id:
             del ids[0]
@@ -147,7 +148,8 @@ class ChatFormat:
         """Text by which a base model starts another user's turn; chat models have tokens for that."""
         if self.template is None:
             return ()
-        marker = PLACEHOLDER.sub("", self.template[: self.template.index("{prompt}")]).strip()
+        before = PLACEHOLDER.sub("", self.template[: self.template.index("{prompt}")])
+        marker = before.strip().rpartition("\n")[2]
         return (f"\n{marker}",) if marker else ()
 
     def identity(self) -> dict[str, object]:
@@ -164,10 +166,10 @@ class ChatFormat:
         }
 
     def to_json(self) -> dict[str, object]:
-        """What provenance needs to render the same text again."""
+        """What provenance needs to render the same text again, as `chat_format` is given it."""
         return {
             "kind": self.kind,
-            "template": self.template,
+            "template": None if self.template is None else self.template.replace("\\", r"\\"),
             "system": self.system,
             "thinking": self.thinking,
             # one of them may have the name of an option of `chat_format`, which says the same
@@ -208,7 +210,8 @@ def chat_format(
             "plain template is in use. Leave them out, or use a tokenizer with a chat template."
         )
     template = decode_template(PLAIN_TEMPLATE if template is None else template)
-    return replace(_plain(tokenizer, system, template, generation_config), reads_apart=reads_apart)
+    form = _plain(tokenizer, system, template, generation_config)
+    return replace(form, reads_apart=True, trailing_ids=_added_ids(tokenizer)[1]) if reads_apart else form
 
 
 def _plain(
@@ -236,7 +239,7 @@ def _plain(
         closing=closing,
         response_prefix=prefix,
         ending=(ending + closing).removesuffix(prefix),
-        leading_ids=_leading_ids(tokenizer),
+        leading_ids=_added_ids(tokenizer)[0],
         end_of_turn_ids=_end_ids(tokenizer, "", generation_config),
         notes=tuple(notes),
     )
@@ -296,7 +299,7 @@ def _chat(
         opened=turn.opened,
         response_prefix=prefix,
         ending=ending.removesuffix(prefix),
-        leading_ids=_leading_ids(tokenizer),
+        leading_ids=_added_ids(tokenizer)[0],
         end_of_turn_ids=_end_ids(tokenizer, after, generation_config),
         notes=tuple(notes),
     )
@@ -343,13 +346,13 @@ def _response_prefix(tokenizer: "PreTrainedTokenizerBase", ending: str) -> str:
     return spaces if joins else ""
 
 
-def _leading_ids(tokenizer: "PreTrainedTokenizerBase") -> tuple[int, ...]:
-    """What the tokenizer puts before a text by itself; what it puts after it (EOS) would end the prompt."""
+def _added_ids(tokenizer: "PreTrainedTokenizerBase") -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """What the tokenizer puts before a text by itself, and after it (which would end a prompt that is to go on)."""
     ids, bare = tokenizer("a", verbose=False)["input_ids"], _ids(tokenizer, "a")
     for start in range(len(ids) - len(bare) + 1):
-        if ids[start : start + len(bare)] == bare:
-            return tuple(ids[:start])
-    return ()
+        if ids[start : (end := start + len(bare))] == bare:
+            return tuple(ids[:start]), tuple(ids[end:])
+    return (), ()
 
 
 def _end_ids(

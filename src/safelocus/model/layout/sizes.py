@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import operator
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 from safelocus.errors import LayoutError
@@ -48,12 +49,16 @@ class Sizes(dict[str, Any]):
     layers: list[Sizes] | None = None  # of each layer, where layers differ
 
     def of_layer(self, layer: int | None) -> Sizes:
-        return self if layer is None or self.layers is None else self.layers[layer]
+        """Those of a layer; where an encoder has more than the lists, which are the decoder's, these here."""
+        return self if layer is None or self.layers is None or layer >= len(self.layers) else self.layers[layer]
 
     def evaluate(self, expression: str | int) -> Any:
-        return self._evaluate(ast.parse(str(expression).strip(), mode="eval").body, str(expression))
+        node: ast.expr | None = None
+        with suppress(SyntaxError, ValueError):
+            node = ast.parse(str(expression).strip(), mode="eval").body
+        return self._evaluate(node, str(expression))
 
-    def _evaluate(self, node: ast.expr, expression: str) -> Any:
+    def _evaluate(self, node: ast.expr | None, expression: str) -> Any:
         match node:
             case ast.Constant(value=int(value)):
                 return value
