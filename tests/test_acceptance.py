@@ -193,6 +193,13 @@ def test_runs_made_otherwise_are_not_alike(name, value):
     assert [key for key in one if one[key] != other[key]] == [name]
 
 
+@pytest.mark.parametrize("changed", [{"objective": {"kind": "refusal"}}, {"prompts_hash": "other"}])
+def test_weights_found_otherwise_are_others(changed):
+    selection = {"k": 5, "method": "esi", "which": "top", "objective": {"kind": "guard"}, "prompts_hash": "own"}
+    one, other = made(selection=selection), made(selection=selection | changed)
+    assert [key for key in one if one[key] != other[key]] == ["weights"]
+
+
 def test_a_folder_that_is_no_such_run_is_one_message(tmp_path):
     with pytest.raises(RunError, match="no run for an acceptance card"):
         CardRun.load(tmp_path)

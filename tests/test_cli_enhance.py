@@ -164,6 +164,7 @@ def test_run_toml_repeats_the_run(scored, tmp_path, run):
         ([*REFUSAL, "--selection", "x.safetensors"], "--selection says already"),
         (["--selection", "x.safetensors"], "x.safetensors: does not exist"),
         ([*REFUSAL, "--controls", "best"], "--controls best: expected random, bottom, full, lora"),
+        ([*REFUSAL, "--ratio", "1.5"], "ratio must be in (0, 1]"),
         ([*REFUSAL, "--sweep", "fast"], "--sweep 'fast'"),
         ([*REFUSAL, "--card-with", "nowhere"], "nowhere: no run for an acceptance card"),
         ([*REFUSAL, "--sweep", "0,1"], "learning_rate is a positive number"),
@@ -195,12 +196,28 @@ def test_run_toml_repeats_the_run(scored, tmp_path, run):
         ([*REFUSAL, "--retain-weight", "0", "--retain-kl", "0"], "what is retained has no weight"),
     ],
 )
-def test_bad_input_is_one_message(tmp_path, run, arguments, message):
+def test_bad_input_is_one_message_before_the_model_is_loaded(tmp_path, run, monkeypatch, arguments, message):
+    monkeypatch.setattr("safelocus.cli.options.ModelOptions.load", lambda _: pytest.fail("it was loaded"))
     code, out, err = run("enhance", "organism:dense-unaligned", *SETS, *SMALL, *arguments, "-o", tmp_path / "e")
     assert code == 2, out + err
     assert message in err
     assert "Traceback" not in out + err
     assert not (tmp_path / "e").exists()
+
+
+def test_a_control_that_cannot_be_made_is_refused_before_the_model_is_loaded(tmp_path, run, monkeypatch):
+    target = sl.load("organism:dense-unaligned")
+    sl.score(target, ["a", "b"], method="magnitude", progress=False).select(0.01).save(
+        file := tmp_path / "s.safetensors"
+    )
+    monkeypatch.setattr("safelocus.cli.options.ModelOptions.load", lambda _: pytest.fail("it was loaded"))
+    for control in ("bottom", "snip"):
+        code, _, err = run(
+            "enhance", "organism:dense-unaligned", "--selection", file, *SETS, *SMALL, "--controls", control,
+            "-o", tmp_path / "e",
+        )  # fmt: skip
+        assert code == 2
+        assert "do not say with which prompts" in err
 
 
 def test_nothing_but_refusals(scored, tmp_path, run):

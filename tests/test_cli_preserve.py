@@ -210,3 +210,16 @@ def test_a_real_model_and_real_data(tmp_path, run):
     selection = sl.Selection.load(tmp_path / "p" / "selection.safetensors")
     models = [sl.load(str(folder)).model for folder in (model, tmp_path / "p" / "model")]
     assert same(*(gather(each, selection) for each in models))
+
+
+def test_what_needs_the_whole_model_is_refused_before_it_is_loaded(run, tmp_path, monkeypatch):
+    import torch
+
+    monkeypatch.setattr("safelocus.model.target.default_device", lambda: torch.device("cuda"))
+    monkeypatch.setattr("safelocus.cli.options.ModelOptions.load", lambda _: pytest.fail("it was loaded"))
+    code, _, err = run(
+        "preserve", "organism:dense", "--refusal", "--prompts", "organism:harmful", "--data", "organism:requests",
+        "--lora", "--offload", "-o", tmp_path / "r",
+    )  # fmt: skip
+    assert code == 2
+    assert "--lora needs the whole model in each process; leave it out, or --offload" in err

@@ -7,6 +7,7 @@ import pytest
 import safelocus as sl
 from pages import check_run_page
 from safelocus.cli import main
+from safelocus.cli.sources import read_artefact
 from safelocus.prompts import prompt_hash
 from safelocus.verification import Verification
 
@@ -128,7 +129,9 @@ def test_a_selection_file_is_enough(scored, tmp_path, run):
         (["--judge", "nobody"], "nobody"),
     ],
 )
-def test_bad_input_is_one_message(scored, tmp_path, run, arguments, message):
+def test_bad_input_is_one_message_before_the_model_is_loaded(scored, tmp_path, run, monkeypatch, arguments, message):
+    if "--judge" not in arguments:  # whose names their own loader knows
+        monkeypatch.setattr("safelocus.cli.options.ModelOptions.load", lambda _: pytest.fail("it was loaded"))
     code, out, err = run(
         "verify", "organism:dense", "--scores", scored, "--limit", "6", "--max-new-tokens", "8", "--seeds", "1",
         *arguments, "-o", tmp_path / "v",
@@ -136,6 +139,27 @@ def test_bad_input_is_one_message(scored, tmp_path, run, arguments, message):
     assert code == 2, out + err
     assert message in err
     assert "Traceback" not in out + err
+
+
+def test_scorers_that_cannot_be_made_are_refused_at_once_and_a_run_without_scores_has_its_selection(
+    tmp_path, run, monkeypatch
+):
+    target = sl.load("organism:dense")
+    sl.score(target, ["a", "b"], method="magnitude", progress=False).select(0.01).save(tmp_path / "hand.safetensors")
+    with monkeypatch.context() as patched:
+        patched.setattr("safelocus.cli.options.ModelOptions.load", lambda _: pytest.fail("it was loaded"))
+        code, _, err = run(
+            "verify", "organism:dense", "--scores", tmp_path / "hand.safetensors", "-p", "organism:harmful-heldout",
+            "--judge", "refusal", "--scorers", "snip", *VERIFY, "-o", tmp_path / "v",
+        )  # fmt: skip
+    assert code == 2
+    assert "no snip scores can be made like them" in err
+    code, _, err = run(
+        "score", "organism:dense", "-p", "organism:harmful", "--limit", "8", "--method", "magnitude",
+        "--no-save-scores", "-o", tmp_path / "run",
+    )  # fmt: skip
+    assert code == 0, err
+    assert isinstance(read_artefact(tmp_path / "run"), sl.Selection)
 
 
 def test_scores_that_are_missing_or_of_another_model(scored, tmp_path, run):

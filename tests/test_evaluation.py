@@ -25,6 +25,7 @@ from safelocus.evaluation.judges.endpoint import Answer, Failure
 from safelocus.evaluation.perplexity import nats_per_token
 from safelocus.evaluation.suites import run_suites
 from safelocus.evaluation.surprise import FEW, SURPRISING, mark_surprising, with_surprising
+from safelocus.model.chat import chat_format
 from safelocus.model.forcing import teacher_force
 from safelocus.model.generation import generate
 from safelocus.prompts import read_prompts
@@ -357,6 +358,18 @@ def test_comparison_of_different_judges_says_so():
     assert "asr" not in comparison.differences
     assert comparison.differences["asr@keyword cake"].value == 0
     assert any("asr is left out" in note for note in comparison.notes)
+
+
+def test_comparison_of_a_model_that_is_told_otherwise_says_so():
+    plain, told = (
+        evaluate(target, harmful=["a"], max_new_tokens=2, progress=False)
+        for target in (
+            dense(),
+            replace(dense(), chat=chat_format(dense().tokenizer, system="Be brief.", thinking=None)),
+        )
+    )
+    assert compare_evaluations(plain, told).notes == ["another system prompt: none first, Be brief. second"]
+    assert compare_evaluations(told, told).notes == []
 
 
 def test_perplexities_of_other_texts_are_not_compared():

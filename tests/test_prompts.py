@@ -575,6 +575,11 @@ def test_split_share_and_salt():
         ("a.json", "[1]", "row 1: expected an object with named fields or text, found int"),
         ("a.jsonl", '{"prompt": "a"}\n\n["b"]', "line 3: expected an object.*found list"),
         ("a.json", '[{"prompt": "a"}, {"prompt": 3}]', r"row 2, field 'prompt': .*found int \(3\)"),
+        (
+            "a.jsonl",
+            '{"prompt": "a"}\n{"prompt": "b \\ud83d"}',
+            "line 2, field 'prompt': character 3 is half of a surrogate",
+        ),
         ("a.json", '[{"prompt": "a", "response": {}}]', "row 1, field 'response': expected text, found dict"),
         ("a.json", '[{"prompt": ""}, {"prompt": " "}]', "all 2 rows are empty in field 'prompt'"),
         ("a.json", '[{"title": "a", "n": 1}]', "no field is known.*found: 'title', 'n'.*field="),

@@ -22,7 +22,8 @@ from safelocus.errors import RunError
 from safelocus.model.layout import Layout
 from safelocus.report.grid import Span
 from safelocus.report.page import write_page
-from safelocus.report.runs import ReportRun
+from safelocus.report.runs import ReportRun, with_parts
+from safelocus.run.files import write_json
 from test_map import EXPERTS, SMALL, random_scores
 
 
@@ -166,6 +167,19 @@ def test_runs_of_the_same_model_keep_names_of_their_own(written, tmp_path):
     second = map_run(tmp_path / "second", [("tiny", make_map())])
     _, page = written(first, second)
     assert set(page.table("Enrichment by component")[0]) == {"component", "first: tiny", "second: tiny"}
+
+
+def test_parts_of_several_demos_keep_names_of_their_own(tmp_path):
+    runs = []
+    for name in ("first", "second"):
+        (tmp_path / name / "dense").mkdir(parents=True)
+        enhance_run(tmp_path / name / "dense" / "enhance")
+        write_json(tmp_path / name / "results.json", {"claims": {}, "runs": ["dense/enhance"]})
+        runs.append(ReportRun.read(tmp_path / name))
+    assert [run.name for run in with_parts(runs[:1])] == ["first", "dense/enhance"]
+    assert [run.name for run in with_parts(runs)] == [
+        "first", "first/dense/enhance", "second", "second/dense/enhance",
+    ]  # fmt: skip
 
 
 def test_strangers_text_stays_text(written, tmp_path):

@@ -53,6 +53,8 @@ _ALIKE = (  # of what made a run: the same, but for the draw, where runs differ 
     "answer_tokens", "lexicon", "validation",
 )  # fmt: skip
 
+_WEIGHTS = ("k", "method", "which", "objective", "prompts_hash")
+
 Outcomes = Mapping[Any, float]  # prompt -> 1 as wanted, 0 not, NaN where it cannot be told
 Sets = Mapping[str, Outcomes]  # source -> its prompts
 Found = TypeVar("Found", bound=Experiment)
@@ -104,18 +106,19 @@ class CardRun:
         kind = "preserve" if UNPROTECTED in results else "enhance"
         seed, task = settings.pop("seed"), (made.get("task") or {}).get("name")
         facts = {
-            "model": made["fingerprint"], "weights": [made["selection"].get(key) for key in ("k", "method", "which")],
+            "model": made["fingerprint"], "weights": [made["selection"].get(key) for key in _WEIGHTS],
             "data": made["data"]["source"], "settings": settings, "retained": _origins(made.get("retained")),
             **{key: _but_for_the_draw(made.get(key)) for key in _ALIKE},
         }  # fmt: skip
         seen = frozenset(made["used"]["also_measured"])
+        conducts = {
+            where.removeprefix("controls/"): _conduct(evaluation, kind, task, seen)
+            for where, evaluation in evaluations.items()
+        }
+        facts["judge"] = next((judge for judge in conducts[AFTER].safe), None) if AFTER in conducts else None
         return cls(
             name=name, kind=kind, seed=seed, lesson=made["data"]["source"],
-            used=frozenset(map(origin, made["used"]["sources"])),
-            conducts={
-                where.removeprefix("controls/"): _conduct(evaluation, kind, task, seen)
-                for where, evaluation in evaluations.items()
-            },
+            used=frozenset(map(origin, made["used"]["sources"])), conducts=conducts,
             facts={key: json.dumps(value, sort_keys=True) for key, value in facts.items()},
         )  # fmt: skip
 

@@ -12,12 +12,13 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from safelocus.cli import options
-from safelocus.cli.sources import check_lexicon, check_objective, check_shard, guard_among, guard_of, make_objective
+from safelocus.cli.sources import check_lexicon, check_objective, check_whole, guard_among, guard_of, make_objective
 
 if TYPE_CHECKING:
     from safelocus.evaluation.judges import Judge
     from safelocus.model.target import Target
     from safelocus.objective import Guard
+    from safelocus.prompts import PromptSet
     from safelocus.run.identity import Provenance
     from safelocus.scoring.scores import Scores
     from safelocus.selection.selection import Selection
@@ -79,12 +80,18 @@ def check_training(given: options.TrainOptions, *kinds: str) -> tuple[str, ...]:
         kinds: of controls that are no other weights, but trained otherwise.
     """
     from safelocus.scoring.run import METHODS
+    from safelocus.selection.selection import Selection
 
     known = ("random", "bottom", *kinds, *(method for method in METHODS if method != "random"))
     wanted = options.words(given.controls, "--controls", known)
     given.settings()
-    check_shard(given.shard, {f"--controls {name}": name in wanted for name in ("lora", "wanda")})
+    check_whole(given, {f"--controls {name}": name in wanted for name in ("lora", "wanda")})
     check_located(given)
+    if given.selection is not None:
+        file = selection_file(given.selection)
+        for name in wanted:
+            if name not in ("random", *kinds):
+                check_like(name, Selection.load(file).provenance, file)
     return wanted
 
 
@@ -134,11 +141,13 @@ def locate(
         file = selection_file(selection)
         found = Selection.load(file)
 
+        how = {name: value for name, value in load.items() if name != "dtype"}
+
         @cache
         def like(method: str) -> "Scores":
             return score_like(
                 target, method, found.provenance, beside=file, guard=guard, guard_description=guard_description,
-                progress=progress, reader=reader, **{name: value for name, value in load.items() if name != "dtype"},
+                progress=progress, reader=reader, checkpoint=checkpoint and checkpoint / method, **how,
             )  # fmt: skip
 
         return Located(selection=found, scores=like)
@@ -177,6 +186,7 @@ def score_like(
     guard_description: Path | None = None,
     progress: bool = True,
     reader: "Guard | None" = None,
+    checkpoint: Path | None = None,
     **load: Any,
 ) -> "Scores":
     """Scores by some method, from the same prompts, objective and settings as earlier ones, or those themselves.
@@ -187,26 +197,61 @@ def score_like(
         guard, guard_description: how to read that guard, where it is the same; else as in that run.
         reader: a guard that is loaded already; used where it is theirs.
         load: how to load their guard: device, trust_remote_code.
+        checkpoint: folder for the sums, unfinished and finished.
 
     Raises:
         SafelocusError: what they were made with is not recorded, or is not what it was.
     """
-    from safelocus.errors import PromptError, SafelocusError
     from safelocus.objective import remake
-    from safelocus.prompts import prompt_hash, read_prompts
     from safelocus.run.folder import read_config
-    from safelocus.scoring.run import METHODS, NEEDS_OBJECTIVE, score
+    from safelocus.scoring.run import NEEDS_OBJECTIVE, score
     from safelocus.scoring.scores import Scores
 
-    if method not in METHODS:
-        raise SafelocusError(f"{method!r} is no way to score weights; expected {', '.join(METHODS)}")
     run = beside if (beside / "run.toml").is_file() else beside.parent
-    if method == provenance.method and (run / "scores" / "scores.json").is_file():
+    if _has_scores(method, provenance, run):
         own = Scores.load(run / "scores")
         if own.tensors and replace(own.provenance, extra={}) == replace(provenance, extra={}):
             return own
+    prompts, known = _prompts_like(method, provenance), provenance.extra
     earlier = read_config(run) if (run / "run.toml").is_file() else {}
     earlier = earlier if earlier.get("command") == "score" else {}
+    objective = None
+    if method in NEEDS_OBJECTIVE:
+        path = guard_description if guard is not None and guard == guard_of(provenance) else None
+        path = path or earlier.get("guard_description")
+        described = provenance.objective or {}
+        objective = remake(described, description=Path(path) if path else None, reader=reader, **load)
+    return score(
+        target.talking_as(known["chat"]), prompts, objective=objective, method=method,  # type: ignore[arg-type]
+        batch_size=known["batch_size"], max_new_tokens=known["max_new_tokens"], progress=progress,
+        checkpoint=checkpoint if method in NEEDS_OBJECTIVE else None,
+    )  # fmt: skip
+
+
+def check_like(kind: str, provenance: "Provenance", beside: Path) -> None:
+    """Refuse a control that cannot be made like the weights, before the long work: "bottom", or a method.
+
+    Raises:
+        SafelocusError: as for `score_like`.
+    """
+    method = provenance.method if kind == "bottom" else kind
+    run = beside if (beside / "run.toml").is_file() else beside.parent
+    if not _has_scores(method, provenance, run):
+        _prompts_like(method, provenance)
+
+
+def _has_scores(method: str, provenance: "Provenance", run: Path) -> bool:
+    return method == provenance.method and (run / "scores" / "scores.json").is_file()
+
+
+def _prompts_like(method: str, provenance: "Provenance") -> "PromptSet":
+    """The prompts that weights were found with, for scores by this method."""
+    from safelocus.errors import PromptError, SafelocusError
+    from safelocus.prompts import prompt_hash, read_prompts
+    from safelocus.scoring.run import METHODS
+
+    if method not in METHODS:
+        raise SafelocusError(f"{method!r} is no way to score weights; expected {', '.join(METHODS)}")
     used, known = set(provenance.extra.get("prompt_hashes") or ()), provenance.extra
     if provenance.prompts in (None, "memory") or not used or "chat" not in known:
         raise SafelocusError(
@@ -221,16 +266,7 @@ def score_like(
             f"{provenance.prompts}: the {len(used)} prompts that the weights were found with are not all there as they "
             f"were then, so {method} scores cannot be made like theirs. Bring them back, or score again"
         )
-    objective = None
-    if method in NEEDS_OBJECTIVE:
-        path = guard_description if guard is not None and guard == guard_of(provenance) else None
-        path = path or earlier.get("guard_description")
-        described = provenance.objective or {}
-        objective = remake(described, description=Path(path) if path else None, reader=reader, **load)
-    return score(
-        target.talking_as(known["chat"]), prompts, objective=objective, method=method,  # type: ignore[arg-type]
-        batch_size=known["batch_size"], max_new_tokens=known["max_new_tokens"], progress=progress,
-    )  # fmt: skip
+    return prompts
 
 
 def selection_file(path: Path) -> Path:

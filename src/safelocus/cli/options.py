@@ -114,7 +114,7 @@ class PromptOptions(FieldOptions):
     prompts: str = option(
         "File (json, jsonl, csv, tsv, txt, parquet), hub-id:split:field, embedded:NAME or organism:NAME.", "-p"
     )
-    limit: int | None = option("Use at most this many prompts.", min=1)
+    limit: int | None = option("Use at most this many prompts, the first ones.", min=1)
 
     def read(self, held_out: float = 0.0) -> "tuple[PromptSet, PromptSet | None]":
         """(prompts, those left out)."""

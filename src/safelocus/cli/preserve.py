@@ -97,7 +97,7 @@ def preserve(given: Preserve) -> None:
         raise SafelocusError("--calibrate needs --lora-mode exact: in patch the adapter changes the same weights")
     if given.save_dtype and given.lora and not given.merge:
         raise SafelocusError("--save-dtype is the type of a model that is saved; with --lora give --merge too")
-    sources.check_shard(given.shard, {"--lora": given.lora})
+    sources.check_whole(given, {"--lora": given.lora})
     wanted = locating.check_training(given)
     others = sources.runs_for_card(given)
     material = _read(given)

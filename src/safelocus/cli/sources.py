@@ -212,7 +212,8 @@ def unscored_prompts(
         raise PromptError(f"what the scores were made with: {error} Give prompts to measure with: {option}") from error
     if allow_seen:
         return prompts
-    left = tuple(example for example in prompts.examples if prompt_hash(example.prompt) not in set(used))
+    seen = set(used)
+    left = tuple(example for example in prompts.examples if prompt_hash(example.prompt) not in seen)
     if not left:
         raise PromptError(
             f"{provenance.prompts}: all {len(prompts)} prompts were used to find these weights; give others to "
@@ -221,12 +222,17 @@ def unscored_prompts(
     return replace(prompts, examples=left)
 
 
-def check_shard(shard: bool, given: Mapping[str, bool]) -> None:
+def check_whole(place: options.PlaceOptions, given: Mapping[str, bool]) -> None:
     """Refuse what needs a model that is whole in each process, before it is loaded; `given`: option -> whether."""
     from safelocus.errors import SafelocusError
+    from safelocus.model.target import default_device
 
-    if shard and (found := [option for option, is_given in given.items() if is_given]):
-        raise SafelocusError(f"{', '.join(found)} needs the whole model in each process; leave it out, or --shard")
+    found = [option for option, is_given in given.items() if is_given]
+    if not found or not (place.shard or place.offload):
+        return
+    if place.shard or default_device().type != "cpu":  # without an accelerator nothing is offloaded
+        spread = "--shard" if place.shard else "--offload"
+        raise SafelocusError(f"{', '.join(found)} needs the whole model in each process; leave it out, or {spread}")
 
 
 def check_unscored(prompts: str | None, harmful: "PromptSet", *, allow_seen: bool = False) -> None:
@@ -262,11 +268,14 @@ def scores_folder(path: Path) -> Path:
 
 
 def read_artefact(path: Path) -> "Selection | Scores":
-    """A selection file, a scores folder, or the scores of a run folder."""
+    """A selection file, a scores folder, or the scores of a run folder; its selection, where it kept no scores."""
     from safelocus.errors import RunError
     from safelocus.scoring.scores import Scores
     from safelocus.selection.selection import Selection
 
     if not path.exists():
         raise RunError(f"{path}: does not exist; expected a selection, a scores folder or a run folder of `score`")
-    return Scores.load(scores_folder(path)) if path.is_dir() else Selection.load(path)
+    if not path.is_dir():
+        return Selection.load(path)
+    scores, file = Scores.load(scores_folder(path)), path / "selection.safetensors"
+    return scores if scores.tensors or not file.is_file() else Selection.load(file)

@@ -63,12 +63,15 @@ def verify(given: Verify) -> None:
     refusal, ASR, over-refusal, utility and perplexity each time. Writes results.json, cells.jsonl, report.html and
     figures. Interrupted with Ctrl-C, the same command resumes; the model's files are never touched.
     """
+    from torch.nn import Module
+
     from safelocus import distributed
     from safelocus.report.page import write_outcome
     from safelocus.report.verification import ranking_grid, settings_grid
     from safelocus.run.folder import CHECKPOINT
     from safelocus.scoring.run import METHODS
     from safelocus.verification import verify as verify_selections
+    from safelocus.verification.interventions import make_interventions
     from safelocus.verification.run import check_unseen
 
     # everything that can be wrong with the input is found before the long work starts
@@ -84,8 +87,12 @@ def verify(given: Verify) -> None:
     tasks = sources.read_tasks(given.task, given.limit, given.seed)
     texts = sources.texts(given.perplexity, given.limit, given.seed)
     wanted = options.words(given.scorers, "--scorers", METHODS)
-    sources.check_shard(given.shard, {"--scorers wanda": "wanda" in wanted})
+    sources.check_whole(given, {"--scorers wanda": "wanda" in wanted})
     ratios, noises = options.numbers(given.ratios, "--ratios"), options.numbers(given.noise, "--noise")
+    make_interventions(options.words(given.interventions), noises, Module() if given.transplant_from else None)
+    for method in wanted:
+        if method not in named:
+            locating.check_like(method, provenance, given.scores[0])
     if not (given.judge or given.guard or given.lexicon):
         given = replace(given, guard=sources.guard_of(provenance), lexicon=sources.lexicon_of(provenance))
     named_judges = [*(given.judge or []), *sources.judge_names(None, given.lexicon)]
@@ -113,6 +120,7 @@ def verify(given: Verify) -> None:
                     guard_description=given.guard_description, progress=not given.json, device=given.device,
                     trust_remote_code=given.trust_remote_code,
                     reader=sources.guard_among(judges, given.guard, given.guard_description),
+                    checkpoint=folder / CHECKPOINT / f"scores-{method}",
                 )  # fmt: skip
         found = verify_selections(
             target, named, prompts=prompts, judges=judges, harmless=harmless, tasks=tasks, perplexity=texts,

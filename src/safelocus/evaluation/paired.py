@@ -99,9 +99,15 @@ def _notes(first: Evaluation, second: Evaluation) -> list[str]:
         notes.append(f"asr is left out: judged by {first.judge_names[0]} first and {second.judge_names[0]} second")
     if _reader(first) != _reader(second):
         notes.append(f"refusals are left out: found by {_reader(first)} first and {_reader(second)} second")
-    attacks = [e.provenance.get("responder", {}).get("attack", {}).get("name") for e in (first, second)]
+    responders = [evaluation.provenance.get("responder", {}) for evaluation in (first, second)]
+    attacks = [responder.get("attack", {}).get("name") for responder in responders]
     if attacks[0] != attacks[1]:
         notes.append(f"asked under {attacks[0] or 'no attack'} first and {attacks[1] or 'no attack'} second")
+    chats = [responder.get("chat") or responder for responder in responders]  # a server is told the same without one
+    for key, what in (("system", "system prompt"), ("template", "plain template"), ("thinking", "way to think")):
+        old, new = (chat.get(key) or None for chat in chats)
+        if old != new:
+            notes.append(f"another {what}: {_short(old)} first, {_short(new)} second")
     changed = [name for name in ours if name in theirs and ours[name] != theirs[name]]
     notes += [f"judge {name} had other settings" for name in changed]
     for key in ("max_new_tokens", "versions"):
@@ -117,7 +123,10 @@ def _reader(evaluation: Evaluation) -> str:
 
 
 def _short(value: Any) -> str:
-    return " ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else str(value)
+    if value is None:
+        return "none"
+    text = " ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else str(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _perplexity_ratio(first: Evaluation, second: Evaluation, seed: int) -> Difference | None:

@@ -12,6 +12,7 @@ at. It is not read as a response unless asked for, since tuning on it would teac
 """
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Self
@@ -46,6 +47,7 @@ ROLES = {
 ROLE_KEYS = ("role", "from")
 CONTENT_KEYS = ("content", "value", "text")
 _CALLS = ("tool_calls", "function_call")  # a turn that says nothing
+_HALF = re.compile("[\ud800-\udfff]")  # JSON's escapes can bring one; no tokenizer takes it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -331,6 +333,11 @@ def _text(value: object, place: str) -> str:
         raise PromptError(
             f"{place}: expected text, found {type(value).__name__} ({as_text(value)[:60]}). "
             "Choose another field with field=, or turn the values into text."
+        )
+    if half := _HALF.search(value):
+        raise PromptError(
+            f"{place}: character {half.start() + 1} is half of a surrogate pair, which is no text: "
+            "it was cut within a character. Cut it elsewhere, or leave the row out."
         )
     return value
 

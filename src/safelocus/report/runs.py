@@ -6,7 +6,7 @@ folder without `run.toml` (saved from Python) can be reported too.
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
@@ -140,8 +140,10 @@ class ReportRun:
 
 
 def with_parts(runs: Sequence[ReportRun]) -> list[ReportRun]:
-    """The runs, each with those inside it after it."""
-    return [each for run in runs for each in (run, *run.parts)]
+    """The runs, each with those inside it after it; of several demos under their demo's name too."""
+    several = sum(bool(run.parts) for run in runs) > 1
+    named = {run.name: [replace(p, name=f"{run.name}/{p.name}") for p in run.parts] for run in runs if several}
+    return [each for run in runs for each in (run, *named.get(run.name, run.parts))]
 
 
 def _order(state: str) -> tuple[bool, str]:

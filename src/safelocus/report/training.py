@@ -39,6 +39,8 @@ def outcome_grid(results: Results, *, title: str = "Before and after") -> Grid:
     numbers = [values.get(held) for values in arms.values()]
     states = {"before": results.get("before"), **arms}
     caption = "percent [95 % interval], on prompts that nothing was trained on or chosen by"
+    if seen := len(results.get("provenance", {}).get("used", {}).get("also_measured", ())):
+        caption += f", but for {count(seen)}"
     if _controls(results):
         caption += "; the others: the same data and steps, other weights"
     changed = (results.get("after") or {}).get("num_changed") if kind == "preserve" else None
