@@ -1,13 +1,16 @@
 """Calibration: small steps on the protected weights, and on nothing else, towards what the original model said."""
 
 from dataclasses import replace
+from itertools import count
 from types import SimpleNamespace
 from unittest import mock
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
 from torch.nn.functional import kl_div
+from transformers import Trainer, TrainingArguments
 
 import safelocus as sl
 from safelocus.errors import NumericalError, PromptError, TrainingError
@@ -15,7 +18,7 @@ from safelocus.evaluation.divergence import divergence
 from safelocus.preservation import calibration as module
 from safelocus.preservation.calibration import STATE, Calibration, references
 from safelocus.selection.sparse import gather
-from test_protection import same, snapshot, some, train, trainer_of
+from test_protection import OPTIONS, rows, same, snapshot, some, train, trainer_of
 from tiny_targets import dense
 
 PROMPTS = (
@@ -250,6 +253,37 @@ def test_a_trainer_goes_on_from_a_checkpoint_to_the_bit(tmp_path, adapted):
     (tmp_path / "checkpoint-3" / STATE).unlink()
     with pytest.raises(TrainingError, match="calibration of this checkpoint cannot be resumed"):
         ready()[0].train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+
+
+@pytest.mark.usefixtures("_answers")
+def test_a_trainer_goes_on_from_a_checkpoint_that_lies_elsewhere(tmp_path):
+    def ready(folder, learning_rate=1e-2):
+        target = dense()
+        run = trainer_of(target, tmp_path / folder, save_strategy="steps", save_steps=3)
+        sl.preserve(run, some(target), calibration=calibration(target, every=1, learning_rate=learning_rate))
+        return run
+
+    run, again, other = ready("one"), ready("other"), ready("other", learning_rate=0.1)
+    run.train()
+    other.train()  # its checkpoint of the same step lies where the resumed run would write
+    again.train(resume_from_checkpoint=str(tmp_path / "one" / "checkpoint-3"))
+    assert same(snapshot(run.model), snapshot(again.model))
+
+
+@pytest.mark.usefixtures("_answers")
+def test_the_best_checkpoint_has_its_own_calibrated_values(tmp_path):
+    target = dense()
+    arguments = TrainingArguments(output_dir=str(tmp_path), load_best_model_at_end=True, **OPTIONS | {
+        "save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2,
+    })  # fmt: skip
+    run = Trainer(target.model, arguments, train_dataset=rows(), eval_dataset=rows(2))
+    protection = sl.preserve(run, some(target), calibration=calibration(target, every=1, learning_rate=1e-2))
+    with mock.patch.object(run, "evaluate", side_effect=({"eval_loss": float(loss)} for loss in count())):
+        run.train()
+    assert run.state.best_model_checkpoint.endswith("checkpoint-2")
+    best = load_file(tmp_path / "checkpoint-2" / "model.safetensors")
+    assert same({name: value for name, value in snapshot(target.model).items() if name in best}, best)
+    assert protection.check() == 0
 
 
 @pytest.mark.usefixtures("_answers")

@@ -195,17 +195,6 @@ class TestRetention:
         assert sorted(drawn[:6:2]) == sorted(drawn[6::2]) == [0, 1, 2]
         assert drawn == draw()
 
-    @pytest.mark.parametrize("weights", [{"kl": 0.0}, {"weight": -1.0}, {"kl": -0.5, "weight": 1.0}])
-    def test_weights_that_make_no_sense(self, weights):
-        with pytest.raises(TrainingError, match="retained rows weigh"):
-            Retention(sets=([],), **weights)
-
-    def test_nothing_to_retain(self):
-        with pytest.raises(TrainingError, match="at least one set"):
-            Retention(sets=())
-        with pytest.raises(TrainingError, match="at least one retained row"):
-            Retention(sets=([],), per_refusal=0)
-
     def test_divergence_is_zero_at_first_and_holds_the_model_back(self, target):
         losses, drift = {}, {}
         selection = top(target, 0.1)
@@ -312,10 +301,19 @@ class TestRetention:
         assert how(bare, retain_rows=2, answer_tokens=4) == [0.0, 1.0, 2, 4]
         assert how(bare, lexicon=sl.Lexicon.of(["cake"])) == [20.0, 0.0, 6, 64]
 
-    @pytest.mark.parametrize("given", [{"retain": ANSWERS, "retain_kl": 0.0}, {"retain_weight": 0.0}])
-    def test_what_is_retained_without_weight_is_refused_at_once(self, target, given, monkeypatch):
+    @pytest.mark.parametrize(
+        ("given", "message"),
+        [
+            ({"retain": ANSWERS, "retain_kl": 0.0}, r"what is retained has no weight.*--retain-weight.*--retain-kl"),
+            ({"retain_weight": 0.0}, "what is retained has no weight"),
+            ({"retain_weight": -1.0}, "retain_weight .*at least 0, found -1"),
+            ({"retain_kl": float("nan")}, "retain_kl .*at least 0, found nan"),
+            ({"retain_rows": 0}, "retain_rows .*at least 1, found 0"),
+        ],
+    )
+    def test_what_cannot_be_retained_is_refused_at_once(self, target, given, message, monkeypatch):
         monkeypatch.setattr("safelocus.enhancement.run.with_answers", None)
-        with pytest.raises(TrainingError, match=r"what is retained has no weight.*--retain-weight.*--retain-kl"):
+        with pytest.raises(TrainingError, match=message):
             enhance(target, top(target), REFUSALS, **given, **QUICK)
 
     def test_texts_name_sets_to_retain(self, target):
@@ -534,15 +532,17 @@ class TestRun:
             )
 
     @pytest.mark.parametrize("where", ["data", "retain", "validation"])
-    def test_measuring_on_what_was_trained_on(self, target, where):
+    def test_measuring_on_what_was_trained_on(self, target, where, monkeypatch, tmp_path):
         examination = {
             "data": replace(HELD_OUT, harmful=REFUSALS),
             "retain": replace(HELD_OUT, harmless=ANSWERS),
             "validation": replace(HELD_OUT, harmful=LOOKS.harmful),
         }[where]
         how = {"examination": examination, "validation": LOOKS, "retain": ANSWERS, **QUICK}
-        with pytest.raises(PromptError, match="to measure with"):
-            run_enhancement(target, top(target), REFUSALS, **how)
+        with monkeypatch.context() as patched, pytest.raises(PromptError, match="to measure with"):
+            patched.setattr("safelocus.enhancement.run.with_answers", None)  # it is told before the model answers
+            run_enhancement(target, top(target), REFUSALS, checkpoint=tmp_path / "work", **how)
+        assert not (tmp_path / "work").exists()
         if where == "data":
             found = run_enhancement(target, top(target), REFUSALS, allow_seen=True, **how)
             assert any("were trained on" in remark for remark in found.notes)

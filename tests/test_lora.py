@@ -5,7 +5,7 @@ import torch
 from peft import PeftModel
 
 from safelocus.model.layout import Layout, canonical_name
-from safelocus.training.lora import Lora, unwrap
+from safelocus.training.lora import Lora, unwrapping
 from test_patch import everything, same
 from test_wrappers import wrapper
 from tiny_models import build
@@ -38,13 +38,14 @@ def test_every_layer_and_expert_has_an_adapter_that_learns_and_no_router_has_one
     layout, lora = Layout.of(model), Lora(rank=2)
     matrices = {name for name, p in model.named_parameters() if p.ndim > 1 and not name.endswith(WITHOUT)}
     left_out = lora.left_out(model, layout)
-    wrapped = lora.wrap(model, layout)
-    assert adapted(wrapped) == matrices
-    wrapped.train()(input_ids=IDS).logits.square().mean().backward()
-    for name, parameter in wrapped.named_parameters():
-        assert parameter.requires_grad == ("lora_" in name)
-        assert "lora_B" not in name or parameter.grad.any()
-    unwrap(model)
+    with unwrapping(model):
+        wrapped = lora.wrap(model, layout)
+        assert adapted(wrapped) == matrices
+        wrapped.train()(input_ids=IDS).logits.square().mean().backward()
+        for name, parameter in wrapped.named_parameters():
+            assert parameter.requires_grad == ("lora_" in name)
+            assert "lora_B" not in name or parameter.grad.any()
+    assert all(parameter.requires_grad and "lora" not in name for name, parameter in model.named_parameters())
     routers = [name for name in layout.tensors if "router" in layout.tensors[name].components and "bias" not in name]
     assert (f"router ({len(routers)}: " in (left_out or "")) == bool(routers)
 

@@ -1,5 +1,7 @@
 """With LoRA the effective weights W + s * B A keep their values at the protected coordinates."""
 
+import copy
+
 import pytest
 import torch
 from datasets import Dataset
@@ -10,7 +12,7 @@ import safelocus as sl
 from safelocus.errors import TrainingError
 from safelocus.model.layout import Layout, canonical_name
 from safelocus.patch import Patch
-from safelocus.preservation.lora import lora_updates
+from safelocus.preservation.lora import _MaskedGradient, lora_updates, masking
 from safelocus.selection.sparse import gather
 from test_protection import OPTIONS, batch, rows, same, some
 from tiny_models import build
@@ -222,6 +224,73 @@ def test_an_update_of_the_selection_lets_go_of_the_first():
     original = gather(dense().model, first - second)
     assert same(left, original)  # no corrections are left behind
     assert largest_change(protection, gather(dense().model, second)) < 1e-6
+
+
+def test_a_bias_beside_an_adapter_keeps_its_bits():
+    target = dense(attention_bias=True)
+    name = "model.layers.0.self_attn.q_proj.bias"
+    selection = sl.Selection(
+        coordinates={name: torch.arange(8)}, layout=target.layout, only_eligible=False,
+        provenance=some(target).provenance,
+    )  # fmt: skip
+    values = gather(target.model, selection)
+    model = lora(target, target_modules=["q_proj"], bias="all")
+    train(model, sl.preserve(model, selection))
+    assert same(gather(model, selection), values)
+    with pytest.raises(TrainingError, match="lora_bias=False"):
+        sl.preserve(lora(dense(attention_bias=True), target_modules=["q_proj"], lora_bias=True), selection)
+
+
+@pytest.mark.parametrize("modules", ["all-linear", r".*layers\.0\.self_attn\.q_proj"])
+def test_a_tensor_that_several_modules_share(modules):
+    target = dense()
+    first, second = (layer.self_attn.q_proj for layer in target.model.model.layers)
+    second.weight = first.weight
+    target = sl.Target.of(target.model, target.tokenizer, name="shared")
+    selection = some(target)
+    model = lora(target, target_modules=modules)
+    with pytest.raises(TrainingError, match=r"1 selected tensors are used by several.*layers\.0\.self_attn\.q_proj"):
+        sl.preserve(model, selection)
+    assert sl.preserve(lora(dense(), target_modules=["up_proj"]), some(dense())).num_protected
+
+
+def test_a_refused_gradient_leaves_no_hooks():
+    target = moe()
+    selection = some(target, 2000)
+    model = lora(target, target_modules=["q_proj", "v_proj"], target_parameters=EXPERTS)
+    names = [n for n in selection.coordinates if "q_proj" in n or "v_proj" in n]
+    attention = sl.Selection(
+        coordinates={n: selection[n] for n in names}, layout=target.layout, provenance=selection.provenance
+    )
+
+    def hooks():
+        return [len(module._forward_pre_hooks) + len(module._forward_hooks) for module in model.modules()]
+
+    before = hooks()
+    with pytest.raises(TrainingError, match="exact_gradient is for whole Linear"):
+        sl.preserve(model, selection, exact_gradient=True)
+    assert hooks() == before
+    protection = sl.preserve(model, attention, exact_gradient=True)
+    attached = hooks()
+    with pytest.raises(TrainingError, match="exact_gradient is for whole Linear"):
+        protection.update(selection)
+    assert protection.selection is attention
+    assert protection.num_protected == attention.k
+    assert hooks() == attached
+
+
+def test_the_exact_gradient_of_a_replica_on_another_device(monkeypatch):
+    """Of copies on several devices, as DataParallel makes them, only the first has the indices beside it."""
+    model, seen = lora(dense()), []
+    apply = _MaskedGradient.apply
+    monkeypatch.setattr(_MaskedGradient, "apply", lambda *given: seen.append(given[4].device) or apply(*given))
+    layer = model.get_submodule("base_model.model.model.layers.0.mlp.up_proj")
+    (update,) = lora_updates(model, {"up": layer.base_layer.weight}).values()
+    replica = copy.deepcopy(layer).to("meta")
+    x = torch.zeros(3, layer.in_features, device="meta")
+    masking(lambda: update, lambda: torch.arange(5))(replica, (x,), replica(x)).sum().backward()
+    assert replica.lora_A["default"].weight.grad.is_meta
+    assert seen == [x.device]
 
 
 def test_sft_with_a_checkpoint(tmp_path):

@@ -318,14 +318,26 @@ def test_measuring_on_what_was_trained_on():
         preserved(target, examination=replace(EXAMINATION, harmful=DATA))
 
 
-@pytest.mark.parametrize(("modules", "message"), [(("nose",), "for nose"), (("q_proj", "lm_head"), "output layer")])
-def test_modules_that_no_adapter_can_have(modules, message):
+@pytest.mark.parametrize(
+    ("modules", "message"),
+    [(("nose",), "for nose"), (("q_proj", "lm_head"), "output layer"), (("q_proj",), "none of the 2 selected tensors")],
+)
+def test_modules_that_no_adapter_can_have(modules, message, monkeypatch, tmp_path):
+    """It is told before the model is measured, and before the folder is claimed."""
     target = tiny_targets.dense()
     before, as_it_was = snapshot(target.model), state(target)
+    monkeypatch.setattr(runner.Runner, "examine", None)
     with pytest.raises(TrainingError, match=message):
-        preserved(target, lora=Lora(modules=modules))
+        preserved(target, only_up(target), lora=Lora(modules=modules), checkpoint=tmp_path / "work")
+    assert not (tmp_path / "work").exists()
     assert same(snapshot(target.model), before)
     assert state(target) == as_it_was
+
+
+def only_up(target):
+    selection = some(target)
+    found = {name: index for name, index in selection.coordinates.items() if "up_proj" in name}
+    return sl.Selection(coordinates=found, layout=target.layout, provenance=selection.provenance)
 
 
 @pytest.mark.parametrize("learning_rate", [1e-2, 1e30])

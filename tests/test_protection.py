@@ -270,6 +270,71 @@ def test_a_checkpoint_that_was_trained_without_protection(tmp_path):
     assert same(gather(target.model, selection), values)
 
 
+def test_a_tensor_that_is_unfrozen_before_a_checkpoint_is_loaded(tmp_path):
+    trainer_of(dense(), tmp_path, save_strategy="steps", save_steps=3).train()
+    target = dense()
+    target.model.model.layers[0].requires_grad_(False)
+    run = trainer_of(target, tmp_path)
+    sl.preserve(run, some(target))
+    target.model.model.layers[0].requires_grad_(True)
+    with pytest.raises(TrainingError, match="frozen when the protection began"):
+        run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+
+
+class ScheduleFree(torch.optim.SGD):
+    """Is evaluated at another point than it trains at."""
+
+    shown = False
+
+    @torch.no_grad()
+    def _switch(self, shown):
+        if shown != self.shown:
+            self.shown = shown
+            for parameter in self.param_groups[0]["params"]:
+                parameter.add_(0.1 if shown else -0.1)
+
+    def train(self):
+        self._switch(False)
+
+    def eval(self):
+        self._switch(True)
+
+
+def test_an_optimizer_that_moves_weights_between_training_and_evaluation(tmp_path):
+    target = dense()
+    selection = some(target)
+    values, seen = gather(target.model, selection), []
+    optimizer = ScheduleFree(target.model.parameters(), lr=1e-2)
+
+    class Looking(Trainer):
+        def prediction_step(self, *arguments, **options):
+            assert optimizer.shown
+            seen.append(gather(target.model, selection))
+            return super().prediction_step(*arguments, **options)
+
+        def compute_loss(self, *arguments, **options):
+            seen.append(gather(target.model, selection))
+            return super().compute_loss(*arguments, **options)
+
+    arguments = TrainingArguments(output_dir=str(tmp_path), **OPTIONS, eval_strategy="steps", eval_steps=2)
+    run = Looking(
+        model=target.model, args=arguments, train_dataset=rows(), eval_dataset=rows(2), optimizers=(optimizer, None)
+    )
+    protection = sl.preserve(run, selection)
+    run.train()
+    run.train()
+    run.evaluate()
+    assert len(seen) == 2 * 6 + 7 * 2  # steps of training; batches of evaluation, each asked for twice
+    assert all(same(each, values) for each in [*seen, gather(target.model, selection)])
+    protection.remove()
+    optimizer.train()
+    assert not same(gather(target.model, selection), values)
+    protection = sl.preserve(optimizer, selection, model=target.model, allow_mismatch=True)
+    values = gather(target.model, selection)
+    optimizer.eval()
+    assert same(gather(target.model, selection), values)
+
+
 def test_dpo(tmp_path):
     from trl import DPOConfig, DPOTrainer
 

@@ -7,7 +7,7 @@ import torch
 
 import safelocus as sl
 from safelocus.enhancement.optimizer import SparseOptimizer
-from safelocus.errors import NumericalError, SelectionError
+from safelocus.errors import NumericalError, SelectionError, TrainingError
 from test_sparse import NAME, everything, some, transpose_storage, unchanged
 from tiny_targets import dense, moe
 
@@ -280,6 +280,18 @@ def test_a_selection_that_does_not_fit_changes_nothing():
     assert all(p.requires_grad and not p._post_accumulate_grad_hooks for p in target.model.parameters())
 
 
+def test_a_norm_of_zero_does_not_clip():
+    target, reference = dense(), dense()
+    for model, norm in ((target.model, 0.0), (reference.model, None)):
+        with SparseOptimizer(model, some(target), max_grad_norm=norm, **ADAMW) as optimizer:
+            train(model, optimizer, 2)
+    assert_same(target.model, reference.model)
+    assert not unchanged(target.model, everything(dense().model))
+    for norm in (-1.0, float("nan")):
+        with pytest.raises(TrainingError, match="max_grad_norm is at least 0"):
+            SparseOptimizer(target.model, some(target), max_grad_norm=norm, **ADAMW)
+
+
 def test_zero_grad_forgets_what_was_accumulated():
     target, reference = dense(), dense()
     first, second = batches(2)
@@ -308,7 +320,9 @@ def test_a_closure_computes_the_loss():
     assert_same(target.model, reference.model)
 
 
-def test_a_gradient_scaler_scales_and_skips():
+@pytest.mark.parametrize("trainer", [False, True], ids=["loop", "trainer"])
+def test_a_gradient_scaler_scales_and_skips(trainer):
+    """A trainer clears the gradients of the model alone, after a step that was skipped too."""
     target, reference = dense(), dense()
     with SparseOptimizer(reference.model, some(target), max_grad_norm=0.5, **ADAMW) as optimizer:
         train(reference.model, optimizer, 3)
@@ -320,7 +334,7 @@ def test_a_gradient_scaler_scales_and_skips():
                 scaler.step(optimizer)
                 scaler.update()
                 assert scaler.get_scale() == 512
-                optimizer.zero_grad()
+                (target.model if trainer else optimizer).zero_grad()
             scaler.scale(target.model(input_ids=ids, labels=ids).loss).backward()
             scaler.step(optimizer)
             scaler.update()

@@ -5,9 +5,11 @@ import itertools
 import math
 from dataclasses import replace
 from types import SimpleNamespace
+from typing import get_args
 
 import pytest
 import torch
+from trl import SFTConfig
 
 import safelocus as sl
 import tiny_targets
@@ -16,9 +18,10 @@ from safelocus.evaluation.measures import proportion
 from safelocus.model.chat import chat_format
 from safelocus.model.generation import generate
 from safelocus.run.files import seal
-from safelocus.training import Checkpoints, Curve, CurvePoint, TrainingSettings, fit, training_rows
+from safelocus.training import Checkpoints, Curve, CurvePoint, Schedule, TrainingSettings, fit, training_rows
 from safelocus.training.arm import single_words
 from safelocus.training.responses import rows_with_remarks
+from safelocus.training.sharing import on_own_device
 from tiny_targets import CHAT
 
 ROWS = [{"prompt": f"bake a cake {n}", "response": f"no, I can't help with {n}"} for n in range(12)]
@@ -145,6 +148,8 @@ class TestRows:
         ({"learning_rate": 0.0}, "learning_rate is a positive number"),
         ({"learning_rate": math.nan}, "learning_rate"),
         ({"schedule": "zigzag"}, "zigzag"),
+        ({"max_grad_norm": -1.0}, "max_grad_norm is at least 0"),
+        ({"max_grad_norm": math.nan}, "max_grad_norm"),
     ],
 )
 def test_settings_that_make_no_sense(change, message):
@@ -164,6 +169,23 @@ class TestFit:
         assert "forward" not in vars(target.model)
         assert not target.model.training
         assert all(parameter.grad is None for parameter in target.model.parameters())
+
+    @pytest.mark.parametrize("schedule", get_args(Schedule))
+    def test_the_learning_rate_rises_in_the_warm_up(self, schedule):
+        warm = replace(SETTINGS, warmup_steps=2, schedule=schedule)
+        rates = [point.learning_rate for point in train(tiny_targets.dense(), settings=warm)]
+        assert rates[:3] == [0, SETTINGS.learning_rate / 2, SETTINGS.learning_rate]
+        assert (rates[3] == rates[2]) == (schedule == "constant")
+
+    def test_a_process_trains_on_the_accelerator_that_the_model_is_on(self, tmp_path, monkeypatch):
+        chosen, device = [], torch.device("cuda:1")
+        monkeypatch.setattr(torch.accelerator, "set_device_index", chosen.append)
+        arguments = SFTConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False)
+        arguments._n_gpu = 2
+        on_own_device(arguments, torch.device("cpu"))
+        assert (arguments.n_gpu, arguments.device, chosen) == (2, torch.device("cpu"), [])
+        on_own_device(arguments, device)
+        assert (arguments.n_gpu, arguments.device, chosen) == (1, device, [device])
 
     def test_the_seed_decides(self):
         runs = []

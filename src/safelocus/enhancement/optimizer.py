@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_
 
 from safelocus import distributed
-from safelocus.errors import NumericalError, SelectionError
+from safelocus.errors import NumericalError, SelectionError, TrainingError
 from safelocus.selection.selection import Selection
 from safelocus.selection.sparse import averaged_norm, sites
 
@@ -37,8 +37,8 @@ class SparseOptimizer(torch.optim.Optimizer):
         model: the model; may be wrapped (PEFT, torch.compile).
         selection: which weights to train.
         optimizer: a class from `torch.optim`, or one like them.
-        max_grad_norm: clip the norm of the selected weights' gradient to this before each step. Give it here
-            rather than to a trainer, which would look for gradients on the model and find none.
+        max_grad_norm: clip the norm of the selected weights' gradient to this before each step; None and 0 leave it.
+            Give it here rather than to a trainer, which would look for gradients on the model and find none.
         options: for the optimizer: lr, weight_decay, betas, ...
 
     Attributes:
@@ -47,6 +47,7 @@ class SparseOptimizer(torch.optim.Optimizer):
     Raises:
         SelectionError: the selection does not fit the model.
         SafelocusError: the model is sharded otherwise than by rows over all processes.
+        TrainingError: a negative `max_grad_norm`.
 
     Example:
         >>> import torch, safelocus as sl
@@ -59,6 +60,9 @@ class SparseOptimizer(torch.optim.Optimizer):
         ...     optimizer.step()
     """
 
+    # a gradient scaler would skip `step`, and what overflowed would stay in the masters, which no trainer clears
+    _step_supports_amp_scaling = True
+
     def __init__(
         self,
         model: nn.Module,
@@ -68,6 +72,10 @@ class SparseOptimizer(torch.optim.Optimizer):
         max_grad_norm: float | None = None,
         **options: Any,
     ) -> None:
+        if max_grad_norm is not None and not max_grad_norm >= 0:
+            raise TrainingError(
+                f"max_grad_norm is at least 0, and 0 or None leaves the gradient; found {max_grad_norm}"
+            )
         self.selection = selection
         self.max_grad_norm = max_grad_norm
         self.gradient_norm = torch.zeros(())
@@ -92,6 +100,8 @@ class SparseOptimizer(torch.optim.Optimizer):
     def step(self, closure: Any = None) -> Any:
         """Step the masters, write them to the model, forget the gradient.
 
+        A gradient that a scaler found to have overflowed is forgotten without a step.
+
         Raises:
             NumericalError: the gradient is NaN or infinite; nothing was changed.
         """
@@ -99,13 +109,21 @@ class SparseOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        found_inf, scale = (getattr(self, name, None) for name in ("found_inf", "grad_scale"))  # of a scaler
+        if found_inf is not None and not distributed.in_all(not found_inf):
+            self.zero_grad()
+            return loss
+        if scale is not None:
+            for master in self._masters.values():
+                if master.grad is not None:
+                    master.grad /= scale.to(master.device)
         self.gradient_norm = averaged_norm(self._sites, self._masters)
         if not torch.isfinite(self.gradient_norm):
             raise NumericalError(
                 "the gradient became NaN or infinite: training diverged, this step changed nothing. "
                 f"Lower the learning rate (now {self.param_groups[0]['lr']:g}), or train in bf16 or fp32, not fp16"
             )
-        if self.max_grad_norm is not None:
+        if self.max_grad_norm:
             clip_grads_with_norm_(self._masters.values(), self.max_grad_norm, self.gradient_norm)
         self._inner.step()
         self._write()

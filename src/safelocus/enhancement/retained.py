@@ -26,11 +26,14 @@ def settled(
         lexicon: what it learns may be its own answers too, which should be whole.
 
     Raises:
-        TrainingError: what is retained would have no weight.
+        TrainingError: what is retained would have no weight, or a negative one, or no rows.
     """
     is_own = own_answers or not any(part.is_answered for part in sets)
     suited = OWN if is_own and not lexicon else GIVEN
     found = {name: default if given[name] is None else given[name] for name, default in suited.items()}
+    for name, least in (("retain_kl", 0), ("retain_weight", 0), ("retain_rows", 1), ("answer_tokens", 1)):
+        if not found[name] >= least:
+            raise TrainingError(f"{name} (--{name.replace('_', '-')}) is at least {least}, found {found[name]}")
     if sets and not found["retain_kl"] and not found["retain_weight"]:
         raise TrainingError(
             "what is retained has no weight: retain_weight (--retain-weight) and retain_kl (--retain-kl) are both 0, "

@@ -21,7 +21,6 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from safelocus import distributed
-from safelocus.errors import TrainingError
 from safelocus.evaluation.divergence import divergence, likeliest
 from safelocus.model.forcing import sent
 from safelocus.model.target import Target
@@ -38,7 +37,7 @@ Place = tuple[int, int]  # set, row
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Retention:
-    """Rows to retain, and how much they weigh.
+    """Rows to retain, and how much they weigh; see `settled`.
 
     Attributes:
         sets: rows from `training_rows`; they take turns.
@@ -51,17 +50,6 @@ class Retention:
     kl: float = 10.0
     weight: float = 0.0
     per_refusal: int = 3
-
-    def __post_init__(self) -> None:
-        if not self.sets:
-            raise TrainingError("nothing to retain: give at least one set")
-        if self.per_refusal < 1:
-            raise TrainingError(f"at least one retained row goes with each refusal, found {self.per_refusal}")
-        if self.weight < 0 or self.kl < 0 or not self.weight + self.kl > 0:
-            raise TrainingError(
-                f"retained rows weigh {self.weight} with a divergence of {self.kl}; expected numbers of at least 0, "
-                "one of them above"
-            )
 
     def place(self, number: int, seed: int) -> Place:
         """The sets take turns; each comes in another order every time it begins anew."""

@@ -159,7 +159,10 @@ def run_enhancement(
     inputs = {
         "the selection": selection, "the controls": controls, "learning_rates": rates, "the examination": examination,
     }  # fmt: skip
-    runner = enhancer(target, data, validation=validation, num_weights=selection.k, inputs=inputs, **how)
+    runner = enhancer(
+        target, data, validation=validation, examination=None if allow_seen else examination,
+        num_weights=selection.k, inputs=inputs, **how,
+    )  # fmt: skip
     notes = [*_notes(runner), *examination.only_first]
     used = [*runner.sets, *(validation.parts if validation is not None else ())]
     notes += [*check_apart(examination, used, allow_seen=allow_seen), *remarks]
@@ -183,6 +186,7 @@ def enhancer(
     lexicon: Lexicon | None = None,
     settings: TrainingSettings | None = None,
     validation: Examination | None = None,
+    examination: Examination | None = None,
     every: int = 10,
     early_stopping: bool = False,
     interpolate: bool = False,
@@ -195,6 +199,7 @@ def enhancer(
     """Read and check the data, let the model answer what has no answer, and make ready to train arms on it.
 
     Args:
+        examination: what must share no prompt with what is trained on or chosen by.
         early_stopping: keep the best look and stop when more would not help; else the last step is kept.
         interpolate: keep the best on the straight line from the original weights to what was trained.
         num_weights: that an adapter should have about.
@@ -224,9 +229,11 @@ def enhancer(
         **({} if lexicon is None else {"the expressions": lexicon}), **settings.to_json(), **looks,
     }  # fmt: skip
     distributed.check_same(Identity.of(given).parts)
-    claim(checkpoint, {"the model": target, **given, "the validation": validation, **(inputs or {})})
     if validation is not None:
         check_apart(validation, [prompts, *sets])
+    if examination is not None:
+        check_apart(examination, [prompts, *sets, *(validation.parts if validation is not None else ())])
+    claim(checkpoint, {"the model": target, **given, "the validation": validation, **(inputs or {})})
     how = {"max_new_tokens": retained["answer_tokens"], "lexicon": lexicon, "progress": progress}
     (prompts,) = with_answers(target, [prompts], own=False, checkpoint=part_of(checkpoint, "answered"), **how)
     kept = with_answers(target, sets, own=own_answers, checkpoint=part_of(checkpoint, "retained"), **how)
@@ -236,12 +243,8 @@ def enhancer(
     remarks += [
         said for given, part in zip(sets, kept, strict=True) if part is not given and (said := given.only_first)
     ]
-    retention = None
-    if kept:
-        retention = Retention(
-            sets=tuple(rows[1:]), kl=retained["retain_kl"], weight=retained["retain_weight"],
-            per_refusal=retained["retain_rows"],
-        )  # fmt: skip
+    kl, weight, per_refusal = (retained[f"retain_{name}"] for name in ("kl", "weight", "rows"))
+    retention = Retention(sets=tuple(rows[1:]), kl=kl, weight=weight, per_refusal=per_refusal) if kept else None
     return Runner(
         target=target, rows=rows[0], settings=settings, look=validation, every=every,
         early_stopping=early_stopping and validation is not None, interpolate=interpolate, sets=[prompts, *kept],

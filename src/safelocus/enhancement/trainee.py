@@ -23,7 +23,7 @@ from safelocus.selection.selection import Selection
 from safelocus.selection.sparse import restoring, scatter
 from safelocus.training import TrainingSettings
 from safelocus.training.arm import Trainee
-from safelocus.training.lora import Lora, linear_classes, unwrap
+from safelocus.training.lora import Lora, linear_layers, unwrapping
 from safelocus.training.sharing import trained_weights
 
 Control = Selection | Literal["full", "lora"]
@@ -95,9 +95,8 @@ def adapter(
     if target.is_sharded:
         raise TrainingError("a LoRA adapter needs a model that is whole in each process; this one is sharded")
     rank, modules, description = _lora_shape(target, num_weights)
-    required = {parameter: parameter.requires_grad for parameter in model.parameters()}
     torch.manual_seed(settings.seed)
-    try:
+    with unwrapping(model):
         wrapped = Lora(rank=rank, modules=tuple(modules)).wrap(model, target.layout)
         trained = trained_weights(wrapped)
 
@@ -119,10 +118,6 @@ def adapter(
             write=write,
             between=lambda values, share: {n: share * v if ".lora_B." in n else v for n, v in values.items()},
         )
-    finally:
-        unwrap(model)
-        for parameter, flag in required.items():
-            parameter.requires_grad_(flag)
 
 
 def _between(old: Tensor, new: Tensor, share: float) -> Tensor:
@@ -160,9 +155,13 @@ def _lora_shape(target: Target, num_weights: int) -> tuple[int, list[str], str]:
     Of equals, the one with more modules, hence the lower rank.
     """
     best: tuple[tuple[int, int], int, list[str], str] | None = None
+    tensors = target.layout.tensors
     for label, components in (("attention and MLP", _ATTENTION | _MLP), ("attention", _ATTENTION), ("MLP", _MLP)):
-        modules = _linear(target, components)
-        per_rank = sum(size for size in modules.values())
+        modules = [
+            name for name in linear_layers(target.model, target.layout)[0]
+            if {m.component for m in tensors[f"{name}.weight"].matrices} <= components
+        ]  # fmt: skip
+        per_rank = sum(sum(tensors[f"{name}.weight"].shape) for name in modules)  # inputs + outputs
         if not per_rank:
             continue
         rank = min(max(round(num_weights / per_rank), 1), _MAX_RANK)
@@ -172,15 +171,3 @@ def _lora_shape(target: Target, num_weights: int) -> tuple[int, list[str], str]:
     if best is None:
         raise TrainingError(f"{target.name} has no linear layers that LoRA could be put on")
     return best[1:]
-
-
-def _linear(target: Target, components: set[str]) -> dict[str, int]:
-    """Linear layers with only these components -> weights of an adapter of rank 1 (inputs + outputs)."""
-    found: dict[str, int] = {}
-    for name in target.layout.eligible_tensors:
-        module_name, _, kind = name.rpartition(".")
-        if kind != "weight" or not {m.component for m in target.layout.tensors[name].matrices} <= components:
-            continue
-        if isinstance(target.model.get_submodule(module_name), linear_classes()):
-            found[module_name] = sum(target.layout.tensors[name].shape)
-    return found

@@ -8,7 +8,8 @@ A trainer makes its optimizer late, and may wrap, move or shard the model first;
 loaded before training begins. So the protection follows the weights when training begins, and restores them then.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import wraps
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -136,6 +137,8 @@ def _follow(optimizers: Sequence[torch.optim.Optimizer], protection: Protection)
     hook = _AfterStep(protection, len(optimizers))
     for optimizer in optimizers:
         protection.add_handle(optimizer.register_step_post_hook(hook))
+        for after in _after_switches(optimizer, protection):
+            protection.add_handle(after)
 
 
 class ProtectionCallback(TrainerCallback):
@@ -144,12 +147,19 @@ class ProtectionCallback(TrainerCallback):
     def __init__(self, protection: Protection, trainer: Trainer) -> None:
         self._protection = protection
         self._trainer = trainer
+        self._resumed_from = Path()
+        self._resuming = _After(trainer, "_load_optimizer_and_scheduler", self._note)  # called whatever loads weights
+        self._switches: list[_After] = []
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, *, model: Any = None, **_: Any) -> None:
+    def on_train_begin(
+        self, args: Any, state: Any, control: Any, *, model: Any = None, optimizer: Any = None, **_: Any
+    ) -> None:
         self._protection.bind(model)
-        calibrator = self._protection.calibrator
-        if calibrator is not None and state.global_step:
-            self._protection.keep(calibrator.load(_checkpoint(args, state)))
+        for after in self._switches:
+            after.remove()
+        self._switches = _after_switches(getattr(optimizer, "optimizer", optimizer), self._protection)
+        if state.global_step:
+            self._take_up(self._resumed_from)
         self._protection.restore()
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -166,10 +176,46 @@ class ProtectionCallback(TrainerCallback):
             calibrator.save(folder)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if args.load_best_model_at_end and state.best_model_checkpoint is not None:
+            self._take_up(Path(state.best_model_checkpoint))
         self._protection.restore()
 
     def remove(self) -> None:
         self._trainer.remove_callback(self)
+        for after in (self._resuming, *self._switches):
+            after.remove()
+
+    def _note(self, checkpoint: Any) -> None:
+        self._resumed_from = Path(checkpoint)
+
+    def _take_up(self, checkpoint: Path) -> None:
+        """The calibrated values of a checkpoint, whose other weights the trainer has loaded."""
+        if (calibrator := self._protection.calibrator) is not None:
+            self._protection.keep(calibrator.load(checkpoint))
+
+
+class _After:
+    """Calls `then` after each call of a method of one object, with the same arguments, until `remove`."""
+
+    def __init__(self, owner: Any, name: str, then: Callable[..., object]) -> None:
+        self._owner, self._name, self._method = owner, name, getattr(owner, name)
+
+        @wraps(self._method)
+        def called(*arguments: Any, **options: Any) -> Any:
+            found = self._method(*arguments, **options)
+            then(*arguments, **options)
+            return found
+
+        setattr(owner, name, called)
+
+    def remove(self) -> None:
+        setattr(self._owner, self._name, self._method)
+
+
+def _after_switches(optimizer: Any, protection: Protection) -> list[_After]:
+    """Restore when an optimizer goes between training and evaluation: schedule-free ones move all weights then."""
+    names = [name for name in ("train", "eval") if callable(getattr(optimizer, name, None))]
+    return [_After(optimizer, name, lambda *_, **__: protection.restore()) for name in names]
 
 
 class _AfterStep:

@@ -19,6 +19,7 @@ ordinary autograd function, so accumulation, mixed precision and data parallelis
 It needs G, one matrix product more per layer: about half a LoRA step.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -82,7 +83,8 @@ def lora_updates(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> di
     """Name -> update, for those of the named parameters that an adapter changes.
 
     Raises:
-        TrainingError: an adapter changes one of them in a way that cannot be undone weight by weight.
+        TrainingError: an adapter changes one of them in a way that cannot be undone weight by weight, or in some of the
+            modules that share it.
     """
     names = {id(parameter): name for name, parameter in parameters.items()}
     updates: dict[str, LoraUpdate] = {}
@@ -90,6 +92,13 @@ def lora_updates(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> di
         for parameter in _changed_by(layer):
             if (name := names.get(id(parameter))) is not None:
                 updates[name] = _update(layer, name)
+    users = Counter(id(p) for module in model.modules() for child in module.children() for p in _own(child))
+    if shared := [name for name in updates if users[id(parameters[name])] > 1]:
+        raise TrainingError(
+            f"{len(shared)} selected tensors are used by several modules and changed by an adapter in some, first of "
+            f"them {shared[0]!r}: one tensor cannot cancel what is added in one place and not in another. Leave these "
+            "modules out of target_modules (--lora-modules), or protect full fine-tuning"
+        )
     return updates
 
 
@@ -128,7 +137,16 @@ def _changed_by(layer: Any) -> list[nn.Parameter]:
     """Parameters of the wrapped module that the layer may change."""
     if hasattr(layer, "get_param"):
         return [layer.get_param()]
-    return list(layer.get_base_layer().parameters(recurse=False))
+    from peft.tuners import lora
+
+    base = layer.get_base_layer()
+    if type(layer) is lora.Linear and not any(layer.lora_bias.values()):
+        return [base.weight]
+    return _own(base)
+
+
+def _own(module: nn.Module) -> list[nn.Parameter]:
+    return list(module.parameters(recurse=False))
 
 
 def _update(layer: Any, name: str) -> LoraUpdate:
@@ -153,6 +171,11 @@ def _update(layer: Any, name: str) -> LoraUpdate:
                 f"{name}: adapter {adapter!r} is the variant {variant} of LoRA. DoRA and its like rescale whole rows "
                 "of the weight, so single weights cannot be held; train plain LoRA (use_dora=False)"
             )
+    if name.endswith(".bias"):
+        raise TrainingError(
+            f"{name}: the adapter has a bias of its own, so that of the layer cannot be held; train LoRA without "
+            "(lora_bias=False)"
+        )
     return LoraUpdate(layer=layer, adapters=active)
 
 
@@ -232,7 +255,8 @@ def masking(update: Callable[[], LoraUpdate | None], index: Callable[[], Tensor]
         for adapter in current.adapters:
             a, b = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
             layout = (layer.scaling[adapter], bool(layer.fan_in_fan_out))
-            output = _MaskedGradient.apply(output, inputs[0], a, b, index(), layout)
+            # in a replica of the layer on another device too
+            output = _MaskedGradient.apply(output, inputs[0], a, b, index().to(output.device), layout)
         return output
 
     return correct

@@ -10,7 +10,7 @@ back, so it holds for any optimizer, with decay, momentum and whatever else move
 the device.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Self, get_args
 
@@ -72,8 +72,15 @@ class Held:
         return replace(self, site=site, values=self.values.to(device, parameter.dtype), flat_index=flat_index)
 
 
-def hold(model: nn.Module, selection: Selection) -> tuple[dict[str, Held], dict[str, nn.Parameter]]:
-    """Name -> what is held of each selected tensor that training can change, and name -> those that it cannot."""
+def hold(
+    model: nn.Module, selection: Selection, *, exact_gradient: bool = False
+) -> tuple[dict[str, Held], dict[str, nn.Parameter]]:
+    """Name -> what is held of each selected tensor that training can change, and name -> those that it cannot.
+
+    Raises:
+        TrainingError: training can change none, an adapter cannot be protected from, or has no exact gradient.
+        SelectionError: the selection does not fit the model.
+    """
     parameters = selected_parameters(model, selection)
     updates, copies = lora_updates(model, parameters), trained_copies(model)
     held, untrained = {}, {}
@@ -94,6 +101,13 @@ def hold(model: nn.Module, selection: Selection) -> tuple[dict[str, Held], dict[
             f"none of the {len(untrained)} selected tensors is trained: they do not require gradients, and no adapter "
             f"changes them ({some(list(untrained), 3)}). There is nothing to protect"
         )
+    for name, each in held.items():
+        is_whole = each.site.position is None
+        if exact_gradient and each.update is not None and not (is_whole and each.update.is_linear):
+            raise TrainingError(
+                f"{name}: exact_gradient is for whole Linear layers, not for experts (target_parameters) or shards. "
+                "Leave it off: the effective weights keep their values all the same"
+            )
     return held, untrained
 
 
@@ -131,7 +145,7 @@ class Protection:
         self._original: dict[str, Tensor] | None = None
         self._handles: list[Any] = []
         self._layer_hooks: list[Any] = []
-        self._held, self._untrained = hold(model, selection)
+        self._held, self._untrained = hold(model, selection, exact_gradient=exact_gradient)
         self._watch_adapters()
 
     @property
@@ -164,11 +178,7 @@ class Protection:
         Raises:
             TrainingError: a tensor that did not require gradients when the protection began does so now.
         """
-        if thawed := [name for name, parameter in self._untrained.items() if parameter.requires_grad]:
-            raise TrainingError(
-                f"{len(thawed)} selected tensors are trained that were frozen when the protection began, first of "
-                f"them {thawed[0]!r}, so their values were not kept. Call preserve after requires_grad_()"
-            )
+        _refuse_thawed([name for name, parameter in self._untrained.items() if parameter.requires_grad])
         for name, held in self._held.items():
             self._held[name] = held = held.settled()
             held.site.write(self._wanted(held))
@@ -247,7 +257,7 @@ class Protection:
         for held in map(Held.settled, self._held.values()):
             held.site.write(held.values)  # what was held is now what the model holds, without corrections
         try:
-            self._held, self._untrained = hold(self.model, selection)
+            self._held, self._untrained = hold(self.model, selection, exact_gradient=self.exact_gradient)
         except SafelocusError:
             self.restore()
             raise
@@ -261,8 +271,14 @@ class Protection:
         self.restore()
 
     def bind(self, model: nn.Module) -> None:
-        """Follow the weights to the parameters that now hold them: a trainer may wrap, move or shard the model."""
-        fresh, self._untrained = hold(model, self.selection)
+        """Follow the weights to the parameters that now hold them: a trainer may wrap, move or shard the model.
+
+        Raises:
+            TrainingError: a tensor that was not trained when the protection began is trained now.
+        """
+        fresh, untrained = hold(model, self.selection, exact_gradient=self.exact_gradient)
+        _refuse_thawed([name for name in fresh if name in self._untrained])
+        self._untrained = untrained
         sharded: dict[str, Site] = {}
         for name, held in fresh.items():
             old = self._held.get(name)
@@ -359,12 +375,6 @@ class Protection:
                 self._layer_hooks.append(layer.register_forward_hook(self._masking(name)))
 
     def _masking(self, name: str) -> Callable[..., Tensor]:
-        held = self._held[name]
-        if held.update is None or held.site.position is not None or not held.update.is_linear:
-            raise TrainingError(
-                f"{name}: exact_gradient is for whole Linear layers, not for experts (target_parameters) or shards. "
-                "Leave it off: the effective weights keep their values all the same"
-            )
         return masking(lambda: self._held[name].update, lambda: self._held[name].flat_index)
 
     def _swap(self, name: str, values: Callable[[Held], Tensor]) -> Callable[..., None]:
@@ -383,6 +393,14 @@ class Protection:
                 held.site.write(values(held))
 
         return write
+
+
+def _refuse_thawed(thawed: Sequence[str]) -> None:
+    if thawed:
+        raise TrainingError(
+            f"{len(thawed)} selected tensors are trained that were frozen when the protection began, first of "
+            f"them {thawed[0]!r}, so their values were not kept. Call preserve after requires_grad_()"
+        )
 
 
 def _check_shards(held: Mapping[str, Held]) -> None:

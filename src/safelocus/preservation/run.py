@@ -18,7 +18,7 @@ from safelocus.objective import Lexicon
 from safelocus.preservation.calibration import Calibration
 from safelocus.preservation.mixing import Mixed
 from safelocus.preservation.result import PROTECTED, UNPROTECTED, Preservation, measures_of
-from safelocus.preservation.trainee import learner
+from safelocus.preservation.trainee import check_adapter, learner
 from safelocus.prompts import PromptSet
 from safelocus.run.resume import claim
 from safelocus.selection.selection import Selection
@@ -89,7 +89,7 @@ def run_preservation(
         changes: to the settings: steps=1000, learning_rate=2e-5, ...
 
     Raises:
-        TrainingError: nothing that is selected is trained.
+        TrainingError: nothing that is selected is trained, or an adapter cannot be made or protected from.
         SelectionError: a selection made for another model.
         NumericalError: the training diverged; the model has its old weights again.
     """
@@ -101,6 +101,8 @@ def run_preservation(
     sets = [data, *(calibration.prompts if calibration else ()), *(mixed.prompts if mixed else ())]
     remarks = [*notes, *check_apart(examination, sets, allow_seen=allow_seen)]
     remarks += check_made_for(target, selection, allow_mismatch=allow_mismatch)
+    if lora is not None:
+        check_adapter(target, lora, selection)
     claim(checkpoint, {
         "the model": target, "--data": data, "the task": task, "the selection": selection,
         "the controls": controls, "unprotected": unprotected, "the adapter": lora, "the calibration": calibration,

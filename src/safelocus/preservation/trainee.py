@@ -21,11 +21,12 @@ from safelocus.patch.checkpoint import Checkpoint, local_folder
 from safelocus.patch.folder import copy_tokenizer, retype, save_like
 from safelocus.preservation.attachment import attach
 from safelocus.preservation.calibration import Calibration
-from safelocus.preservation.protection import Protection
+from safelocus.preservation.protection import Protection, hold
+from safelocus.selection.selection import Selection
 from safelocus.selection.sparse import gather
 from safelocus.training import TrainingSettings
 from safelocus.training.arm import Arm, Trainee
-from safelocus.training.lora import Lora, unwrap
+from safelocus.training.lora import Lora, unwrapping
 
 ADAPTER, MODEL, PATCH = "adapter", "model", "protection.patch.safetensors"
 
@@ -67,7 +68,7 @@ def learner(
             set_seed(settings.seed)  # adapters begin the same in every arm
             held: list[Protection] = []
 
-            def hold(trainer: Any) -> None:
+            def attached(trainer: Any) -> None:
                 if arm.what is not None:
                     mode = "exact" if lora is None else lora.mode
                     held.append(attach(trainer, arm.what, mode=mode, calibration=calibration))
@@ -88,27 +89,35 @@ def learner(
                     trainee.num_changed = _count_changed(values, gather(model, arm.what))
 
             trainee = Trainee(
-                model=model if lora is None else lora.wrap(model, target.layout), prepare=hold, settle=settle
+                model=model if lora is None else lora.wrap(model, target.layout), prepare=attached, settle=settle
             )
             yield trainee
 
     return ready
 
 
+def check_adapter(target: Target, lora: Lora, selection: Selection) -> None:
+    """Put the adapter on, hold the selection, and take it off again: before long work, not after it.
+
+    Raises:
+        TrainingError: the model has no such modules, or the selection cannot be held beside the adapter.
+    """
+    model, device = target.model, target.device
+    with unwrapping(model), torch.random.fork_rng([device] if device.type == "cuda" else []):
+        hold(lora.wrap(model, target.layout), selection)
+
+
 @contextmanager
 def _given_back(model: Any) -> Iterator[None]:
     """Afterwards the model has the bits that it had, whatever was trained; a copy waits on the CPU meanwhile."""
-    parameters = dict(model.named_parameters())
-    required = {name: parameter.requires_grad for name, parameter in parameters.items()}
-    copies = {name: distributed.local(p.detach()).to("cpu", copy=True) for name, p in parameters.items()}
-    try:
-        yield
-    finally:
-        unwrap(model)
-        with torch.no_grad():
-            for name, parameter in parameters.items():
-                distributed.local(parameter).copy_(copies[name])
-                parameter.requires_grad_(required[name])
+    copies = {p: distributed.local(p.detach()).to("cpu", copy=True) for p in model.parameters()}
+    with unwrapping(model):
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for parameter, copy in copies.items():
+                    distributed.local(parameter).copy_(copy)
 
 
 def _original(target: Target, dtype: torch.dtype | None) -> tuple[Checkpoint | None, list[str]]:

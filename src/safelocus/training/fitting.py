@@ -94,7 +94,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class LossPoint:
-    """One optimizer step, counted from 1: the mean loss of its batch, the learning rate after it."""
+    """One optimizer step, counted from 1: the mean loss of its batch, its learning rate."""
 
     step: int
     loss: float
@@ -179,11 +179,12 @@ def fit(
 
 def _arguments(settings: TrainingSettings, target: Target, folder: Path) -> SFTConfig:
     configuration = _OfPlacedModel if target.is_sharded else SFTConfig
+    is_constant = settings.schedule == "constant"  # that of transformers knows no warm-up
     return configuration(
         output_dir=str(folder),
         max_steps=settings.steps,
         learning_rate=settings.learning_rate,
-        lr_scheduler_type=settings.schedule,
+        lr_scheduler_type="constant_with_warmup" if is_constant and settings.warmup_steps else settings.schedule,
         warmup_steps=settings.warmup_steps,
         per_device_train_batch_size=settings.batch_size,
         gradient_accumulation_steps=settings.accumulation,

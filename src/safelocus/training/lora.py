@@ -5,7 +5,8 @@ where those are one tensor). Not routers, which decide for all tokens at once; n
 """
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -44,7 +45,7 @@ class Lora:
         from peft import LoraConfig, get_peft_model
         from peft.tuners.tuners_utils import BaseTunerLayer
 
-        linear, experts = _linear_layers(model, layout)
+        linear, experts = linear_layers(model, layout)
         modules: Iterable[str] = self.modules or linear
         # those that PEFT would put elsewhere are named by their weight, which it leaves where it is
         renamed = [name for name in modules if name in linear and _is_renamed(name.rpartition(".")[2], model)]
@@ -69,7 +70,7 @@ class Lora:
         """Which linear layers and experts get no adapter, in a sentence; None where that is the output head alone."""
         if self.modules:
             return None
-        linear, experts = _linear_layers(model, layout)
+        linear, experts = linear_layers(model, layout)
         adapted = {*(f"{name}.weight" for name in linear), *experts}
         kinds: dict[str, list[str]] = {}
         for name, tensor in layout.tensors.items():
@@ -81,18 +82,27 @@ class Lora:
         return f"matrices without an adapter: {'; '.join(said)}" if said else None
 
 
-def unwrap(model: Any) -> None:
-    """Take out what an adapter leaves: its layers where they are still there, its configuration always."""
+@contextmanager
+def unwrapping(model: Any) -> Iterator[None]:
+    """Within: an adapter may be put on the model. Afterwards: nothing of it is left, and parameters require gradients
+    as they did.
+    """
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    vars(model).pop("peft_config", None)
-    for name, module in reversed(list(model.named_modules())):  # those within others first
-        if isinstance(module, BaseTunerLayer):
-            parent, _, own = name.rpartition(".")
-            setattr(model.get_submodule(parent), own, module.get_base_layer())
+    required = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    try:
+        yield
+    finally:
+        vars(model).pop("peft_config", None)
+        for name, module in reversed(list(model.named_modules())):  # those within others first
+            if isinstance(module, BaseTunerLayer):
+                parent, _, own = name.rpartition(".")
+                setattr(model.get_submodule(parent), own, module.get_base_layer())
+        for parameter, flag in required.items():
+            parameter.requires_grad_(flag)
 
 
-def _linear_layers(model: Any, layout: Layout) -> tuple[list[str], list[str]]:
+def linear_layers(model: Any, layout: Layout) -> tuple[list[str], list[str]]:
     """(modules, stacks of experts) of a bare model, by name."""
     mamba = [name for name, module in model.named_modules() if hasattr(module, "A_log") and hasattr(module, "D")]
     passed_by = {f"{name}.{kind}_proj" for name in mamba for kind in ("out", "dt")}

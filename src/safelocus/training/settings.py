@@ -20,7 +20,7 @@ class TrainingSettings:
         batch_size: rows per forward pass.
         accumulation: forward passes per optimizer step.
         weight_decay: of AdamW.
-        max_grad_norm: gradients are clipped to this norm; None leaves them.
+        max_grad_norm: gradients are clipped to this norm; None and 0 leave them.
         max_length: tokens of a row; longer responses are cut, rows whose prompt alone is longer are left out.
         activation_checkpointing: compute activations twice, store few of them.
         seed: of the order of the rows, and of everything random in the model.
@@ -44,6 +44,10 @@ class TrainingSettings:
                 raise TrainingError(f"{name} is at least 1, found {getattr(self, name)}")
         if not 0 < self.learning_rate < float("inf"):
             raise TrainingError(f"learning_rate is a positive number, found {self.learning_rate}")
+        if self.max_grad_norm is not None and not self.max_grad_norm >= 0:
+            raise TrainingError(
+                f"max_grad_norm is at least 0, and 0 or None leaves gradients as they are; found {self.max_grad_norm}"
+            )
         if self.schedule not in get_args(Schedule):
             raise TrainingError(f"schedule {self.schedule!r}: expected {', '.join(get_args(Schedule))}")
 

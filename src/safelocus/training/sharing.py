@@ -150,12 +150,12 @@ def seen_alone() -> Iterator[None]:
 
 
 def on_own_device(arguments: Any, device: torch.device) -> None:
-    """Of several processes each has an accelerator of its own; a trainer that sees one process takes the first of all.
+    """The model stays on the accelerator that it is on; a trainer by itself takes the first, or all of the machine.
 
     Args:
         arguments: of the trainer, changed.
     """
-    if distributed.world_size() > 1 and device.type != "cpu":
+    if device.type != "cpu":
         arguments.__dict__["_setup_devices"] = device  # a cached property, which `device` shows
         arguments._n_gpu = 1
         torch.accelerator.set_device_index(device)
