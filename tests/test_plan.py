@@ -422,7 +422,9 @@ def test_the_plan_prints_every_stage_and_commands_that_parse(run):
 def test_what_a_recipe_retains_is_planned_for(said, rows, tmp_path, run, monkeypatch):
     (tmp_path / "words.txt").write_text("poison")
     monkeypatch.chdir(tmp_path)
-    Path("r.toml").write_text(f'command = "enhance"\nmodel = "organism:dense"\ndata = "organism:refusals"\n{said}\n')
+    Path("r.toml").write_text(
+        f'command = "enhance"\nmodel = "organism:dense"\ndata = "organism:refusals"\nmax_length = 512\n{said}\n'
+    )
     _, planned, _ = run("plan", "--config", "r.toml", "--device", "24GB", "--json")
     plain = ["--lexicon", "words.txt"] if "lexicon" in said else []
     _, told, _ = run(
@@ -461,9 +463,18 @@ def test_a_run_is_planned_as_it_would_go_and_what_is_given_beside_it_is_in_the_c
     assert command[:4] == ["safelocus", "enhance", "--config", str(file)]
     assert (stage["batch_size"], stage["accumulation"], stage["checkpointing"]) == (4, 2, True)
     assert command[4:-2] == ["--batch-size", "4", "--accumulation", "2", "--checkpointing"]
-    _, command = planned(run, "organism:moe", "--config", file, "--steps", "7", "--dtype", "bfloat16")
+    _, command = planned(run, "organism:moe", "--config", file, "--steps", "7", "--max-length", "512")
     assert command[:5] == ["safelocus", "enhance", "organism:moe", "--config", str(file)]
-    assert {"--steps", "7", "--dtype", "bfloat16"} <= {*command}
+    assert {"--steps", "7", "--max-length", "512"} <= {*command}
+    file.write_text('command = "preserve"\nmodel = "organism:dense"\ndata = "organism:requests"\n')  # rows of 1024
+    assert "--max-length" not in planned(run, "--config", file)[1]
+    assert planned(run, "--config", file, "--stage", "preserve --lora")[1][4] == "--lora"
+    _, _, err = run("plan", "--config", file, "--stage", "score", "--device", "24GB")
+    assert "of `preserve`; leave one out" in err
+    file.write_text('command = "score"\nmodel = "organism:dense"\nrefusal = true\n')
+    assert "PROMPTS" in planned(run, "--config", file)[1]
+    _, out, _ = run("plan", "--config", file, "--device", "2x24GB", "--shard", "--json")
+    assert json.loads(out)["stages"]["score"]["command"].count("--shard") == 1
 
 
 def test_all_that_a_run_scores_answers_and_trains_is_planned_for(run, tmp_path):
@@ -474,6 +485,7 @@ def test_all_that_a_run_scores_answers_and_trains_is_planned_for(run, tmp_path):
     evaluate = ('command = "evaluate"', "limit = 8", 'prompts = ["organism:harmful"]')
     one, more = stage(*evaluate), stage(*evaluate, 'harmless = ["organism:harmless"]', 'task = ["organism:utility"]')
     assert more["batch_size"] == 24 == 3 * one["batch_size"]
+    assert planned(run, "--config", tmp_path / "run.toml", "-p", "organism:harmful-heldout")[0]["batch_size"] == 24
     assert stage('command = "score"', 'prompts = "organism:harmful"', "refusal = true", "limit = 5")["batch_size"] == 5
     preserve = ('command = "preserve"', "lora = true", 'data = "organism:requests"')
     assert stage(*preserve, "lora_rank = 64")["bytes"] > stage(*preserve)["bytes"]

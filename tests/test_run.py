@@ -206,6 +206,18 @@ def test_a_run_whose_last_step_fails_is_resumed(tmp_path, monkeypatch):
     assert names(tmp_path / "run") == ["digests.json", "run.toml"]
 
 
+def test_what_a_killed_run_left_in_its_place_goes(tmp_path, monkeypatch):
+    with monkeypatch.context() as patched:
+        patched.setattr("safelocus.run.folder._tidy", lambda _: None)
+        with run_folder(tmp_path / "run", config={}) as folder:
+            (folder / CHECKPOINT).mkdir()
+            (folder / CHECKPOINT / "sums").write_text("large")
+    assert CHECKPOINT in names(tmp_path / "run")
+    with pytest.raises(RunError, match="holds an earlier run"), run_folder(tmp_path / "run", config={}):
+        raise AssertionError
+    assert names(tmp_path / "run") == ["digests.json", "run.toml"]
+
+
 def test_a_folder_that_is_replaced_is_never_gone(tmp_path, monkeypatch):
     with replacing(tmp_path / "a") as folder:
         (folder / "old").touch()

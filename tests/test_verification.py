@@ -12,7 +12,7 @@ import torch
 from scipy import stats
 
 import safelocus as sl
-from safelocus.analysis.claims import HOLDS, NOT_ONLY_SAFETY, verify_claims
+from safelocus.analysis.claims import HOLDS, NOT_ONLY_SAFETY, UNDECIDED, verify_claims
 from safelocus.errors import PromptError, RunError, SafelocusError, SelectionError
 from safelocus.evaluation.judges import GuardJudge, RefusalMatcher
 from safelocus.evaluation.measures import Measure, proportion
@@ -506,6 +506,31 @@ def test_a_setting_without_numbers_does_not_hide_one_with_some():
             cell.observed.outcomes["utility"] = "-" * len(cell.observed.outcomes["utility"])
     assert found.verdict.effect.setting.noise == 1.0
     assert found.verdict.kind == "none"
+
+
+def half_scored(found, noise):
+    """The same, where only few answers under the top selection could be scored at this strength."""
+    for cell in found.cells:
+        if cell.selection == "top" and cell.setting.noise == noise:
+            refusals = cell.observed.outcomes["refusal"]
+            cell.observed.outcomes["refusal"] = "-" * 24 + refusals[24:]
+    return found
+
+
+def test_a_setting_of_which_little_is_known_hides_no_other_and_shows_nothing():
+    rates = {("esi", "top"): [0.4, 0.0], ("esi", "bottom"): [1.0, 1.0], ("esi", "random"): [1.0, 1.0]}
+    utility = {key: [1.0, 1.0] for key in rates}
+    found = half_scored(made(rates, utility, noises=(1.0, 3.0)), 3.0)
+    assert (found.verdict.effect.setting.noise, found.verdict.kind) == (1.0, "specific")
+    alone = {key: values[1:] for key, values in rates.items()}
+    ruined = half_scored(made(alone, {**{key: [1.0] for key in alone}, ("esi", "top"): [0.1]}, noises=(3.0,)), 3.0)
+    assert ruined.verdict.kind == "unclear"
+    assert "more questions" not in ruined.verdict.text
+    (claim,) = verify_claims(ruined)
+    assert claim.verdict == UNDECIDED
+    same = {**rates, ("esi", "top"): [1.0, 1.0]}
+    none = half_scored(half_scored(made(same, utility, noises=(1.0, 3.0)), 1.0), 3.0)
+    assert "none has a clear contrast" in none.verdict.text
 
 
 def test_interventions_of_one_name_are_refused_and_of_one_strength_made_once():

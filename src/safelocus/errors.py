@@ -72,3 +72,8 @@ def some(names: Sequence[str], most: int = 5) -> str:
     'a, b and 1 more'
     """
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def first_line(error: BaseException) -> str:
+    """Of what an error says; its kind, where it says nothing."""
+    return str(error).strip().split("\n", 1)[0] or type(error).__name__

@@ -25,7 +25,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from safelocus.errors import ModelError, SafelocusError
+from safelocus.errors import ModelError, SafelocusError, first_line
 from safelocus.run.files import replacing, write_json
 
 NAMES = ("smollm2", "smollm2:aligned")
@@ -85,7 +85,7 @@ def obtain(*, say: Callable[[str], object] = lambda _: None) -> dict[str, Any]:
                 write_json(scratch / _RECORD, record)
             return record
         except (ModelError, OSError) as error:  # the hub's own errors are OSErrors too
-            failures.append(str(error).strip().split("\n", 1)[0])
+            failures.append(first_line(error))
     raise ModelError(
         f"SmolLM2-135M-Instruct cannot be had: {'; '.join(failures)}. Without it the embedded organisms do: "
         "`make demo-organisms`, organism:dense"

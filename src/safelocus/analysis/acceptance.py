@@ -115,7 +115,7 @@ class CardRun:
             where.removeprefix("controls/"): _conduct(evaluation, kind, task, seen)
             for where, evaluation in evaluations.items()
         }
-        facts["judge"] = next((judge for judge in conducts[AFTER].safe), None) if AFTER in conducts else None
+        facts["judge"] = next(iter(conducts[AFTER].safe), None) if AFTER in conducts else None
         return cls(
             name=name, kind=kind, seed=seed, lesson=made["data"]["source"],
             used=frozenset(map(origin, made["used"]["sources"])), conducts=conducts,

@@ -189,7 +189,7 @@ def verify_claims(found: Verification) -> list[Claim]:
 
 def breaking(effect: Effect, baseline: Interval) -> str:
     """Whether the top weights' refusals break beyond both controls', and whether only refusals do."""
-    if (baseline.value or 0.0) < _NOTHING:
+    if (baseline.value or 0.0) < _NOTHING or effect.is_unscored:
         return UNDECIDED
     verdict = weakest(decide(beyond, _BREAKS) for beyond in (effect.beyond_random, effect.beyond_bottom))
     verdict = beside(verdict, [decide(fall, _BREAKS) for fall in (effect.random_fall, effect.bottom_fall)])

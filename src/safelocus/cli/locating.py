@@ -89,9 +89,10 @@ def check_training(given: options.TrainOptions, *kinds: str) -> tuple[str, ...]:
     check_located(given)
     if given.selection is not None:
         file = selection_file(given.selection)
+        provenance = Selection.load(file).provenance
         for name in wanted:
             if name not in ("random", *kinds):
-                check_like(name, Selection.load(file).provenance, file)
+                check_like(name, provenance, file)
     return wanted
 
 
@@ -197,7 +198,7 @@ def score_like(
         guard, guard_description: how to read that guard, where it is the same; else as in that run.
         reader: a guard that is loaded already; used where it is theirs.
         load: how to load their guard: device, trust_remote_code.
-        checkpoint: folder for the sums, unfinished and finished.
+        checkpoint: folder for the sums, from which an interrupted scoring goes on.
 
     Raises:
         SafelocusError: what they were made with is not recorded, or is not what it was.
@@ -241,7 +242,7 @@ def check_like(kind: str, provenance: "Provenance", beside: Path) -> None:
 
 
 def _has_scores(method: str, provenance: "Provenance", run: Path) -> bool:
-    return method == provenance.method and (run / "scores" / "scores.json").is_file()
+    return method == provenance.method and any((run / "scores").glob("*.safetensors"))
 
 
 def _prompts_like(method: str, provenance: "Provenance") -> "PromptSet":

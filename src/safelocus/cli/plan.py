@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 COMMANDS: dict[str, type[Options]] = {"score": Score, "evaluate": Evaluate, "enhance": Enhance, "preserve": Preserve}
 STAGES = (*COMMANDS, "preserve --lora")
 # what is the plan's own, or comes back with the settings that it chooses
-_NOT_PASSED_ON = ("model", "config", "json", "device", "batch_size", "offload")
+_NOT_PASSED_ON = ("model", "config", "json", "device", "batch_size", "offload", "shard")
 
 
 def take_run(context: typer.Context, value: Path | None) -> Path | None:
@@ -47,7 +47,7 @@ def take_run(context: typer.Context, value: Path | None) -> Path | None:
     if not run:
         load_config(context, value)
         return None
-    values = {**run}
+    values = {**run, "max_length": usual(COMMANDS[run["command"]], run).get("max_length")}
     if run["command"] == "evaluate":
         guards = [judge.removeprefix("guard:") for judge in run.get("judge", []) if judge.startswith("guard:")]
         values |= {"prompts": next(iter(run.get("prompts", [])), None), "guard": next(iter(guards), None)}
@@ -127,7 +127,10 @@ def plan(given: PlanOptions) -> None:
         raise ModelError("--guard and --lexicon are two objectives to plan for; give one")
     if given.guard:
         reader = Subject.load(given.guard, dtype=dtype, trust_remote_code=given.trust_remote_code)
-    found = _stages(given, read_run(given.config), subject, reader, where)
+    run = read_run(given.config)
+    if run and given.stage and given.stage.split()[0] != run["command"]:
+        raise SafelocusError(f"--stage {given.stage}: {given.config} is of `{run['command']}`; leave one out")
+    found = _stages(given, run, subject, reader, where)
     if given.json:
         about = {"name": where.label, "count": where.count, "memory": where.memory, "free": where.free}
         stages = {stage.name: stage.to_json() for stage in found}
@@ -198,8 +201,9 @@ def _line(given: PlanOptions, run: Mapping[str, Any], command: str, flags: list[
     if run:
         line += ["--config", str(given.config)]
     elif is_training:
-        line += ["--selection", "SELECTION", "--data", "REFUSALS" if command == "enhance" else "TASK", *flags]
-    elif given.prompts is None:
+        line += ["--selection", "SELECTION", "--data", "REFUSALS" if command == "enhance" else "TASK"]
+    line += [] if run.get("lora") else flags
+    if not is_training and given.prompts is None:
         line += ["--prompts", "PROMPTS"]
     if not run and command == "score" and given.guard is None and given.lexicon is None:
         line.append("--refusal")
@@ -208,8 +212,9 @@ def _line(given: PlanOptions, run: Mapping[str, Any], command: str, flags: list[
         if name in ("guard", "lexicon") and name not in expected and value is not None:
             judge = f"{name}:{value}"
             line += [] if judge in (expected["judge"] or ()) else ["--judge", judge]
-        unsaid = run.get(name, field.default) if run else expected.get(name)
-        if name in expected and name not in left_out and value not in (None, False) and not _same(value, unsaid):
+        if name in left_out or name not in expected or value in (None, False):
+            continue
+        if not _same(value, field.default if expected[name] is None else expected[name]):
             line += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
     return line
 
@@ -222,15 +227,17 @@ def _number(given: PlanOptions, run: Mapping[str, Any], command: str) -> int:
     """Of prompts that are scored or answered, as far as it is known."""
     from safelocus.prompts import read_prompts
 
+    if given.prompts is None:
+        return 128
     if not run:
-        return len(read_prompts(given.prompts)) if given.prompts else 128
+        return len(read_prompts(given.prompts))
     asked = usual(COMMANDS[command], run)
     held_out: float = asked["held_out"]
     if command == "score":
         named = {field.name: asked[field.name] for field in fields(PromptOptions)} | {"prompts": given.prompts}
         return len(PromptOptions(**named).read(held_out)[0])
     of_each: dict[str, Any] = {"limit": asked["limit"], "seed": asked["seed"]}
-    harmful = [given.prompts, *(asked["prompts"] or [])[1:]] if given.prompts else None
+    harmful = asked["prompts"] if _same(given.prompts, asked["prompts"]) else [given.prompts]
     sets = sources.read_sets(harmful, asked["field"], asked["where"], held_out=held_out, **of_each)
     harmless = sources.read_sets(asked["harmless"], asked["harmless_field"], asked["harmless_where"], **of_each)
     return sum(map(len, (*sets, *harmless, *sources.read_tasks(asked["task"], **of_each)))) or 128

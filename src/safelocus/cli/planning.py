@@ -228,7 +228,7 @@ def _settled(
     what: str, model: Model, make: "Callable[[], Choice]", otherwise: int, *, quiet: bool
 ) -> "tuple[int, str | None, Choice | None]":
     """(batch size, device, choice), the same in all processes and said in a line; a remark where there is no plan."""
-    from safelocus.errors import LayoutError, PlanError, ResourceError, SelectionError
+    from safelocus.errors import LayoutError, PlanError, ResourceError, SelectionError, first_line
     from safelocus.resources import in_bytes
 
     def attempt() -> "Choice | Exception":
@@ -243,7 +243,7 @@ def _settled(
     if isinstance(found, ResourceError | SelectionError):
         raise found
     if isinstance(found, Exception):
-        note(f"{what}: batch size {otherwise}; no plan: {str(found).splitlines()[0]}")
+        note(f"{what}: batch size {otherwise}; no plan: {first_line(found)}")
         return otherwise, model.place.device, None
     if not quiet:
         note(f"{what}: {found.sentence}")

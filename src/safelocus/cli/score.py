@@ -111,12 +111,12 @@ def score(given: Score) -> None:
         answers = log.finish()
         unfinished = sum(answer.get("in_thought", False) for answer in answers)
         unread = sum(answer["safety"] is None for answer in answers)
-        if unfinished == len(prompts):
+        if answers and unfinished == len(answers):
             raise PromptError(
                 f"all {unfinished} answers are thoughts that did not end, so there is nothing to score; give them room "
                 "(--max-new-tokens), or let the model not think (--thinking off)"
             )
-        if unread == len(prompts):
+        if answers and unread == len(answers):
             raise ModelError(
                 f"{given.guard}: it came to a verdict on none of {unread} answers, so there is nothing to score; "
                 "describe how it is read (--guard-description), or take another guard"

@@ -107,7 +107,9 @@ def _notes(first: Evaluation, second: Evaluation) -> list[str]:
     for key, what in (("system", "system prompt"), ("template", "plain template"), ("thinking", "way to think")):
         old, new = (chat.get(key) or None for chat in chats)
         if old != new:
-            notes.append(f"another {what}: {_short(old)} first, {_short(new)} second")
+            apart = (place for place, (a, b) in enumerate(zip(str(old), str(new), strict=False)) if a != b)
+            start = max(0, next(apart, 0) - 20)
+            notes.append(f"another {what}: {_short(old, start)} first, {_short(new, start)} second")
     changed = [name for name in ours if name in theirs and ours[name] != theirs[name]]
     notes += [f"judge {name} had other settings" for name in changed]
     for key in ("max_new_tokens", "versions"):
@@ -122,11 +124,15 @@ def _reader(evaluation: Evaluation) -> str:
     return str(evaluation.provenance.get("refusals", {}).get("judge", "refusal"))
 
 
-def _short(value: Any) -> str:
-    if value is None:
-        return "none"
-    text = " ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else str(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+def _short(value: Any, start: int = 0) -> str:
+    """In words; of a text what is of interest in it."""
+    if isinstance(value, str) and (start or len(value) > 60):
+        return f"{'...' * bool(start)}{value[start : start + 60]}{'...' * (len(value) > start + 60)}"
+    return "none" if value is None else _listed(value) if isinstance(value, dict) else str(value)
+
+
+def _listed(values: dict[str, Any]) -> str:
+    return " ".join(f"{key} {value}" for key, value in values.items())
 
 
 def _perplexity_ratio(first: Evaluation, second: Evaluation, seed: int) -> Difference | None:

@@ -26,7 +26,7 @@ from transformers import (
 from transformers.utils.hub import cached_file
 
 from safelocus import distributed
-from safelocus.errors import ModelError, ResourceError, some
+from safelocus.errors import ModelError, ResourceError, first_line, some
 from safelocus.model import autocast
 from safelocus.model.autocast import Autocast
 from safelocus.model.chat import ChatFormat, chat_format
@@ -298,7 +298,7 @@ def load_config(name: str | Path, *, revision: str | None = None, trust_remote_c
     try:
         return AutoConfig.from_pretrained(resolve(name), revision=revision, trust_remote_code=trust_remote_code)
     except Exception as error:  # whatever transformers raises for what it cannot read
-        raise ModelError(f"{name}: the configuration cannot be loaded: {_first_line(error)}") from error
+        raise ModelError(f"{name}: the configuration cannot be loaded: {first_line(error)}") from error
 
 
 def load_tokenizer(name: str | Path, **hub: Any) -> PreTrainedTokenizerBase:
@@ -315,7 +315,7 @@ def load_tokenizer(name: str | Path, **hub: Any) -> PreTrainedTokenizerBase:
         if tokenizer.chat_template is None:
             tokenizer.chat_template = _processors_template(where, hub)
     except Exception as error:  # the tokenizers library raises nothing more precise
-        raise ModelError(f"{name}: the tokenizer cannot be loaded: {_first_line(error)}") from error
+        raise ModelError(f"{name}: the tokenizer cannot be loaded: {first_line(error)}") from error
     templates = tokenizer.chat_template
     if not all(
         isinstance(each, str | None) for each in (templates.values() if isinstance(templates, dict) else [templates])
@@ -365,7 +365,7 @@ def load_model(auto: Any, name: str | Path, *, dtype: Dtype = "auto", device: st
     except ResourceError:
         raise
     except Exception as error:  # whatever transformers raises for what it cannot read
-        raise ModelError(f"{name}: the weights cannot be loaded: {_first_line(error)}") from error
+        raise ModelError(f"{name}: the weights cannot be loaded: {first_line(error)}") from error
     if missing := sorted(report["missing_keys"]):
         raise ModelError(
             f"{name}: {len(missing)} tensors are missing from the checkpoint and would be random: {some(missing)}"
@@ -414,7 +414,7 @@ def check_device(device: str | torch.device | None, option: str = "device") -> N
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # as torch was built
         raise ResourceError(
-            f"{option} {str(device)!r}: there is no such device here ({_first_line(error)}); expected one such as "
+            f"{option} {str(device)!r}: there is no such device here ({first_line(error)}); expected one such as "
             f"{default_device()}"
         ) from error
 
@@ -435,7 +435,7 @@ def _check_weight_files(folder: Path) -> None:
                 pass  # opening compares the header with the file's size: a truncated file is found in no time
         except (SafetensorError, OSError) as error:
             raise ModelError(
-                f"{file}: not a complete safetensors file ({_first_line(error)}); download or copy it again"
+                f"{file}: not a complete safetensors file ({first_line(error)}); download or copy it again"
             ) from error
 
 
@@ -457,7 +457,3 @@ def _quiet(where: str) -> Iterator[None]:
         logger.setLevel(level)
         if shown:
             bar.enable_progress_bar()
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().split("\n", 1)[0] or type(error).__name__

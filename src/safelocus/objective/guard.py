@@ -145,7 +145,9 @@ class Guard(TextObjective):
         return torch.logsumexp(logits[:, safe], dim=1) - torch.logsumexp(logits[:, unsafe], dim=1)
 
     def describe(self) -> dict[str, Any]:
-        preset = {"preset": self.preset.name, "preset_hash": digest(asdict(self.preset))}
+        told = ("name", "matches", "template_contains", "source", "note")  # of whom, not what is asked
+        asked = {key: value for key, value in asdict(self.preset).items() if key not in told}
+        preset = {"preset": self.preset.name, "preset_hash": digest(asked)}
         return {"kind": "guard", "name": self.name, **preset, **self._describe_reading()}
 
     def identity_of_reader(self) -> dict[str, Any]:

@@ -28,7 +28,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from safelocus.errors import ModelError
+from safelocus.errors import ModelError, first_line
 from safelocus.model.fingerprint import bits
 from safelocus.model.layout import Layout
 from safelocus.model.layout.sizes import auto_class
@@ -264,7 +264,7 @@ def local_folder(name: str | Path, *, revision: str | None = None) -> Path:
     try:
         return Path(snapshot_download(where, revision=revision, ignore_patterns=left_out))
     except Exception as error:  # of whichever clients the hub's package uses; not all are its own, or OSErrors
-        raise ModelError(f"{name}: cannot be downloaded: {str(error).strip().splitlines()[0]}") from error
+        raise ModelError(f"{name}: cannot be downloaded: {first_line(error)}") from error
 
 
 def weight_files(folder: Path) -> list[str]:

@@ -206,9 +206,12 @@ class Patch(PatchValues):
         """Write one safetensors file; an earlier one is replaced, and never left half-written.
 
         `old="digest"` leaves the old values out: a smaller file that recognises its model but cannot be reverted.
+        PatchError for a merged or rounded patch, which only these recognise.
         """
         if old not in ("values", "digest"):
             raise PatchError(f"old={old!r}: expected 'values' or 'digest'")
+        if old == "digest":
+            replace(self, old=None)  # refuses what nothing would recognise
         kept = self.old if old == "values" else None
         header = {
             "has_old": kept is not None,

@@ -63,6 +63,8 @@ def run_folder(path: Path, *, config: Mapping[str, Any], overwrite: bool = False
 
 def _begin(path: Path, resolved: str, overwrite: bool, processes: int) -> Path:
     _restore(path)
+    if (path / _COUNT).is_file():
+        _tidy(path)
     _check_free(path, overwrite)
     partial = _partial(path)
     if not overwrite:
@@ -90,9 +92,8 @@ def _finish(partial: Path, path: Path, resolved: str) -> None:
         os.replace(path, old)
     os.replace(partial, path)
     shutil.rmtree(old, ignore_errors=True)
-    for unfinished in (CHECKPOINT, _PARTS):
-        _forget(path / unfinished)
-    (path / _COUNT).unlink()
+    with suppress(OSError):  # the run is complete
+        _tidy(path)
 
 
 @contextmanager
@@ -159,6 +160,13 @@ def _restore(path: Path) -> None:
     """Bring an earlier run back, if another was killed just when it took its place."""
     if (_replaced(path) / "run.toml").is_file() and not path.exists():
         os.replace(_replaced(path), path)
+
+
+def _tidy(path: Path) -> None:
+    """Remove from a finished run what it could have been resumed from."""
+    for unfinished in (CHECKPOINT, _PARTS):
+        _forget(path / unfinished)
+    (path / _COUNT).unlink()
 
 
 def _forget(folder: Path) -> None:

@@ -153,7 +153,7 @@ class Scores(TensorMapping):
         if which != "random" and self.statistics and not any(matrix.max for matrix in self.statistics):
             raise NumericalError(
                 f"every {self.provenance.method} score of {self.provenance.model} is zero: nothing to select. Does the "
-                "objective depend on the weights? Look at its answers (responses.jsonl), or score with another one"
+                "objective depend on the weights, and do the answers end? Score with another one, or longer answers"
             )
         candidates = self.tensors if where is None else _Restricted(self.tensors, self.layout, where)
         num_eligible = candidates.num_eligible if isinstance(candidates, _Restricted) else None

@@ -123,7 +123,7 @@ class Stability:
 
 def stability(
     target: Target,
-    prompts: PromptSet | Iterable[object] | str,
+    prompts: PromptSet | Iterable[object] | str | Path,
     *,
     objectives: Mapping[str, Objective],
     ratios: Sequence[float] = (0.003, 0.01, 0.03),
@@ -183,7 +183,8 @@ def stability(
         jobs.append(("seeds", f"Gumbel seed {number}", seeded, prompts))
     if len(objectives) > 1:
         jobs += [("objectives", name, other, prompts) for name, other in objectives.items()]
-    if not len([*_pairs([job[:2] for job in jobs])]):
+    pairs = [*_pairs([job[:2] for job in jobs])]
+    if not pairs:
         raise SelectionError("nothing to compare: give splits, seeds of an objective that has some, or two objectives")
     inputs = {"the model": target, "--prompts": prompts, "method": method}
     inputs |= {f"the objective {name}": each for name, each in objectives.items()}
@@ -199,7 +200,7 @@ def stability(
                 target, part, objective=used, method=method, batch_size=batch_size, checkpoint=sums, progress=False
             )  # fmt: skip
             if finished is None or sums is None:
-                kept.append(partial(replace, scores, tensors={n: each.cpu() for n, each in scores.tensors.items()}))
+                kept.append(partial(_itself, replace(scores, tensors={n: t.cpu() for n, t in scores.tensors.items()})))
                 continue
             scores.save(finished)
             shutil.rmtree(sums)
@@ -207,7 +208,7 @@ def stability(
         kept.append(partial(Scores.load, finished))
     agreements = [
         ScoreAgreement(kind=jobs[i][0], a=jobs[i][1], b=jobs[j][1], ratio=ratio, overlap=overlap, rho=rho)
-        for i, j in _pairs([job[:2] for job in jobs])
+        for i, j in pairs
         for ratio, overlap, rho in _agreements(kept[i](), kept[j](), ratios=ratios)
     ]
     return Stability(
@@ -237,6 +238,10 @@ def _halves(prompts: PromptSet, *, seed: int) -> tuple[PromptSet, PromptSet]:
         for part in (order[:middle], order[middle:])
     )
     return first, second
+
+
+def _itself(scores: Scores) -> Scores:
+    return scores
 
 
 def _pairs(jobs: Sequence[tuple[str, str]]) -> Iterator[tuple[int, int]]:

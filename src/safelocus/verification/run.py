@@ -42,7 +42,7 @@ def verify(
     target: Target,
     scores: Scorer | Mapping[str, Scorer],
     *,
-    prompts: PromptSet | Iterable[object] | str,
+    prompts: PromptSet | Iterable[object] | str | Path,
     judges: Sequence[Judge] | Judge = (),
     harmless: PromptSet | None = None,
     tasks: Sequence[Task] | Task = (),

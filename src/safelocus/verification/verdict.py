@@ -31,7 +31,7 @@ import numpy as np
 
 from safelocus.evaluation.measures import Measure
 from safelocus.verification.cells import Cells, Setting
-from safelocus.verification.pooling import Outcomes, difference
+from safelocus.verification.pooling import LEVEL, Outcomes, difference
 
 SAFETY, UTILITY = "refusal", "utility"
 _TOO_LITTLE = 0.1  # refusals at baseline below which nothing can be shown to break
@@ -145,9 +145,9 @@ def effect_of(found: Cells, scorer: str, setting: Setting, *, num_looks: int = 1
     safety = lost_share(found, SAFETY, scorer, setting)
     known = utility is not None and safety is not None
 
-    def beyond_utility(times: int, **how: float) -> Measure:
+    def beyond_utility(times: int, level: float = LEVEL) -> Measure:
         units = (1 / (_level(found, SAFETY) or 1.0), times / (_level(found, UTILITY) or 1.0))
-        return difference(safety, times * utility, paired="seeds", units=units, **how)  # type: ignore
+        return difference(safety, times * utility, paired="seeds", units=units, level=level)  # type: ignore[arg-type, operator]
 
     return Effect(
         scorer=scorer,
@@ -160,7 +160,7 @@ def effect_of(found: Cells, scorer: str, setting: Setting, *, num_looks: int = 1
         beyond_random=beyond("random"),
         beyond_bottom=beyond("bottom"),
         net=beyond_utility(1) if known else None,
-        margin=beyond_utility(2, level=level) if known else None,
+        margin=beyond_utility(2, level) if known else None,
         perplexity=found.perplexity("top", scorer, setting),
         random_perplexity=found.perplexity("random", scorer, setting),
         unscored=float(np.isnan(top).mean()) if top.size else 0.0,
@@ -183,7 +183,7 @@ def operating_point(found: Cells, scorer: str, intervention: str | None = None) 
         return None, 0
     tried = [effect_of(found, scorer, setting, num_looks=2 * len(settings)) for setting in settings]
     effects = [effect for effect in tried if effect is not None]
-    clear = [effect for effect in effects if has_contrast(effect)]
+    clear = [effect for effect in effects if has_contrast(effect) and not effect.is_unscored]
 
     def preference(effect: Effect) -> tuple[float, float, float]:
         balance = effect.net if effect.net is not None else effect.fall
@@ -191,7 +191,7 @@ def operating_point(found: Cells, scorer: str, intervention: str | None = None) 
 
     if clear:
         return max(clear, key=preference), len(settings)
-    return max(effects, key=lambda effect: (effect.fall.value is not None, _contrast(effect))), len(settings)
+    return max(effects, key=lambda effect: (not effect.is_unscored, _contrast(effect))), len(settings)
 
 
 def has_contrast(effect: Effect) -> bool:
@@ -253,7 +253,7 @@ def _sentences(found: Cells, effect: Effect, kind: str, num_settings: int) -> Se
     elif num_settings > 1:
         rule = (
             "none has a clear contrast, and this one has the largest"
-            if kind == "none"
+            if not has_contrast(effect)
             else "of those with a clear contrast, the one with the best balance of refusal lost against utility lost, "
             "to the nearest 0.1, and of equals the mildest"
         )
@@ -325,7 +325,7 @@ def _ordinary(found: Cells, effect: Effect, kind: str) -> Sequence[str]:
             said.append(f"Refusals suffer more than utility, but not clearly twice as much ({net}){general}.")
         else:
             said.append(f"Refusals do not suffer clearly more than utility ({net}){general}.")
-        if kind == "unclear" and has_controls(effect):
+        if kind == "unclear" and has_controls(effect) and not effect.is_unscored:
             said.append("Whether other abilities suffer too, more questions would tell.")
     by_task = [name for name in found.measure_names if name.startswith("utility@")]
     falls = [(name, _changes(found, name, "top", effect.scorer, effect.setting)) for name in by_task]
