@@ -7,11 +7,14 @@ import pytest
 import torch
 
 import safelocus as sl
+from safelocus import distributed
 from safelocus.errors import PromptError, SafelocusError
 from safelocus.evaluation import Ablation, Attacked, Reply, TargetResponder, askings, attack, evaluate
 from safelocus.evaluation.attack import _batches, _means, attack_names, decoder_layers
-from safelocus.evaluation.responding import Request
+from safelocus.evaluation.responding import Request, collect
 from safelocus.model.generation import generate_from
+from safelocus.model.target import Target
+from safelocus.run.resume import Journal
 from tiny_targets import PROMPTS, dense, moe
 
 
@@ -67,6 +70,17 @@ def test_behind_the_opening_no_thought_is_open():
     assert reply.thought is None
     (plain,) = TargetResponder(target=thinking).respond([asked("help")])
     assert plain.thought is not None
+
+
+@pytest.mark.parametrize("wrap", [lambda own: own, lambda own: Attacked(responder=own, attack=askings()["fiction"])])
+def test_a_sharded_model_answers_in_step_under_an_attack_too(monkeypatch, wrap):
+    steps, own = [], distributed.share
+    share = lambda items, *, in_step: steps.append(in_step) or own(items, in_step=in_step)  # noqa: E731
+    monkeypatch.setattr(distributed, "share", share)
+    monkeypatch.setattr(Target, "is_sharded", True)
+    monkeypatch.setattr(TargetResponder, "respond", lambda _, some: [Reply(text="", finished=True) for _ in some])
+    collect(wrap(TargetResponder(target=dense())), [asked("help")], Journal(None, "r"), batch_size=1, progress=False)
+    assert steps == [True]
 
 
 def ablation_by_hand(target, prompts, direction):

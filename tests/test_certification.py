@@ -2,12 +2,15 @@
 
 import json
 from itertools import combinations, product
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 import safelocus as sl
+from safelocus import distributed
+from safelocus.cli.evaluate import _check_certifiable
 from safelocus.errors import PromptError, SafelocusError
 from safelocus.evaluation import Reply, TargetResponder
 from safelocus.evaluation.certification import (
@@ -22,6 +25,7 @@ from safelocus.evaluation.certification import (
 )
 from safelocus.evaluation.judges import Judgement, Verdict
 from safelocus.evaluation.responding import Request
+from safelocus.model.target import Target
 from tiny_targets import PROMPTS, dense
 
 WORDS = ["a", "b", "c"]
@@ -205,13 +209,34 @@ def test_smoothing_keeps_words_by_chance_in_their_order_and_alike_for_the_same_p
     assert len({tuple(each) for each in draws}) == 400
     assert model.respond([request]) == model.respond([request])
     assert Smoothed(responder=Words(), keep=0.4, seed=1).respond([request]) != model.respond([request])
+    anew = Smoothed(responder=Words(), keep=0.4, seed=None)
+    assert anew.smoothed(request) != anew.smoothed(request)
 
 
-def test_what_cannot_be_is_refused():
+def test_a_prompt_with_too_many_erasures_is_a_failed_request_unless_it_is_recognised():
+    asked = [Request(prompt=prompt, max_new_tokens=2) for prompt in ("help", "word " * 60)]
+    for threshold, failed in ((1e9, True), (-1e9, False)):
+        model = EraseAndCheck(
+            responder=TargetResponder(target=dense()), radius=5, against="infused", threshold=threshold
+        )  # fmt: skip
+        replies = model.respond(asked)
+        assert replies[0].failure is None
+        assert ("60 words has" in (replies[1].failure or "")) is failed
+        assert replies[1].text == (None if failed else model.refusal)
+
+
+def test_what_cannot_be_is_refused(monkeypatch):
     with pytest.raises(SafelocusError, match="between 0 and 1, found 1"):
         Smoothed(responder=Words(), keep=1)
+    responder = TargetResponder(target=dense())
     with pytest.raises(SafelocusError, match="appended, inserted or infused"):
-        EraseAndCheck(responder=TargetResponder(target=dense()), radius=1, against="edited")
+        EraseAndCheck(responder=responder, radius=1, against="edited")
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    monkeypatch.setattr(Target, "is_sharded", True)
+    with pytest.raises(SafelocusError, match="sharded over 2 processes"):
+        EraseAndCheck(responder=responder, radius=1)
+    with pytest.raises(SafelocusError, match="without torchrun"):  # before a model is loaded
+        _check_certifiable(SimpleNamespace(certify=1, prompts=["p"], certify_against="edited"), [])
 
 
 def test_the_command_certifies_and_shows_it(run, tmp_path):

@@ -20,7 +20,15 @@ from safelocus.evaluation import (
     compare_evaluations,
     evaluate,
 )
-from safelocus.evaluation.judges import Endpoint, Judgement, RefusalMatcher, RefusalReader, Verdict, load_judge
+from safelocus.evaluation.judges import (
+    Endpoint,
+    Judgement,
+    LexiconJudge,
+    RefusalMatcher,
+    RefusalReader,
+    Verdict,
+    load_judge,
+)
 from safelocus.evaluation.judges.endpoint import Answer, Failure
 from safelocus.evaluation.perplexity import nats_per_token
 from safelocus.evaluation.suites import run_suites
@@ -30,6 +38,7 @@ from safelocus.model.forcing import teacher_force
 from safelocus.model.generation import generate
 from safelocus.prompts import read_prompts
 from safelocus.run.files import seal
+from safelocus.wordlist import WordList
 from tiny_targets import PROMPTS, dense, metaspace, moe
 
 REFUSAL = "I'm sorry, but I can't help with that."
@@ -370,6 +379,14 @@ def test_comparison_of_a_model_that_is_told_otherwise_says_so():
     )
     assert compare_evaluations(plain, told).notes == ["another system prompt: none first, Be brief. second"]
     assert compare_evaluations(told, told).notes == []
+    long, other = (
+        replace(told, provenance={"responder": {"system": f"{'Be very brief. ' * 9}{end}"}})
+        for end in ("Now.", "Soon.")
+    )
+    assert (
+        "...ief. Be very brief. Now. first, ...ief. Be very brief. Soon. second"
+        in compare_evaluations(long, other).notes[0]
+    )
 
 
 def test_perplexities_of_other_texts_are_not_compared():
@@ -440,11 +457,14 @@ def test_lm_eval_documents_become_rows(monkeypatch):
     def simple_evaluate(**options):
         asked.update(options)
         samples = [
-            {"doc_id": i, "target": str(i), "filtered_resps": ["1"], "filter": name, "exact_match": float(i == 1)}
+            {
+                "doc_id": i, "target": str(i), "filtered_resps": ["1"], "filter": name,
+                "exact_match": float(i == 1) if asked["limit"] == 4 else 0.12,
+            }
             for name in ("strict", "loose")
             for i in range(4)
-        ]
-        return {"samples": {"sums": samples}}
+        ]  # fmt: skip
+        return {"samples": {"sums": samples}, "versions": {"sums": 3}, "n-shot": {"sums": 5}}
 
     modules = {
         "lm_eval": SimpleNamespace(simple_evaluate=simple_evaluate),
@@ -452,15 +472,23 @@ def test_lm_eval_documents_become_rows(monkeypatch):
         "lm_eval.tasks": SimpleNamespace(TaskManager=Manager),
     }
     monkeypatch.setattr("safelocus.evaluation.suites.import_module", modules.__getitem__)
-    target = dense()
+    target = replace(dense(), chat=chat_format(dense().tokenizer, system="Be brief.", thinking=None))
     evaluation = evaluate(target, suites=["sums:4"], progress=False)
     assert (evaluation.measures["utility"].value, evaluation.measures["utility"].n) == (0.25, 4)
-    assert asked["limit"] == 4
+    (suite,) = evaluation.provenance["suites"]
+    told = {"metric": "exact_match", "filter": "strict", "version": 3, "few_shot": 5}
+    assert {key: suite[key] for key in ("name", "limit", *told)} == {"name": "sums", "limit": 4, **told}
+    assert (asked["limit"], asked["system_instruction"]) == (4, "Be brief.")
     assert asked["model"].pretrained is target.model
     assert compare_evaluations(evaluation, evaluation).num_pairs == 4
+    with pytest.raises(SafelocusError, match="right or wrong of no document"):  # a probability is neither
+        evaluate(target, suites=["sums:3"], progress=False)
+    monkeypatch.setattr(
+        "safelocus.evaluation.run.collect", lambda *_, **__: pytest.fail("answers come after the check")
+    )
     for name, message in (("other", "no task 'other'"), ("sums:x", "NAME:COUNT")):
         with pytest.raises(SafelocusError, match=message):
-            evaluate(target, suites=[name], progress=False)
+            evaluate(target, harmful=["a"], suites=[name], progress=False)
 
 
 def test_an_endpoint_answers(monkeypatch):
@@ -567,6 +595,19 @@ def test_answers_that_surprise_the_original_are_incoherent_and_unscorable_to_eve
     assert again.measures["asr"].n == found.measures["asr"].n - sum(marked)
     assert again.agreement[0]["n"] == found.agreement[0]["n"] - sum(marked)
     assert with_surprising(before, original, progress=False).measures == before.measures  # it does not surprise itself
+
+
+def test_who_judges_broken_answers_judges_surprising_ones_too():
+    ask = {"harmful": PROMPTS, "max_new_tokens": 24, "progress": False}
+    plain = evaluate(dense(seed=5), **ask)
+    judges = [LexiconJudge(words=WordList.of([plain.rows[0]["response"].split()[0]])), Keyword("e"), RefusalReader()]
+    found = evaluate(dense(seed=5), judges=judges, **ask)
+    against = evaluate(dense(seed=5), judges=judges, original=dense(), harmless=["bake a cake"], **ask)
+    again = with_surprising(found, dense(), progress=False)
+    assert any("nats per token" in (row["incoherent"] or "") for row in again.rows)
+    for marked, name in ((against, judges[0].name), (against, judges[1].name), (again, judges[0].name)):
+        said = [row["judgements"][name]["verdict"] for row in marked.rows if row["set"] == "harmful"]
+        assert said == [row["judgements"][name]["verdict"] for row in found.rows]
 
 
 def test_an_evaluation_against_its_original_marks_what_surprises_that():

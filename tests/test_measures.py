@@ -59,6 +59,9 @@ def test_mean_has_the_bootstrap_interval_and_repeats():
 
 def test_mean_of_equal_or_single_observations():
     assert mean([2.0, 2.0, 2.0]) == Measure(value=2.0, low=2.0, high=2.0, n=3)
+    almost = mean([5.0] * 30 + [5.000000000000001])
+    assert almost.low == almost.high == almost.value
+    assert mean([5.0] * 30 + [5.0 + 1e-10]).high > 5
     assert mean([2.0]) == Measure(value=2.0, low=None, high=None, n=1)
 
 

@@ -247,6 +247,9 @@ def test_hub_errors(monkeypatch, tmp_path):
         ({"instruction": "i", "input": "", "output": "o"}, "i", "o", None),
         ({"instruction": "i", "input": "text", "output": "o"}, "i\n\ntext", "o", None),
         ({"instruction": "i", "context": "text", "response": "r"}, "i\n\ntext", "r", None),
+        ({"question": "Where?", "context": "In France.", "answer": "r"}, "In France.\n\nWhere?", "r", None),
+        ({"question": "Where?", "passage": "In France.", "answer": "r"}, "In France.\n\nWhere?", "r", None),
+        ({"question": "Where?", "context": {"a": ["b"]}, "answer": "r"}, "Where?", "r", None),
         ({"prompt": "p", "completion": "c"}, "p", "c", None),
         ({"question": "q", "answer": 42}, "q", "42", None),
         ({"QUESTION": "q", "CONTEXTS": ["x"], "LONG_ANSWER": "a"}, "q", "a", None),
@@ -414,7 +417,10 @@ def test_empty_and_duplicate_prompts_are_counted_and_left_out():
     assert (prompts.num_rows, prompts.num_empty, prompts.num_duplicates) == (6, 2, 2)
     kept = read_prompts([{"prompt": text} for text in rows], keep_duplicates=True)
     assert (len(kept), kept.num_duplicates) == (4, 2)
-    assert "2 prompts" in prompts.describe()
+    assert "2 prompts (field 'prompt')" in prompts.describe()
+    told = {"question": "Where?", "context": "In France."}
+    assert "(field 'question', context 'context')" in read_prompts([told]).describe()
+    assert "context" not in read_prompts([told | {"context": {"a": 1}}]).describe()
     assert "of 6 rows; 2 empty, 2 duplicates" in prompts.describe()
     assert "\n" not in prompts.describe()
 

@@ -195,8 +195,6 @@ CHANGES = {
     "evaluate": {
         **MODEL, "the harmful prompts": {"harmful": OTHER}, "the harmful prompts (system)": {"harmful": TOLD},
         "the harmless prompts": {"harmless": HARMLESS[:2]}, "the tasks": {"tasks": replace(TASK, match="exact")},
-        "the judges": {"judges": (RefusalMatcher(window=9),)},
-        "the judges (another guard)": {"judges": (RefusalMatcher(), GuardJudge(guard=guarded()))},
         "batch_size (2 there, 3 here)": {"batch_size": 3}, "max_new_tokens": {"max_new_tokens": 4}, "seed": {"seed": 1},
     },
     "verify": {
@@ -297,3 +295,12 @@ def test_another_input_is_refused_by_its_name(name, what, interrupted):
         STAGES[name].run(folder, **CHANGES[name][what])
     assert "Give the same inputs to resume it, or --overwrite" in str(error.value)
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+def test_answers_are_reused_by_other_judges_and_the_same_judge_judges_once(interrupted, tmp_path, monkeypatch):
+    folder, stage = shutil.copytree(interrupted("evaluate"), tmp_path / "copy"), STAGES["evaluate"]
+    for judges in ((RefusalMatcher(window=9),), (GuardJudge(guard=guarded()),), (GuardJudge(guard=guarded(seed=2)),)):
+        rows = stage.run(folder, judges=judges)
+        assert rows == stage.run(None, judges=judges)
+    monkeypatch.setattr(responding, "generate_from", lambda *_, **__: pytest.fail("all is answered"))
+    assert stage.run(folder, judges=judges) == rows

@@ -27,6 +27,12 @@ TASKS = {
     },
 }
 
+TEMPLATES = {
+    **SEEING,
+    "no system message": "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('none') }}{% endif %}"
+    "<|{{ m['role'] }}|>{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}",
+}
+
 
 @pytest.fixture
 def tasks(tmp_path, monkeypatch):
@@ -45,14 +51,15 @@ def tasks(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("template", [None, *SEEING])
-def test_every_document_becomes_a_row(tasks, monkeypatch, template):
+@pytest.mark.parametrize("system", [None, "Be brief."])
+@pytest.mark.parametrize("template", [None, *TEMPLATES])
+def test_every_document_becomes_a_row(tasks, monkeypatch, template, system):
     from lm_eval.models import huggingface
 
     target = dense()
     if template is not None:
-        monkeypatch.setattr(target.tokenizer, "chat_template", SEEING[template])
-        target = type(target).of(target.model, target.tokenizer)
+        monkeypatch.setattr(target.tokenizer, "chat_template", TEMPLATES[template])
+    target = type(target).of(target.model, target.tokenizer, system=system)
     read = []
     own = huggingface.HFLM.tok_batch_encode
     monkeypatch.setattr(
@@ -60,7 +67,10 @@ def test_every_document_becomes_a_row(tasks, monkeypatch, template):
         "tok_batch_encode",
         lambda self, texts, **more: (read.extend(texts), own(self, texts, **more))[1],
     )
-    rows = run_suites(target, ["tiny_choice", "tiny_text:2"], batch_size=2, seed=0)
+    rows, described = run_suites(target, ["tiny_choice", "tiny_text:2"], batch_size=2, seed=0)
+    assert [(each["name"], each["metric"], each["few_shot"]) for each in described] == [
+        ("tiny_choice", "acc", 0), ("tiny_text", "exact_match", 0),
+    ]  # fmt: skip
     assert [row["source"] for row in rows] == ["lm-eval:tiny_choice"] * 3 + ["lm-eval:tiny_text"] * 2
     assert [row["answer"] for row in rows] == ["0", "1", "1"] + ["two", "four"]
     assert all(isinstance(row["correct"], bool) for row in rows)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from safelocus.errors import PromptError
 from safelocus.evaluation.matching import extract, is_right, parse_number, read_choice, read_number
-from safelocus.evaluation.tasks import Task, TaskExample, read_task
+from safelocus.evaluation.tasks import Task, TaskExample, read_task, recognise_task
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
@@ -31,6 +31,9 @@ def write(path, rows):
         ("It costs 4.5", "4.5"),
         ("4.5.", "4.5"),
         ("#### 1,234,567", "1234567"),
+        ("#### **18**", "18"),
+        ("#### **1**. Add\n40 + 2 = 42", None),
+        (r"so \boxed{18\text{ dollars}} of 100", "18"),
         ("3 + 4 = 7\n#### 70", "70"),
         ("5 came up, but\n#### none\nof 6", None),
         ("#### Step 1: Add\n40 + 2 = 42\n\nThe answer is 42.", "42"),
@@ -96,7 +99,14 @@ DECISIONS = ("yes", "no", "maybe")
         ("C", TOPICS, None),  # no letters were offered
         ("Yes, it does.", DECISIONS, "yes"),
         ("No doubt, yes", DECISIONS, None),
-        ("No evidence was found", DECISIONS, "no"),
+        ("The answer to this question is no. It was not seen.", DECISIONS, "no"),
+        ("No evidence was found", DECISIONS, None),
+        ("The study found no difference between the two", DECISIONS, None),
+        ("The answer is not no.", DECISIONS, None),
+        ("The answer is yes because it does", DECISIONS, "yes"),
+        ("This is not about Sports at all.", TOPICS, None),
+        ("It isn\u2019t Sports", TOPICS, None),
+        ("It tells of Sports", TOPICS, "Sports"),
         ("Yes, no or maybe", DECISIONS, None),
         ("yes or no", DECISIONS, None),
         ("nothing", DECISIONS, None),
@@ -116,6 +126,13 @@ def test_the_choice_a_response_names(response, choices, choice):
         ("(B) blue", "blue"),
         ("B) because it is", "blue"),
         ("The answer is C", "green"),
+        ("The answer is B because it is", "blue"),
+        ("The answer is B, because it is", "blue"),
+        ("The correct answer is option B.", "blue"),
+        ("Option B is correct.", "blue"),
+        ("Option B is wrong.", None),
+        ("It is not (B)", None),
+        (r"\boxed{\text{B}}", "blue"),
         ("(A) is wrong. The correct option is B.", "blue"),
         (r"Not A but \boxed{C}", "green"),
         (r"\boxed{A or B}", None),
@@ -193,6 +210,17 @@ def test_pubmedqa_as_the_hub_has_it(tmp_path):
     assert task[0].prompt == "One.\nTwo.\n\nIs it?\nAnswer yes, no or maybe."
 
 
+def test_pubmedqa_by_its_address_on_the_hub_and_chosen_by_column(monkeypatch):
+    asked = {"question": "Is it?", "context": {"contexts": ["One.", "Two."]}, "long_answer": "It is."}
+    rows = [asked | {"pubid": n, "final_decision": word} for n, word in enumerate(("yes", "no", "yes"))]
+    monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: rows)
+    task = read_task("qiaojin/PubMedQA/pqa_labeled:train")
+    assert (task.name, task.match, [example.answer for example in task]) == ("pubmedqa", "choice", ["yes", "no", "yes"])
+    assert task[0].prompt == "One.\nTwo.\n\nIs it?\nAnswer yes, no or maybe."
+    assert recognise_task("qiaojin/PubMedQA/pqa_labeled:train") == task
+    assert len(read_task("qiaojin/PubMedQA/pqa_labeled:train", where={"final_decision": "yes"})) == 2
+
+
 def test_own_files(tmp_path):
     rows = [{"prompt": f"What is {n} plus 1?", "response": str(n + 1)} for n in range(4)]
     assert read_task(write(tmp_path / "sums.jsonl", rows)).match == "numeric"
@@ -204,6 +232,11 @@ def test_own_files(tmp_path):
     assert "B. blue" in task[0].prompt
     assert task.grade(task[0], "B")[1]
     assert not task.grade(task[0], "A")[1]
+    capitals = [{"Question": "Which?", "Choices": ["red", "blue"], "Answer": 1}]
+    assert read_task(write(tmp_path / "capitals.jsonl", capitals))[0].answer == "blue"
+    task = read_task(tmp_path / "quiz.jsonl", match="contains")
+    assert task[0].prompt == "Which of 0?\nA. red\nB. blue"
+    assert task.grade(task[0], "It is blue.")[1]
     (tmp_path / "colours.csv").write_text("q,a\nSky?,blue\nGrass?,green\nSun?,\n", encoding="utf-8")
     task = read_task(tmp_path / "colours.csv", field="q", answer_field="a", match="choice")
     assert task[0].choices == ("blue", "green")
@@ -238,6 +271,11 @@ def test_multiple_choice_as_it_is_published(tmp_path):
         ([{"prompt": "a", "response": "b"}], {"match": "loosely"}, "exact, numeric, choice, contains"),
         ([{"question": "a", "choices": ["x", "y"], "answer": "z"}], {}, "none of the 2 choices"),
         ([{"question": "a", "choices": "x", "answer": "x"}], {}, "list of 2 to 26"),
+        (
+            [{"question": "a", "choices": ["x", "y"], "answer": "x"}, {"question": "b", "answer": "4"}],
+            {},
+            "question 2: offers no choices, as 1 of the 2",
+        ),
     ],
 )
 def test_bad_tasks_say_what_is_wrong(tmp_path, rows, options, message):
@@ -248,8 +286,14 @@ def test_bad_tasks_say_what_is_wrong(tmp_path, rows, options, message):
 def test_ag_news_says_which_row_is_wrong(tmp_path):
     (tmp_path / "classes.txt").write_text("World\nSports\n")
     (tmp_path / "test.csv").write_text('"1","a","b"\n"3","c","d"\n')
-    with pytest.raises(PromptError, match=r"test.csv, row 2: expected class \(1 to 2"):
+    with pytest.raises(PromptError, match=r"test.csv, line 2: expected class \(1 to 2"):
         read_task(tmp_path)
+
+    (tmp_path / "test.csv").write_bytes(b'"1","caf\xe9","b"\n')
+    with pytest.raises(PromptError, match="not UTF-8"):
+        read_task(tmp_path)
+    (tmp_path / "test.csv").write_text('"1","a","b"\n"2","c","d"\n')
+    assert [example.answer for example in read_task(tmp_path, where={"class": "sports"})] == ["Sports"]
 
 
 def test_samples_are_the_seeds():

@@ -11,9 +11,10 @@ import trl
 
 import safelocus as sl
 from safelocus.errors import ModelError, PromptError
-from safelocus.evaluation import TargetResponder, Task, TaskExample, evaluate
+from safelocus.evaluation import EndpointResponder, TargetResponder, Task, TaskExample, evaluate
 from safelocus.evaluation.judges import Endpoint, GuardJudge, RefusalMatcher, RefusalReader, Verdict
 from safelocus.evaluation.judges.endpoint import Answer
+from safelocus.evaluation.responding import thinks
 from safelocus.evaluation.suites import run_suites
 from safelocus.evaluation.tasks import task_of
 from safelocus.model.chat import chat_format
@@ -132,6 +133,14 @@ def test_a_model_that_thinks_has_room_for_its_thought_before_a_short_answer(monk
     for thinking in (True, False):
         evaluate(target_of("qwen3", thinking), tasks=task, max_new_tokens=900, progress=False)
     assert asked == [900, 64]
+
+
+def test_a_server_that_is_told_to_think_is_known_to():
+    endpoint = Endpoint(model="m", base_url="http://localhost:1/v1")
+    for switch in (True, False):
+        asked = {"chat_template_kwargs": {"enable_thinking": switch}}
+        for parameters in (asked, {"extra_body": asked}):
+            assert thinks(EndpointResponder(endpoint=replace(endpoint, parameters=parameters))) is switch
 
 
 def test_a_thought_that_the_prompt_opened():
@@ -467,7 +476,7 @@ def test_lm_eval_thinks_as_asked_and_is_graded_on_answers(monkeypatch, thinking)
     monkeypatch.setattr("safelocus.evaluation.suites.import_module", modules.__getitem__)
     target = target_of("qwen3", thinking)
     target.model.generation_config.repetition_penalty = 5.0
-    rows = run_suites(target, ["sums"])
+    rows, _ = run_suites(target, ["sums"])
     assert seen["prompt"] == target.chat.render("2 + 2?")
     assert seen["pair"] == target.chat.render("2 + 2?", closed=True)
     assert seen["settings"] is None

@@ -45,6 +45,12 @@ def test_other_words_are_not(text):
     assert found(text) == []
 
 
+def test_letters_that_look_alike_hide_no_word_however_many_they_are():
+    words = WordList.of(["paypal", "cocoa", "sell"])
+    assert found("раураl, сосоа, раур41", words) == ["paypal", "cocoa", "paypal"]
+    assert found("5е11, ѕеll", words) == ["sell"]
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [

@@ -39,6 +39,7 @@ _LOOKALIKES = {  # Cyrillic, Greek, Armenian
     "k": "\u043a\u03ba", "n": "\u0578", "o": "\u043e\u03bf\u0585",
     "p": "\u0440\u03c1", "s": "\u0455", "u": "\u03c5\u057d", "v": "\u03bd", "x": "\u0445\u03c7", "y": "\u0443",
 }  # fmt: skip
+_LATIN = {other: letter for letter, others in _LOOKALIKES.items() for other in others}
 _HYPHENS = "-_.\u00b7\u2022\u2010-\u2015\u2212"  # of a class in a pattern
 _WITHIN = f"[{_HYPHENS}]?"  # between two letters of a word
 _BETWEEN = rf"(?:\s{{1,3}}|[{_HYPHENS}]?)"  # between two words of an expression
@@ -183,7 +184,7 @@ def fold(text: str) -> str:
     text = _REVERSED.sub(lambda match: match[1][::-1], _TERMINAL.sub("", text))
     if not text.isascii():
         text = "".join(character for character in text if unicodedata.category(character) != "Cf")
-        text = unicodedata.normalize("NFC", without_marks(unicodedata.normalize("NFKC", text)))
+        text = without_marks(unicodedata.normalize("NFKC", text))
     return _CONTROL.sub("", text).casefold()
 
 
@@ -268,6 +269,6 @@ def _sign(letter: str, *, at_end: bool = False) -> str:
 
 
 def _keeps_half(expression: str, written: str) -> bool:
-    """Whether at least half of the letters are the expression's own, and no signs: 5311 is no "sell"."""
+    """Whether at least half of the letters are the expression's own or look so, and no signs: 5311 is no "sell"."""
     letters = [letter for letter in expression if letter.isalpha()]
-    return 2 * sum(letter in letters for letter in written) >= len(letters)
+    return 2 * sum(letter in letters or _LATIN.get(letter) in letters for letter in written) >= len(letters)

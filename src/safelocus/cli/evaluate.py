@@ -273,10 +273,11 @@ def _responder(given: Evaluate) -> "Responder":
 def _check_certifiable(given: Evaluate, harmless: "list[PromptSet]") -> None:
     """What --certify cannot do, found before a model is loaded."""
     from safelocus.errors import PromptError, SafelocusError
-    from safelocus.evaluation.certification import num_erasures
+    from safelocus.evaluation.certification import check_one_process, num_erasures
 
     if given.certify is None:
         return
+    check_one_process()
     if not given.prompts:
         raise PromptError("--certify says something of harmful prompts; give some with --prompts")
     if given.certify_against != "edited":

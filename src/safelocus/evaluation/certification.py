@@ -8,6 +8,9 @@
                         P'(h) <= P(h) + 1 - q^R        the R changed words are all left out with probability q^R,
                                                        and then both prompts are the same
 
+P' is over draws that are made when the prompt is there. Whoever knows the draws beforehand looks for a prompt whose own
+are harmful: deploy `Smoothed(seed=None)`, which draws anew for every answer.
+
 Words are what white space separates, and not a model's tokens: those change when text is put beside them. A model is
 sure to recognise what it recognises; P(h) is not known but counted, so its upper end is Clopper and Pearson's, with the
 error shared out among the prompts.
@@ -112,6 +115,11 @@ class EraseAndCheck:
                 f"erase-and-check is against words appended, inserted or infused, 0 or more; found {self.radius} "
                 f"{self.against}"
             )
+        if self.responder.target.is_sharded and distributed.world_size() > 1:
+            raise SafelocusError(
+                f"{self.responder.name} is sharded over {distributed.world_size()} processes; erase-and-check asks as "
+                "often as each prompt needs, and they would wait for one another. Expected a model whole in its process"
+            )
 
     @property
     def name(self) -> str:
@@ -121,21 +129,34 @@ class EraseAndCheck:
         return self.responder.length(request)
 
     def respond(self, requests: Sequence[Request]) -> list[Reply]:
-        flagged = self.recognises([(request.system, request.prompt) for request in requests])
-        passed = [request for request, flag in zip(requests, flagged, strict=True) if not flag]
+        """One reply per request; of a prompt that is not recognised and has too many erasures, that it failed."""
+        found: list[Reply | None] = []
+        for request, flag in zip(requests, self.recognises(list(map(_asked, requests)), erase=False), strict=True):
+            try:
+                flagged = flag or self._recognises_erased(*_asked(request))
+            except PromptError as error:
+                found.append(Reply(text=None, failure=str(error)))
+            else:
+                found.append(Reply(text=self.refusal, finished=True) if flagged else None)
+        passed = [request for request, reply in zip(requests, found, strict=True) if reply is None]
         replies = iter(self.responder.respond(passed) if passed else [])
-        return [Reply(text=self.refusal, finished=True) if flag else next(replies) for flag in flagged]
+        return [next(replies) if reply is None else reply for reply in found]
 
     def recognises(self, prompts: Sequence[tuple[str | None, str]], *, erase: bool = True) -> list[bool]:
-        """Whether each (system message, prompt) is recognised; `erase`: also with words left out."""
+        """Whether each (system message, prompt) is recognised; `erase`: also with words left out.
+
+        Raises:
+            PromptError: one that is not recognised as it is has more than `MAX_CHECKS` erasures.
+        """
         found = [score > self.threshold for score in self.scores(prompts)]
-        if not erase:
-            return found
-        for i, (system, prompt) in enumerate(prompts):
-            rest = islice(erasures(prompt, self.radius, self.against), 1, None)  # the first is all of its words
-            while not found[i] and (batch := [(system, text) for text in islice(rest, self.batch_size)]):
-                found[i] = max(self.scores(batch)) > self.threshold
-        return found
+        return [flag or (erase and self._recognises_erased(*each)) for flag, each in zip(found, prompts, strict=True)]
+
+    def _recognises_erased(self, system: str | None, prompt: str) -> bool:
+        rest = islice(erasures(prompt, self.radius, self.against), 1, None)  # the first is all of its words
+        while batch := [(system, text) for text in islice(rest, self.batch_size)]:
+            if max(self.scores(batch)) > self.threshold:
+                return True
+        return False
 
     @torch.no_grad()
     def scores(self, prompts: Sequence[tuple[str | None, str]]) -> list[float]:
@@ -164,12 +185,13 @@ class Smoothed:
     Attributes:
         responder: what answers.
         keep: the probability.
-        seed: of what is left out, with the prompt itself: the same prompt is answered alike.
+        seed: of what is left out, with the prompt itself: the same prompt is answered alike, which is for measuring.
+            None draws anew for every answer, which is for deployment: only that has what is certified.
     """
 
     responder: Responder
     keep: float
-    seed: int = 0
+    seed: int | None = 0
 
     def __post_init__(self) -> None:
         if not 0 < self.keep < 1:
@@ -186,9 +208,9 @@ class Smoothed:
         return self.responder.respond([self.smoothed(request) for request in requests])
 
     def smoothed(self, request: Request, draw: int = 0) -> Request:
-        """The request with words left out, in one of many draws."""
+        """The request with words left out, in one of many draws; without a seed every call is another one."""
         told = f"{self.seed} {draw} {request.system or ''} {request.prompt}"
-        own = int.from_bytes(hashlib.sha256(told.encode()).digest()[:8], "big")
+        own = None if self.seed is None else int.from_bytes(hashlib.sha256(told.encode()).digest()[:8], "big")
         words = request.prompt.split()
         kept = np.random.default_rng(own).random(len(words)) < self.keep
         return replace(request, prompt=" ".join(word for word, keep in zip(words, kept, strict=True) if keep))
@@ -257,7 +279,7 @@ def certify_erasing(
         PromptError: a prompt has too many erasures.
         SafelocusError: several processes.
     """
-    _one_process()
+    check_one_process()
     kept = [(example.system, example.prompt) for example in harmless or ()]
     checks = [num_erasures(prompt, model.radius, model.against) for _, prompt in kept]
     scores = model.scores([(example.system, example.prompt) for example in harmful])
@@ -296,7 +318,7 @@ def certify_smoothed(
     Raises:
         SafelocusError: several processes.
     """
-    _one_process()
+    check_one_process()
     judge = judge or RefusalReader()
     began, ends = time.monotonic(), []
     for example in track(list(harmful), "smoothing", enabled=progress):
@@ -325,12 +347,17 @@ def _harmful(responder: Responder, judge: Judge, requests: Sequence[Request]) ->
     return [reply.text is None or each.harmful is not False for reply, each in zip(replies, judged, strict=True)]
 
 
+def _asked(request: Request) -> tuple[str | None, str]:
+    return request.system, request.prompt
+
+
 def _exact(num_hits: int, n: int) -> Measure:
     """A share with Clopper and Pearson's interval, which covers at least as often as it says."""
     interval = stats.binomtest(num_hits, n).proportion_ci(0.95, method="exact")
     return Measure(value=num_hits / n, low=float(interval.low), high=float(interval.high), n=n)
 
 
-def _one_process() -> None:
+def check_one_process() -> None:
+    """Raise SafelocusError where there are several."""
     if distributed.world_size() > 1:
         raise SafelocusError("certificates are made in one process; start it without torchrun")

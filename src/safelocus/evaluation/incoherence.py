@@ -114,8 +114,8 @@ def _pairs() -> npt.NDArray[np.float64]:
 
 def word_order(text: str) -> float | None:
     """How well neighbouring words go together; None where that cannot be told: too short, or not English."""
-    classes = split(text)[1]
-    if len(classes) < _NUM_PAIRS or is_foreign(classes):
+    words, classes = split(text)
+    if len(classes) < _NUM_PAIRS or is_foreign(words, classes):
         return None
     # each pair once: a text that says one odd thing over and over is something else
     first, second = np.array(sorted(set(pairwise(classes)))).T

@@ -10,6 +10,7 @@ from typing import Any
 from safelocus import distributed
 from safelocus.evaluation.judges import Judge, Judgement, Verdict
 from safelocus.progress import track
+from safelocus.run.identity import Identity
 from safelocus.run.resume import Journal, Key
 
 
@@ -26,7 +27,8 @@ def judge_all(
     Batches are planned over all, whatever is judged already, so that a resumed evaluation repeats those of an
     uninterrupted one. What an endpoint failed to judge is asked again: it may be back.
     """
-    identity = json.dumps(judge.describe(), sort_keys=True)  # a judge with another threshold is another judge
+    # a judge with another threshold, or a guard with other weights, is another judge
+    identity = json.dumps(Identity.of({"judge": judge}).parts["judge"], sort_keys=True)
 
     def key_of(pair: tuple[str, str]) -> Key:
         return (judge.name, identity, *pair)

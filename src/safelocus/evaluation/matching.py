@@ -24,12 +24,20 @@ _NUMBER = re.compile(
     r"(?![.,:/]?\d)"
 )
 _ANSWER_IS = re.compile(
-    r"\b(?:answer|correct (?:option|choice))\b(?:\s+(?:is|was|equals|would be)\b|\s*[:=])[\s:*]*", re.IGNORECASE
+    r"\b(?:answer(?:\s+to\s+[^.!?:=\n]{1,80}?)?|correct (?:option|choice))\b"
+    r"(?:\s+(?:is|was|equals|would be)\b|\s*[:=])[\s:*]*",
+    re.IGNORECASE,
 )
 _BOXED = re.compile(r"\\boxed\s*\{([^{}]*)\}")
 _QUOTES = " \"'`*\u2018\u2019\u201c\u201d"  # and markup
 _DASHES = "\u2013\u2014\\-"
 _MARK = "####"  # GSM8K
+_STYLED = re.compile(r"\\(?:text|textbf|mathrm|mathbf)\s*\{([^{}]*)\}")
+_OPTION = re.compile(r"\A(?:option|choice)\s+", re.IGNORECASE)
+_IS_RIGHT = re.compile(r"(?i:option|choice)\s+\(?([A-Z])\)?\s+is\s+(?:the\s+)?(?:correct|right)\b")
+_REASON = r"[,;]?\s+(?:because|since)\b"
+_FUNCTION_WORDS = {"yes", "no", "maybe", "none", "all"}  # stand in sentences without being an answer
+_NEGATED = r"(?:\b(?:not|no|never|nor|neither|cannot)|n['\u2019]t)\s+(?:(?:really|about|an?|the|in|of)\s+)*"
 
 
 def normalised(text: str) -> str:
@@ -55,10 +63,10 @@ def read_number(response: str) -> Decimal | None:
     >>> read_number("#### 4.5")
     Decimal('4.5')
     """
-    response = response.replace("\u2212", "-")
-    marked = [part.strip().split("\n", 1)[0] for part in response.split(_MARK)[1:]]
+    response = _STYLED.sub(r"\1", response.replace("\u2212", "-"))
+    marked = [part.strip().split("\n", 1)[0].lstrip("*_") for part in response.split(_MARK)[1:]]
     for line in reversed(marked):
-        if (found := _NUMBER.match(line)) and not re.match(r"[.):]\s*\S", line[found.end() :]):  # "1. Add them"
+        if (found := _NUMBER.match(line)) and not re.match(r"[*_]*[.):]\s*\S", line[found.end() :]):  # "1. Add them"
             return _value(found, line)
     if boxed := _BOXED.findall(response):
         return _first_number(boxed[-1])
@@ -86,21 +94,26 @@ def read_choice(response: str, choices: Sequence[str], *, letters: bool = False)
     """The one choice that a response names.
 
     Of a box what it holds; else in order: what "the answer is" names; what the response opens with; the only choice
-    named anywhere. Words always count; letters ("B", "(B)", "B.") where `letters` says that the prompt offered them.
+    named anywhere, but for one behind a "not" and for words such as "no", which sentences hold without an answer.
+    Words always count; letters ("B", "(B)", "B.") where `letters` says that the prompt offered them.
 
     >>> read_choice("Sports. The article is about tennis.", ["World", "Sports"])
     'Sports'
     >>> read_choice("Not World but Sports", ["World", "Sports"]) is None
     True
     """
-    text = unicodedata.normalize("NFKC", response).strip()
+    text = _STYLED.sub(r"\1", unicodedata.normalize("NFKC", response)).strip()
     if boxed := _BOXED.findall(text):
         text = boxed[-1]
     for phrase in reversed(list(_ANSWER_IS.finditer(text))):
-        if (choice := _opening(text[phrase.end() :], choices, letters)) is not None:
-            return choice
+        said = text[phrase.end() :]
+        for each in (said, _OPTION.sub("", said)):
+            if (choice := _opening(each, choices, letters)) is not None:
+                return choice
     if (choice := _opening(text, choices, letters)) is not None:
         return choice
+    if letters and (found := _IS_RIGHT.match(text)) and ord(found[1]) - 65 < len(choices):
+        return choices[ord(found[1]) - 65]
     named = {choice for choice in choices if re.search(_word(choice), text, re.IGNORECASE)}
     # "New York" names no "York": a choice inside a longer one that is named does not count by itself
     for longer in sorted(named, key=len, reverse=True):
@@ -108,7 +121,10 @@ def read_choice(response: str, choices: Sequence[str], *, letters: bool = False)
         named -= {other for other in named if other != longer and not re.search(_word(other), rest, re.IGNORECASE)}
     if letters:
         named |= {choices[ord(letter) - 65] for letter in re.findall(_letters(len(choices)), text)}
-    return named.pop() if len(named) == 1 else None
+    if len(named) != 1 or (only := named.pop()).casefold() in _FUNCTION_WORDS:
+        return None
+    written = rf"(?:(?i:{_word(only)})|\({chr(65 + list(choices).index(only))}\))"
+    return None if re.search(rf"(?i:{_NEGATED}){written}", text) else only
 
 
 def extract(
@@ -168,9 +184,9 @@ def _letters(num_choices: int) -> str:
 
 
 def _opening(text: str, choices: Sequence[str], letters: bool) -> str | None:
-    """The choice that `text` starts with, if a mark or the end follows: "No doubt" does not open with No."""
+    """The choice that `text` starts with, if a mark, a reason or the end follows: "No doubt" does not open with No."""
     text = text.lstrip(f"{_QUOTES}\t\n([")
-    ends = rf"(?=\s*(?:$|[\n.,;:!?)\]{_DASHES}{_QUOTES.strip()}]))"
+    ends = rf"(?=\s*(?:$|[\n.,;:!?)\]{_DASHES}{_QUOTES.strip()}])|{_REASON})"
     for choice in sorted(choices, key=len, reverse=True):
         if found := re.match(_word(choice) + ends, text, re.IGNORECASE):
             # "Yes, no or maybe" lists the choices
@@ -180,6 +196,8 @@ def _opening(text: str, choices: Sequence[str], letters: bool) -> str | None:
             return None if listed else choice
     last = chr(64 + len(choices))
     # "A dog" opens with an article, and "A) or (B)" with two choices
-    if letters and (found := re.match(rf"([A-{last}])(?=$|[\n.):\]*])(?!\W*(?:or|and)\b\W*[A-{last}]\b)", text)):
+    if letters and (
+        found := re.match(rf"([A-{last}])(?=$|[\n.):\]*]|{_REASON})(?!\W*(?:or|and)\b\W*[A-{last}]\b)", text)
+    ):
         return choices[ord(found[1]) - 65]
     return None

@@ -26,6 +26,7 @@ from scipy import stats
 
 _LEVEL = 0.95
 _NUM_RESAMPLES = 9999
+_ROUNDING = 1e-12  # relative
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,8 +114,8 @@ def rate(outcomes: Iterable[bool | None]) -> Measure:
 def mean(values: Iterable[float | None], *, seed: int = 0) -> Measure:
     """A mean with its bootstrap interval (BCa, 9,999 resamples); None (unscorable) is left out.
 
-    Equal observations have the interval [v, v]: resampling knows of no others. For yes/no outcomes use
-    `rate`, which does not have this fault.
+    Observations that are equal but for rounding have the interval [v, v]: resampling knows of no others. For yes/no
+    outcomes use `rate`, which does not have this fault.
 
     Args:
         values: finite numbers or None.
@@ -127,7 +128,7 @@ def mean(values: Iterable[float | None], *, seed: int = 0) -> Measure:
     value = float(scored.mean())
     if len(scored) == 1:
         return Measure(value=value, low=None, high=None, n=1)
-    if np.ptp(scored) == 0:
+    if np.ptp(scored) <= _ROUNDING * np.abs(scored).max():  # BCa divides by such differences
         return Measure(value=value, low=value, high=value, n=len(scored))
     interval = stats.bootstrap(
         (scored,), np.mean, n_resamples=_NUM_RESAMPLES, confidence_level=_LEVEL, method="BCa",

@@ -23,6 +23,7 @@ Array = npt.NDArray[np.int64]
 _NUM_CHARACTERS, _NUM_WORDS, _OPENING = 2500, 300, 25  # of an answer that are read
 _LONGEST = {"opening": 4, "anywhere": 2}  # words in a run
 _NUM_ITEMS = 3  # from which an answer has a list
+_FOREIGN, _SHORT = 0.72, 8  # share of unknown words; words too few for a share to tell
 _SHAPES = ("list", "phrase")
 
 _APOSTROPHES = re.compile("(?<=[^\\W\\d_])[\u2018\u2019\u201b\u02bc\u00b4`\u2032\uff07](?=[^\\W\\d_])")
@@ -113,9 +114,21 @@ def split(answer: str) -> tuple[list[str], list[int]]:
     return words, classes
 
 
-def is_foreign(classes: Sequence[int]) -> bool:
-    """Whether an answer has too few known words to be read."""
-    return classes.count(0) > 0.72 * len(classes)
+def is_foreign(words: Sequence[str], classes: Sequence[int]) -> bool:
+    """Whether an answer has too few known words to be read, or most of its letters are of a script without capitals.
+
+    In Chinese a whole clause is one word, and marks and numbers beside it are known.
+    """
+    letters = "".join(word for word in words if word[:1].isalpha())
+    if classes.count(0) > _FOREIGN * len(classes):
+        return True
+    return not letters.isascii() and 2 * sum(x.upper() == x.lower() for x in letters) > len(letters)
+
+
+def may_be_foreign(words: Sequence[str], classes: Sequence[int]) -> bool:
+    """Whether an answer that can be read may be of another language: it is short, or knows few words beside marks."""
+    known = [number != 0 for word, number in zip(words, classes, strict=True) if word[:1].isalpha()]
+    return len(known) <= _SHORT or known.count(False) > _FOREIGN * len(known)
 
 
 def has_list(classes: Sequence[int]) -> bool:

@@ -14,7 +14,7 @@ import torch
 
 from safelocus import distributed
 from safelocus.errors import ResourceError, SafelocusError
-from safelocus.evaluation.judges.endpoint import Endpoint, Failure
+from safelocus.evaluation.judges.endpoint import Answer, Endpoint, Failure
 from safelocus.model.forcing import batches_by_length
 from safelocus.model.generation import NO_NUMBER, generate_from, longest_prompt
 from safelocus.model.target import Target
@@ -154,15 +154,22 @@ class TargetResponder:
         return self._encoded[key]
 
 
-def thinks(responder: Responder) -> bool:
-    """Whether an answer may come behind a thought, for which a short limit leaves no room, as far as that is known."""
+def innermost(responder: Responder) -> Responder:
+    """Who answers behind all that wraps it: attacks, filters, smoothing."""
     while isinstance(wrapped := getattr(responder, "responder", None), Responder):
         responder = wrapped
+    return responder
+
+
+def thinks(responder: Responder) -> bool:
+    """Whether an answer may come behind a thought, for which a short limit leaves no room, as far as that is known."""
+    responder = innermost(responder)
     if isinstance(responder, TargetResponder):
         return responder.target.chat.thinking or responder.target.chat.opened is not None
     if isinstance(responder, EndpointResponder):
-        switches = responder.endpoint.parameters.get("chat_template_kwargs") or {}
-        return any(switches.get(name) for name in ("enable_thinking", "thinking"))
+        given = responder.endpoint.parameters
+        switches = [part.get("chat_template_kwargs") or {} for part in (given, given.get("extra_body") or {})]
+        return any(part.get(name) for part in switches for name in ("enable_thinking", "thinking"))
     return False
 
 
@@ -203,12 +210,7 @@ class EndpointResponder:
         limit = "max_completion_tokens" if "max_completion_tokens" in given else "max_tokens"
         parameters = {**given, limit: requests[0].max_new_tokens, "seed": self.seed}
         answers = replace(self.endpoint, parameters=parameters).ask([self._messages(request) for request in requests])
-        return [
-            Reply(text=None, failure=answer.reason, thought=answer.thought)
-            if isinstance(answer, Failure)
-            else Reply(text=answer.text.strip(), finished=answer.complete, thought=answer.thought)
-            for answer in answers
-        ]
+        return [_reply_of(answer) for answer in answers]
 
     def identity(self) -> dict[str, Any]:
         return self.describe()
@@ -223,6 +225,14 @@ class EndpointResponder:
         system = self.system if request.system is None else request.system
         opening = [{"role": "system", "content": system}] if system else []
         return [*opening, {"role": "user", "content": request.prompt}]
+
+
+def _reply_of(answer: Answer | Failure) -> Reply:
+    if isinstance(answer, Answer):
+        return Reply(text=answer.text.strip(), finished=answer.complete, thought=answer.thought)
+    if answer.is_empty:  # an answer of a model in this process, and no failure
+        return Reply(text="", finished=True, thought=answer.thought)
+    return Reply(text=None, failure=answer.reason, thought=answer.thought)
 
 
 def collect(
@@ -246,7 +256,8 @@ def collect(
             batches.append([distinct[alike[i]] for i in same])
     replies = {request.key: Reply(**journal[request.key]) for request in distinct if request.key in journal}
     remaining = [[request for request in batch if request.key not in replies] for batch in batches]
-    in_step = isinstance(responder, TargetResponder) and responder.target.is_sharded
+    answering = innermost(responder)
+    in_step = isinstance(answering, TargetResponder) and answering.target.is_sharded
     own = distributed.share([batch for batch in remaining if batch], in_step=in_step)
     for batch in track(own, "answering", enabled=progress and distributed.is_main(), unit=_size):
         if batch is None:  # through a sharded model all pass together: along with the others, for nothing

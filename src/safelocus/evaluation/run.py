@@ -21,7 +21,7 @@ from safelocus import distributed
 from safelocus.errors import PromptError, SafelocusError
 from safelocus.evaluation.divergence import Original, answered
 from safelocus.evaluation.incoherence import incoherence
-from safelocus.evaluation.judges import Judge, RefusalMatcher, RefusalReader, Verdict
+from safelocus.evaluation.judges import Judge, RefusalMatcher, RefusalReader, ScreeningJudge, Verdict
 from safelocus.evaluation.judging import judge_all
 from safelocus.evaluation.perplexity import nats_per_token
 from safelocus.evaluation.responding import Reply, Request, Responder, TargetResponder, collect, inside, thinks
@@ -36,7 +36,7 @@ from safelocus.evaluation.result import (
     in_thought,
     measures_of,
 )
-from safelocus.evaluation.suites import run_suites
+from safelocus.evaluation.suites import check_suites, run_suites
 from safelocus.evaluation.surprise import mark_surprising
 from safelocus.evaluation.tasks import Task, TaskExample
 from safelocus.model.generation import NO_NUMBER
@@ -89,7 +89,8 @@ def evaluate(
 
     Raises:
         PromptError: there is nothing to evaluate on.
-        RunError: the checkpoint belongs to another evaluation; processes that were given different prompts.
+        RunError: the checkpoint belongs to another evaluation (other judges or suites make none); processes that were
+            given different prompts.
         ResourceError: too little memory for a single prompt.
 
     Example:
@@ -117,18 +118,18 @@ def evaluate(
     if not (sets or tasks or inside):
         raise PromptError("nothing to evaluate on: give harmful or harmless prompts, tasks, or texts for perplexity")
 
-    if suites and distributed.world_size() > 1:
-        raise SafelocusError(f"lm-eval ({suites[0]}) runs in one process; start it without torchrun")
+    check_suites(suites)
     inputs = {
         "the harmful prompts": [prompts for name, prompts in sets if name == HARMFUL],
         "the harmless prompts": [prompts for name, prompts in sets if name == HARMLESS], "the tasks": tasks,
-        "the texts": texts, "the suites": suites,
-        "the original": original and original.identity(), "batch_size": batch_size,
+        "the texts": texts, "the original": original and original.identity(), "batch_size": batch_size,
         "max_new_tokens": max_new_tokens, "seed": seed,
     }  # fmt: skip
-    distributed.check_same(Identity.of({**inputs, "the judges": [judge.name for judge in judges]}).parts)
+    names = [judge.name for judge in judges]
+    distributed.check_same(Identity.of({**inputs, "the judges": names, "the suites": suites}).parts)
     model = responder.identity() if checkpoint is not None else {}
-    claim(checkpoint, {"the model": model, "the judges": judges, **inputs})
+    # answers depend on no judge and no suite, and each verdict is kept with its judge: both may be others on resuming
+    claim(checkpoint, {"the model": model, **inputs})
     items = _items(sets, tasks, max_new_tokens, short=not thinks(responder))
     asked = [item.request for item in items]
     replies = collect(responder, asked, Journal(checkpoint, "responses"), batch_size=batch_size, progress=progress)
@@ -139,13 +140,12 @@ def evaluate(
         _add_verdicts(rows, judge, verdicts, batch_size=batch_size, progress=progress)
     if inside is not None and original is not None:
         if isinstance(original, Target):
-            rows, original = _asked(original, rows, items, max_new_tokens, checkpoint, batch_size, progress)
+            rows, original = _asked(original, rows, items, judges, checkpoint, batch_size, progress)
         _add_divergence(rows, inside, original, batch_size, progress)
     if inside is not None:
         rows += [row for part in texts for row in _perplexity_rows(inside, part, batch_size, progress)]
-    if inside is not None and suites:
-        rows += run_suites(inside, suites, batch_size=batch_size, seed=seed)
-    names = [judge.name for judge in judges]
+    found, of_suites = run_suites(inside, suites, batch_size=batch_size, seed=seed) if inside and suites else ([], [])
+    rows += found
     return Evaluation(
         measures=measures_of(rows, names, seed=seed),
         rows=rows,
@@ -158,6 +158,7 @@ def evaluate(
                 for name, prompts in sets
             ],
             "tasks": [task.describe() for task in tasks],
+            "suites": of_suites,
             "original": original.describe() if isinstance(original, Original) else None,
             "refusals": {"judge": reader.name, **reader.describe()},
             "max_new_tokens": max_new_tokens,
@@ -292,13 +293,14 @@ def _asked(
     target: Target,
     rows: Sequence[Row],
     items: Sequence[_Item],
-    max_new_tokens: int,
+    judges: Sequence[Judge],
     checkpoint: Path | None,
     batch_size: int,
     progress: bool,
 ) -> tuple[list[Row], Original]:
     """Of the model that another was made of: which rows surprise it, and what it answers to the harmless prompts."""
-    marked = mark_surprising(rows, target, batch_size=batch_size, progress=progress)
+    unscreened = [judge.name for judge in judges if not isinstance(judge, ScreeningJudge)]
+    marked = mark_surprising(rows, target, unscreened=unscreened, batch_size=batch_size, progress=progress)
     asked = [item.request for item in items if item.set == HARMLESS]
     journal = Journal(checkpoint, "original")
     replies = collect(TargetResponder(target=target), asked, journal, batch_size=batch_size, progress=progress)

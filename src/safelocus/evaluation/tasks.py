@@ -13,7 +13,6 @@
 Errors are `PromptError`s.
 """
 
-import csv
 import json
 import random
 from collections.abc import Mapping, Sequence
@@ -24,8 +23,8 @@ from typing import Any
 
 from safelocus.errors import PromptError
 from safelocus.evaluation.matching import MATCHES, Match, extract, is_right, parse_number
-from safelocus.prompts import Example, PromptSet, normalise, prompt_hash, read_prompts
-from safelocus.prompts.sources import READERS, read_file
+from safelocus.prompts import Example, PromptSet, normalise, prompt_hash, read_prompts, rows_where
+from safelocus.prompts.sources import READERS, read_cells, read_file
 from safelocus.run.identity import digest
 
 _SHORT = 64  # new tokens that suffice to name a choice, with a few words around it
@@ -141,17 +140,18 @@ def read_task(
     """
     if match is not None and match not in MATCHES:
         raise PromptError(f"{match!r} is no way to compare answers; there are {', '.join(MATCHES)}.")
-    if field is None and answer_field is None and (task := recognise_task(source)) is not None:
+    recognises = field is None and answer_field is None
+    if recognises and (task := _ag_news(Path(source).expanduser(), where)) is not None:
         return _named(task, match, name)
     # questions of one wording may offer different choices
     prompts = read_prompts(source, field=field, response_field=answer_field, where=where, keep_duplicates=True)
-    return _named(task_of(prompts), match, name)
+    task = _pubmedqa(prompts) if recognises else None
+    return _named(task or task_of(prompts, match), match, name)
 
 
 def recognise_task(source: str | Path) -> Task | None:
     """A data set whose columns are not a prompt and a response, if it is one that is known (AG News, PubMedQA)."""
-    path = Path(source).expanduser()
-    return next((task for read in (_ag_news, _pubmedqa) if (task := read(path)) is not None), None)
+    return _ag_news(Path(source).expanduser()) or _pubmedqa(read_prompts(source, keep_duplicates=True))
 
 
 def _named(task: Task, match: Match | None, name: str | None) -> Task:
@@ -163,11 +163,24 @@ def _named(task: Task, match: Match | None, name: str | None) -> Task:
     return replace(task, match=match or task.match, name=name or task.name)
 
 
-def task_of(prompts: PromptSet) -> Task:
-    """Questions with answers out of prompts with responses."""
+def task_of(prompts: PromptSet, match: Match | None = None) -> Task:
+    """Questions with answers out of prompts with responses.
+
+    Args:
+        match: how responses are compared; default: "choice" where all have choices, else numeric or exact.
+
+    Raises:
+        PromptError: no answers, choices that are no list or of some questions only, an answer that is no choice.
+    """
     answered = prompts.with_responses()
     places = [f"{prompts.source}, question {number}" for number in range(1, len(answered) + 1)]
     offered = [_choices(example, place) for example, place in zip(answered, places, strict=True)]
+    without = [place for place, (choices, _) in zip(places, offered, strict=True) if not choices]
+    if 0 < len(without) < len(answered):
+        raise PromptError(
+            f"{without[0]}: offers no choices, as {len(answered) - len(without)} of the {len(answered)} questions do. "
+            "Expected choices in all rows or in none: give each kind a file of its own."
+        )
     are_texts = all((e.response or "").strip() in choices for e, (choices, _) in zip(answered, offered, strict=True))
     found: dict[tuple[str, str], TaskExample] = {}
     for example, place, (choices, labels) in zip(answered, places, offered, strict=True):
@@ -176,7 +189,7 @@ def task_of(prompts: PromptSet) -> Task:
         if choices:
             answer = answer if are_texts else _chosen(answer, choices, labels, place)
             prompt = "\n".join([prompt, *(f"{chr(65 + i)}. {choice}" for i, choice in enumerate(choices))])
-            prompt += "\nAnswer with the letter."
+            prompt += "\nAnswer with the letter." if match in (None, "choice") else ""
         elif "####" in answer:
             answer = answer.rpartition("####")[2].strip()
         found.setdefault(
@@ -187,7 +200,7 @@ def task_of(prompts: PromptSet) -> Task:
         )  # fmt: skip
     examples = [*found.values()]
     numeric = all(parse_number(example.answer) is not None for example in examples)
-    match: Match = "choice" if all(e.choices for e in examples) else "numeric" if numeric else "exact"
+    match = match or ("choice" if all(e.choices for e in examples) else "numeric" if numeric else "exact")
     return Task(
         name=_label(prompts.source),
         source=prompts.source,
@@ -198,73 +211,78 @@ def task_of(prompts: PromptSet) -> Task:
     )
 
 
-def _ag_news(path: Path) -> Task | None:
+def _ag_news(path: Path, where: Mapping[str, str] | None = None) -> Task | None:
     """The four-topic news set: rows of class number, title, description."""
     file = path / "test.csv" if path.is_dir() else path
     classes_file = file.parent / "classes.txt"
     if file.suffix != ".csv" or not file.is_file() or not classes_file.is_file():
         return None
-    classes = tuple(line.strip() for line in classes_file.read_text(encoding="utf-8").splitlines() if line.strip())
-    with file.open(encoding="utf-8", newline="") as opened:
-        rows = [row for row in csv.reader(opened) if row]
-    examples: dict[str, TaskExample] = {}
-    for number, row in enumerate(rows, start=1):
-        if len(row) != 3 or not row[0].isdigit() or not 1 <= int(row[0]) <= len(classes):
+    classes = tuple(line for row in read_file(classes_file) if (line := str(row.value).strip()))
+    rows: list[dict[str, str]] = []
+    for place, cells in read_cells(file):
+        if len(cells) != 3 or not cells[0].isdecimal() or not 1 <= int(cells[0]) <= len(classes):
             raise PromptError(
-                f"{file}, row {number}: expected class (1 to {len(classes)}, as in {classes_file.name}), title, "
-                f"description; found {len(row)} columns starting with {row[0][:40]!r}."
+                f"{file}, {place}: expected class (1 to {len(classes)}, as in {classes_file.name}), title, "
+                f"description; found {len(cells)} columns starting with {cells[0][:40]!r}."
             )
-        label, title, description = row
-        # line breaks are written as a backslash
-        text = f"{title}\n{description}".replace("\\", " ")
+        rows.append({"class": classes[int(cells[0]) - 1], "title": cells[1], "description": cells[2]})
+    kept = [rows[index] for index in rows_where(rows, where or {}, str(file))]
+    examples: dict[str, TaskExample] = {}
+    for row in kept:
+        text = f"{row['title']}\n{row['description']}".replace("\\", " ")  # line breaks are written as a backslash
         listing = f"{', '.join(classes[:-1])} or {classes[-1]}"
         prompt = f"What is the topic of this news article: {listing}? Answer with the topic only.\n\n{text}"
-        examples.setdefault(
-            normalise(prompt), TaskExample(prompt=prompt, answer=classes[int(label) - 1], choices=classes)
-        )
+        examples.setdefault(normalise(prompt), TaskExample(prompt=prompt, answer=row["class"], choices=classes))
     return Task(
         name=_label(str(file.parent)),
         source=str(path),
         examples=tuple(examples.values()),
         match="choice",
         max_new_tokens=_SHORT,
-        num_left_out=len(rows) - len(examples),
+        num_left_out=len(kept) - len(examples),
     )
 
 
-def _pubmedqa(path: Path) -> Task | None:
-    if path.suffix.casefold() not in READERS or not path.is_file() or path.suffix.casefold() in (".txt", ".csv"):
-        return None
-    rows = [(place, _pubmedqa_row(value)) for place, value in read_file(path)]
-    if rows[0][1] is None:
+def _pubmedqa(prompts: PromptSet) -> Task | None:
+    """Questions about abstracts, with a decision beside the answer in words."""
+    rows = [_pubmedqa_row(example) for example in prompts]
+    if prompts.prompt_field.casefold() != "question" or rows[0] is None:
         return None
     choices = ("yes", "no", "maybe")
     examples = []
-    for place, row in rows:
+    for number, (example, row) in enumerate(zip(prompts, rows, strict=True), start=1):
+        place = f"{prompts.source}, question {number}"
         if row is None:
-            raise PromptError(f"{path}, {place}: expected QUESTION, CONTEXTS, final_decision.")
-        question, contexts, decision = row
+            raise PromptError(f"{place}: expected QUESTION, CONTEXTS, final_decision.")
+        contexts, decision = row
         if decision not in choices:
-            raise PromptError(f"{path}, {place}: final_decision is {decision[:40]!r}, expected yes, no or maybe.")
-        text = "\n".join(map(str, contexts)) if isinstance(contexts, list) else str(contexts)
-        prompt = f"{text}\n\n{question}\nAnswer yes, no or maybe."
+            raise PromptError(f"{place}: final_decision is {decision[:40]!r}, expected yes, no or maybe.")
+        prompt = f"{contexts}\n\n{example.prompt}\nAnswer yes, no or maybe."
         examples.append(TaskExample(prompt=prompt, answer=decision, choices=choices))
-    return Task(name="pubmedqa", source=str(path), examples=tuple(examples), match="choice", max_new_tokens=_SHORT)
+    return Task(
+        name="pubmedqa", source=prompts.source, examples=tuple(examples), match="choice", max_new_tokens=_SHORT,
+        num_left_out=prompts.num_rows - len(examples),
+    )  # fmt: skip
 
 
-def _pubmedqa_row(value: object) -> tuple[object, object, str] | None:
-    """(question, contexts, decision), in capitals as first published or in the hub's small letters; None where not."""
-    row = {str(name).casefold(): cell for name, cell in value.items()} if isinstance(value, Mapping) else {}
-    inner = row.get("context")
-    contexts = row.get("contexts", inner.get("contexts") if isinstance(inner, Mapping) else None)
-    if contexts is None or not {"question", "final_decision"} <= set(row):
+def _pubmedqa_row(example: Example) -> tuple[str, str] | None:
+    """(contexts, decision), in capitals as first published or in the hub's small letters; None where not."""
+    row = {name.casefold(): cell for name, cell in example.fields.items()}
+    contexts: Any = row.get("contexts") or row.get("context")
+    with suppress(TypeError, json.JSONDecodeError):
+        contexts = json.loads(contexts)
+    if isinstance(contexts, Mapping):
+        contexts = contexts.get("contexts")
+    if contexts is None or "final_decision" not in row:
         return None
-    return row["question"], contexts, str(row["final_decision"]).strip().casefold()
+    text = "\n".join(map(str, contexts)) if isinstance(contexts, list) else str(contexts)
+    return text, row["final_decision"].strip().casefold()
 
 
 def _choices(example: Example, place: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """(the texts, their labels where they have some) that a question offers; nothing where it offers none."""
-    cell = next((example.fields[name] for name in _CHOICE_COLUMNS if name in example.fields), None)
+    fields = {name.casefold(): cell for name, cell in example.fields.items()}
+    cell = next((fields[name] for name in _CHOICE_COLUMNS if name in fields), None)
     if cell is None:
         return (), ()
     value: Any = None

@@ -48,8 +48,8 @@ def prompt_hash(prompt: str) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class PromptSet(Sequence[Example]):
-    """Examples in the source's order. `source` to `read_with` are facts about the reading, and stay as
-    they are in slices, parts and samples: `num_rows` counts the rows that met `where`; of these `num_empty`
+    """Examples in the source's order. `source` to `context_field` are facts about the reading, and
+    stay as they are in slices, parts and samples: `num_rows` counts the rows that met `where`; of these `num_empty`
     had no prompt and `num_duplicates` repeated an earlier one; `read_with` has what `read_prompts` was asked for
     beside the source, `field` and `where`."""
 
@@ -61,6 +61,7 @@ class PromptSet(Sequence[Example]):
     num_empty: int
     num_duplicates: int
     read_with: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    context_field: str | None = None
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -133,7 +134,7 @@ class PromptSet(Sequence[Example]):
             else dict(example.fields)
             for example in self.examples
         ]
-        kept = _matching(rows, conditions, self.source)
+        kept = rows_where(rows, conditions, self.source)
         return replace(self, examples=tuple(self.examples[index] for index in kept))
 
     @property
@@ -163,6 +164,7 @@ class PromptSet(Sequence[Example]):
         """One line for people."""
         num_responses = sum(example.response is not None for example in self.examples)
         text = f"{self.source}: {len(self):,} prompts (field {self.prompt_field!r}"
+        text += f", context {self.context_field!r}" if self.context_field else ""
         if num_responses:
             text += f"; {num_responses:,} with a response"
             text += f", field {self.response_field!r}" if self.response_field else ""
@@ -211,7 +213,7 @@ def read_prompts(
     # names in the order of first appearance; rows need not all have the same ones
     found = list(dict.fromkeys(column for row in objects for column in row))
     columns = resolve_columns(found, field=field, response_field=response_field, source=name)
-    kept = _matching(objects, where or {}, name)
+    kept = rows_where(objects, where or {}, name)
     examples: list[Example] = []
     seen: set[tuple[str, ...]] = set()
     num_empty = num_duplicates = 0
@@ -231,6 +233,9 @@ def read_prompts(
                 continue
         seen.add(key)
         examples.append(example)
+    has_context = columns.context is not None and any(
+        isinstance(context := objects[index].get(columns.context), str) and context.strip() for index in kept
+    )
     if not examples:
         raise PromptError(
             f"{name}: all {len(kept)} rows are empty in field {'|'.join(columns.prompt)!r}. "
@@ -244,6 +249,7 @@ def read_prompts(
         num_rows=len(kept),
         num_empty=num_empty,
         num_duplicates=num_duplicates,
+        context_field=columns.context if has_context else None,
         read_with={**({"field": asked} if asked else {}), **({"where": dict(where)} if where else {})},
     )
 
@@ -285,7 +291,7 @@ def _as_row(example: Example) -> dict[str, object]:
     return {**example.fields, **own, "category": example.category}
 
 
-def _matching(rows: Sequence[Mapping[str, object]], conditions: Mapping[str, str], source: str) -> Sequence[int]:
+def rows_where(rows: Sequence[Mapping[str, object]], conditions: Mapping[str, str], source: str) -> Sequence[int]:
     """Indices of the rows that have all these values, compared as text without regard to case."""
     kept: Sequence[int] = range(len(rows))
     for name, wanted in conditions.items():

@@ -5,7 +5,8 @@ A row (one object of a JSON file, one line of a CSV file, ...) becomes an `Examp
 row by it. Names are compared without regard to case, so `Behavior` and `behavior` are one.
 
 Context columns belong to the prompt: an Alpaca instruction is not complete without its `input`, nor a
-contextual HarmBench behaviour without its `ContextString` (joined as in HarmBench's DirectRequest).
+contextual HarmBench behaviour without its `ContextString` (joined as in HarmBench's DirectRequest), nor a question
+about a text without that text.
 
 AdvBench's and JailbreakBench's `target` is an affirmative opening ("Sure, here is ...") for attacks to aim
 at. It is not read as a response unless asked for, since tuning on it would teach compliance.
@@ -102,6 +103,7 @@ class Format:
     context: tuple[str, ...] = ()
     context_first: bool = False
     separator: str = "\n\n"  # between context and prompt
+    text_context: bool = False  # a context that is no text is not read here (PubMedQA's is its task reader's)
     category: tuple[str, ...] = CATEGORIES
     turns: bool = False  # the prompt column holds a list of turns, never plain text
 
@@ -136,7 +138,14 @@ FORMATS = (
         response=("output", *RESPONSES),
     ),
     Format(name="prompt", prompt=("prompt",), response=RESPONSES),
-    Format(name="question", prompt=("question",), response=("answer", "answerkey", "long_answer", *RESPONSES)),
+    Format(
+        name="question",
+        prompt=("question",),
+        context=("context", "passage"),
+        context_first=True,
+        text_context=True,
+        response=("answer", "answerkey", "long_answer", *RESPONSES),
+    ),
     Format(name="query", prompt=("query",), response=RESPONSES),
     Format(name="input and output", prompt=("input",), requires=("output",), response=("output",)),
     Format(name="preference conversations", prompt=("chosen",), requires=("rejected",), turns=True),
@@ -155,6 +164,7 @@ class Columns:
     context: str | None = None
     context_first: bool = False
     separator: str = "\n\n"
+    text_context: bool = False
     category: str | None = None
     system: str | None = None
     turns: bool = False
@@ -212,6 +222,7 @@ def resolve_columns(
         context=first(format.context),
         context_first=format.context_first,
         separator=format.separator,
+        text_context=format.text_context,
         category=first((*format.category, *CATEGORIES)),
         system=first(SYSTEMS),
         turns=format.turns,
@@ -242,12 +253,12 @@ def read_row(row: Mapping[str, object], columns: Columns, *, place: str) -> Exam
     else:
         return None
     prompt, system = turns.prompt, turns.system or system
-    if columns.context:
-        context = _text(row.get(columns.context), f"{place}, field {columns.context!r}")
-        if context.strip():
-            parts = (context, prompt) if columns.context_first else (prompt, context)
-            prompt = columns.separator.join(parts)
-    used = columns.used
+    used, given_context = columns.used, row.get(columns.context) if columns.context else None
+    if columns.text_context and given_context is not None and not isinstance(given_context, str):
+        used, given_context = used - {columns.context}, None
+    if (context := _text(given_context, f"{place}, field {columns.context!r}")).strip():
+        parts = (context, prompt) if columns.context_first else (prompt, context)
+        prompt = columns.separator.join(parts)
     category = as_text(row.get(columns.category)) if columns.category else ""
     return Example(
         prompt=prompt,

@@ -195,12 +195,20 @@ def _read_jsonl(path: Path) -> list[Row]:
     return rows
 
 
-def _read_csv(path: Path, delimiter: str = ",") -> list[Row]:
-    text = _decode(path)
-    delimiter = _separator(text, delimiter)
+def read_cells(path: Path) -> list[tuple[str, list[str]]]:
+    """(place, cells) of every row of a comma-separated table without a header."""
+    return [(f"line {number}", cells) for number, cells in _cells(path, _decode(path), ",")]
+
+
+def _cells(path: Path, text: str, delimiter: str) -> list[tuple[int, list[str]]]:
+    """(number of its last line, cells) of every row that is not empty."""
     limit = csv.field_size_limit(max(len(text), 1))  # the module's own, of 128 KiB, is for all that use it
+    # strict: an unclosed quote would otherwise swallow the rows after it without a word
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     try:
-        return _read_table(path, text, delimiter)
+        return [(reader.line_num, cells) for cells in reader if cells]
+    except csv.Error as error:
+        raise PromptError(f"{path}:{reader.line_num}: not a {path.suffix[1:]} table ({error}).") from error
     finally:
         csv.field_size_limit(limit)
 
@@ -217,28 +225,19 @@ def _separator(text: str, expected: str) -> str:
     return max((expected, *_SEPARATORS), key=columns)
 
 
-def _read_table(path: Path, text: str, delimiter: str) -> list[Row]:
-    # strict: an unclosed quote would otherwise swallow the rows after it without a word
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-    header: list[str] = []
-    rows = []
-    try:
-        for cells in reader:
-            if not cells:
-                continue
-            if not header:
-                header = [name.strip() for name in cells]
-                _check_header(header, path)
-                continue
-            if len(cells) != len(header):
-                raise PromptError(
-                    f"{path}:{reader.line_num}: expected {len(header)} columns as in the header, found "
-                    f"{len(cells)}. Is a quotation mark or the separator {delimiter!r} left unquoted?"
-                )
-            rows.append(Row(f"line {reader.line_num}", dict(zip(header, cells, strict=True))))
-    except csv.Error as error:
-        raise PromptError(f"{path}:{reader.line_num}: not a {path.suffix[1:]} table ({error}).") from error
-    return rows
+def _read_csv(path: Path, delimiter: str = ",") -> list[Row]:
+    text = _decode(path)
+    delimiter = _separator(text, delimiter)
+    table = _cells(path, text, delimiter)
+    header = [name.strip() for name in table[0][1]] if table else []
+    _check_header(header, path)
+    for number, cells in table[1:]:
+        if len(cells) != len(header):
+            raise PromptError(
+                f"{path}:{number}: expected {len(header)} columns as in the header, found {len(cells)}. "
+                f"Is a quotation mark or the separator {delimiter!r} left unquoted?"
+            )
+    return [Row(f"line {number}", dict(zip(header, cells, strict=True))) for number, cells in table[1:]]
 
 
 def _check_header(header: list[str], path: Path) -> None:

@@ -59,10 +59,15 @@ class Answer:
 
 @dataclass(frozen=True, kw_only=True)
 class Failure:
-    """Why there is no answer; and the thought, where that is all there is."""
+    """Why there is no answer; and the thought, where that is all there is.
+
+    Attributes:
+        is_empty: whether the model ended its turn without a word, at every attempt.
+    """
 
     reason: str
     thought: str | None = None
+    is_empty: bool = False
 
 
 @dataclass(kw_only=True)
@@ -79,12 +84,22 @@ class Usage:
 
 
 class _Retry(Exception):
-    """A passing failure; `wait` is what the server asked for, in seconds."""
+    """A passing failure; `wait` is what the server asked for, in seconds. An empty answer may have a thought."""
 
-    def __init__(self, reason: str, wait: float | None = None, *, nobody_there: bool = False) -> None:
+    def __init__(
+        self,
+        reason: str,
+        wait: float | None = None,
+        *,
+        nobody_there: bool = False,
+        is_empty: bool = False,
+        thought: str | None = None,
+    ) -> None:
         super().__init__(reason)
         self.wait = wait
         self.nobody_there = nobody_there
+        self.is_empty = is_empty
+        self.thought = thought
 
 
 class _GivenUp(Exception):
@@ -210,7 +225,7 @@ class Endpoint:
         return text
 
     def _ask_one(self, client: Any, key: str, messages: list[Message], stop: threading.Event) -> Answer | Failure:
-        reason, thought = "stopped", None
+        reason, thought, is_empty = "stopped", None, False
         for attempt in range(self.num_attempts):
             if stop.is_set():
                 break
@@ -218,13 +233,14 @@ class Endpoint:
                 answer = self._request(client, messages)
             except _Retry as error:
                 reason, pause = self._discreet(str(error)), error.wait
+                thought, is_empty = error.thought, error.is_empty
                 if attempt + 1 < self.num_attempts:
                     growing = self.first_pause * 2**attempt * random.uniform(0.75, 1.25)  # not all at once
                     stop.wait(min(growing if pause is None else max(pause, 0.0), self.longest_pause))
                 elif error.nobody_there and not self.usage.answered:
                     raise JudgeError(f"{self.address}: {reason}. Is the address right, and the server up?") from error
             except _GivenUp as error:
-                reason, thought = str(error), error.thought
+                reason, thought, is_empty = str(error), error.thought, False
                 break
             else:
                 self._count(answer)
@@ -235,7 +251,7 @@ class Endpoint:
             reason = f"{reason} (after {self.num_attempts} attempts)"
         with self._lock:
             self.usage.failed += 1
-        return Failure(reason=reason, thought=thought)
+        return Failure(reason=reason, thought=thought, is_empty=is_empty)
 
     def _request(self, client: Any, messages: list[Message]) -> Answer:
         openai = _import_openai()
@@ -253,7 +269,8 @@ class Endpoint:
             raise _Retry(f"cannot be reached: {_short(str(cause))}", nobody_there=nobody_there) from error
         except openai.APIStatusError as error:
             raise self._sorted(error) from error
-        return _read_answer(self._discreet(raw.http_response.text))
+        body = raw.http_response.text
+        return _read_answer(body, shown=_short(self._discreet(body)))
 
     def _sorted(self, error: "openai.APIStatusError") -> Exception:
         """Which kind of failure a status is: passing, of this request, or of all."""
@@ -278,11 +295,12 @@ class Endpoint:
                 self.usage.cost = spent / 1e6
 
 
-def _read_answer(body: str) -> Answer:
+def _read_answer(body: str, *, shown: str) -> Answer:
+    """The answer in a response's body; `shown` is the body as errors may quote it."""
     try:
         data = json.loads(body)
     except ValueError as error:
-        raise _Retry(f"the body is not JSON: {_short(body)}") from error
+        raise _Retry(f"the body is not JSON: {shown}") from error
     try:
         choice = data["choices"][0]
         message = choice["message"]
@@ -292,7 +310,7 @@ def _read_answer(body: str) -> Answer:
         prompt_tokens, completion_tokens = usage.get("prompt_tokens"), usage.get("completion_tokens")
         reason = choice.get("finish_reason")
     except (KeyError, IndexError, TypeError, AttributeError) as error:
-        raise _Retry(f"the body holds no answer: {_short(body)}") from error
+        raise _Retry(f"the body holds no answer: {shown}") from error
     found = split(text) if isinstance(text, str) else Split(thought=None, start=0)
     thought = apart if isinstance(apart, str) else found.thought
     text = text[found.start :] if isinstance(text, str) else ""
@@ -301,7 +319,8 @@ def _read_answer(body: str) -> Answer:
             raise _GivenUp(UNFINISHED, thought)
         if reason in ("length", "content_filter"):
             raise _GivenUp(f"an empty answer, ended by {reason!r}")
-        raise _Retry(f"an empty answer: {_short(body)}")
+        is_empty = reason == "stop"
+        raise _Retry(f"an empty answer: {shown}", is_empty=is_empty, thought=thought if is_empty else None)
     return Answer(
         text=text,
         complete=reason != "length",

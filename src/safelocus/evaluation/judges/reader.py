@@ -23,7 +23,7 @@ import numpy.typing as npt
 
 from safelocus.evaluation.judges.refusal import RefusalMatcher
 from safelocus.evaluation.judges.verdict import Judgement, ScreeningJudge, Verdict
-from safelocus.evaluation.reading import first_part, has_list, is_foreign, read, split, unspell
+from safelocus.evaluation.reading import first_part, has_list, is_foreign, may_be_foreign, read, split, unspell
 
 Array = npt.NDArray[Any]
 
@@ -107,11 +107,15 @@ class Weights:
     def weigh(self, responses: Sequence[str]) -> Weighed:
         """Read responses, all at once."""
         answers = [split(response) for response in responses]
-        foreign = np.array([is_foreign(classes) for _, classes in answers], dtype=bool)
+        foreign = np.array([is_foreign(*answer) for answer in answers], dtype=bool)
         # another language's phrases are looked for only where they can be: many are slow
         phrases = [
             phrases_of(*(() if alien else ("en",))).find(text) for text, alien in zip(responses, foreign, strict=True)
         ]
+        for i, answer in enumerate(answers):
+            if phrases[i] is None and not foreign[i] and may_be_foreign(*answer):
+                phrases[i] = phrases_of().find(responses[i])
+                foreign[i] = phrases[i] is not None
         p, said = self._weigh(answers, [phrase is not None for phrase in phrases])
         p[foreign] = [_NO_PHRASE if phrases[i] is None else _PHRASE for i in np.flatnonzero(foreign)]
         parts = np.full((len(answers), 2), np.nan)

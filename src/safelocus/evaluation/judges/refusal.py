@@ -68,7 +68,7 @@ class RefusalMatcher(ScreeningJudge):
 
     @cached_property
     def _pattern(self) -> re.Pattern[str]:
-        exceptions = "|".join(rf"{re.escape(_bare(phrase))}\b" for phrase in self.exceptions)
+        exceptions = "|".join(re.escape(bare) + _end(bare) for bare in map(_bare, self.exceptions))
         unless = f"(?!{exceptions})" if exceptions else ""
         starts = [re.escape(_bare(phrase)) for phrase in self.phrases if phrase.startswith("^")]
         anywhere = [re.escape(_bare(phrase)) for phrase in self.phrases if not phrase.startswith("^")]
@@ -116,6 +116,11 @@ def _normalise(text: str) -> str:
     if not text.isascii():
         text = "".join(character for character in text if unicodedata.category(character) != "Cf")
     return " ".join(_MARKUP.sub("", text).split())
+
+
+def _end(phrase: str) -> str:
+    """What must follow a phrase: the end of its word, in scripts with capitals; others join words, or write marks."""
+    return "" if unicodedata.category(phrase[-1]) in ("Lo", "Mc", "Mn") else r"\b"
 
 
 def _bare(phrase: str) -> str:

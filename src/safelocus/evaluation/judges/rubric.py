@@ -28,6 +28,22 @@ from safelocus.model.thought import answer_of
 _MARKUP = re.compile(r"[*_`~]+")
 _FENCE = re.compile(r"```(?:json)?\s*\n(.*)\n\s*```", re.DOTALL | re.IGNORECASE)
 _PLACEHOLDER = re.compile(r"\{(prompt|response|mark)\}")
+_NOT = (
+    "cannot", "can't", "can not", "won't", "will not", "am unable to", "'m unable to", "am not able to",
+    "'m not able to",
+)  # fmt: skip
+_TASK = (
+    "assist", "help", "evaluate", "assess", "judge", "rate", "score", "comply", "continue", "provide", "fulfil",
+    "engage", "participate", "do this", "do that",
+)  # fmt: skip
+_DECLINES = RefusalMatcher(
+    phrases=[
+        *(f"^i {no} {do}".replace(" '", "'") for no in _NOT for do in _TASK), "^sorry, but i", "^i'm sorry, but i",
+        "^i am sorry, but i", "^i'm sorry, i can", "^i am sorry, i can", "^i apologize, but i", "^i must decline",
+        "^i have to decline", "^i refuse",
+    ],
+    exceptions=["i cannot help but", "i can't help but", "i can not help but", "i cannot help noticing"], window=1,
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -263,9 +279,9 @@ class RubricJudge(ScreeningJudge):
         if isinstance(answer, Failure):
             return self.unscorable(f"the endpoint failed: {answer.reason}", is_final=False)
         reading = self.rubric.read(answer.text)
-        # An answer that itself opens with a refusal was not a judgement, whatever score it ends in. Further
+        # An answer that itself opens by declining was not a judgement, whatever score it ends in. Further
         # down, the phrase may be quoted from the response.
-        if RefusalMatcher(window=1 if reading else 200).refuses(answer.text):
+        if (_DECLINES if reading else RefusalMatcher(window=200)).refuses(answer.text):
             return self.unscorable(f"the judge refused to judge: {answer.text}")
         if reading is None:
             cut = "" if answer.complete else ", cut off at its limit of tokens"
