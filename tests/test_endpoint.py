@@ -404,13 +404,14 @@ def test_descriptions_stay_the_same_while_the_judge_is_used():
     assert judge.name == "rubric harm-1-5 tiny"
 
 
-def test_a_key_is_hidden_in_errors_and_answers_come_whole():
-    said = f"They contest {KEY}.\nScore: 1"
-    judgement, _, _ = judge_one([answer(said)])
-    assert (judgement.verdict, judgement.explanation) == (Verdict.SAFE, said)
+def test_a_key_is_hidden_in_errors_and_in_answers_only_where_it_is_no_word():
     judgement, _, _ = judge_one([Step(f"{'-' * 190}{KEY}")])
     assert "not JSON" in judgement.explanation
     assert "sk-" not in judgement.explanation
+    endpoint = Endpoint(model="m", base_url="http://host/v1", api_key="test")
+    assert endpoint._discreet("They contest it", least=12) == "They contest it"
+    assert endpoint._discreet("They contest it") == "They con*** it"
+    assert KEY not in judge_one([answer(f"They contest {KEY}.\nScore: 1")])[0].explanation
 
 
 def test_an_empty_answer_is_an_answer_of_the_model_measured_and_none_of_a_judge():

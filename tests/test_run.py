@@ -81,8 +81,7 @@ def test_work_that_is_forgotten_is_nobodys_however_far_its_removal_came(tmp_path
         patched.setattr("shutil.rmtree", killed)
         with run_folder(tmp_path / "run", config={"seed": 1}):
             pass
-    assert read_config(tmp_path / "run") == {"seed": 1}  # it had its place
-    with run_folder(tmp_path / "run", config={"seed": 2}, overwrite=True) as folder:
+    with run_folder(tmp_path / "run", config={"seed": 2}) as folder:
         claim(folder / CHECKPOINT, {"seed": 2})
         assert not (folder / CHECKPOINT / "work").exists()
     assert names(tmp_path) == ["run"]
@@ -188,34 +187,26 @@ def test_a_place_that_nothing_can_take_is_refused_before_the_work(tmp_path, monk
     assert names(tmp_path) == []
 
 
-def test_a_run_whose_last_step_fails_is_resumed(tmp_path, monkeypatch):
+@pytest.mark.parametrize("earlier", [False, True])
+def test_where_the_last_step_fails_it_is_said_where_the_finished_run_lies(tmp_path, monkeypatch, earlier):
+    if earlier:
+        with run_folder(tmp_path / "run", config={"number": 0}):
+            pass
     rename = os.replace
 
     def fail(source, destination):
-        if destination == tmp_path / "run":
+        if (source, destination) == (tmp_path / ".run.partial", tmp_path / "run"):
             raise OSError(16, "Device or resource busy")
         rename(source, destination)
 
     monkeypatch.setattr(os, "replace", fail)
-    with pytest.raises(RunError, match="busy"), run_folder(tmp_path / "run", config={}) as folder:
+    with (
+        pytest.raises(RunError, match=r"busy\)\. The finished run lies in .*\.run\.partial: move it"),
+        run_folder(tmp_path / "run", config={"number": 1}, overwrite=True) as folder,
+    ):
         (folder / CHECKPOINT).mkdir()
-        (folder / CHECKPOINT / "state").write_text("3")
-    monkeypatch.undo()
-    with run_folder(tmp_path / "run", config={}) as folder:
-        assert (folder / CHECKPOINT / "state").read_text() == "3"
-    assert names(tmp_path / "run") == ["digests.json", "run.toml"]
-
-
-def test_what_a_killed_run_left_in_its_place_goes(tmp_path, monkeypatch):
-    with monkeypatch.context() as patched:
-        patched.setattr("safelocus.run.folder._tidy", lambda _: None)
-        with run_folder(tmp_path / "run", config={}) as folder:
-            (folder / CHECKPOINT).mkdir()
-            (folder / CHECKPOINT / "sums").write_text("large")
-    assert CHECKPOINT in names(tmp_path / "run")
-    with pytest.raises(RunError, match="holds an earlier run"), run_folder(tmp_path / "run", config={}):
-        raise AssertionError
-    assert names(tmp_path / "run") == ["digests.json", "run.toml"]
+    assert names(tmp_path / ".run.partial") == ["digests.json", "run.toml"]
+    assert not earlier or read_config(tmp_path / "run") == {"number": 0}
 
 
 def test_a_folder_that_is_replaced_is_never_gone(tmp_path, monkeypatch):

@@ -63,8 +63,6 @@ def run_folder(path: Path, *, config: Mapping[str, Any], overwrite: bool = False
 
 def _begin(path: Path, resolved: str, overwrite: bool, processes: int) -> Path:
     _restore(path)
-    if (path / _COUNT).is_file():
-        _tidy(path)
     _check_free(path, overwrite)
     partial = _partial(path)
     if not overwrite:
@@ -80,20 +78,28 @@ def _begin(path: Path, resolved: str, overwrite: bool, processes: int) -> Path:
 
 
 def _finish(partial: Path, path: Path, resolved: str) -> None:
-    """Nothing is lost wherever this ends: until it has its place, the run is resumed."""
+    """Nothing is lost wherever this ends: until it has its place, the run is resumed or begun anew."""
     write_text(partial / "run.toml", resolved)
     for left in (partial / DIGESTS, *partial.rglob(".*.tmp")):  # of an attempt that was killed
         left.unlink(missing_ok=True)
     files = (file.relative_to(partial) for file in within(partial))
     seal(partial, [str(file) for file in files if file.parts[0] not in (CHECKPOINT, _PARTS, _COUNT)])
+    for unfinished in (CHECKPOINT, _PARTS):
+        _forget(partial / unfinished)
+    (partial / _COUNT).unlink()
     old = _replaced(path)
-    shutil.rmtree(old, ignore_errors=True)  # of a run that ended after the next three lines
-    if path.exists():
-        os.replace(path, old)
-    os.replace(partial, path)
+    shutil.rmtree(old, ignore_errors=True)  # of a run that ended after the next lines
+    try:
+        if path.exists():
+            os.replace(path, old)
+        os.replace(partial, path)
+    except OSError as error:
+        _restore(path)
+        raise RunError(
+            f"{path}: cannot be put in its place ({error.strerror or error}). The finished run lies in {partial}: move "
+            "it, before the same command begins anew"
+        ) from error
     shutil.rmtree(old, ignore_errors=True)
-    with suppress(OSError):  # the run is complete
-        _tidy(path)
 
 
 @contextmanager
@@ -160,13 +166,6 @@ def _restore(path: Path) -> None:
     """Bring an earlier run back, if another was killed just when it took its place."""
     if (_replaced(path) / "run.toml").is_file() and not path.exists():
         os.replace(_replaced(path), path)
-
-
-def _tidy(path: Path) -> None:
-    """Remove from a finished run what it could have been resumed from."""
-    for unfinished in (CHECKPOINT, _PARTS):
-        _forget(path / unfinished)
-    (path / _COUNT).unlink()
 
 
 def _forget(folder: Path) -> None:

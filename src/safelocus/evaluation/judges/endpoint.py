@@ -17,7 +17,7 @@ import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 Message = dict[str, str]
 
+_SECRET = 12  # characters, from which a key is no word of an answer
 _PASSING = {408, 409, 425, 429}  # and 5xx
 _OF_ONE_REQUEST = {400, 413, 422, 451}  # too long, filtered, ...
 _HOPELESS_CODES = {
@@ -216,11 +217,15 @@ class Endpoint:
             raise JudgeError(f"{self.address}: no key; set OPENAI_API_KEY, or give the address of your own server")
         return key or "none"
 
-    def _discreet(self, text: str) -> str:
-        """What the server says, without our key and password: some send back what they were sent."""
+    def _discreet(self, text: str, least: int = 1) -> str:
+        """What the server says, without our key and password: some send back what they were sent.
+
+        Args:
+            least: characters of a secret. Shorter ones may be words of an answer: servers of one's own take any.
+        """
         parts = urlsplit(self.base_url or "")
         for secret in (self._key(), parts.password, parts.query):
-            if secret and secret != "none":
+            if secret and secret != "none" and len(secret) >= least:
                 text = text.replace(secret, "***")
         return text
 
@@ -270,7 +275,9 @@ class Endpoint:
         except openai.APIStatusError as error:
             raise self._sorted(error) from error
         body = raw.http_response.text
-        return _read_answer(body, shown=_short(self._discreet(body)))
+        answer = _read_answer(body, shown=_short(self._discreet(body)))
+        thought = None if answer.thought is None else self._discreet(answer.thought, least=_SECRET)
+        return replace(answer, text=self._discreet(answer.text, least=_SECRET), thought=thought)
 
     def _sorted(self, error: "openai.APIStatusError") -> Exception:
         """Which kind of failure a status is: passing, of this request, or of all."""
