@@ -9,6 +9,7 @@ import enhancing
 import numpy as np
 import sets
 from matplotlib.figure import Figure
+from matplotlib.transforms import Bbox
 from topics.card import card_run, cards
 from topics.outcomes import (
     HEADINGS,
@@ -184,7 +185,7 @@ def _frontier() -> Figure:
     """Harmful requests refused against harmless ones refused: a line per method through its rates, both recipes."""
     figure = Figure(figsize=(7.2, 3.9), dpi=150, layout="constrained")
     figure.set_facecolor("white")
-    axes = figure.subplots(1, 2, sharey=True)
+    axes, labels = figure.subplots(1, 2, sharey=True), list[tuple[str, tuple[float, float], str]]()
     for axis, (wanted, unwanted) in zip(axes, (("harmbench", "xstest_safe"), ("advbench", "alpaca")), strict=True):
         for name, style in (("plain", ":o"), ("contrast", "-s"), ("contrast-long", "--^")):
             _, groups = groups_of(enhancing.RECIPES[name])
@@ -200,10 +201,7 @@ def _frontier() -> Figure:
                     axis.plot(*zip(*points, strict=True), style, markersize=4, color=colour, label=label)
                 elif points:
                     axis.plot(*zip(*points, strict=True), style, markersize=4, color=colour, mfc="white")
-                    for at in points if axis is axes[0] else ():
-                        axis.annotate(
-                            method.partition(" ")[2], at, (4, -2), textcoords="offset points", fontsize=5, color=colour
-                        )
+                    labels += [(method.partition(" ")[2], at, colour) for at in points if axis is axes[0]]
         axis.set_xlabel(f"{HEADINGS[SOURCES.index(unwanted)]}: share refused (not wanted)", fontsize=8)
         axis.set_ylabel(f"{HEADINGS[SOURCES.index(wanted)]}: share refused (wanted)", fontsize=8)
         axis.set_xlim(-0.03, 1.03)
@@ -213,6 +211,17 @@ def _frontier() -> Figure:
     for label, style in (("other ways, contrast", "s"), ("other ways, contrast-long", "^")):
         axes[0].plot([], [], style, markersize=4, color="#666666", mfc="white", label=label)
     figure.legend(*axes[0].get_legend_handles_labels(), fontsize=7, frameon=False, ncols=4, loc="outside lower center")
+    figure.draw_without_rendering()  # only then is known where a point lies
+    taken: list[Bbox] = []
+    for text, at, colour in labels:
+        for place, side in (((4, -2), "left"), ((-4, -2), "right"), ((4, 3), "left"), ((4, -7), "left")):
+            label = axes[0].annotate(
+                text, at, place, textcoords="offset points", ha=side, fontsize=5, color=colour
+            )  # fmt: skip
+            if not label.get_window_extent().count_overlaps(taken):
+                break
+            label.set_visible(place == (4, -7))
+        taken.append(label.get_window_extent())
     return figure
 
 
