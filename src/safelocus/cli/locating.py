@@ -208,7 +208,7 @@ def score_like(
     from safelocus.scoring.run import NEEDS_OBJECTIVE, score
     from safelocus.scoring.scores import Scores
 
-    run = beside if (beside / "run.toml").is_file() else beside.parent
+    run = _run_of(beside)
     if _has_scores(method, provenance, run):
         own = Scores.load(run / "scores")
         if own.tensors and replace(own.provenance, extra={}) == replace(provenance, extra={}):
@@ -236,9 +236,13 @@ def check_like(kind: str, provenance: "Provenance", beside: Path) -> None:
         SafelocusError: as for `score_like`.
     """
     method = provenance.method if kind == "bottom" else kind
-    run = beside if (beside / "run.toml").is_file() else beside.parent
-    if not _has_scores(method, provenance, run):
+    if not _has_scores(method, provenance, _run_of(beside)):
         _prompts_like(method, provenance)
+
+
+def _run_of(beside: Path) -> Path:
+    """The run folder, of itself or of a file or folder in it."""
+    return beside if (beside / "run.toml").is_file() else beside.parent
 
 
 def _has_scores(method: str, provenance: "Provenance", run: Path) -> bool:

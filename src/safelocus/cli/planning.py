@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from safelocus.cli.command import RunOptions
+from safelocus.cli.locating import selection_file
 from safelocus.cli.options import LayoutOptions, ModelOptions, PlaceOptions, TrainOptions
 from safelocus.cli.output import mind, note
 
@@ -269,4 +270,4 @@ def num_selected(selection: Path | None, ratio: float | None, subject: "Subject"
 
     if selection is None:
         return count_for_ratio(subject.layout, 0.01 if ratio is None else ratio)
-    return Selection.load(selection / "selection.safetensors" if selection.is_dir() else selection).k
+    return Selection.load(selection_file(selection)).k

@@ -13,9 +13,8 @@ Input: a target, prompts and objectives. Output: a frozen `Stability`.
 
 import random
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, is_dataclass, replace
-from functools import partial
 from itertools import combinations
 from pathlib import Path
 from typing import Any, Self
@@ -190,7 +189,7 @@ def stability(
     inputs |= {f"the objective {name}": each for name, each in objectives.items()}
     numbers = {"splits": splits, "seeds": seeds, "seed": seed, "batch_size": batch_size}
     claim(checkpoint, {**inputs, **numbers})
-    kept: list[Callable[[], Scores]] = []  # on disk, where there is a checkpoint: they are as large as the model
+    kept: list[Scores | Path] = []  # on disk, where there is a checkpoint: they are as large as the model
     for number, (_, _, used, part) in enumerate(track(jobs, "scoring", enabled=progress)):
         sums, finished = (
             None if checkpoint is None else checkpoint / f"{what}-{number}" for what in ("sums", "scores")
@@ -200,16 +199,16 @@ def stability(
                 target, part, objective=used, method=method, batch_size=batch_size, checkpoint=sums, progress=False
             )  # fmt: skip
             if finished is None or sums is None:
-                kept.append(partial(_itself, replace(scores, tensors={n: t.cpu() for n, t in scores.tensors.items()})))
+                kept.append(replace(scores, tensors={n: t.cpu() for n, t in scores.tensors.items()}))
                 continue
             scores.save(finished)
             shutil.rmtree(sums)
             del scores
-        kept.append(partial(Scores.load, finished))
+        kept.append(finished)
     agreements = [
         ScoreAgreement(kind=jobs[i][0], a=jobs[i][1], b=jobs[j][1], ratio=ratio, overlap=overlap, rho=rho)
         for i, j in pairs
-        for ratio, overlap, rho in _agreements(kept[i](), kept[j](), ratios=ratios)
+        for ratio, overlap, rho in _agreements(kept[i], kept[j], ratios=ratios)
     ]
     return Stability(
         agreements=agreements,
@@ -240,10 +239,6 @@ def _halves(prompts: PromptSet, *, seed: int) -> tuple[PromptSet, PromptSet]:
     return first, second
 
 
-def _itself(scores: Scores) -> Scores:
-    return scores
-
-
 def _pairs(jobs: Sequence[tuple[str, str]]) -> Iterator[tuple[int, int]]:
     """Numbers of jobs that are compared, by kind and label: halves of one split; seeds and objectives, every two."""
     for (i, (kind, label)), (j, (other_kind, other_label)) in combinations(enumerate(jobs), 2):
@@ -251,7 +246,10 @@ def _pairs(jobs: Sequence[tuple[str, str]]) -> Iterator[tuple[int, int]]:
             yield i, j
 
 
-def _agreements(a: Scores, b: Scores, *, ratios: Sequence[float]) -> Iterator[tuple[float, Overlap, float | None]]:
+def _agreements(
+    *pair: Scores | Path, ratios: Sequence[float]
+) -> Iterator[tuple[float, Overlap, float | None]]:  # fmt: skip
+    a, b = (Scores.load(each) if isinstance(each, Path) else each for each in pair)
     for ratio in ratios:
         comparison = compare(a, b, ratio=ratio)
         yield ratio, comparison.top.overall, comparison.correlation.rho
