@@ -76,7 +76,8 @@ UNPROTECTED, ESI, RANDOM = (
 )
 CALIBRATED, GENTLER = Arm(name="esi-10-calibrated", method="esi", calibrated=True), Arm(name="gentle", rate=GENTLE)
 BOTH = Arm(name="esi-10-mixed-embedded", method="esi", mixed="embedded")  # as the command does
-FULL = (UNPROTECTED, ESI, BOTH, RANDOM, CALIBRATED, GENTLER, Arm(name="esi-1", method="esi", ratio=0.01))
+MIXED = Arm(name="mixed-embedded", mixed="embedded")
+FULL = (UNPROTECTED, ESI, BOTH, MIXED, RANDOM, CALIBRATED, GENTLER, Arm(name="esi-1", method="esi", ratio=0.01))
 WITH_LORA = tuple(replace(arm, lora=True, rate=LORA_RATE) for arm in (UNPROTECTED, ESI, CALIBRATED))
 SHORT_LORA = tuple(
     replace(arm, lora=True, rate=LORA_RATE)
@@ -87,7 +88,7 @@ SHORT = (
     Arm(name="mixed", mixed="advbench"), Arm(name="lox", lox=True),
     Arm(name="esi-10-rescored", method="esi", rescored=True), Arm(name="projected", projected=True),
     Arm(name="esi-10-mixed", method="esi", mixed="advbench"),
-    Arm(name="mixed-embedded", mixed="embedded"), Arm(name="mixed-alarming", mixed="alarming"),
+    Arm(name="mixed-alarming", mixed="alarming"),
     Arm(name="mixed-brief", mixed="embedded", answer_tokens=8),
     *(Arm(name=f"mixed-{kind}", mixed=kind, seed=seed) for seed in (1, 2) for kind in ("embedded", "alarming")),
 )  # fmt: skip
