@@ -15,15 +15,28 @@ os.environ["COLUMNS"] = "120"  # consoles take the width that they find when the
 import pytest
 
 from safelocus.cli import main
+from safelocus.resources.rehearsal import Rehearsal, Subject
 
 # a shell that runs tests in the background has them, and whatever they start, ignore Ctrl-C
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def pytest_collection_finish():
-    """What is imported by now stays: every training collects garbage, and need not search through modules for it."""
-    gc.collect()
-    gc.freeze()
+@pytest.fixture
+def unrehearsed(monkeypatch):
+    """Whatever a command is asked for fits; what passes need, test_plan.py and test_cli.py rehearse."""
+    monkeypatch.setattr(Subject, "rehearse", lambda *_, **__: Rehearsal(peak=1 << 20, operations=1 << 20))
+    monkeypatch.setattr(Subject, "cache", lambda *_: 1 << 10)
+
+
+def pytest_runtest_setup():
+    """What is imported stays: every training collects garbage, and need not search through modules for it."""
+    if len(sys.modules) > pytest_runtest_setup.imported + 100:
+        pytest_runtest_setup.imported = len(sys.modules)
+        gc.collect()
+        gc.freeze()
+
+
+pytest_runtest_setup.imported = 0
 
 
 @pytest.fixture

@@ -138,6 +138,35 @@ def test_transfer_of_preserve_is_another_task():
     assert answer("transfer", [preserved()], [preserved(lesson="another", after=0.3)]).verdict == "fails"
 
 
+def test_transfer_to_a_task_that_was_not_learned_fails():
+    found = answer("transfer", [preserved()], [preserved(lesson="another", task=0.2)])
+    assert found.verdict == "fails"
+    assert "task -60" in found.measured
+    assert answer("transfer", [preserved()], [preserved(lesson="another")]).verdict == "passes"
+
+
+def test_a_seed_that_adds_nothing_is_none():
+    found = answer("reliability", [preserved(0), preserved(1, bare=None)])
+    assert (found.verdict, "one seed" in found.measured) == ("not measured", True)
+    controls = [enhanced(0, controls={"random": 0.1}), enhanced(1, controls={"bottom": 0.1})]
+    assert "one draw of them" in answer("mechanism", controls).measured
+    controls[1].conducts["random"] = controls[0].conducts["random"]
+    assert "2 draws of random ones, one draw of bottom ones" in answer("mechanism", controls).measured
+
+
+def test_forty_questions_do_not_show_that_less_than_five_points_are_lost():
+    run = enhanced(controls={"random": 0.1})
+    few = {"sums": outcomes(1.0, source="sums", n=40)}
+    run = replace(run, conducts={name: replace(each, right=few) for name, each in run.conducts.items()})
+    assert answer("transfer", [run]).verdict == "fails"
+
+
+def test_without_harmful_prompts_nothing_is_known():
+    run = enhanced()
+    run = replace(run, conducts={name: replace(each, safe={}) for name, each in run.conducts.items()})
+    assert {each.verdict for each in criteria([run])} == {"not measured"}
+
+
 def test_without_an_unprotected_training_nothing_is_known():
     found = criteria([preserved(bare=None, random=None)])
     assert {each.verdict for each in found} == {"not measured"}

@@ -17,6 +17,8 @@ from safelocus.model.target import Target
 from safelocus.run.resume import Journal
 from tiny_targets import PROMPTS, dense, moe
 
+pytestmark = pytest.mark.usefixtures("unrehearsed")
+
 
 class Echo:
     """Answers with what it was asked."""
@@ -174,6 +176,16 @@ def test_a_direction_that_changes_harmless_answers_is_left_for_a_milder_one(monk
     monkeypatch.setattr(attack, "MAX_KL", sorted(kls.values())[-2])
     scores = iter([float(other != strong) for other in range(1, 5)])
     assert Ablation.find(target, harmful, harmless, progress=False).layer != strong
+
+
+def test_prompts_without_room_show_no_direction():
+    target = dense(num_hidden_layers=6, max_position_embeddings=64)
+    harmful, harmless, long = sl.read_prompts(PROMPTS[:3]), sl.read_prompts(PROMPTS[3:]), "word " * 40
+    expected = Ablation.find(target, harmful, harmless, progress=False)
+    found = Ablation.find(target, sl.read_prompts([*PROMPTS[:3], long]), harmless, progress=False)
+    assert torch.equal(found.direction, expected.direction)
+    with pytest.raises(PromptError, match="no prompt fits"):
+        Ablation.find(target, sl.read_prompts([long]), harmless, progress=False)
 
 
 def test_what_an_attack_cannot_be_put_to_is_a_clear_error():

@@ -223,6 +223,28 @@ class TestSteps:
         assert all(parameter.grad.eq(1).all() for parameter in target.model.parameters())
         assert same(snapshot(target.model), snapshot(plain.model))
 
+    @pytest.mark.parametrize("adapted", [False, True])
+    def test_memory_is_that_of_one_gradient_and_of_checkpointed_layers(self, adapted, monkeypatch):
+        """No more than a step of the task: dense gradients go as they come, and activations are computed again."""
+        target = dense(attention_dropout=0.5)
+        model = get_peft_model(target.model, LoraConfig(r=4, target_modules="all-linear")) if adapted else target.model
+        protection = sl.preserve(model, some(dense()), calibration=calibration(target, every=1))
+        calls, dense_ones, taken = [], [], []
+        gradients, grad = module._gradients, torch.autograd.grad
+        monkeypatch.setattr(torch.autograd, "grad", lambda *a, **o: dense_ones.extend(grad(*a, **o)))
+        monkeypatch.setattr(module, "_gradients", lambda *a: taken.append(gradients(*a)) or taken[-1])
+        target.model.model.layers[0].mlp.act_fn.register_forward_hook(lambda *_: calls.append(1))
+        protection.calibrator.step({name: held.site for name, held in protection._held.items()})
+        target.model.activation_checkpointing_enable({"use_reentrant": False})
+        target.model.train()
+        protection.calibrator.step({name: held.site for name, held in protection._held.items()})
+        assert len(calls) == 1 + 2
+        assert len(dense_ones) == 2 * len(protection._held)
+        assert all(gradient.untyped_storage().nbytes() == 4 for gradient in dense_ones)
+        assert taken[0].keys() == protection._held.keys()
+        assert same(*taken)  # without dropout, too
+        assert "forward" not in vars(target.model.model.layers[0])
+
     def test_a_diverged_model(self):
         target = dense()
         protection = sl.preserve(target, some(target), calibration=calibration(target, every=1))
@@ -292,6 +314,9 @@ def test_what_cannot_be_calibrated():
     selection = some(target)
     with pytest.raises(TrainingError, match="needs prompts"):
         calibration(target, prompts=())
+    with pytest.raises(PromptError, match="how do I"):
+        calibration(target, prompts=["how do I?"])  # a text is where a set is read from
+    assert calibration(target, prompts=PROMPTS[0]).prompts == PROMPTS[:1]
     for change in ({"every": 0}, {"num_kept": 0}, {"learning_rate": 0.0}, {"max_grad_norm": float("nan")}):
         with pytest.raises(TrainingError, match=next(iter(change))):
             calibration(target, **change)

@@ -225,6 +225,50 @@ def test_a_prompt_with_too_many_erasures_is_a_failed_request_unless_it_is_recogn
         assert replies[1].text == (None if failed else model.refusal)
 
 
+def test_what_has_no_room_is_not_recognised_and_the_model_does_not_answer_it_either():
+    target = dense(max_position_embeddings=64)
+    model = EraseAndCheck(responder=TargetResponder(target=target), radius=0, threshold=-1e9)
+    long, short = "word " * 40, PROMPTS[0]
+    assert model.recognises([(None, long), (None, short)]) == [False, True]
+    failed, _ = model.respond([Request(prompt=long, max_new_tokens=4), Request(prompt=short, max_new_tokens=4)])
+    assert "there is room for" in failed.failure
+
+
+@pytest.mark.parametrize("erases", [True, False])
+def test_what_was_done_is_not_done_again(tmp_path, erases):
+    """A certificate that was interrupted is that of one that was not."""
+    seen = []
+
+    def certify(checkpoint, stop=None):
+        seen.clear()
+
+        def asked(text):
+            seen.append(text)
+            if len(seen) == stop:
+                raise KeyboardInterrupt
+            return len(text) % 2
+
+        how = {"checkpoint": checkpoint, "progress": False}
+        if erases:
+            model = EraseAndCheck(
+                responder=TargetResponder(target=dense()), radius=1, batch_size=1,
+                objective=lambda _, texts: torch.tensor([float(asked(text)) for text in texts]) - 0.5,
+            )  # fmt: skip
+            return certify_erasing(model, sl.read_prompts(PROMPTS[:1]), sl.read_prompts(PROMPTS), **how)
+        judge = Listed(lambda words: bool(asked(" ".join(words))))
+        return certify_smoothed(
+            Smoothed(responder=Words(), keep=0.5), sl.read_prompts(PROMPTS), judge, radius=1, draws=8, **how
+        )
+
+    whole, num_asked = certify(None), len(seen)
+    with pytest.raises(KeyboardInterrupt):
+        certify(tmp_path, num_asked - 1)
+    again = certify(tmp_path)
+    assert 0 < len(seen) < num_asked
+    told = [{name: value for name, value in vars(each).items() if name != "seconds"} for each in (whole, again)]
+    assert told[0] == told[1]
+
+
 def test_what_cannot_be_is_refused(monkeypatch):
     with pytest.raises(SafelocusError, match="between 0 and 1, found 1"):
         Smoothed(responder=Words(), keep=1)

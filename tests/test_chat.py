@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tokenizers
@@ -14,6 +15,7 @@ from transformers.models.smolvlm.processing_smolvlm import DEFAULT_CHAT_TEMPLATE
 from safelocus.errors import ModelError, PromptError
 from safelocus.model import chat
 from safelocus.model.chat import chat_format
+from safelocus.model.generation import read_response
 from safelocus.model.target import load_tokenizer
 from safelocus.prompts.fields import Prompt
 
@@ -507,6 +509,49 @@ def test_a_base_model_is_stopped_where_the_users_next_turn_begins():
     ):
         assert chat_format(byte_level(), template=template).stop_strings == (stop,)
     assert chat_format(byte_level(), template="{prompt}\n").stop_strings == ()
+
+
+IM = r"<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n"
+
+
+@pytest.mark.parametrize(
+    ("template", "mark"),
+    [
+        (IM, "<|im_end|>"),
+        (r"<|start|>user<|end|>\n\n{prompt}<|eot|><|start|>assistant<|end|>\n\n", "<|eot|>"),
+        (r"{prompt}<|im_end|>", "</s>"),  # begins the answer, as [/INST] does
+        (r"<|start|>{prompt}<|end|><think>\n", "</s>"),
+        (r"Q: {prompt}\nA:", "</s>"),
+    ],
+)
+def test_a_plain_template_that_spells_the_end_of_the_turn(template, mark):
+    tokenizer = byte_level()
+    format = chat_format(tokenizer, template=template)
+    assert format.encode_pair("Hello", "Sure", end=True)[1][-1] == tokenizer.convert_tokens_to_ids(mark)
+    assert format.end_of_turn_ids[-1] == tokenizer.eos_token_id
+
+
+def test_the_next_turn_is_not_read_where_special_tokens_begin_it():
+    tokenizer = byte_level()
+    format = chat_format(tokenizer, template=r"<|start|>user: {prompt}\n<|start|>assistant: ")
+    assert format.stop_strings == ("<|start|>user:",)
+    ids = tokenizer("Sure, here.\n<|start|>user: another", add_special_tokens=False)["input_ids"]
+    response = read_response(SimpleNamespace(tokenizer=tokenizer, chat=format), ids)
+    assert (response.text, response.finished) == ("Sure, here.", True)
+    format = chat_format(tokenizer, template=IM)
+    ids = tokenizer("Sure.<|im_end|>\n<|im_start|>user\nanother", add_special_tokens=False)["input_ids"]
+    response = read_response(SimpleNamespace(tokenizer=tokenizer, chat=format), ids)
+    assert (response.text, response.finished) == ("Sure.", True)
+
+
+def test_what_was_said_before_stays_where_a_system_message_is_folded():
+    prompt = Prompt("third", system="Be kind.", history=(("first", "second"),))
+    assert chat_format(byte_level(template=GEMMA)).render(prompt) == (
+        "<s><|start|>user\nBe kind.\n\nfirst<|end|>\n<|start|>model\nsecond<|end|>\n"
+        "<|start|>user\nthird<|end|>\n<|start|>model\n"
+    )
+    with pytest.raises(PromptError, match="a plain template shows no earlier turns"):
+        chat_format(byte_level()).render(prompt)
 
 
 def test_escapes_are_decoded_once():

@@ -159,6 +159,27 @@ def lines(tmp_path, text, name="prompts.jsonl"):
             "than or equal to 1",
         ),
         (["score", "organism:dense", "-p", "organism:nothing", "--refusal"], "harmful"),
+        (["score", "organism:dense", "-p", "organism:harmful", "--refusal", "--ratio", "nan"], "--ratio nan"),
+        (["score", "organism:dense", "-p", "organism:harmful", "--refusal", "--layout", "none.toml"], "none.toml"),
+        (["score", "organism:dense", "-p", "organism:harmful", "--refusal", "--tau", "1"], "--tau is for --guard or"),
+        (["score", "organism:dense", "-p", "organism:harmful", "--classifier", "no/such/model"], "does not exist"),
+        (
+            [
+                "score",
+                "organism:dense",
+                "-p",
+                "organism:harmful",
+                "--guard",
+                "organism:guard",
+                "--guard-description",
+                "none.toml",
+            ],
+            "none.toml: cannot read",
+        ),
+        (
+            ["score", "organism:dense", "-p", "organism:harmful", "--method", "wanda", "--shard"],
+            "--method wanda needs the whole model",
+        ),
         (["score", "organism:dense", "--refusal"], "--prompts"),
         (["score", "organism:dense", "-p", "no/such.jsonl:train:prompt", "--refusal"], "no/such.jsonl:train: neither"),
     ],
@@ -219,6 +240,61 @@ def test_a_taken_output_is_refused_before_the_work(tmp_path, scored, run):
     code, _, err = run(*SCORE, "--refusal", "-o", scored)
     assert code == 2
     assert "--overwrite" in err
+
+
+def test_an_input_within_the_output_is_not_replaced(tmp_path, run):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.toml").write_text("")
+    (prompts := tmp_path / "run" / "prompts.txt").write_text("bake a cake\n")
+    command = ["score", "organism:dense", "-p", prompts, "--refusal", "--overwrite", "-o", tmp_path / "run"]
+    code, _, err = run(*command)
+    assert code == 2
+    assert "lies in what is written" in err
+    assert prompts.is_file()
+
+
+def test_a_page_replaces_pages_alone(tmp_path, run):
+    """And so no seal is put under what was lost."""
+    (tmp_path / "run.toml").write_text('command = "score"\n')
+    (tmp_path / "results.json").write_text('{"maps": {}}\n')
+    (kept := tmp_path / "selection.safetensors").write_text("weights")
+    code, _, err = run("report", tmp_path, "-o", kept)
+    assert code == 2
+    assert "is no page" in err
+    assert kept.read_text() == "weights"
+    code, _, err = run("report", tmp_path, "--table", "patterns", "-o", tmp_path / "page.html", "--title", "T")
+    assert code == 2
+    assert "--output, --title are for a page" in err
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory"), "--batch-size"),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), "--batch-size"),
+        (PermissionError(errno.EACCES, "Permission denied", "x"), "With the right to read or write it"),
+        (OSError(errno.ENOSPC, "No space left on device"), "With space"),
+    ],
+)
+def test_what_the_machine_lacks_is_no_bug(run, monkeypatch, error, message):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr("safelocus.model.target.load_config", fail)
+    code, _, err = run("inspect", "organism:dense", "--no-weights")
+    assert code == 2
+    assert message in err
+
+
+def test_a_file_that_may_not_be_read(tmp_path, run, monkeypatch):
+    def forbidden(_):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    file = lines(tmp_path, '{"prompt": "a"}\n')
+    monkeypatch.setattr("pathlib.Path.read_bytes", forbidden)
+    code, _, err = run("score", "organism:dense", "-p", file, "--refusal", "-o", tmp_path / "run")
+    assert code == 2
+    assert "prompts.jsonl: cannot be read (Permission denied)" in err
 
 
 def test_out_of_memory_says_what_to_try(tmp_path, run, monkeypatch):
@@ -354,3 +430,4 @@ def test_only_some_commands_run_in_several_processes(run, monkeypatch):
     code, _, err = run("inspect", "organism:dense")
     assert code == 2
     assert "runs in one process, and 2 were launched" in err
+    assert run("inspect", "--help")[0] == 0

@@ -10,7 +10,7 @@ from safelocus.cli import main
 from safelocus.objective import Guard
 from safelocus.report.grid import Span
 
-pytestmark = pytest.mark.slow  # trains, again and again
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("unrehearsed")]  # trains, again and again
 
 SMALL = [
     "--steps", "2", "--batch-size", "2", "--retain-rows", "1", "--eval-every", "2", "--max-new-tokens", "12", "--limit",
@@ -166,6 +166,9 @@ def test_run_toml_repeats_the_run(scored, tmp_path, run):
         ([*REFUSAL, "--controls", "best"], "--controls best: expected random, bottom, full, lora"),
         ([*REFUSAL, "--ratio", "1.5"], "ratio must be in (0, 1]"),
         ([*REFUSAL, "--sweep", "fast"], "--sweep 'fast'"),
+        ([*REFUSAL, "--sweep", "1e-4", "--learning-rate", "5e-3"], "--learning-rate 0.005, and --sweep without it"),
+        ([*REFUSAL, "--judge", "nobody"], "no judge 'nobody'"),
+        ([*REFUSAL, "--task", "organism:utility"], "--task organism:utility: given twice"),
         ([*REFUSAL, "--card-with", "nowhere"], "nowhere: no run for an acceptance card"),
         ([*REFUSAL, "--sweep", "0,1"], "learning_rate is a positive number"),
         ([*REFUSAL, "--sweep", "1e-3,1e-2", "--validation", "0"], "leave one"),
@@ -178,19 +181,11 @@ def test_run_toml_repeats_the_run(scored, tmp_path, run):
         ([*REFUSAL, "--harmful", "organism:harmful"], "are among those to find the weights with"),
         ([*REFUSAL, "--harmful", "organism:refusals"], "to train on or to choose by are also among those to measure"),
         (
-            [
-                *REFUSAL,
-                "--retain",
-                "organism:utility",
-                "--task",
-                "organism:utility",
-                "--validation-task",
-                "organism:utility-validation",
-            ],
+            [*REFUSAL, "--retain", "organism:utility", "--validation-task", "organism:utility-validation"],
             "organism:utility: 6 of 143 prompts to train on or to choose by",
         ),
         (
-            [*REFUSAL, "--task", "organism:utility", "--validation-task", "organism:utility"],
+            [*REFUSAL, "--validation-task", "organism:utility"],
             "prompts to train on or to choose by are also",
         ),
         ([*REFUSAL, "--retain-weight", "0", "--retain-kl", "0"], "what is retained has no weight"),
@@ -225,12 +220,12 @@ def test_nothing_but_refusals(scored, tmp_path, run):
     code, _, err = run(
         "enhance", "organism:dense-unaligned", "--selection", scored, "--allow-mismatch", "--data",
         "organism:refusals", "--retain", "none", "--harmless", "none", "--validation", "0", "--steps", "1",
-        "--limit", "4", "--max-new-tokens", "8", "--dtype", "bfloat16", "-o", tmp_path / "e",
+        "--limit", "4", "--max-new-tokens", "8", "--dtype", "bfloat16", "-o", tmp_path / "my e",
     )  # fmt: skip
     assert code == 0, err
-    assert "mind: nothing is retained" in err
-    assert "mind: over-refusal is not measured" in err
-    results = json.loads((tmp_path / "e" / "results.json").read_text())
+    assert err.count("nothing is retained") == err.count("over-refusal is not measured") == 1
+    assert f"patch apply '{tmp_path / 'my e' / 'safety.patch.safetensors'}'" in err
+    results = json.loads((tmp_path / "my e" / "results.json").read_text())
     assert results["before"]["asr"]["n"] == 4
     assert "over_refusal" not in results["before"]
     assert results["curve"] == results["sweep"] == []
@@ -267,6 +262,21 @@ def test_a_share_of_what_is_retained_is_measured_with_only_where_that_was_given(
     )  # fmt: skip
     assert code == 2
     assert "--retain none, and other sets too" in err
+
+
+def test_how_to_retain_needs_something_to_retain(tmp_path, run, monkeypatch):
+    """But a run.toml says all the same how it would be."""
+    monkeypatch.setattr("safelocus.cli.options.ModelOptions.load", lambda _: pytest.fail("it was loaded"))
+    given = [
+        "enhance", "organism:dense-unaligned", *REFUSAL, "--data", "organism:refusals", "--retain", "none",
+        "--harmless", "none", "-o", tmp_path / "e",
+    ]  # fmt: skip
+    code, _, err = run(*given, "--retain-kl", "3", "--own-answers")
+    assert code == 2
+    assert "--retain-kl, --own-answers are for what is retained" in err
+    (file := tmp_path / "run.toml").write_text("retain_kl = 0.0\nretain_weight = 1.0\nretain_rows = 1\n")
+    with pytest.raises(BaseException, match="it was loaded"):
+        run(*given, "--config", file)
 
 
 def test_a_selection_that_does_not_go_with_the_rest(scored, tmp_path, run):

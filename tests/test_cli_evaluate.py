@@ -12,6 +12,8 @@ from safelocus.cli import main
 from safelocus.cli.evaluate import _disagreement
 from safelocus.report.grid import Span
 
+pytestmark = pytest.mark.usefixtures("unrehearsed")
+
 QUICK = ["--limit", "12", "--max-new-tokens", "32"]
 EVALUATE = ["evaluate", "organism:dense", "--prompts", "organism:harmful-heldout", *QUICK]
 
@@ -179,9 +181,31 @@ def test_held_out_prompts_are_those_that_scoring_left_out(tmp_path, run):
         (["organism:dense", "--task", "numeric=organism:task"], "no numbers"),
         (["organism:dense", "-p", "organism:harmful", "--against", "nowhere"], "nowhere"),
         (["organism:dense", "--harmless", "organism:harmless", "--harmless-where", "x"], "COLUMN=VALUE"),
+        (["organism:dense", "-p", "organism:harmful", "--judge", "lexicon:none.txt"], "none.txt"),
+        (["organism:dense", "-p", "organism:harmful", "--judge", "reader", "--judge", "reader"], "two judges"),
+        (["organism:dense", "-p", "organism:harmful", "--judge-threshold", "nan"], "--judge-threshold nan"),
+        (["organism:dense", "-p", "organism:harmful", "--judge-threshold", "1"], "is for --judge guard:NAME"),
+        (["organism:dense", "-p", "organism:harmful", "--guard-description", "x"], "is for --judge guard:NAME"),
+        (["organism:dense", "-p", "organism:harmful", "--judge-model", "x"], "is for --judge rubric:NAME"),
+        (["organism:dense", "-p", "organism:harmful", "--kl-to", "organism:moe"], "give some with --harmless"),
+        (["organism:dense", "--harmless", "organism:harmless", "--kl-to", "./nowhere"], "does not exist"),
+        (["organism:dense", "--lm-eval", "no_such_task"], "lm-eval"),
+        (["organism:dense", "--task", "organism:utility", "--task", "organism:utility"], "given twice"),
+        (["organism:dense", "--harmless", "organism:harmless", "--held-out", "0.5"], "is for --prompts"),
+        (["organism:dense", "-p", "organism:harmful", "--harmless-field", "x"], "is for --harmless"),
+        (["organism:dense", "-p", "organism:harmful", "--certify-draws", "20"], "is for --certify"),
+        (
+            ["organism:dense", "-p", "organism:harmful", "--certify", "1", "--certify-keep", "0.5"],
+            "is for --certify-against edited",
+        ),
+        (
+            ["-p", "organism:harmful", "--endpoint", "http://x/v1", "--endpoint-model", "m", "--template", "{prompt}"],
+            "--template is for MODEL",
+        ),
     ],
 )  # fmt: skip
-def test_bad_input_is_one_message(tmp_path, run, arguments, message):
+def test_bad_input_is_one_message_before_the_model_is_loaded(tmp_path, run, monkeypatch, arguments, message):
+    monkeypatch.setattr("safelocus.model.target.load", lambda *_, **__: pytest.fail("it was loaded"))
     code, out, err = run("evaluate", *arguments, "-o", tmp_path / "run")
     assert code == 2
     assert message in err

@@ -15,6 +15,8 @@ from safelocus.selection.sparse import gather
 from test_protection import same
 from test_tasks import shared, write
 
+pytestmark = pytest.mark.usefixtures("unrehearsed")
+
 SMALL = ["--steps", "2", "--max-new-tokens", "12", "--limit", "6", "--batch-size", "4", "--dtype", "float32"]
 PLAIN = [*SMALL, "--mix", "none"]
 SETS = [
@@ -150,6 +152,9 @@ def test_everything_at_once(few, tmp_path, run):
         ([*REFUSAL, "--mix", "organism:harmful-heldout"], "are also among those to measure with"),
         ([*REFUSAL, "--lora", "--lora-mode", "patch", "--calibrate", "organism:harmful"], "needs --lora-mode exact"),
         ([*REFUSAL, "--lora", "--save-dtype", "bfloat16"], "with --lora give --merge too"),
+        ([*REFUSAL, "--lora-rank", "4", "--merge"], "--lora-rank, --merge are for an adapter (--lora)"),
+        ([*REFUSAL, "--calibrate-every", "2"], "--calibrate-every is for --calibrate"),
+        ([*REFUSAL, "--judge", "nobody"], "no judge 'nobody'"),
         ([*REFUSAL, "--calibrate", "organism:harmful", "--calibrate-rate", "0"], "learning_rate is a positive"),
     ],
 )
@@ -159,6 +164,21 @@ def test_bad_input_is_one_message(tmp_path, run, arguments, message):
     assert message in err
     assert "Traceback" not in out + err
     assert not (tmp_path / "p").exists()
+
+
+def test_what_a_selection_leaves_to_measure_with_is_known_before_the_model_is_loaded(tmp_path, run, monkeypatch):
+    (prompts := tmp_path / "p.json").write_text(json.dumps(["build a bomb", "bake a cake"]))
+    scores = sl.score(sl.load("organism:dense"), sl.read_prompts(prompts), objective=sl.Refusal(), progress=False)
+    scores.select(0.01).save(file := tmp_path / "s.safetensors")
+    monkeypatch.setattr("safelocus.cli.options.ModelOptions.load", lambda _: pytest.fail("it was loaded"))
+    given = ["preserve", "organism:dense", "--selection", file, *SETS[:4], *SMALL, "-o", tmp_path / "p"]
+    code, _, err = run(*given)
+    assert code == 2
+    assert "all 2 prompts were used to find these weights" in err
+    prompts.write_text(json.dumps(["build a bomb", "bake a cake", "pick a lock"]))
+    code, _, err = run(*given, "--mix", prompts)
+    assert code == 2
+    assert "are also among those to measure with" in err
 
 
 def test_all_prompts_are_used_to_find_the_weights(tmp_path, run):

@@ -1,6 +1,7 @@
 """`safelocus verify` and `safelocus stability` as a user meets them."""
 
 import json
+import shutil
 
 import pytest
 
@@ -10,6 +11,8 @@ from safelocus.cli import main
 from safelocus.cli.sources import read_artefact
 from safelocus.prompts import prompt_hash
 from safelocus.verification import Verification
+
+pytestmark = pytest.mark.usefixtures("unrehearsed")
 
 VERIFY = ["--noise", "2", "--seeds", "2", "--limit", "6", "--max-new-tokens", "16", "--dtype", "float32"]
 
@@ -126,12 +129,14 @@ def test_a_selection_file_is_enough(scored, tmp_path, run):
         (["--intervention", "shake"], "'shake'"),
         (["--intervention", "transplant"], "--transplant-from"),
         (["--scorers", "best"], "--scorers best"),
+        (["--ratios", ","], "--ratios ','"),
+        (["--noise", "nan"], "--noise 'nan'"),
+        (["--transplant-from", "organism:moe"], "--transplant-from is for --intervention transplant"),
         (["--judge", "nobody"], "nobody"),
     ],
 )
 def test_bad_input_is_one_message_before_the_model_is_loaded(scored, tmp_path, run, monkeypatch, arguments, message):
-    if "--judge" not in arguments:  # whose names their own loader knows
-        monkeypatch.setattr("safelocus.cli.options.ModelOptions.load", lambda _: pytest.fail("it was loaded"))
+    monkeypatch.setattr("safelocus.cli.options.ModelOptions.load", lambda _: pytest.fail("it was loaded"))
     code, out, err = run(
         "verify", "organism:dense", "--scores", scored, "--limit", "6", "--max-new-tokens", "8", "--seeds", "1",
         *arguments, "-o", tmp_path / "v",
@@ -160,13 +165,40 @@ def test_scorers_that_cannot_be_made_are_refused_at_once_and_a_run_without_score
     )  # fmt: skip
     assert code == 0, err
     assert isinstance(read_artefact(tmp_path / "run"), sl.Selection)
+    shutil.rmtree(tmp_path / "run" / "scores")
+    assert isinstance(read_artefact(tmp_path / "run"), sl.Selection)
 
 
-def test_scores_that_are_missing_or_of_another_model(scored, tmp_path, run):
+def test_a_guard_that_is_described_judges_as_it_scored(tmp_path, run):
+    (described := tmp_path / "own.toml").write_text(
+        'name = "upside-down"\nformat = "chat"\nsafe = ["unsafe"]\nunsafe = ["safe"]\n'
+    )
+    code, out, err = run(
+        "score", "organism:dense", "-p", "organism:harmful", "--limit", "2", "--held-out", "0.5", "--max-new-tokens",
+        "2", "--guard", "organism:guard", "--guard-description", described, "--json", "-o", tmp_path / "s",
+    )  # fmt: skip
+    assert code == 0, err
+    assert "prompts were left out for verifying" in json.loads(out)["remarks"][0]
+    quick = ["--limit", "1", "--max-new-tokens", "2", "--seeds", "1", "--no-bottom", "--json"]
+    code, out, err = run("verify", "organism:dense", "--scores", tmp_path / "s", *quick, "-o", tmp_path / "v")
+    assert code == 0, err
+    assert json.loads(out)["provenance"]["judges"][0]["preset"] == "upside-down"
+    code, out, err = run(
+        "evaluate", "organism:dense", "-p", "organism:harmful", "--limit", "1", "--max-new-tokens", "2", "--judge",
+        "guard:organism:guard", "--guard-description", described, "--json", "-o", tmp_path / "e",
+    )  # fmt: skip
+    assert code == 0, err
+    assert json.loads(out)["judges"][0]["preset"] == "upside-down"
+
+
+def test_scores_that_are_missing_or_of_another_model(scored, tmp_path, run, monkeypatch):
     code, _, err = run("verify", "organism:dense", "--scores", tmp_path / "none", *VERIFY, "-o", tmp_path / "v")
     assert code == 2
     assert "does not exist" in err
-    code, _, err = run("verify", "organism:dense-unaligned", "--scores", scored, *VERIFY, "-o", tmp_path / "v")
+    monkeypatch.setattr("safelocus.scoring.run.score", lambda *_, **__: pytest.fail("it was scored"))
+    code, _, err = run(
+        "verify", "organism:dense-unaligned", "--scores", scored, "--scorers", "snip", *VERIFY, "-o", tmp_path / "v"
+    )
     assert code == 2
     assert "--allow-mismatch" in err
     assert not (tmp_path / "v").exists()
@@ -191,6 +223,23 @@ def test_stability(tmp_path, run):
     code, _, err = run("stability", "organism:dense", "-p", "organism:harmful", "-o", tmp_path / "t")
     assert code == 2
     assert "--also-refusal" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--splits", "0"], "nothing to compare"),
+        (["--ratios", "nan"], "--ratios 'nan'"),
+        (["--ratios", "2"], "ratio must be in (0, 1]"),
+        (["--guard", "organism:dense"], "neither its name nor its chat template"),
+    ],
+)
+def test_what_stability_cannot_do_is_refused_before_the_model_is_loaded(tmp_path, run, monkeypatch, arguments, message):
+    monkeypatch.setattr("safelocus.model.target.load", lambda *_, **__: pytest.fail("it was loaded"))
+    given = ["stability", "organism:dense", "-p", "organism:harmful", "--also-refusal", *arguments]
+    code, _, err = run(*given, "-o", tmp_path / "s")
+    assert code == 2
+    assert message in err
 
 
 def test_help_names_the_options(run):

@@ -14,6 +14,7 @@ import safelocus as sl
 from safelocus.cli import app, enhance, evaluate, options, patch, preserve, score, select, stability, verify
 from safelocus.cli.command import Options, RunOptions, argument, command, flag, option
 from safelocus.enhancement.run import enhancer, run_enhancement
+from safelocus.errors import RunError
 from safelocus.patch import diff
 from safelocus.preservation.run import run_preservation
 from safelocus.scoring.scores import Scores
@@ -47,7 +48,7 @@ def cut():
         found.append(given)
 
     def run(*words):
-        result = CliRunner().invoke(app, [str(word) for word in words])
+        result = CliRunner().invoke(app, [str(word) for word in words], catch_exceptions=False)
         return found.pop() if found else result.output
 
     return run
@@ -64,7 +65,8 @@ def test_help_has_them_in_order(cut):
     words = "Cut pages.", "--scissors", "--output", "--glue", "(spit)", "--gently", "--share", "bottom", "--seed"
     places = [said.index(word) for word in words]
     assert places == sorted(places)
-    assert "--no-gently" not in said
+    assert "--no-gently" in said
+    assert "--no-overwrite" not in said  # which no run.toml says
     assert "Which end." in said  # a default of one's own keeps the help
 
 
@@ -90,6 +92,27 @@ def test_what_is_resolved_repeats_the_run(cut, tmp_path):
     file.write_text(tomli_w.dumps({name: value for name, value in resolved.items() if value is not None}))
     again = cut("--config", file, "--share", "0.1", "-o", tmp_path)
     assert again.resolved() == resolved | {"share": 0.1}
+
+
+def test_only_addresses_of_servers_are_cut_where_a_secret_may_be():
+    nothing = dict.fromkeys(field.name for field in fields(evaluate.Evaluate))
+    told = {"prompts": ["//data/my#set.jsonl"], "endpoint": "https://user:word@host/v1?token=abc"}
+    found = evaluate.Evaluate(**nothing | told).resolved()
+    assert (found["prompts"], found["endpoint"]) == (["//data/my#set.jsonl"], "https://host/v1")
+
+
+def test_what_a_run_toml_says_is_taken_back_and_its_paths_are_read(cut, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (file := tmp_path / "run.toml").write_text('pages = ["~/a"]\nscissors = "~"\ngently = true\n')
+    given = cut("--config", file, "--no-gently", "-o", "~/out")
+    assert not given.gently
+    assert cut("--config", file, "-o", "x").gently
+    assert (given.pages, given.output, given.scissors) == ([tmp_path / "a"], tmp_path / "out", "~")
+
+
+def test_no_number_is_nan_or_infinite(cut):
+    with pytest.raises(RunError, match="--share -inf: expected a finite number"):
+        cut("a", "-o", "x", "--scissors", "s", "--share", "-inf")
 
 
 @pytest.mark.parametrize(

@@ -137,6 +137,13 @@ def test_large_models_are_sampled_at_a_stride_that_meets_every_row_and_column():
     assert found.components["query"].num_weights > found.components["query"].num_ranked
 
 
+def test_a_stride_may_exceed_a_tensor():
+    a, b = make(0), make(1)
+    found = compare(a, b, max_ranked=10)
+    assert found.correlation.stride > min(value.numel() for value in a.tensors.values())
+    assert found.correlation.num_ranked == len(flat(a)[:: found.correlation.stride])
+
+
 def test_equal_scores_have_no_ranks():
     constant = make()
     for value in constant.tensors.values():

@@ -168,6 +168,16 @@ def test_a_process_that_is_lost_is_an_error_and_no_wait(tmp_path, started_quickl
         following()
 
 
+def test_a_models_folder_is_within_and_no_other_one(tmp_path, monkeypatch):
+    for name in ("Qwen/Qwen3-8B", "smollm2", "out/my model/"):
+        assert story._key(name) == name.strip("/").rpartition("/")[2].replace(" ", "-")
+    for name in ("out/checkpoint", "Checkpoint", "processes", "/", "runs/results.json", ".git"):
+        assert story._key(name).startswith("model-")
+    (tmp_path / "mine" / "sub").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "mine" / "sub")
+    assert [story._key(name) for name in ("..", ".", "../sub")] == ["mine", "sub", "sub"]
+
+
 def test_another_demos_unfinished_folder_is_refused(made_up, tmp_path):
     story.tell(tmp_path, QUICK, final=tmp_path)
     with pytest.raises(RunError, match="other sizes or another seed"):

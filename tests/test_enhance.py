@@ -184,7 +184,7 @@ def test_interrupted_and_resumed_is_the_same_to_the_bit(target, tmp_path, kind):
 class TestRetention:
     def test_sets_take_turns_and_begin_anew(self):
         sets = tuple([{"input_ids": [base + n]} for n in range(size)] for base, size in ((0, 3), (10, 2)))
-        retention = Retention(sets=sets)
+        retention = Retention(sets=sets, kl=1.0, weight=0.0, per_refusal=1)
 
         def draw():
             return [retention.row(retention.place(number, seed=0))["input_ids"][0] for number in range(12)]
@@ -471,6 +471,12 @@ class TestLooks:
 
 
 class TestRun:
+    def test_a_single_rate_of_a_sweep_is_the_settings_own(self, target):
+        found = run_enhancement(
+            target, top(target), REFUSALS, examination=HELD_OUT, learning_rates=(5e-3,), steps=1, progress=False
+        )
+        assert found.settings.learning_rate == found.selection.trial.learning_rate == 5e-3
+
     def test_controls_and_a_sweep(self, target, tmp_path):
         selection, before = top(target), target.fingerprint()
         made = []
@@ -530,6 +536,14 @@ class TestRun:
             run_enhancement(
                 target, top(target), REFUSALS, examination=HELD_OUT, learning_rates=(1e-3, 1e-2), progress=False
             )
+
+    def test_no_training_before_all_rates_are_rates(self, target, monkeypatch):
+        monkeypatch.setattr("safelocus.enhancement.run.enhancer", None)
+        with pytest.raises(TrainingError, match="learning_rate is a positive number, found 0"):
+            run_enhancement(
+                target, top(target), REFUSALS, examination=HELD_OUT, validation=LOOKS, learning_rates=(1e-3, 0),
+                progress=False,
+            )  # fmt: skip
 
     @pytest.mark.parametrize("where", ["data", "retain", "validation"])
     def test_measuring_on_what_was_trained_on(self, target, where, monkeypatch, tmp_path):

@@ -14,7 +14,7 @@ from rich.console import Console
 from made_maps import COMPONENTS, MAPS, make_map
 from safelocus.analysis import words as text
 from safelocus.analysis.words import summary_lines
-from safelocus.report import colours
+from safelocus.report import colours, maps
 from safelocus.report.drawing import draw, picture, svg, write_picture
 from safelocus.report.grid import Span, Tint
 from safelocus.report.maps import (
@@ -100,6 +100,10 @@ def test_deep_models_are_taken_in_bands():
     assert sum(bool(re.match(r" +\d+-\d+ ", line)) for line in lines) == 40
 
 
+def test_a_matrix_outside_the_layers_is_no_end_of_a_band():
+    assert maps._bands([(None, None), *((None, layer) for layer in range(60))], 48)[0] == [(None, None)]
+
+
 def test_names_with_brackets_are_not_markup():
     shown = rendered(matrices_grid(make_map()))
     assert "layers.2.self_attn.qkv_proj.weight[value]" in shown
@@ -148,12 +152,22 @@ def test_summary_of_other_selections():
     even = tuple(replace(region, enrichment=1.01, share=region.expected) for region in located.components)
     flat = tuple(replace(region, enrichment=1.0, share=region.expected) for region in located.layers)
     assert "spread evenly" in summary_lines(replace(located, components=even, layers=flat))[1]
+    hump = [replace(r, enrichment=e, share=e * r.expected) for r, e in zip(flat, (0.8, 1.11, 1.2, 1.1), strict=True)]
+    best = summary_lines(replace(located, components=even, layers=tuple(hump)))[1]
+    assert best == "Most enriched: layer 2 (1.2×)."  # with its neighbours it would be below what is worth a word
 
 
 @pytest.mark.parametrize(
     ("share", "shown"),
     [(0, "0 %"), (1, "100 %"), (0.31, "31 %"), (0.0107, "1.1 %"), (0.00042, "0.042 %"), (0.0999, "10 %")]
-    + [(1e-5, "0.001 %"), (0.995, "99.5 %"), (0.9996, "100 %"), (0.0949, "9.5 %"), (0.1, "10 %")],
+    + [
+        (1e-13, "0.00000000001 %"),
+        (1e-5, "0.001 %"),
+        (0.995, "99.5 %"),
+        (0.9996, "100 %"),
+        (0.0949, "9.5 %"),
+        (0.1, "10 %"),
+    ],
 )
 def test_percent(share, shown):
     assert text.percent(share) == shown
@@ -265,6 +279,22 @@ def test_the_curve_goes_through_the_points():
     places = [tuple(map(float, re.findall(r"[\d.]+", each.get("transform")))) for each in marks]
     assert np.diff([x for x, _ in places]) == pytest.approx(np.full(4, places[1][0] - places[0][0]), abs=0.11)
     assert np.diff([y for _, y in places]) == pytest.approx(np.full(4, places[1][1] - places[0][1]), abs=0.11)
+
+
+@pytest.mark.parametrize("num_selected", [3, 100, 10_000, 900_000])
+def test_the_mark_of_the_selection_stays_in_the_picture(num_selected):
+    drawn, width, _ = draw(concentration_chart(replace(make_map(), num_selected=num_selected)))
+    tree = ElementTree.fromstring(f"<svg>{drawn}</svg>")
+    at = float(tree.find("circle").get("cx"))
+    label = next(each for each in tree.iter("text") if (each.text or "").startswith("selection:"))
+    assert 52 < at < width
+    assert label.get("text-anchor", "start") == ("start" if at < width / 2 else "end")
+
+
+def test_what_acts_in_a_name_is_spelled_out():
+    chart = replace(layers_chart(make_map()), title="evil\u202e", x="layer")
+    assert "\u202e" not in svg(chart) + picture("\u202e\x1b", [chart])
+    assert "evil\\u202e" in svg(chart)
 
 
 def test_strangers_names_stay_text():

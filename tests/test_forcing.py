@@ -111,7 +111,15 @@ def test_several_responses_share_their_prompt(make, attention):
 
 
 @pytest.mark.parametrize(
-    "make", [bart, windowed, lambda: family("bloom"), lambda: family("mpt"), lambda: family("falcon_rw")]
+    "make",
+    [
+        bart,
+        windowed,
+        lambda: family("bloom"),
+        lambda: family("mpt"),
+        lambda: family("falcon_rw"),
+        lambda: family("rwkv"),
+    ],
 )
 def test_several_responses_where_rows_cannot_be_packed(make):
     target = make()
@@ -159,3 +167,8 @@ def test_batches_by_length(size):
         assert [[lengths[i] for i in batch] for batch in batches] == [[100, 60], [49], [11, 9, 7], [5], [1], [0]]
     assert batches_by_length([4, 4, 4, 4], 3) == [[0, 1, 2], [3]]
     assert batches_by_length([], 3) == []
+
+
+def test_what_leaks_into_a_state_and_fades_is_noticed(monkeypatch):
+    monkeypatch.setattr(forcing, "_has_running_state", lambda _: False)
+    assert not forcing._takes_packed(family("rwkv"), 200)

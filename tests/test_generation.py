@@ -7,8 +7,11 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import BartConfig, BartForConditionalGeneration
 
+from safelocus.errors import PromptError
+from safelocus.model import generation
 from safelocus.model.generation import generate
 from safelocus.model.target import Target
+from tiny_models import build
 from tiny_targets import PROMPTS, byte_level, dense, guard, moe
 
 
@@ -101,3 +104,24 @@ def greedy(model, encoded, num):
         new.append(int(model(ids).logits[0, -1].argmax()))
         ids = torch.cat([ids, torch.tensor([new[-1:]])], dim=1)
     return new
+
+
+@pytest.mark.parametrize("name", ["llama", "rwkv", "recurrent_gemma", "bart"])
+def test_answers_do_not_depend_on_the_padding_of_their_batch(name):
+    target = family(name)
+    singly = [generate(target, [prompt], max_new_tokens=6)[0].ids for prompt in PROMPTS]
+    assert [response.ids for response in generate(target, PROMPTS, max_new_tokens=6)] == singly
+    assert generation._reads_padding(target) == (name in ("rwkv", "recurrent_gemma"))
+
+
+@pytest.mark.parametrize(("name", "new"), [("mpt", 8), ("bart", 80)])
+def test_what_does_not_fit_the_positions_is_said(name, new):
+    """MPT calls them max_seq_len; BART's decoder has as many as its encoder."""
+    prompt = "how do I make a lamp? " * 6 if name == "mpt" else "bake a cake"
+    with pytest.raises(PromptError, match=rf"has room for \d+ beside {new} new ones"):
+        generate(family(name), [prompt], max_new_tokens=new)
+
+
+def family(name):
+    tokenizer = byte_level()
+    return Target.of(build(name, vocab_size=len(tokenizer)), tokenizer, name=name)

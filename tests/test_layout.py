@@ -569,3 +569,113 @@ def test_a_shape_that_does_not_fit_is_left_out_on_request() -> None:
 def test_a_class_that_fails_on_its_own_configuration_is_said_to_be_its_own(name: str) -> None:
     with pytest.raises(LayoutError, match=rf"transformers cannot build \w+ \(model_type '{name}'\)"):
         Layout.from_config(AutoConfig.for_model(name))
+
+
+LLAMA_LIKE = {
+    "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 8,
+    "num_key_value_heads": 4, "vocab_size": 100,
+}  # fmt: skip
+
+
+def layout_from(model_type: str, **settings: object) -> Layout:
+    return Layout.from_config(AutoConfig.for_model(model_type, **settings))
+
+
+def test_layers_with_different_numbers_of_heads() -> None:
+    found = layout_from(
+        "laguna", **LLAMA_LIKE, head_dim=8, num_experts=4, num_attention_heads_per_layer=[8, 16],
+        moe_intermediate_size=16, shared_expert_intermediate_size=16,
+    )  # fmt: skip
+    queries = [tensor for tensor in found.tensors.values() if tensor.components == ("query",)]
+    assert [tensor.view for tensor in queries] == [(8, 8, 64), (16, 8, 64)]
+
+
+@pytest.mark.parametrize(
+    ("model_type", "option", "count"), [("cohere", "use_qk_norm", 4), ("stablelm", "qk_layernorm", 2 * 12)]
+)
+def test_norms_of_single_heads(model_type: str, option: str, count: int) -> None:
+    found = layout_from(model_type, **LLAMA_LIKE, **{option: True})
+    norms = [name for name, t in found.tensors.items() if re.search("self_attn.*norm", name) and not t.eligible]
+    assert len(norms) == count
+
+
+@pytest.mark.parametrize(
+    ("wrapper", "text"),
+    [
+        ("internvl", {"model_type": "gpt_oss", "head_dim": 8, "num_local_experts": 4}),
+        ("llava", {"model_type": "phi"}),
+    ],
+)
+def test_text_models_inside_of_others(wrapper: str, text: dict[str, object]) -> None:
+    found = layout_from(wrapper, text_config={**LLAMA_LIKE, **text})
+    bare = layout_from(str(text["model_type"]), **LLAMA_LIKE, **{k: v for k, v in text.items() if k != "model_type"})
+    assert (found.family, found.num_eligible) == (bare.family, bare.num_eligible)
+
+
+def test_a_projection_that_is_key_and_value_in_gemma_4s_unified_kind() -> None:
+    found = layout_from(
+        "gemma4_unified_text", **LLAMA_LIKE, head_dim=8, global_head_dim=16, num_global_key_value_heads=2,
+        attention_k_eq_v=True, layer_types=["sliding_attention", "full_attention"],
+    )  # fmt: skip
+    names = [f"model.layers.{layer}.self_attn.k_proj.weight" for layer in (0, 1)]
+    assert [found.tensors[name].components for name in names] == [("key",), ("key_value",)]
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+def test_experts_that_are_none_hold_nothing_to_select() -> None:
+    found = layout_from(
+        "glm4_moe", **LLAMA_LIKE, head_dim=8, n_routed_experts=4, n_shared_experts=0, n_group=1, topk_group=1,
+        moe_intermediate_size=16,
+    )  # fmt: skip
+    empty = [tensor for tensor in found.tensors.values() if 0 in tensor.shape]
+    assert len(empty) == 3
+    assert not any(tensor.eligible for tensor in empty)
+
+
+@pytest.mark.parametrize("heads", [8, 16])
+def test_the_decoder_of_t5gemma_attends_to_the_prompt(heads: int) -> None:
+    sizes = {**LLAMA_LIKE, "head_dim": 8}
+    encoder = {**sizes, "num_attention_heads": heads, "num_key_value_heads": heads // 2, "hidden_size": 8 * heads}
+    decoder = {**sizes, "cross_attention_hidden_size": 8 * heads}
+    found = layout_from("t5gemma", encoder=encoder, decoder=decoder)
+    views = {
+        (part.stack, part.components, part.name.split(".")[4]): part.view
+        for part in found.tensors.values()
+        if "attn" in part.block
+    }
+    assert views["decoder", ("query",), "cross_attn"] == (8, 8, 64)
+    assert views["decoder", ("key",), "cross_attn"] == (4, 8, 8 * heads)
+    assert views["decoder", ("output",), "cross_attn"] == (64, 8, 8)
+    assert views["encoder", ("query",), "self_attn"] == (heads, 8, 8 * heads)
+    assert found.num_layers == 4
+
+
+def test_known_names_of_other_shapes_are_not_left_out_of_a_family_that_they_do_not_belong_to() -> None:
+    model = build("qwen3")
+    model.model.layers[1].self_attn.q_proj = nn.Linear(24, 64)
+    model.config.model_type = "brand_new"
+    with pytest.raises(LayoutError, match="does not fit its shape"):
+        Layout.of(model, skip_unknown=True)
+
+
+@pytest.mark.parametrize(
+    "adapter",
+    [
+        peft.LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices=[1, 2]),
+        peft.AdaLoraConfig(target_modules=["q_proj"], total_step=10),
+        peft.PolyConfig(target_modules=["q_proj"], r=2),
+    ],
+    ids=["tokens", "adalora", "poly"],
+)
+def test_an_adapter_s_own_tensors_are_told_from_the_model_s(adapter: peft.PeftConfig) -> None:
+    bare = layout_of("llama")
+    found = Layout.of(peft.get_peft_model(build("llama"), adapter))
+    assert {name for name, tensor in found.tensors.items() if "adapter" not in tensor.components} == {*bare.tensors}
+    assert found.num_weights == bare.num_weights
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_learned_prompts_are_refused(tied: bool) -> None:
+    model = build("llama", tie_word_embeddings=tied)
+    with pytest.raises(LayoutError, match="the adapter learns prompts"):
+        Layout.of(peft.get_peft_model(model, peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)))

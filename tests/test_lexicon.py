@@ -1,6 +1,7 @@
 """S by a list of expressions: the sum over positions and sequences, its slope, and what a list becomes in tokens."""
 
 import math
+import weakref
 
 import pytest
 import torch
@@ -8,9 +9,10 @@ from transformers import BartConfig, BartForConditionalGeneration, T5Config, T5F
 
 import safelocus as sl
 from safelocus.errors import ModelError, WordListError
+from safelocus.model import forcing
 from safelocus.model.generation import Response, generate, generate_from
 from safelocus.model.target import Target
-from safelocus.objective import describe, remake
+from safelocus.objective import describe, lexicon, remake
 from safelocus.objective.lexicon import Lexicon
 from safelocus.training.responses import IGNORED, own_answers, training_rows, without_listed
 from tiny_targets import PROMPTS, byte_level, dense, metaspace, moe
@@ -118,6 +120,31 @@ def test_gradient_against_finite_differences(make, monkeypatch):
     step = 1e-5
     assert slope == pytest.approx((value(step) - value(-step)) / (2 * step), rel=1e-6)
     assert abs(slope) > 1e-6
+
+
+def test_logits_are_widened_in_chunks(monkeypatch):
+    """Of which one is kept, and the next is being made."""
+    widened, most = [], []
+    to, logsumexp = torch.Tensor.to, torch.Tensor.logsumexp
+
+    def widen(tensor, *given, **options):
+        made = to(tensor, *given, **options)
+        if given == (torch.float32,):
+            widened.append(weakref.ref(made))
+        return made
+
+    def count(tensor, *given, **options):
+        most.append(sum(each() is not None for each in widened))
+        return logsumexp(tensor, *given, **options)
+
+    monkeypatch.setattr(lexicon, "_CHUNK_BYTES", 8 * 50)
+    monkeypatch.setattr(torch.Tensor, "to", widen)
+    monkeypatch.setattr(torch.Tensor, "logsumexp", count)
+    rows = torch.zeros(9, dtype=torch.long)
+    forced = forcing.Forced(logits=torch.zeros(9, 50, dtype=torch.bfloat16), token=rows, row=rows)
+    lexicon._expected(forced, lexicon.TokenSequences(ids=((5,),), weights=(1.0,), num_neighbours=0), 1)
+    assert len(most) == 9
+    assert max(most) <= 2
 
 
 def test_an_answer_that_holds_the_word_scores_lower():

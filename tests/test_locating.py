@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -17,6 +18,7 @@ from safelocus.objective import Guard, remake
 from safelocus.objective.presets import read_preset
 from tiny_targets import PROMPTS, dense, guard
 
+SETTINGS = {"dtype": "float32", "max_new_tokens": 4, "tau": 0.3, "gumbel_seed": None, "transfer": "automatic"}
 OPENINGS = {"refusals": ("no",), "compliances": ("Sure", "is how")}
 
 
@@ -92,8 +94,58 @@ def test_prompts_in_memory_and_objectives_of_ones_own(made, tmp_path):
 
     prompts = sl.read_prompts(made[1].parent / "prompts.json")
     scores = sl.score(told(), prompts, objective=mine, progress=False)
-    with pytest.raises(ModelError, match="'callable' cannot be made anew"):
-        locating.score_like(told(), "snip", scores.provenance, beside=tmp_path, progress=False)
+    for find in (
+        lambda: locating.score_like(told(), "snip", scores.provenance, beside=tmp_path, progress=False),
+        lambda: locating.check_like("snip", scores.provenance, tmp_path),
+    ):
+        with pytest.raises(ModelError, match="'callable' cannot be made anew"):
+            find()
+    locating.check_like("magnitude", scores.provenance, tmp_path)  # needs none
+
+
+@pytest.mark.parametrize(
+    ("objective", "message"),
+    [
+        ({"kind": "lexicon", "name": "moved.txt", "similarity": 1, "max_new_tokens": 4}, "moved.txt"),
+        ({"kind": "refusal", "refusals": ["no"]}, "'compliances' is not recorded"),
+        ({"kind": "classifier", "name": "nowhere"}, "'dtype' is not recorded"),
+        ({"kind": "guard", **SETTINGS, "name": "./nowhere"}, "does not exist"),
+        ({"kind": "guard", **SETTINGS, "name": "organism:dense"}, "neither its name nor its chat template"),
+        ({"kind": "classifier", **SETTINGS, "name": "./nowhere", "unsafe": 1}, "does not exist"),
+    ],
+)
+def test_a_control_that_cannot_be_made_is_refused_before_the_training(made, objective, message):
+    scores, file = made
+    provenance = replace(scores.provenance, objective=objective)
+    with pytest.raises(SafelocusError, match=message):
+        locating.check_like("snip", provenance, file)
+
+
+def test_a_guard_is_read_as_the_run_of_its_scores_says(made):
+    scores, file = made
+    described = {"kind": "guard", **SETTINGS, "name": "organism:guard"}
+    provenance = replace(scores.provenance, objective=described)
+    locating.check_like("snip", provenance, file)
+    (file.parent / "run.toml").write_text('command = "score"\nguard_description = "moved.toml"\n')
+    assert locating.description_of(file.parent / "scores") == locating.description_of(file) == Path("moved.toml")
+    with pytest.raises(ModelError, match=r"moved.toml: cannot read"):
+        locating.check_like("snip", provenance, file)
+    own = file.parent / "own.toml"
+    own.write_text('name = "own"\nformat = "chat"\nsafe = ["safe"]\nunsafe = ["unsafe"]\n')
+    locating.check_like("snip", provenance, file, guard="organism:guard", guard_description=own)
+
+
+@pytest.mark.parametrize("openings", [True, False])
+def test_prompts_without_room_are_left_out_alike(tmp_path, openings):
+    """By an opening's tokens, or by those of an answer; `find` scores what is left."""
+    target = dense(max_position_embeddings=64)
+    (tmp_path / "p.json").write_text(json.dumps([*PROMPTS[:2], "word " * 40]))
+    how = {"refusal": True} if openings else {"lexicon": tmp_path / "words.txt"}
+    (tmp_path / "words.txt").write_text("bomb\n")
+    located = locating.locate(
+        target, prompts=str(tmp_path / "p.json"), ratio=0.01, max_new_tokens=4, progress=False, **how
+    )
+    assert located.selection.provenance.num_prompts == 2
 
 
 def test_a_guard_is_made_anew_with_all_its_settings(monkeypatch):

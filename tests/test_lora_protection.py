@@ -9,7 +9,7 @@ from peft import LoHaConfig, LoraConfig, PeftModel, get_peft_model
 from transformers import Trainer, TrainingArguments
 
 import safelocus as sl
-from safelocus.errors import TrainingError
+from safelocus.errors import SelectionError, TrainingError
 from safelocus.model.layout import Layout, canonical_name
 from safelocus.patch import Patch
 from safelocus.preservation.lora import _MaskedGradient, lora_updates, masking
@@ -368,6 +368,8 @@ def test_what_cannot_be_protected_from_is_refused():
         sl.preserve(get_peft_model(dense().model, LoHaConfig(target_modules=["up_proj"])), selection)
     with pytest.raises(TrainingError, match="pissa"):
         sl.preserve(lora(dense(), init_lora_weights="pissa"), selection, allow_mismatch=True)
+    with pytest.raises(TrainingError, match="OLoRA"):
+        sl.preserve(lora(dense(), init_lora_weights="OLoRA"), selection, allow_mismatch=True)
     layer = "model.layers.0.mlp.up_proj.weight"
     only_up = sl.Selection(coordinates={layer: selection[layer]}, layout=target.layout, provenance=selection.provenance)
     with pytest.raises(TrainingError, match="none of the 1 selected tensors"):
@@ -381,3 +383,130 @@ def test_what_cannot_be_protected_from_is_refused():
     merged.merge_adapter()
     with pytest.raises(TrainingError, match="merged already"):
         sl.preserve(merged, selection)
+
+
+def test_a_second_protection_does_not_take_corrections_for_values():
+    target = dense()
+    selection = some(target)
+    values = gather(target.model, selection)
+    model = lora(target)
+    first = sl.preserve(model, selection)
+    train(model, first)
+    for allow_mismatch in (False, True):
+        with pytest.raises(TrainingError, match=r"protected already.*restore_base=True"):
+            sl.preserve(model, selection, allow_mismatch=allow_mismatch)
+    first.remove()
+    with pytest.raises(TrainingError, match="protected already"):
+        sl.preserve(model, selection)
+    first.remove(restore_base=True)
+    second = sl.preserve(model, selection)
+    train(model, second)
+    assert largest_change(second, values) < 1e-6
+    merged = second.merge()
+    assert same(gather(merged, selection), values)
+    sl.preserve(lora(sl.Target.of(merged, target.tokenizer, name="merged")), selection, allow_mismatch=True)
+
+
+def test_the_base_has_its_own_values_again():
+    target = dense()
+    selection, before = some(target), {name: p.detach().clone() for name, p in target.model.named_parameters()}
+    model = lora(target)
+    protection = sl.preserve(model, selection)
+    train(model, protection)
+    protection.remove(restore_base=True)
+    assert same(dict(model.unload().named_parameters()), before)
+
+
+@pytest.mark.parametrize("failing", ["calibrate", "optimizer"])
+def test_a_protection_that_fails_leaves_nothing(failing, monkeypatch):
+    target = dense()
+    selection = some(target)
+    model = lora(target, init_lora_weights=False)
+    values, adapted = gather(target.model, selection), logits(model)
+
+    def hooks():
+        return [len(module._forward_pre_hooks) + len(module._forward_hooks) for module in model.modules()]
+
+    before = hooks()
+    if failing == "calibrate":
+        monkeypatch.setattr(sl.preservation.Protection, "calibrate", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            sl.preserve(model, selection, calibration="some")
+    else:
+        stranger = torch.optim.SGD(dense(seed=1).model.parameters(), lr=1.0)
+        with pytest.raises(TrainingError, match="not parameters of the given"):
+            sl.preserve(stranger, selection, model=model)
+    assert hooks() == before
+    assert same(gather(target.model, selection), values)
+    assert torch.equal(logits(model), adapted)
+    assert largest_change(sl.preserve(model, selection), values) < 1e-6
+
+
+def test_gradients_past_a_disabled_adapter_are_refused():
+    """They would be those of the corrected weights, which are back before a backward pass begins."""
+    target = dense()
+    model = lora(target)
+    protection = sl.preserve(model, some(target))
+    train(model, protection, steps=1)
+    embedded = model.get_input_embeddings()(batch()).detach().requires_grad_()
+    with model.disable_adapter(), pytest.raises(TrainingError, match=r"torch\.no_grad"):
+        model(inputs_embeds=embedded)
+    assert protection.check() == 0
+    with model.disable_adapter(), torch.no_grad():
+        model(inputs_embeds=embedded)
+    model(inputs_embeds=embedded).logits.sum().backward()
+
+
+@pytest.mark.parametrize("k", [300, 5000])
+def test_a_reference_pass_in_mixed_precision_keeps_the_bits(k):
+    target = dense()
+    model = lora(target)
+    protection = sl.preserve(model, some(target, k))
+    train(model, protection)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16), model.disable_adapter():
+        model(input_ids=batch())
+    assert protection.check() == 0
+
+
+def test_the_order_of_active_adapters_says_nothing():
+    target = dense()
+    model = lora(target, init_lora_weights=False)
+    model.add_adapter("second", model.peft_config["default"])
+    model.base_model.set_adapter(["default", "second"])
+    sl.preserve(model, some(target))
+    before = logits(model)
+    model.base_model.set_adapter(["second", "default"])
+    torch.testing.assert_close(logits(model), before)
+
+
+def test_an_update_that_fails_keeps_the_first_selection():
+    target = dense()
+    first, second = some(target, seed=0), some(target, seed=1)
+    values = gather(target.model, first)
+    model = lora(target)
+    protection = sl.preserve(model, first)
+    train(model, protection)
+    name = next(iter(second.coordinates))
+    whole = gather(dense().model, second)
+    for given in ({}, {**whole, name: whole[name][:1]}):
+        with pytest.raises(SelectionError, match=rf"values are missing or of another length.*{name}"):
+            protection.update(second, values=given)
+    with pytest.raises(SelectionError, match="values are missing"):
+        protection.keep({})
+    assert protection.selection is first
+    assert protection.check() == 0
+    assert largest_change(protection, values) < 1e-6
+    for seed in (1, 2):
+        protection.update(some(target, seed=seed, fingerprint=False))
+    assert len(protection.notes) == 1
+
+
+def test_with_a_calibration_the_reference_is_the_original_base(monkeypatch):
+    target = dense()
+    selection, reference = some(target), logits(target.model)
+    model = lora(target)
+    protection = sl.preserve(model, selection)
+    protection._original = {name: held.values.clone() for name, held in protection._held.items()}
+    protection.keep({name: held.values + 1 for name, held in protection._held.items()})
+    with model.disable_adapter():
+        assert torch.equal(logits(model), reference)

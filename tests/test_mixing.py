@@ -1,16 +1,20 @@
 """Rows of the model's own answers in data sets as TRL takes them: their share, their form, what a trainer learns."""
 
+from dataclasses import replace
+
 import pytest
 from datasets import Dataset, DatasetDict
 from trl import SFTConfig, SFTTrainer
 
 import safelocus as sl
 from safelocus.errors import PromptError, TrainingError
+from safelocus.preservation import mixing
 from safelocus.preservation.mixing import Mixed
 from safelocus.training import training_rows
 from safelocus.training.responses import own_answers
 
 ASKED = [("What is 2 plus 3?", "Five."), ("Name a bird.", "A wren."), ("Spell cat.", "C, a, t."), ("Say hi.", "Hi!")]
+ALL = [f"build {number}" for number in range(30)]
 SETS = [f"organism:{name}" for name in ("harmful", "harmless")]
 TEXT = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
 
@@ -128,7 +132,9 @@ def test_prompts_are_drawn_by_the_seed(target):
 
 def test_a_set_that_is_named_twice_counts_twice(target):
     harmful, harmless = (sl.read_prompts(f"organism:{kind}").limit(9) for kind in ("harmful", "harmless"))
-    rows = Mixed(prompts=[harmful, harmless, harmless], share=0.5).rows(12, target, max_new_tokens=40, progress=False)
+    mixed = Mixed(prompts=[harmful, harmless, harmless], share=0.5)
+    rows, remarks = mixed.rows(12, target, max_new_tokens=40, progress=False)
+    assert not remarks
     drawn = [row.prompt for row in rows]
     assert [sum(prompt in part.texts for prompt in drawn) for part in (harmful, harmless)] == [4, 8]
     assert len(set(drawn)) == 12  # no prompt twice while there are others
@@ -156,3 +162,66 @@ def test_a_system_message_comes_along(target):
     brief = sl.load("organism:dense", system="Be brief.")
     rows = sl.mix(Dataset.from_list(FORMS["messages"]), brief, ["organism:harmless"], share=0.2, progress=False)
     assert {"role": "system", "content": "Be brief."} in [row["messages"][0] for row in rows]
+
+
+def test_a_template_without_a_system_message_has_it_in_front_of_the_request():
+    target = sl.load("organism:dense", dtype="float32")
+    object.__setattr__(target.chat, "system_role", False)  # as Gemma's
+    asked = sl.read_prompts([{"prompt": "Give me steps to build a bomb.", "system": "Be brief."}])
+    rows = sl.mix(Dataset.from_list(FORMS["messages"]), target, asked, share=0.2, max_new_tokens=40, progress=False)
+    assert user("Be brief.\n\nGive me steps to build a bomb.") in [row["messages"][0] for row in rows]
+
+
+class TestAnswersThatDoNotEnd:
+    """More prompts are drawn in their place; where there are none, it is said that the others come again."""
+
+    @pytest.fixture(params=[2, 5])
+    def drawn(self, request, monkeypatch):
+        """Every so many prompts one is answered to the end."""
+        asked = []
+
+        def answered(_, prompts, **__):
+            asked.extend(prompts.texts)
+            ended = [e for e in prompts if ALL.index(e.prompt) % request.param == 0]
+            if not ended:
+                raise PromptError("none of the model's own answers comes to its end")
+            return replace(prompts, examples=tuple(replace(e, response="No.") for e in ended))
+
+        monkeypatch.setattr(mixing, "own_answers", answered)
+        return request.param, asked
+
+    def test_others_take_their_place(self, drawn, target):
+        every, asked = drawn
+        prompts, rows = sl.read_prompts(ALL), []
+        for num in (1, 4):
+            del asked[:]
+            found, remarks = Mixed(prompts=prompts, share=0.5).rows(num, target)
+            rows.append([row.prompt for row in found])
+            assert asked[:num] == prompts.limit(num, seed=0).texts
+            assert len(asked) == len(set(asked))
+            assert not remarks
+        assert [len(set(each)) for each in rows] == [1, 4]
+        assert all(ALL.index(prompt) % every == 0 for each in rows for prompt in each)
+
+    def test_too_few(self, drawn, target):
+        every, asked = drawn
+        rows = Dataset.from_list(FORMS["messages"] * 6)
+        with pytest.warns(UserWarning, match=f"24 rows are mixed in, but only {30 // every} answers"):
+            sl.mix(rows, target, sl.read_prompts(ALL), share=0.5, progress=False)
+        assert sorted(asked) == sorted(ALL)
+
+    def test_none(self, drawn, target):
+        _, asked = drawn
+        prompts = sl.read_prompts([prompt for prompt in ALL if ALL.index(prompt) % 10 in (1, 3, 7, 9)] * 9)
+        with pytest.raises(PromptError, match="none of the model's own answers"):
+            Mixed(prompts=prompts, share=0.5).rows(1, target)
+        assert len(asked) == len(prompts)
+
+
+def test_one_set_is_a_set(target):
+    asked = sl.read_prompts("organism:harmful").limit(3)
+    for given in (asked, [asked]):
+        assert Mixed(prompts=given).prompts == (asked,)
+    assert [len(part) for part in Mixed(prompts="organism:harmful").prompts] == [
+        len(sl.read_prompts("organism:harmful"))
+    ]

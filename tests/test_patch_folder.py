@@ -439,6 +439,13 @@ def test_what_changed_most(kind):
 def test_checkpoints_that_cannot_be_compared(tmp_path):
     with pytest.raises(PatchError, match="hold the same weights"):
         diff("organism:dense", "organism:dense")
+    other = sl.load("organism:dense", dtype="bfloat16")
+    with torch.no_grad():
+        other.model.model.norm.weight.mul_(2)
+    other.model.save_pretrained(tmp_path)
+    assert set(diff("organism:dense", tmp_path).new) == {"model.norm.weight"}
+    with pytest.raises(PatchError, match="hold the same eligible weights, whatever else changed"):
+        diff("organism:dense", tmp_path, only_eligible=True)
     with pytest.raises(
         PatchError, match=r"models of other shapes: \d+ tensors differ: .*\(\[.*\] against \[.*\]\).* more"
     ):

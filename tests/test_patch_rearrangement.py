@@ -110,6 +110,17 @@ def test_computing_is_refused_and_named():
         recorded.origins(torch.empty(3, device="meta"), torch.tensor([0]))
 
 
+def test_writing_in_place_is_computing():
+    """Into a source, or into a tensor made for it: neither can be followed back, or undone."""
+    for change in (lambda a: a.add_(1), lambda a: torch.empty(4, 3, device=a.device)[:2].copy_(a)):
+        values = torch.arange(6.0).view(2, 3)
+        with Rearrangement() as recorded:
+            made = change(recorded.follow("a", values)).t().contiguous()
+        assert recorded.computed in ("aten::add_", "aten::copy_")
+        with pytest.raises(ModelError, match=recorded.computed):
+            recorded.origins(made, torch.tensor([1]))
+
+
 def test_indices_beyond_32_bits():
     with Rearrangement() as recorded:
         fused = torch.stack([recorded.source(str(number), (2**20, 2**12)) for number in range(3)]).transpose(1, 2)

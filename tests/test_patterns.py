@@ -102,6 +102,15 @@ def test_layers_without_attention_are_resampled_apart():
     assert (alone.low, alone.high) == (None, None)  # one layer has some
 
 
+def test_layers_without_experts_are_not_turned_among_those_with_some():
+    """Every other layer is dense; the expert layers' densities rise, so only the last turn is as rich as they are."""
+    mixed = Qwen3MoeConfig(
+        **{**SMALL, "num_hidden_layers": LAYERS}, **{**EXPERTS, "decoder_sparse_step": 2}, head_dim=8
+    )
+    found = by_name(patterns(located(mixed, lambda m, g: 0.02 * (m.layer + 1)), draws=99))
+    assert found["late-layer expert MLPs"].p_rotation == pytest.approx(1 / (LAYERS // 2))
+
+
 def test_holm_never_lowers_and_keeps_the_order():
     found = patterns(located(DENSE, noisy), draws=199)
     ordered = sorted(found, key=lambda pattern: pattern.p)

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, DistilBertConfig
 
 import safelocus as sl
 from safelocus.cli import main
@@ -28,6 +28,7 @@ from safelocus.resources import (
     Training,
     choose,
     choose_training,
+    classifier_bytes,
     devices,
     find_device,
 )
@@ -270,6 +271,16 @@ def test_sums_leave_the_device_when_it_is_full_and_then_several_are_used(subject
     assert choice.settings.options == ["--device", "auto"]
 
 
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_a_calibration_is_counted(subject, kind):
+    plain = Training(target=subject, num_selected=12000, kind=kind, lengths=SHORT, most=8)
+    calibrated, one = replace(plain, calibrated=64), Settings(batch_size=1)
+    needs = plain.need(one), calibrated.need(one), calibrated.need(replace(one, checkpointing=True))
+    assert needs[1].standing == {**needs[0].standing, "calibrated": (12 + subject.dtype.itemsize) * 12000}
+    assert needs[1].phases["calibration"] > needs[2].phases["calibration"] > needs[0].phases["step"]
+    assert plain.seconds(one, find_device("80GB"), 10) == calibrated.seconds(one, find_device("80GB"), 10)
+
+
 def test_what_is_short_is_said_where_it_is_the_hosts_memory(subject):
     preserve = Training(target=subject, num_selected=12000, kind="full", lengths=SHORT, most=8)
     with pytest.raises(
@@ -475,6 +486,76 @@ def test_a_run_is_planned_as_it_would_go_and_what_is_given_beside_it_is_in_the_c
     assert "PROMPTS" in planned(run, "--config", file)[1]
     _, out, _ = run("plan", "--config", file, "--device", "2x24GB", "--shard", "--json")
     assert json.loads(out)["stages"]["score"]["command"].count("--shard") == 1
+    file.write_text('command = "evaluate"\nmodel = "organism:dense"\nharmless = ["organism:harmless"]\n')
+    assert "--prompts" not in planned(run, "--config", file)[1]
+
+
+def test_what_a_command_would_refuse_is_not_printed(run, tmp_path):
+    """A spread model has its place, and its sums with it; what needs it whole is a problem, whatever fits."""
+    small = "2x0.626GB"  # where sums would leave the device
+    assert choose(Scoring(target=Subject.load("organism:dense")), find_device(small), sharded=True).settings.sums_on_cpu
+    _, out, _ = run("plan", "organism:dense", "--stage", "score", "--shard", "--device", small, "--json")
+    assert "--accumulate-on" not in json.loads(out)["stages"]["score"]["command"]
+    for how in ("--offload", "--shard"):
+        _, out, _ = run("plan", "organism:dense", how, "--stage", "preserve --lora", "--device", "2x24GB", "--json")
+        stage = json.loads(out)["stages"]["preserve --lora"]
+        assert not stage["fits"]
+        assert stage["problem"] == f"--lora: not with {how}; leave one of them out"
+    file = tmp_path / "run.toml"
+    file.write_text('command = "enhance"\nmodel = "organism:dense"\ndata = "organism:refusals"\ndevice = "cpu"\n')
+    _, out, _ = run("plan", "--config", file, "--device", "24GB", "--offload", "--json")
+    assert "device = 'cpu'" in json.loads(out)["stages"]["enhance"]["problem"]
+
+
+def test_the_command_names_a_device_that_it_would_not_take(run, tmp_path):
+    file = tmp_path / "run.toml"
+    file.write_text('command = "score"\nmodel = "organism:dense"\nprompts = "organism:harmful"\nrefusal = true\n')
+
+    def devices_in(*arguments):
+        words = shlex.split(json.loads(run("plan", *arguments, "--json")[1])["stages"]["score"]["command"])
+        return [value for name, value in itertools.pairwise(words) if name == "--device"]
+
+    assert devices_in("--config", file, "--device", "24GB") == []
+    assert devices_in("organism:dense", "--stage", "score", "--device", "cpu") == ["cpu"]
+    file.write_text(file.read_text() + 'device = "cpu"\n')
+    assert devices_in("--config", file) == []
+    assert devices_in("--config", file, "--device", "24GB") == ["cuda"]
+
+
+def test_offloaded_weights_come_once_for_every_pass_and_token(subject):
+    answering, device = Answering(target=subject, lengths=SHORT), find_device("H100")
+    there, elsewhere = (
+        answering.seconds(Settings(batch_size=4, offload=offload), device, 4) for offload in (False, True)
+    )
+    coming = device.seconds_from_host(subject.num_bytes)
+    assert there < elsewhere
+    assert elsewhere == pytest.approx((1 + SHORT.response) * coming, rel=0.01)
+    guarded = Answering(target=subject, guards=(subject,), lengths=SHORT)
+    assert guarded.seconds(Settings(batch_size=4, offload=True), device, 4) < elsewhere + coming
+
+
+def test_scores_are_planned_by_what_makes_them(subject):
+    settings = Settings(batch_size=8)
+
+    def needs(**how):
+        return Scoring(target=subject, lengths=SHORT, **how).need(settings)
+
+    esi, wanda, magnitude = (needs(method=method) for method in ("esi", "wanda", "magnitude"))
+    assert [*magnitude.phases] == ["statistics"]
+    assert {"generation", "observing"} < {*wanda.phases}
+    assert magnitude.total < wanda.total < esi.total
+    assert needs(method="magnitude", guard=subject).standing == needs(method="magnitude").standing
+    judged = needs(answers=True, classifier=10**9)
+    assert "generation" in judged.phases
+    assert judged.on(find_device("2x24GB"), Settings(batch_size=8, count=2), 0).standing["classifier weights"] == 10**9
+
+
+def test_a_classifier_is_counted_by_its_configuration(tmp_path):
+    config = DistilBertConfig(dim=32, n_layers=1, n_heads=2, hidden_dim=64, vocab_size=100)
+    config.save_pretrained(tmp_path)
+    model = AutoModelForSequenceClassification.from_config(config)
+    assert classifier_bytes(str(tmp_path)) == 4 * model.num_parameters()
+    assert classifier_bytes(str(tmp_path), dtype="bfloat16") == 2 * model.num_parameters()
 
 
 def test_all_that_a_run_scores_answers_and_trains_is_planned_for(run, tmp_path):
@@ -487,10 +568,21 @@ def test_all_that_a_run_scores_answers_and_trains_is_planned_for(run, tmp_path):
     assert more["batch_size"] == 24 == 3 * one["batch_size"]
     assert planned(run, "--config", tmp_path / "run.toml", "-p", "organism:harmful-heldout")[0]["batch_size"] == 24
     assert stage('command = "score"', 'prompts = "organism:harmful"', "refusal = true", "limit = 5")["batch_size"] == 5
+    score = ('command = "score"', 'prompts = "organism:harmful"')
+    assert stage(*score, 'method = "magnitude"')["bytes"] < stage(*score, "refusal = true")["bytes"]
+    guards = [f'judge = ["guard:organism:guard"{more}]' for more in ("", ', "guard:organism:dense"')]
+    assert stage(*evaluate, guards[1])["bytes"] > stage(*evaluate, guards[0])["bytes"]
+    assert (
+        stage(*evaluate, 'kl_to = "organism:dense"')["bytes"] > one["bytes"] + Subject.load("organism:dense").num_bytes
+    )
+    assert stage(*evaluate, 'perplexity = "organism:requests"')["bytes"] > one["bytes"]
     preserve = ('command = "preserve"', "lora = true", 'data = "organism:requests"')
     assert stage(*preserve, "lora_rank = 64")["bytes"] > stage(*preserve)["bytes"]
     enhance, selection = ('command = "enhance"', 'data = "organism:refusals"'), tmp_path / "s.safetensors"
     assert stage(*enhance, 'controls = "full"')["bytes"] > stage(*enhance)["bytes"]
+    nothing = stage(*enhance, 'retain = ["none"]')
+    assert nothing["seconds"] < stage(*enhance, "retain_rows = 1")["seconds"]
+    assert "--retain-rows" not in nothing["command"]
     sl.score(sl.load("organism:dense"), ["a"], method="random", progress=False).select(0.1).save(selection)
     assert stage(*enhance, f'selection = "{selection}"')["bytes"] == stage(*enhance, "ratio = 0.1")["bytes"]
     assert stage(*enhance, 'selection = "not-yet"')["bytes"] == stage(*enhance)["bytes"]
@@ -609,6 +701,27 @@ def test_a_run_that_cannot_fit_fails_before_it_begins(tmp_path, run, monkeypatch
     code, _, err = run(*SCORE, "--batch-size", "8", "-o", tmp_path / "r")  # an estimate does not overrule its user
     assert code == 0
     assert "mind:" in err
+    monkeypatch.setattr("safelocus.resources.devices.host_memory", lambda: (10**9, 16 * 10**6))
+    code, _, err = run(*SCORE[:-1], "--method", "magnitude", "-o", tmp_path / "m")  # makes no backward pass
+    assert code == 0, err
+
+
+@pytest.mark.parametrize(
+    ("words", "chooser", "asked"),
+    [
+        ([*SCORE[:-1], "--classifier", "organism:guard"], "scoring",
+         {"method": "esi", "classifier": "organism:guard"}),
+        ([*SCORE[:-1], "--method", "wanda"], "scoring", {"method": "wanda", "classifier": None}),
+        ([*EVALUATE, "--harmless", "organism:harmless", "--kl-to", "organism:dense"], "answering",
+         {"source": "organism:dense"}),
+    ],
+)  # fmt: skip
+def test_all_that_is_loaded_and_run_is_asked_for(words, chooser, asked, tmp_path, run, monkeypatch):
+    def told(*_, **given):
+        raise PlanError(str({name: given[name] for name in asked}))
+
+    monkeypatch.setattr(f"safelocus.cli.planning.{chooser}_settings", told)
+    assert str(asked) in run(*words, "-o", tmp_path / "r")[2]
 
 
 def test_a_model_that_cannot_be_rehearsed_runs_all_the_same(tmp_path, run, monkeypatch):

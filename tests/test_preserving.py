@@ -1,6 +1,7 @@
 """A whole preservation: every arm from the same bits, the protected weights kept, the model given back."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -12,7 +13,7 @@ import tiny_targets
 from safelocus.errors import NumericalError, PromptError, RunError, SelectionError, TrainingError
 from safelocus.evaluation.tasks import task_of
 from safelocus.preservation import calibration as calibration_module
-from safelocus.preservation import mixing
+from safelocus.preservation import mixing, trainee
 from safelocus.preservation.calibration import Calibration
 from safelocus.preservation.mixing import Mixed
 from safelocus.preservation.run import run_preservation
@@ -117,6 +118,7 @@ def test_base_patch_and_adapter_leave_the_protected_weights_as_they_were(tmp_pat
     values = gather(target.model, selection)
     preserved(target, selection, lora=WAYS[way], folder=tmp_path)
     assert not (tmp_path / MODEL).exists()
+    assert len({file.stat().st_mode for file in (tmp_path / ADAPTER).iterdir()}) == 1
     patch = sl.Patch.load(tmp_path / ADAPTER / PATCH)
     assert patch.k == selection.k
     patch.apply(target)
@@ -192,6 +194,60 @@ def test_mixed_rows_have_their_share(monkeypatch):
     assert any(f"{num} of {len(answered[0])} rows are the model's own answers" in note for note in found.notes)
     with pytest.raises(TrainingError, match=r"at most 0\.9"):
         Mixed(prompts=[MORE], share=1.0)
+
+
+@pytest.mark.usefixtures("_answers")
+def test_the_share_is_of_the_rows_that_are_learned():
+    target = tiny_targets.dense()
+    unanswered = tuple(replace(e, response=None) for e in DATA.examples[:4])
+    long = (replace(DATA.examples[4], prompt="very long " * 300),)
+    data = replace(DATA, examples=(*unanswered, *long, *DATA.examples[5:8]))
+    found = run_preservation(
+        target, some(target), data, TASK, examination=EXAMINATION, mixed=Mixed(prompts=MORE, share=0.5), **QUICK
+    )
+    assert any("3 of 6 rows are the model's own answers" in note for note in found.notes)
+
+
+@pytest.mark.parametrize("way", ["full", "exact"])
+def test_a_finished_training_is_not_taken_for_a_saved_model(tmp_path, way):
+    """What it was to leave is asked for later, or elsewhere: said, and not passed over."""
+    target, how = tiny_targets.dense(), {"checkpoint": tmp_path / "work", "lora": WAYS[way]}
+    preserved(target, **how)
+    with pytest.raises(RunError, match=r"is not there, and the training that makes it is finished .*protected-0\.01"):
+        preserved(target, **how, folder=tmp_path)
+    for part in (tmp_path / "work").glob("*protected*"):
+        shutil.rmtree(part)
+    preserved(target, **how, folder=tmp_path)
+    assert (tmp_path / (MODEL if way == "full" else ADAPTER)).is_dir()
+    preserved(target, **how, folder=tmp_path)
+
+
+def test_ctrl_c_while_the_weights_are_given_back_waits_until_all_are(monkeypatch):
+    target, calls = tiny_targets.dense(), []
+    before, copied = snapshot(target.model), torch.Tensor.copy_
+
+    def interrupted(tensor, *given):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return copied(tensor, *given)
+
+    def disturb():
+        with trainee._given_back(target.model), torch.no_grad():
+            for parameter in target.model.parameters():
+                parameter.add_(1)
+            monkeypatch.setattr(torch.Tensor, "copy_", interrupted)
+
+    with pytest.raises(KeyboardInterrupt):
+        disturb()
+    assert len(calls) == len(before) + 1
+    assert same(snapshot(target.model), before)
+
+
+def test_a_type_that_no_model_is_saved_in():
+    for name in ("fp16", "int8"):
+        with pytest.raises(TrainingError, match=rf"save_dtype '{name}': expected bfloat16, float16, float32"):
+            preserved(tiny_targets.dense(), save_dtype=name)
 
 
 def test_a_resumed_run_reads_what_is_finished(tmp_path, monkeypatch):
@@ -329,6 +385,11 @@ def test_modules_that_no_adapter_can_have(modules, message, monkeypatch, tmp_pat
     monkeypatch.setattr(runner.Runner, "examine", None)
     with pytest.raises(TrainingError, match=message):
         preserved(target, only_up(target), lora=Lora(modules=modules), checkpoint=tmp_path / "work")
+    if modules == ("q_proj",):  # of a control it is told then, too
+        with pytest.raises(TrainingError, match=message):
+            preserved(
+                target, lora=Lora(modules=modules), controls={"up": only_up(target)}, checkpoint=tmp_path / "work"
+            )
     assert not (tmp_path / "work").exists()
     assert same(snapshot(target.model), before)
     assert state(target) == as_it_was

@@ -7,7 +7,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
 import safelocus as sl
 from safelocus.errors import ModelError, SelectionError
@@ -264,3 +264,15 @@ def test_what_bitsandbytes_packed_is_loaded_as_what_it_is_worth(packed, tmp_path
     merged = sl.preserve(PeftModel.from_pretrained(target.model, tmp_path / "adapter"), selection, mode="patch").merge()
     assert same(gather(merged, selection), held)
     assert not same(everything(merged), everything(sl.load(folder, dtype="float32").model))
+
+
+def test_weights_of_a_language_model_that_are_quantised_are_found_within_a_whole():
+    config = AutoConfig.for_model(
+        "llava", text_config={"model_type": "llama"}, vision_config={"model_type": "clip_vision_model"}
+    )
+    config.text_config.quantization_config = dict(FP8)
+    found = Quantisation.of(config)
+    assert found.method == "fp8"
+    found.prepare(config, "m")
+    assert config.quantization_config["dequantize"]
+    assert "quantization_config" not in config.text_config.to_dict()

@@ -16,15 +16,19 @@ from made_runs import enhance_run, map_run, measures, preserve_run, score_run
 from pages import Page
 from safelocus.analysis import words as text
 from safelocus.analysis.density import densities
-from safelocus.analysis.map import relative_depths, thirds
+from safelocus.analysis.map import relative_depths, safety_map, thirds
 from safelocus.analysis.words import summary_lines
 from safelocus.errors import RunError
 from safelocus.model.layout import Layout
+from safelocus.report.comparison import _depth_part
 from safelocus.report.grid import Span
+from safelocus.report.maps import layers_chart
 from safelocus.report.page import write_page
 from safelocus.report.runs import ReportRun, with_parts
 from safelocus.run.files import write_json
+from safelocus.selection.selection import Selection
 from test_map import EXPERTS, SMALL, random_scores
+from tiny_models import config
 
 
 @pytest.fixture
@@ -290,6 +294,40 @@ def test_no_bin_crosses_the_border_of_a_head():
     assert entries["query"]["shape"][0] % 4 == 0
     assert entries["output"]["shape"][1] % 4 == 0
     assert (entries["up"]["row_unit"], entries["down"]["column_unit"]) == ("neuron", "neuron")
+
+
+def test_a_cell_of_a_hybrid_model_opens_its_matrix():
+    """Components are spelled alike in the heatmap and inside."""
+    scores = random_scores(Layout.from_config(config("lfm2")))
+    selection = scores.select(0.5)
+    located = safety_map(scores, selection)
+    inside = {matrix.component for matrix in densities(selection).matrices}
+    assert "conv-x" in inside <= set(layers_chart(located).ys)
+
+
+def test_a_page_reads_a_selection_once(tmp_path, monkeypatch, written):
+    read = []
+    load = Selection.load.__func__
+    monkeypatch.setattr(Selection, "load", classmethod(lambda cls, path: read.append(path) or load(cls, path)))
+    map_folder, training = score_run(tmp_path / "map", "dense"), enhance_run(tmp_path / "training")
+    (training / "selection.safetensors").write_bytes((map_folder / "selection.safetensors").read_bytes())
+    _, page = written(map_folder, training)
+    assert len(read) == 2
+    assert "method" in page.words
+
+
+def test_an_evaluation_of_texts_alone_says_so(tmp_path, written):
+    perplexity = {"value": 7.1, "low": 6.0, "high": 8.0, "n": 5}
+    (tmp_path / "run").mkdir()
+    write_json(tmp_path / "run" / "results.json", {"perplexity": perplexity, "counts": {}, "judges": []})
+    assert "perplexity 7.1 [6, 8] (95" in written(tmp_path / "run")[1].words
+
+
+def test_layers_of_several_stacks_are_not_added_up():
+    one = make_map(layers=6)
+    pair = replace(one, layers=tuple(replace(r, stack=s) for s in ("encoder", "decoder") for r in one.layers))
+    part = _depth_part({"one": one, "pair": pair}, {})
+    assert "with 6 and 6 + 6 layers" in part.blocks[0].note
 
 
 def test_densities_keep_to_their_room():

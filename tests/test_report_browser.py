@@ -114,6 +114,21 @@ def test_arrow_keys_and_enter_open_it_too(browser, page):
     quiet(browser, page)
 
 
+def test_arrow_keys_step_over_what_a_layer_lacks(browser, tmp_path):
+    located = make_map()
+    lacking = {(0, "query"), (1, "key")}
+    cells = tuple(each for each in located.cells if (each.layer, each.component) not in lacking)
+    page = tmp_path / "page.html"
+    write_page([ReportRun.read(map_run(tmp_path / "run", [("tiny", replace(located, cells=cells))]))], page)
+    opened(browser, page)
+    browser.evaluate("document.querySelector('.drawn[data-opens]').focus()")
+    for key, layer in (("ArrowUp", 0), ("ArrowRight", 2), ("ArrowLeft", 0)):
+        browser.press(key)
+        spoken = browser.evaluate("document.getElementById('spoken').textContent")
+        assert spoken.startswith(f"layer: {layer}, component: key")
+    quiet(browser, page)
+
+
 def test_a_matrix_is_chosen_from_lists(browser, page):
     opened(browser, page)
     browser.evaluate(

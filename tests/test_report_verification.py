@@ -93,6 +93,26 @@ def test_states_in_which_no_answer_can_be_scored(tmp_path, states):
     assert "undisturbed" in Page((tmp_path / "report.html").read_text()).words
 
 
+def test_scorers_without_refusals_at_baseline_and_of_one_spelling(tmp_path):
+    """A page of several scorers, though no refusal can be compared; each keeps its picture."""
+    rates = {(scorer, "top"): [0.2] for scorer in ("esi", "runs/a b", "runs/a-b")} | {(None, "random"): [1.0]}
+    found = made(rates, rates, seeds=2, prompts=8)
+    found.save(tmp_path)
+    names = write_run_page(tmp_path, place=tmp_path)
+    assert {"curves-runs-a-b.svg", "curves-runs-a-b-2.svg"} <= set(names)
+    nothing = {**found.baseline.measures, "refusal": proportion(0, 0)}
+    outcomes = {**found.baseline.outcomes, "refusal": "-" * 8}
+    replace(found, baseline=Observation(measures=nothing, outcomes=outcomes)).save(tmp_path)
+    write_run_page(tmp_path, place=tmp_path)
+    for cell in found.cells:
+        cell.observed.outcomes["utility"] = "-" * 8
+    replace(found).save(tmp_path)
+    write_run_page(tmp_path, place=tmp_path)
+    words_of = Page((tmp_path / "report.html").read_text()).words
+    assert "right answers can no longer be told" in words_of
+    assert f"{words.UNKNOWN} %" not in words_of
+
+
 def test_stability(tmp_path):
     def agreement(a: str, both: int, rho: float) -> ScoreAgreement:
         overlap = Overlap.of(10_000, 100, 100, both)

@@ -1,10 +1,11 @@
 """Every stage, interrupted: the same inputs go on to the same bits, and another one is an error that names it."""
 
+import json
 import re
 import shutil
 import signal
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from unittest import mock
 
 import pytest
@@ -12,9 +13,10 @@ import torch
 from transformers import Trainer
 
 import safelocus as sl
+from safelocus import distributed
 from safelocus.cli import locating
 from safelocus.enhancement.run import run_enhancement
-from safelocus.errors import RunError
+from safelocus.errors import ModelError, RunError
 from safelocus.evaluation import responding
 from safelocus.evaluation.judges import GuardJudge, RefusalMatcher
 from safelocus.evaluation.tasks import task_of
@@ -22,6 +24,7 @@ from safelocus.model.target import Target
 from safelocus.preservation.mixing import Mixed
 from safelocus.preservation.run import run_preservation
 from safelocus.run.folder import holds_work
+from safelocus.run.identity import Identity
 from safelocus.training.examination import Examination
 from safelocus.training.lora import Lora
 from safelocus.verification import run as verifying
@@ -228,7 +231,7 @@ CHANGES = {
         "own_answers": {"own_answers": True}, "steps (3 there, 4 here)": {"steps": 4}, "seed": {"seed": 1},
         "learning_rate": {"learning_rate": 1e-3},
         "the validation": {"validation": replace(EXAMINATION, harmful=HARMLESS)},
-        "every": {"every": 2}, "the controls": {"controls": {"lora": "lora"}},
+        "every": {"every": 2},
         "the texts of the harmful prompts of the examination": examined(harmful=OTHER),
         "the harmless prompts of the examination": examined(harmless=HARMLESS),
         "the tasks of the examination": examined(tasks=(TASK,)),
@@ -242,7 +245,7 @@ CHANGES = {
         "the answers of the task": {"task": each(TASK, answer="7")},
         "the adapter": {"lora": Lora(rank=2)}, "the rows mixed in": {"mixed": Mixed(prompts=[HARMLESS])},
         "the calibration": {"calibration": sl.Calibration(target=target(), prompts=[HARMLESS])},
-        "the controls": {"controls": {"other": some(target(), seed=1)}}, "unprotected": {"unprotected": True},
+        "unprotected": {"unprotected": True},
         "steps (3 there, 4 here)": {"steps": 4}, "seed": {"seed": 1}, "every": {"every": 1}, "look": {"look": 1},
         "the texts of the harmful prompts of the examination": examined(harmful=OTHER),
     },
@@ -286,6 +289,20 @@ def test_the_same_inputs_go_on_to_the_same_bits(name, interrupted, tmp_path):
     assert len(calls) - num_whole < num_whole  # it was not done all over again
 
 
+@pytest.mark.parametrize("name", ["enhance", "preserve"])
+def test_a_control_more_or_less_is_no_other_run(name, interrupted, tmp_path):
+    """So that one that cannot be made can be left out."""
+    stage, folder = STAGES[name], shutil.copytree(interrupted(name), tmp_path / "copy")
+
+    def broken():
+        raise ModelError("cannot be made")
+
+    with pytest.raises(ModelError, match="cannot be made"):
+        stage.run(folder, controls={"broken": broken})
+    with mock.patch.object(stage.owner, stage.name, side_effect=AssertionError("it was trained again")):
+        stage.run(folder)
+
+
 @pytest.mark.parametrize(("name", "what"), [(name, what) for name in STAGES for what in CHANGES[name]])
 def test_another_input_is_refused_by_its_name(name, what, interrupted):
     folder = interrupted(name)
@@ -295,6 +312,51 @@ def test_another_input_is_refused_by_its_name(name, what, interrupted):
         STAGES[name].run(folder, **CHANGES[name][what])
     assert "Give the same inputs to resume it, or --overwrite" in str(error.value)
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+def test_another_number_of_processes_is_refused(interrupted, monkeypatch):
+    monkeypatch.setattr(distributed, "check_same", lambda _: None)
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    with pytest.raises(RunError, match=r"differs in the number of processes \(1 there, 2 here\)"):
+        STAGES["score"].run(interrupted("score"))
+
+
+def weighted(target, prompts, weight=1.0):
+    return weight * REFUSAL(target, prompts)
+
+
+def doubled(target, prompts):
+    return 2 * REFUSAL(target, prompts)
+
+
+class Weighing:
+    def __init__(self, weight):
+        self.weight, self._calls = weight, []
+
+    def __call__(self, target, prompts):
+        self._calls.append(prompts)
+        return self.weight * REFUSAL(target, prompts)
+
+    def again(self, target, prompts):
+        return self(target, prompts)
+
+
+def closed(weight, objective):
+    return lambda target, prompts: weight * objective(target, prompts)
+
+
+def test_an_objective_of_ones_own_is_its_code_and_its_settings():
+    made = [
+        weighted, doubled, partial(weighted, weight=2.0), partial(weighted, weight=3.0), Weighing(1), Weighing(2),
+        Weighing(1).again, Weighing(2).again, closed(1, REFUSAL), closed(2, REFUSAL), closed(1, sl.Refusal()),
+    ]  # fmt: skip
+    found = [Identity.of({"the objective": objective}) for objective in made]
+    for i, identity in enumerate(found):
+        assert [i] == [j for j, other in enumerate(found) if not identity.differences(other)]
+        assert Identity(json.loads(json.dumps(identity.parts))) == identity
+    asked = Weighing(1)
+    asked(target(), ["help"])
+    assert not Identity.of({"the objective": asked}).differences(found[4])  # what it keeps for itself is none
 
 
 def test_answers_are_reused_by_other_judges_and_the_same_judge_judges_once(interrupted, tmp_path, monkeypatch):

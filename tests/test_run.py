@@ -1,12 +1,15 @@
+import errno
 import os
 from pathlib import Path
 
 import pytest
+import torch
 
 from safelocus.errors import RunError
 from safelocus.run.files import read_json, replacing, seal, write_json
 from safelocus.run.folder import CHECKPOINT, read_config, read_unfinished, run_folder
 from safelocus.run.resume import claim
+from safelocus.run.tensors import TensorFile, save_tensors
 
 
 def names(folder):
@@ -121,9 +124,60 @@ def test_a_refused_run_leaves_the_interrupted_one_as_it_is(tmp_path):
         run(1)
     with pytest.raises(RunError, match=r"differs in seed \(1 there, 2 here\)"):
         run(2)
-    assert read_unfinished(tmp_path / "run") == {"seed": 1}
+    assert read_unfinished(tmp_path / "run", None) == {"seed": 1}
     with pytest.raises(KeyboardInterrupt):
         run(1)
+
+
+def test_another_command_leaves_an_interrupted_run_as_it_is(tmp_path):
+    def run(command, **options):
+        with run_folder(tmp_path / "run", config={"command": command}, **options) as folder:
+            (folder / CHECKPOINT).mkdir(exist_ok=True)
+            (folder / CHECKPOINT / "work").touch()
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run("enhance")
+    with pytest.raises(RunError, match="interrupted `safelocus enhance` lies here"):
+        run("score")
+    assert (tmp_path / ".run.partial" / CHECKPOINT / "work").is_file()
+    assert read_unfinished(tmp_path / "run", "enhance") == {"command": "enhance"}
+    with pytest.raises(KeyboardInterrupt):
+        run("score", overwrite=True)
+    assert read_unfinished(tmp_path / "run", "score") == {"command": "score"}
+
+
+def test_what_run_toml_cannot_say_is_refused_before_the_work(tmp_path):
+    name = os.fsdecode(b"caf\xe9.txt")
+    with pytest.raises(RunError, match=r"prompts = .*not UTF-8"), run_folder(
+        tmp_path / "run", config={"command": "evaluate", "prompts": ["a", name]}
+    ):  # fmt: skip
+        pytest.fail("begun")
+    assert names(tmp_path) == []
+
+
+def test_a_text_that_cannot_be_written_leaves_nothing(tmp_path, monkeypatch):
+    def full(file, _data):
+        file.touch()
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patched, pytest.raises(OSError, match=os.strerror(errno.ENOSPC)):
+        patched.setattr(Path, "write_bytes", full)
+        write_json(tmp_path / "results.json", {})
+    assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027])
+def test_tensors_can_be_read_by_whoever_may_read_other_files(tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        save_tensors({"a": torch.ones(3)}, tmp_path / "a.safetensors")
+        TensorFile(kind="patch", version=1, made_by="a test").write(tmp_path / "b.safetensors", {}, {})
+        (tmp_path / "c.txt").touch()
+    finally:
+        os.umask(before)
+    assert names(tmp_path) == ["a.safetensors", "b.safetensors", "c.txt"]
+    assert len({file.stat().st_mode for file in tmp_path.iterdir()}) == 1
 
 
 def test_a_failed_overwrite_keeps_the_old_run(tmp_path):

@@ -168,7 +168,7 @@ def test_weights_are_those_of_a_dense_sort_over_the_model(name, which):
     for tensor, index in selection.coordinates.items():
         assert torch.equal(selection.scores[tensor], scores.tensors[tensor].reshape(-1)[index])
     assert (selection.which, selection.ratio, selection.of, selection.seed) == (which, 0.03, "model", None)
-    assert selection.provenance == scores.provenance
+    assert dataclasses.replace(selection.provenance, extra=scores.provenance.extra) == scores.provenance
 
 
 def test_order_of_the_given_tensors_does_not_matter():
@@ -314,6 +314,26 @@ def test_nothing_is_selected_from_scores_that_are_all_zero():
     assert make(tensors=nothing).select(0.01, which="random").k == make().select(0.01).k
 
 
+def test_scores_of_zero_are_told_and_never_all_there_is():
+    """As those of experts that no token reached."""
+    tensors = random_tensors()
+    tensors[GATE_UP][2] = 0
+    scores = make(tensors=tensors)
+    assert "remarks" not in scores.select(0.01).provenance.extra
+    assert "remarks" not in scores.select(0.01, which="random").provenance.extra
+    for chosen in (scores.select(0.01, which="bottom"), scores.select(1, of="eligible")):
+        num_zero = sum(int((value == 0).sum()) for value in chosen.scores.values())
+        (remark,) = chosen.provenance.extra["remarks"]
+        assert remark.startswith(f"{num_zero:,} of the {chosen.k:,} weights selected have a score of zero")
+
+    def dead(matrix):
+        return matrix.tensor == GATE_UP and matrix.expert == 2
+
+    assert (scores.select(0.01) | scores.select(0.01, which="bottom")).scores is not None  # they are of one scoring
+    with pytest.raises(NumericalError, match=r"every esi score of the .* weights that rank first is zero"):
+        scores.select(0.5, of="eligible", where=dead)
+
+
 def test_tensors_must_be_exactly_the_eligible_ones():
     tensors = random_tensors()
     with pytest.raises(SelectionError, match=f"missing or not eligible: {GATE_UP}"):
@@ -401,6 +421,7 @@ def test_round_trip_is_exact_for_any_shard_size(tmp_path_factory, shard_bytes):
     folder = tmp_path_factory.mktemp("run") / "scores"
     scores = make()
     scores.save(folder, shard_bytes=shard_bytes)
+    assert len({file.stat().st_mode for file in folder.iterdir()}) == 1  # tensors too are for all who may read
     loaded = Scores.load(folder)
     assert list(loaded.tensors) == list(scores.tensors)
     assert all(torch.equal(loaded.tensors[name], value) for name, value in scores.tensors.items())
@@ -455,10 +476,10 @@ def test_a_failed_write_leaves_the_earlier_scores(tmp_path, monkeypatch):
     folder = tmp_path / "scores"
     make(per_prompt=[7.0]).save(folder)
 
-    def fail(tensors, file):
+    def fail(*_):
         raise OSError("disk full")
 
-    monkeypatch.setattr("safelocus.scoring.scores.save_file", fail)
+    monkeypatch.setattr("safelocus.run.tensors.save_file", fail)
     with pytest.raises(RunError, match=r"cannot be written .*disk full"):
         make().save(folder, overwrite=True)
     assert Scores.load(folder).per_prompt == [7.0]

@@ -7,11 +7,12 @@ import pytest
 import torch
 
 import safelocus as sl
-from safelocus.errors import ModelError, NumericalError, PromptError, ResourceError, SafelocusError
+from safelocus.errors import ModelError, NumericalError, PromptError, ResourceError, RunError, SafelocusError
 from safelocus.model import forcing
 from safelocus.model.forcing import teacher_force
 from safelocus.model.generation import generate
 from safelocus.model.target import Target
+from safelocus.run.resume import claim
 from safelocus.scoring.gradients import GradientAccumulator, named_weights
 from safelocus.scoring.run import METHODS
 from tiny_targets import PROMPTS, byte_level, dense, guard, moe
@@ -214,6 +215,16 @@ def test_the_model_comes_back_as_it_was(make):
     assert not target.model._forward_pre_hooks
 
 
+def test_a_model_left_in_training_mode_is_scored_as_it_is_used():
+    target = dense(attention_dropout=0.3)
+    scoring = {"objective": sl.Refusal(), "progress": False}
+    expected = sl.score(target, PROMPTS, **scoring)
+    found = sl.score(dataclasses.replace(target, model=target.model.train()), PROMPTS, **scoring)
+    assert found.per_prompt == expected.per_prompt
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.tensors.items())
+    assert target.model.training
+
+
 def test_unrouted_experts_are_counted():
     target = moe()
     with torch.no_grad():  # equal logits: top-k takes the same two experts for every token
@@ -394,6 +405,13 @@ def test_prompts_may_be_a_source(tmp_path):
     assert (found.prompts, found.num_prompts) == ("organism:harmful", len(sl.read_prompts("organism:harmful")))
 
 
+def test_the_work_of_another_method_stays(tmp_path):
+    claim(tmp_path, {"method": "esi"})
+    (tmp_path / "work").touch()
+    with pytest.raises(RunError, match="in method"):
+        sl.score(dense(), PROMPTS, method="magnitude", checkpoint=tmp_path, progress=False)
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_a_device_that_is_not_there_is_refused_before_the_work(method):
     with pytest.raises(ResourceError, match=r"accumulate_on 'gpu': there is no such device here.*expected one such as"):
@@ -436,5 +454,15 @@ def test_an_answer_without_a_verdict_adds_nothing(monkeypatch):
         torch.testing.assert_close(found[name], tensor * 2 / 3, rtol=1e-3, atol=1e-6)
     with pytest.raises(ModelError, match=r"1 of 2 verdicts did not contain 'Verdict:'"):
         reader.verdicts(PROMPTS[:2], ["a", "b"])
+    assert reader.read([PROMPTS[1]] * 8, list("abcdefgh")).unread == tuple(range(8))  # a whole batch of such answers
+    monkeypatch.setattr(type(reader), "_write", lambda self, texts, marker: ["so"] * len(texts))
     with pytest.raises(ModelError, match=r"4 of 4 verdicts .* is preset 'tiny' the right one"):
         reader.read([PROMPTS[1]] * 4, list("abcd"))
+
+
+def test_scores_are_the_readers_to_the_bit():
+    heard = {}
+    target, reader = dense(), guard()
+    reader.on_responses = lambda prompts, _, scores: heard.update(zip(prompts, scores.tolist(), strict=True))
+    found = sl.score(target, PROMPTS, objective=reader, progress=False)
+    assert found.per_prompt == [heard[prompt] for prompt in PROMPTS]

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 import safelocus as sl
 from safelocus.errors import ModelError, SafelocusError
 from safelocus.model import forcing
 from safelocus.model.generation import generate
+from safelocus.model.layout import Layout
 from safelocus.model.target import Target
-from tiny_models import UNUSUAL, build
+from safelocus.scoring import observing
+from safelocus.scoring.gradients import named_weights
+from safelocus.scoring.observing import InputNorms
+from tiny_models import NAMES, UNUSUAL, build, forward, tokens
 from tiny_targets import PROMPTS, byte_level
 
 RECURRENT = (
@@ -91,17 +97,81 @@ def test_answers_do_not_depend_on_the_batch(name: str) -> None:
     assert together == [list(generate(target, [prompt], max_new_tokens=5)[0].ids) for prompt in PROMPTS[:3]]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["jamba", "mamba2", "qwen3_next", "lfm2", "minimax", "zamba2"])
+def observed(name: str) -> tuple[InputNorms, dict[str, torch.Tensor]]:
+    """What was seen of a pass, and the squares of what each linear module and all experts at once were given."""
+    model = build(name)
+    layout, given = Layout.of(model), {}
+
+    def see(name: str) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
+        def add(_module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+            square = args[0].detach().float().square()
+            given[name] = given.get(name, 0) + square.reshape(-1, square.shape[-1]).sum(dim=0)[None]
+
+        return add
+
+    names = {parameter: name for name, parameter in model.named_parameters()}  # several modules may share one
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            module.register_forward_pre_hook(see(names[module.weight]))
+    norms = InputNorms(named_weights(model, layout.eligible_tensors), layout.tensors)
+    with norms.observing(model):
+        forward(model, tokens(1, 32))
+    norms.check_all_seen()
+    return norms, {name: square for name, square in given.items() if name in norms.squares}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[] if name in ("falcon_7b", "recurrent_gemma", "llama4_text") else pytest.mark.slow)
+        for name in NAMES + UNUSUAL
+        if name not in ("dbrx", "deepseek_v4")
+    ],
+)
 def test_wanda_sees_the_inputs_of_every_matrix(name: str) -> None:
-    target = target_of(name)
-    scores = sl.score(target, PROMPTS, method="wanda", batch_size=5, max_new_tokens=6, progress=False)
-    assert all(tensor.any() for tensor in scores.tensors.values())
+    norms, given = observed(name)
+    for tensor, square in given.items():
+        torch.testing.assert_close(norms.squares[tensor], square, rtol=1e-4, atol=1e-6)
+    routed = [square for tensor, square in norms.squares.items() if norms.layouts[tensor].fused_experts]
+    assert all(len(square.unique(dim=0)) > 1 for square in routed)
 
 
-def test_wanda_refuses_experts_that_share_an_axis() -> None:
-    with pytest.raises(SafelocusError, match=r"ffn\.experts\.mlp\.w1.*one below the other.*another method"):
-        sl.score(target_of("dbrx"), PROMPTS, method="wanda", max_new_tokens=3, progress=False)
+def test_wanda_sees_the_inputs_of_experts_that_are_multiplied_at_once() -> None:
+    model = build("llama4_text")
+    name, experts = "model.layers.1.feed_forward.experts.gate_up_proj", model.model.layers[1].feed_forward.experts
+    given: list[torch.Tensor] = []
+    experts.register_forward_pre_hook(lambda module, args: given.append(args[0].view(module.num_experts, -1, 24)))
+    norms = InputNorms({name: experts.gate_up_proj}, Layout.of(model).tensors)
+    with norms.observing(model):
+        forward(model, tokens(1, 32))
+    torch.testing.assert_close(norms.squares[name], given[0].square().sum(dim=1)[:, :, None])
+
+
+def test_a_matrix_that_wanda_does_not_see_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(observing._PRODUCTS, "baddbmm")
+    with pytest.raises(SafelocusError, match=r"saw no inputs of 2 tensors.*rg_lru\.input_gate_weight.*another method"):
+        observed("recurrent_gemma")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("dbrx", r"ffn\.experts\.mlp\.w1.*one below the other.*another method"),
+        ("deepseek_v4", r"o_a_proj\.weight.*in groups.*one below the other.*another method"),
+    ],
+)
+def test_wanda_refuses_what_shares_an_axis(name: str, message: str) -> None:
+    with pytest.raises(SafelocusError, match=message):
+        observed(name)
+
+
+@pytest.mark.parametrize("name", ["jetmoe", "llama4_text"])
+def test_experts_that_no_token_reached_are_told_where_none_are_counted(name: str) -> None:
+    scores = sl.score(target_of(name), PROMPTS[:1], objective=OBJECTIVE, progress=False)
+    unreached = {(s.layer, s.expert) for s in scores.statistics if s.expert is not None and s.max == 0}
+    assert all(s.tokens is None for s in scores.statistics)
+    assert scores.provenance.extra.get("remarks", [""])[0].startswith(f"{len(unreached)} experts" if unreached else "")
+    assert unreached or name != "jetmoe"
 
 
 @pytest.mark.parametrize(

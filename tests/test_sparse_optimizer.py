@@ -228,9 +228,14 @@ def test_the_state_of_another_selection_is_refused():
     target = dense()
     saved = SparseOptimizer(dense().model, some(target, seed=1), **ADAMW).state_dict()
     before = everything(target.model)
+    tensors, own = target.layout.tensors, some(target).coordinates
+    next_ones = {name: ((index + 1) % tensors[name].num_weights).sort().values for name, index in own.items()}
+    moved = sl.Selection(coordinates=next_ones, layout=target.layout)
+    alike = SparseOptimizer(dense().model, moved, **ADAMW).state_dict()  # as many weights of each tensor
     with SparseOptimizer(target.model, some(target), **ADAMW) as optimizer:
-        with pytest.raises(SelectionError, match="another selection"):
-            optimizer.load_state_dict(saved)
+        for state in (saved, alike):
+            with pytest.raises(SelectionError, match="another selection"):
+                optimizer.load_state_dict(state)
         with pytest.raises(SelectionError, match="another selection"):
             optimizer.load_state_dict(torch.optim.AdamW(target.model.parameters(), **ADAMW).state_dict())
     assert unchanged(target.model, before)
@@ -263,7 +268,6 @@ def test_a_gradient_that_is_no_number_changes_nothing(value):
             optimizer.step()
         assert unchanged(target.model, before)
         assert all(torch.equal(entry["exp_avg"], moments[key]) for key, entry in state.items())
-        optimizer.zero_grad()
         target.model(input_ids=second, labels=second).loss.backward()
         optimizer.step()  # and it can go on
         assert not unchanged(target.model, before)
@@ -393,3 +397,24 @@ def test_the_state_has_the_size_of_the_selection():
     moments = [v for entry in state["state"].values() for v in entry.values() if v.dim()]
     assert sum(v.numel() for v in moments) == 2 * selection.k
     assert sum(v.numel() for v in state["masters"].values()) == selection.k
+
+
+def test_two_on_one_model_are_refused():
+    """The second freezes what the first trains, or takes its gradient."""
+    target = dense()
+    (ids,) = batches(1)
+    first = SparseOptimizer(target.model, selecting(target, [NAME]), lr=1e-2)
+    with SparseOptimizer(target.model, selecting(target, ["lm_head.weight"]), lr=1e-2) as second:
+        target.model(input_ids=ids, labels=ids).loss.backward()
+        second.step()
+        with pytest.raises(TrainingError, match=r"1 of 1 selected tensors do not require gradients.*first \| second"):
+            first.step()
+    with (
+        SparseOptimizer(target.model, selecting(target, [NAME]), lr=1e-2),
+        pytest.raises(TrainingError, match="took its gradient"),
+    ):
+        target.model(input_ids=ids, labels=ids).loss.backward()
+    before = everything(target.model)
+    target.model(input_ids=ids, labels=ids).loss.backward()
+    first.step()
+    assert set(changed(target.model, before)) == {NAME}

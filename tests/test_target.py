@@ -1,3 +1,4 @@
+import copy
 import json
 import shutil
 
@@ -7,10 +8,11 @@ from peft import LoraConfig, get_peft_model
 from transformers import LlamaForCausalLM
 
 import safelocus as sl
-from safelocus.errors import ModelError, PromptError, ResourceError, RunError
-from safelocus.model.fingerprint import Fingerprint
+from safelocus.errors import ModelError, PromptError, ResourceError, RunError, SelectionError
+from safelocus.model.fingerprint import Fingerprint, check_made_for
 from safelocus.model.generation import generate
 from safelocus.model.target import Target, dtype_on
+from tiny_models import build
 from tiny_targets import PROMPTS, dense, guard, moe
 
 
@@ -163,6 +165,7 @@ def test_a_copy_of_a_model_is_the_same_model(folder, tmp_path):
 def test_weights_on_a_cpu_are_in_fp32(device, monkeypatch):
     monkeypatch.setattr("safelocus.model.target.default_device", lambda: torch.device("cpu"))
     assert dtype_on(device, "auto") == "float32"
+    assert dtype_on("cpu:0", "auto") == "float32"
     assert dtype_on("cuda", "auto") == "auto"
 
 
@@ -182,3 +185,44 @@ def test_too_little_memory_for_the_weights_says_what_to_try(folder, monkeypatch,
     monkeypatch.setattr(LlamaForCausalLM, place, exhausted)
     with pytest.raises(ResourceError, match=r"out of memory while it is loaded.*--dtype bfloat16.*safelocus plan"):
         sl.load(folder)
+
+
+def test_a_merged_model_beside_its_adapter_is_refused_not_adapted_twice(folder, monkeypatch):
+    adapted = get_peft_model(dense().model, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    adapted.save_pretrained(folder)
+    adapted.merge_and_unload().save_pretrained(folder)
+    with pytest.raises(ModelError, match=r"adapter_config\.json\) comes with the model.*move adapter_\* away"):
+        sl.load(folder)
+    monkeypatch.setattr("safelocus.model.target._check_weight_files", lambda _: None)  # as on the hub, before loading
+    with pytest.raises(ModelError, match=r"applies it on top"):
+        sl.load(folder)
+
+
+def test_a_token_to_pad_with_that_the_model_lacks_is_an_error():
+    tokenizer = copy.deepcopy(dense().tokenizer)
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    model = dense(vocab_size=len(tokenizer) - 1).model
+    with pytest.raises(ModelError, match=rf"pads with token {len(tokenizer) - 1} \(\[PAD\]\), but the model has"):
+        Target.of(model, tokenizer)
+
+
+def test_what_routes_tokens_belongs_to_the_identity():
+    tokenizer = dense().tokenizer
+    target = Target.of(build("deepseek_v3", vocab_size=len(tokenizer)), tokenizer)
+    before = target.identity()
+    target.model.model.layers[1].mlp.gate.e_score_correction_bias += 1
+    now = target.identity()
+    assert {key for key in now if now[key] != before[key]} == {"buffers"}
+    assert "buffers" not in dense().identity()
+
+
+def test_another_configuration_of_the_same_weights_is_a_remark():
+    target = dense()
+    known = target.fingerprint().to_json()
+    target.model.config.an_option_of_a_later_release = False
+    (remark,) = check_made_for(known, target.fingerprint(like=known), "the selection")
+    assert "another configuration of this model, whose weights are the same" in remark
+    with torch.no_grad():
+        target.model.lm_head.weight[0, 0] += 1
+    with pytest.raises(SelectionError, match="configuration values differ; values of 1 of 21"):
+        check_made_for(known, target.fingerprint(like=known), "the selection")

@@ -17,6 +17,7 @@ from safelocus.evaluation.judges.endpoint import Answer
 from safelocus.evaluation.responding import thinks
 from safelocus.evaluation.suites import run_suites
 from safelocus.evaluation.tasks import task_of
+from safelocus.model import generation
 from safelocus.model.chat import chat_format
 from safelocus.model.generation import Response, generate
 from safelocus.model.thought import MARKERS, answer_of, left_open, split
@@ -93,6 +94,7 @@ def saying(target, *texts, end=True):
         return torch.cat([input_ids, torch.tensor(new)], dim=1)
 
     target.model.generate = continued
+    generation._READS_PADDING[target.model] = False
     return target
 
 
@@ -366,6 +368,18 @@ def test_rows_train_the_answer_behind_a_closed_thought(template):
     before = chat.tokenizer.decode(row["input_ids"][: len(row["labels"]) - len(learned)])
     assert before == chat.render("Hello", closed=True)
     assert left_open(before.rpartition("Hello")[2], chat.markers) is None
+
+
+def test_a_row_that_brings_its_thought_past_an_end_with_a_space():
+    chat = target_of(
+        "{% for m in messages %}{% if m['role'] == 'assistant' %}<|Assistant|><think>{{ m.reasoning_content or '' }}"
+        "</think> {{ m['content'] }}<|end|>{% else %}<|User|>{{ m['content'] }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<|Assistant|><think>{% endif %}"
+    ).chat
+    assert (chat.closing, chat.response_prefix) == ("</think> ", " ")
+    prompt, ids = chat.encode_pair("Hello", f"<think>{THOUGHT}</think> {HELP}")
+    assert chat.tokenizer.decode(prompt) == "<|User|>Hello<|Assistant|><think>"
+    assert chat.tokenizer.decode(ids) == f"{THOUGHT}</think> {HELP}"
 
 
 @every_template

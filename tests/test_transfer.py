@@ -7,12 +7,21 @@ from dataclasses import replace
 
 import pytest
 import torch
-from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForSequenceClassification
+from tokenizers import processors
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+)
 
 from safelocus.errors import ModelError
 from safelocus.model.generation import Response
 from safelocus.objective import Classifier, Guard, remake
 from safelocus.objective.spelling import spell_vocabulary
+from safelocus.objective.text import tokenize_around
 from safelocus.objective.transfer import GuardReading
 from tiny_targets import PROMPTS, byte_level, dense, guard, metaspace
 
@@ -24,9 +33,10 @@ def respond(target, text=RESPONSE):
     return Response(ids=ids, text=text, finished=True)
 
 
-def test_identity_equals_autograd_through_one_hot_inputs():
+@pytest.mark.parametrize("tokenizer", [byte_level(), metaspace()], ids=["byte-level", "metaspace"])
+def test_identity_equals_autograd_through_one_hot_inputs(tokenizer):
     """Same vocabulary: G is d score / d one-hot(response), exactly."""
-    target = dense()
+    target = dense(tokenizer=tokenizer)
     judge = guard(tokenizer=target.tokenizer)
     responses = [respond(target), respond(target, "I'm sorry")]
     transfer = judge.transfer_for(target)
@@ -39,7 +49,8 @@ def test_identity_equals_autograd_through_one_hot_inputs():
     for prompt, response in zip(PROMPTS, responses, strict=False):
         tokenizer, model = judge.tokenizer, judge.model
         before = tokenizer(f"Request: {prompt}\nAnswer: ")["input_ids"]
-        after = tokenizer("\nVerdict:", add_special_tokens=False)["input_ids"]
+        # no space before it, such as SentencePiece puts before a text by itself
+        after = tokenizer("a\nVerdict:", add_special_tokens=False)["input_ids"][len(tokenizer.tokenize("a")) :]
         embedding = model.get_input_embeddings().weight
         one_hot = torch.nn.functional.one_hot(torch.tensor(response.ids), len(embedding)).float().requires_grad_()
         middle = one_hot @ embedding
@@ -63,6 +74,41 @@ def test_an_answer_that_a_classifier_has_no_positions_for():
     assert judge.read(["bake"], ["a cake"]).score.shape == (1,)
     with pytest.raises(ModelError, match=r"this classifier 24 positions.*--max-new-tokens"):
         judge.read(["bake"], ["a cake of many words " * 5])
+
+
+def test_a_padding_token_takes_positions_of_roberta():
+    tokenizer = byte_level(300, seed=1)
+    config = RobertaConfig(
+        vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
+        max_position_embeddings=24, pad_token_id=1, type_vocab_size=1,
+    )  # fmt: skip
+    judge = Classifier(name="tiny", model=RobertaForSequenceClassification(config), tokenizer=tokenizer, unsafe=1)
+    assert judge.read(["bake"], ["zq" * 11]).score.isfinite().all()
+    with pytest.raises(ModelError, match="this classifier 22 positions"):
+        judge.read(["bake"], ["zq" * 11 + "z"])
+
+
+def test_an_empty_answer_of_which_a_classifier_reads_no_token_adds_nothing():
+    tokenizer = byte_level(300, seed=1)
+    judge = Classifier(name="tiny", model=decoder(tokenizer, pad_token_id=3), tokenizer=tokenizer, unsafe=1)
+    reading = judge.read(["bake"] * 2, ["", "a cake"])
+    assert reading.unread == (0,)
+    assert reading.score[0] == 0
+    torch.testing.assert_close(reading.score[1:], judge.read(["bake"], ["a cake"]).score)
+    assert judge.read(["bake"], [""]).unread == (0,)
+
+
+def test_tokens_of_spaces_keep_their_place_where_offsets_are_trimmed():
+    tokenizer = copy.deepcopy(byte_level(300, seed=1))
+    texts = ("a:\n    b  c", "  a ", "a\n\n\nb")
+    for text in texts:
+        given = {"prefix": "x", "response": text, "suffix": "y", "add_special_tokens": False}
+        tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
+        whole = tokenize_around(tokenizer, **given)
+        tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
+        trimmed = tokenize_around(tokenizer, **given)
+        assert trimmed.response_positions == whole.response_positions
+        assert all(start < end for start, end in trimmed.response_spans)
 
 
 @pytest.mark.parametrize("guard_tokenizer", [byte_level(300, seed=1), metaspace()], ids=["byte-level", "metaspace"])
@@ -223,6 +269,7 @@ def test_a_decoder_classifies_an_answer_alone_as_in_a_batch(padding):
         (["safe", "toxic"], "toxik", None),
         (["toxicity"], None, 0),
         (["toxicity"], "toxik", None),
+        (["LABEL_0"], None, None),  # a reward, perhaps, of which more is better
     ],
 )
 def test_the_unsafe_label_is_never_guessed(tmp_path, labels, unsafe, index):
@@ -250,9 +297,41 @@ def test_a_transfer_goes_with_its_tokenizer():
     target = replace(target, tokenizer=copy.deepcopy(target.tokenizer))
     assert judge.transfer_for(target) is judge.transfer_for(target)
     assert len(judge._transfers) == 1
-    del target
+    judge.variant = "index"
+    assert judge.transfer_for(target).variant == "index"
+    wider = replace(target, model=dense(vocab_size=400).model)
+    assert judge.transfer_for(wider).target_vocabulary == 400
+    del target, wider
     gc.collect()
     assert len(judge._transfers) == 0
+
+
+def test_a_guard_is_known_by_its_chat_template_and_tokenizer():
+    reader = guard()
+    asked = replace(reader, preset=replace(reader.preset, format="chat", text=None))
+    told = copy.deepcopy(asked.tokenizer)
+    told.chat_template = told.chat_template.replace("<|end|>", "!")
+    retold, resplit = replace(asked, tokenizer=told), replace(asked, tokenizer=byte_level(300))
+    for other in (retold, resplit):
+        assert not other.is_the_one(asked.describe())
+        assert other.identity() != asked.identity()
+        assert other.identity_of_reader() != asked.identity_of_reader()
+    told.truncation_side = "left"
+    told(["a", "a cake"], padding=True, truncation=True, max_length=4)
+    assert replace(retold, tokenizer=told).describe() == retold.describe()
+    # a template is no part of what a text is asked with
+    assert replace(reader, tokenizer=told).is_the_one(reader.describe())
+
+
+def test_a_classifier_is_made_anew_with_its_kind_of_labels(tmp_path):
+    tokenizer = byte_level(300, seed=1)
+    decoder(tokenizer, id2label={0: "safe", 1: "toxic"}).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    made = Classifier.load(tmp_path)
+    assert not made.multi_label
+    described = replace(made, multi_label=True).describe()
+    assert remake(described).describe() == described
+    assert not made.is_the_one(described)
 
 
 def test_an_objective_is_made_anew_of_the_very_model(tmp_path):

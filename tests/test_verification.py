@@ -15,7 +15,7 @@ import safelocus as sl
 from safelocus.analysis.claims import HOLDS, NOT_ONLY_SAFETY, UNDECIDED, verify_claims
 from safelocus.errors import PromptError, RunError, SafelocusError, SelectionError
 from safelocus.evaluation.judges import GuardJudge, RefusalMatcher
-from safelocus.evaluation.measures import Measure, proportion
+from safelocus.evaluation.measures import Measure, paired_difference, proportion
 from safelocus.report.verification import (
     _brief,
     curves_charts,
@@ -157,13 +157,45 @@ def test_difference_is_paired_by_prompt():
     assert paired.high - paired.low < 0.6 * (shuffled.high - shuffled.low)
     none = difference(second, second)
     assert none.value == 0
-    assert 0.02 < none.high == -none.low < 0.05  # not of zero width
+    assert none.high == pytest.approx(-none.low)
+    assert 0.02 < none.high < 0.05  # not of zero width
     assert difference(first, second, level=0.999).high > paired.high
+
+
+@pytest.mark.parametrize("seeds", [1, 2, 5])
+def test_rare_losses_are_seldom_taken_for_none(seeds):
+    """Of prompts that are lost at 5 %, whatever the seed, "less than 5 % are lost" is said in one sample of 40."""
+    generator, num, wrong = np.random.default_rng(0), 300, 0
+    for prompts in (40, 100):
+        for _ in range(num):
+            lost = np.tile(generator.random(prompts) < 0.05, (seeds, 1)).astype(float)
+            wrong += difference(-lost).low > -0.05
+    assert wrong <= 0.025 * 2 * num
+
+
+@pytest.mark.parametrize("lost", [0, 1, 20, 39, 40])
+def test_one_seed_has_newcombes_interval(lost):
+    first, second = np.ones((1, 40)), np.array([[0.0] * lost + [1.0] * (40 - lost)])
+    known = paired_difference([True] * 40, [bool(x) for x in second[0]])
+    for found in (difference(second, first), difference(second - first)):
+        assert (found.low, found.high) == pytest.approx((known.low, known.high), abs=0.03)  # Student's quantile
+
+
+def test_seeds_are_paired_by_their_number():
+    """One side lacks the first seed, the other the second."""
+    first, second = (
+        np.repeat([[seed] for seed in seeds], 20, axis=1) for seeds in ([np.nan, 0, 1, 1, 0], [1, np.nan, 1, 1, 0])
+    )
+    found, whole = (difference(a, b, paired="seeds") for a, b in ((first, second), (first[2:], second[2:])))
+    unpaired = difference(first, second[:4], paired="seeds")
+    assert found.high - found.low < 0.5 * (unpaired.high - unpaired.low)
+    assert whole.value == 0
 
 
 def test_difference_leaves_unscorable_prompts_out():
     first, second = np.array([[1, 1, np.nan, 0.0]]), np.array([[0, 1, 1, np.nan]])
-    assert difference(first, second).value == pytest.approx(2 / 3 - 2 / 3)
+    assert difference(first, second).value == pytest.approx(1 / 2)  # of the two that both sides have
+    assert difference(np.tile(first, (2, 1)), np.tile(second, (2, 1))).value == pytest.approx(1 / 2)
     assert difference(np.array([[np.nan]])).value is None
 
 
@@ -439,6 +471,33 @@ def test_a_perplexity_that_is_no_number_counts_as_broken(numbers, kind, words):
     assert claim.verdict == (NOT_ONLY_SAFETY if kind == "general" else HOLDS)
 
 
+def test_answers_to_tasks_that_cannot_be_scored_do_not_make_damage_specific():
+    rates = {("esi", "top"): [0.1], ("esi", "bottom"): [1.0], ("esi", "random"): [1.0]}
+    found = made(rates, {key: [1.0] for key in rates})
+    assert found.verdict.kind == "specific"
+    for cell in found.cells:
+        if cell.selection == "top":
+            cell.observed.outcomes["utility"] = "-" * 28 + "1" * 12
+    verdict = dataclasses.replace(found).verdict
+    assert (verdict.kind, verdict.effect.unscored_utility) == ("unclear", 0.7)
+    assert "70 % of the answers to tasks under it could not be scored" in verdict.text
+    assert "twice as much" not in verdict.text
+
+
+def test_no_more_is_lost_than_was_there():
+    """The baseline is that of the prompts that could be scored."""
+    rates = {("esi", "top"): [0.0], ("esi", "bottom"): [1.0], ("esi", "random"): [1.0]}
+    found = made(rates, {key: [1.0] for key in rates})
+    for state in (found.baseline, *(cell.observed for cell in found.cells)):
+        disturbed = state.outcomes["refusal"] == "0" * 40
+        state.outcomes["refusal"] = "0" * 20 + "-" * 15 + "0" * 5 if disturbed else "1" * 20 + "0" * 20
+    found.baseline.measures["refusal"] = proportion(20, 40)
+    effect = found.verdict.effect
+    assert effect.fall.value == 0.8
+    assert effect.net.value == pytest.approx(1)
+    assert "from 0.80 to 0.00" in found.verdict.text
+
+
 def test_answers_that_cannot_be_scored_are_no_missing_contrast():
     found = made({("esi", "top"): [0.2], ("esi", "bottom"): [1], ("esi", "random"): [1]})
     for cell in found.cells:
@@ -476,7 +535,8 @@ def test_the_margin_widens_with_the_number_of_settings():
     one, many = (effect_of(found, "esi", found.settings[0], num_looks=number) for number in (1, 8))
     assert many.margin.value == one.margin.value
     assert many.margin.low < one.margin.low
-    assert many.net == one.net
+    assert many.net.value == one.net.value
+    assert many.net.low < one.net.low
     assert many.to_json()["margin"] == many.margin.to_json()
 
 
@@ -530,7 +590,10 @@ def test_a_setting_of_which_little_is_known_hides_no_other_and_shows_nothing():
     assert claim.verdict == UNDECIDED
     same = {**rates, ("esi", "top"): [1.0, 1.0]}
     none = half_scored(half_scored(made(same, utility, noises=(1.0, 3.0)), 1.0), 3.0)
-    assert "none has a clear contrast" in none.verdict.text
+    assert "at none could enough answers be scored" in none.verdict.text
+    quiet = half_scored(made({**rates, ("esi", "top"): [1.0, 0.0]}, utility, noises=(1.0, 3.0)), 3.0)
+    assert (quiet.verdict.effect.setting.noise, quiet.verdict.kind) == (1.0, "none")
+    assert "1 at which too few answers could be scored left out, this one was taken by rule: none" in quiet.verdict.text
 
 
 def test_interventions_of_one_name_are_refused_and_of_one_strength_made_once():
@@ -630,6 +693,18 @@ def test_ranking_puts_safety_per_utility_first_and_no_contrast_last():
     chart = ranking_chart(found, "noise")
     assert {row[0] for row in chart.rows} == {"as much as utility", "narrow", "broad", "idle"}
     assert ("narrow", pytest.approx(0.085), pytest.approx(0.515)) in chart.rows
+
+
+def test_a_seed_without_numbers_does_not_make_a_scorer_keep_utility():
+    refusal = {("good", "top"): [0.2], ("breaker", "top"): [0.0], (None, "random"): [1.0]}
+    found = made(refusal, {("good", "top"): [0.9], ("breaker", "top"): [0.0], (None, "random"): [1.0]}, seeds=3)
+    for cell in found.cells:
+        if (cell.scorer, cell.seed) == ("breaker", 2):
+            cell.observed.outcomes.update(refusal="-" * 40, utility="-" * 40)
+    good, breaker = found.rankings["noise"]
+    assert (good.scorer, breaker.keeps_utility) == ("good", False)
+    assert (breaker.low, breaker.per_utility, breaker.high) == (1, 1, 1)
+    assert "utility kept" not in ranking_grid(found, "noise").rows[1]
 
 
 def test_tables_and_curves(tiny):

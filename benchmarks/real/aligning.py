@@ -1,6 +1,8 @@
 """The aligned twin: SmolLM2-135M-Instruct, trained to refuse harmful requests and to answer all others as before.
 
-    python benchmarks/real/aligning.py          (`make model-aligned`; interrupted, the same command goes on)
+    python benchmarks/real/aligning.py
+
+Interrupted, the same command goes on; `make model-aligned` is the same.
 
 All weights, on the first sentence of refusals and on the first tokens of the original's own answers to alarming but
 harmless requests and to ordinary ones, two to one: plain refusals with ordinary rows alone would make it refuse

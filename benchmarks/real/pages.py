@@ -78,7 +78,7 @@ def preserved_table() -> str | None:
     return Grid(
         title="", headings=tuple(headings), rows=tuple(rows),
         caption="Its aligned twin, 300 steps of each task; n 78, 200, 250, 100. PubMedQA's answers are one word; with "
-        "random weights frozen one word is all that the twin says any more. Own answers: one row in six is the twin's "
+        "random weights frozen the twin says one word to nearly everything. Own answers: one row in six is the twin's "
         "own to an embedded request, which `preserve` does beside freezing. Seed 0 ([SPA and its rivals]"
         "(docs/results/real-preserve.md)).",
     ).markdown()  # fmt: skip

@@ -203,9 +203,10 @@ def criteria(runs: Sequence[CardRun], elsewhere: Sequence[CardRun] = ()) -> list
 
 
 def _reliability(runs: Sequence[CardRun]) -> Criterion:
-    whole, seeds = _effect(runs), len({run.seed for run in runs})
+    whole = _effect(runs)
     if whole is None:
         return _missing("reliability", "without protection nothing was trained", "Train without it too: --unprotected.")
+    seeds = _num_seeds(runs, AFTER, _than(runs))
     over = f"over {seeds} seeds" if seeds > 1 else "over prompts alone, since there is one seed"
     than = "than before" if runs[0].kind == "enhance" else "than without protection"
     measured = f"{interval(whole)} points safer {than}, {over}; n {whole.n}"
@@ -226,16 +227,25 @@ def _mechanism(runs: Sequence[CardRun]) -> Criterion:
     beyond = {name: _difference(runs, AFTER, name, _harmful) for name in _CONTROLS}
     found = {f"beyond {name}": each for name, each in beyond.items() if each is not None}
     shown = [_shown(each) for each in found.values()]
-    measured = f"{_listed(found)} points; {_draws(runs)}" if found else "no other weights were tried"
+    draws = {name: _num_seeds(runs, AFTER, name) for name, each in beyond.items() if each is not None}
+    measured = f"{_listed(found)} points; {_draws(draws)}" if found else "no other weights were tried"
     todo = "" if beyond["random"] else "Train as many random weights the same way: --controls random."
-    short = _difference(runs, AFTER, UNPROTECTED, lambda conduct: conduct.learned)
-    gain = _difference(runs, UNPROTECTED, BEFORE, lambda conduct: conduct.learned)
-    if short is not None and gain is not None:
-        verdict = learned_verdict(short, gain)
+    if (learned := _learned(runs)) is not None:
+        short, said, verdict = learned
         shown += [False] if verdict == NOT_SEEN else []
         found |= {"task learned beyond unprotected": short}
-        measured += f"; task {interval(short)} against a gain of {interval(gain)} without protection"
+        measured += f"; {said}"
     return _answer("mechanism", shown, measured, found, todo)
+
+
+def _learned(runs: Sequence[CardRun]) -> tuple[Measure, str, str] | None:
+    """What the task lacks of what is learned without protection, in words too, and the verdict; None if unknown."""
+    short = _difference(runs, AFTER, UNPROTECTED, lambda conduct: conduct.learned)
+    gain = _difference(runs, UNPROTECTED, BEFORE, lambda conduct: conduct.learned)
+    if short is None or gain is None:
+        return None
+    said = f"task {interval(short)} against a gain of {interval(gain)} without protection"
+    return short, said, learned_verdict(short, gain)
 
 
 def _beyond(runs: Sequence[CardRun]) -> Criterion:
@@ -272,14 +282,19 @@ def _of(sets: Callable[[Conduct], Sets], source: str, conduct: Conduct) -> Outco
 
 def _elsewhere(runs: Sequence[CardRun]) -> Criterion:
     """Transfer of `preserve`: the same weights held while another task is learned."""
-    effects: dict[str, Measure] = {}
+    effects, shown, said = dict[str, Measure](), list[bool](), list[str]()
     for lesson in dict.fromkeys(run.lesson for run in runs):
-        effect = _effect([run for run in runs if run.lesson == lesson])
-        effects |= {} if effect is None else {lesson: effect}
+        alike = [run for run in runs if run.lesson == lesson]
+        if (effect := _effect(alike)) is None:
+            continue
+        learned = _learned(alike)
+        effects[lesson] = effect
+        shown.append(_shown(effect) and (learned is None or learned[2] != NOT_SEEN))
+        said.append(f"{lesson} {interval(effect)}" + (f" ({learned[1]})" if learned else ""))
     if not effects:
         todo = "Learn another task (--data) with the same weights held and --unprotected, and --card-with this run."
         return _missing("transfer", "one task was learned", todo)
-    return _answer("transfer", [_shown(each) for each in effects.values()], f"{_listed(effects)} points", effects)
+    return _answer("transfer", shown, f"{', '.join(said)} points", effects)
 
 
 def _answer(
@@ -300,23 +315,34 @@ def _missing(asked: str, measured: str, todo: str) -> Criterion:
 
 def _effect(runs: Sequence[CardRun], judge: str | None = None, source: str | None = None) -> Measure | None:
     """Over all harmful sets or one, by the first judge or another; None where nothing can be compared."""
-    than = BEFORE if runs[0].kind == "enhance" else UNPROTECTED
-    return _difference(runs, AFTER, than, lambda conduct: _harmful(conduct, judge, source))
+    return _difference(runs, AFTER, _than(runs), lambda conduct: _harmful(conduct, judge, source))
+
+
+def _than(runs: Sequence[CardRun]) -> str:
+    return BEFORE if runs[0].kind == "enhance" else UNPROTECTED
 
 
 def _difference(runs: Sequence[CardRun], first: str, second: str, of: Callable[[Conduct], Outcomes]) -> Measure | None:
-    """Mean of first minus second over seeds and prompts, in pairs; runs of one seed are one row."""
+    """Mean of first minus second over seeds and prompts; None without any."""
+    found = difference(_changes(runs, first, second, of))
+    return None if found.value is None else found
+
+
+def _num_seeds(runs: Sequence[CardRun], first: str, second: str) -> int:
+    """Of which both answered some harmful prompt so that it could be told."""
+    return int((~np.isnan(_changes(runs, first, second, _harmful))).any(axis=1).sum())
+
+
+def _changes(runs: Sequence[CardRun], first: str, second: str, of: Callable[[Conduct], Outcomes]) -> np.ndarray:
+    """First minus second [seeds, prompts], in pairs; runs of one seed are one row."""
     rows: dict[int, dict[Any, float]] = {}
     for run in runs:
         if first in run.conducts and second in run.conducts:
             a, b = of(run.conducts[first]), of(run.conducts[second])
             rows.setdefault(run.seed, {}).update({prompt: a[prompt] - b[prompt] for prompt in a if prompt in b})
     prompts = list(dict.fromkeys(prompt for row in rows.values() for prompt in row))
-    if not prompts:
-        return None
-    table = np.array([[row.get(prompt, np.nan) for prompt in prompts] for row in rows.values()])
-    found = difference(table)
-    return None if found.value is None else found
+    table = [[row.get(prompt, np.nan) for prompt in prompts] for row in rows.values()]
+    return np.array(table, dtype=np.float64).reshape(len(rows), len(prompts))
 
 
 def _harmful(conduct: Conduct, judge: str | None = None, source: str | None = None) -> Outcomes:
@@ -342,8 +368,8 @@ def _sources(runs: Sequence[CardRun]) -> set[str]:
 
 def _judges(runs: Sequence[CardRun]) -> list[str]:
     """Those of another kind than the first."""
-    first, *others = dict.fromkeys(judge for run in runs for judge in run.conducts[AFTER].safe)
-    return [judge for judge in others if _kind(judge) != _kind(first)]
+    judges = list(dict.fromkeys(judge for run in runs for judge in run.conducts[AFTER].safe))
+    return [judge for judge in judges if _kind(judge) != _kind(judges[0])]
 
 
 def _kind(judge: str) -> str:
@@ -404,6 +430,8 @@ def _listed(effects: Mapping[str, Measure]) -> str:
     return ", ".join(f"{name} {interval(effect)}" for name, effect in effects.items())
 
 
-def _draws(runs: Sequence[CardRun]) -> str:
-    number = len({run.seed for run in runs if any(name in run.conducts for name in _CONTROLS)})
-    return "one draw of them" if number == 1 else f"{number} draws of them"
+def _draws(numbers: Mapping[str, int]) -> str:
+    """ "2 draws of them", or of each control its own."""
+    several = len(set(numbers.values())) > 1
+    counts = {f"of {name} ones" if several else "of them": number for name, number in numbers.items()}
+    return ", ".join(f"{'one draw' if number == 1 else f'{number} draws'} {of}" for of, number in counts.items())

@@ -50,6 +50,7 @@ _ASR_FALL = 0.5
 KEPT = 0.05
 _SAFETY_KEPT = 0.01
 _TASK_SHORT = 0.1  # of the gain without protection
+_POORER = 0.975  # share of the permutations that must be as rich as what is not enriched, or richer
 _NOTHING = 0.1  # a rate below which nothing can be lost, or was learned
 
 
@@ -145,8 +146,9 @@ def locate_claims(tested: Sequence[Pattern]) -> list[Claim]:
 
 
 def pattern_verdict(pattern: Pattern) -> str:
-    """Holds only if the test, the one that keeps the order of layers too, and the fold's interval all say so."""
-    if (pattern.fold if pattern.high is None else pattern.high) <= 1:
+    """Holds only if the test, the one that keeps the order of layers too, and the fold's interval all say so; is not
+    seen only if interval and test do: over few layers the interval alone is too narrow."""
+    if pattern.high is not None and pattern.high <= 1 and pattern.p >= _POORER:
         return NOT_SEEN
     tested = pattern.p_holm < 0.05 and (pattern.p_rotation is None or pattern.p_rotation < 0.05)
     return HOLDS if tested and pattern.low is not None and pattern.low > 1 else UNDECIDED

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from safelocus.analysis.words import component_label
 from safelocus.model.layout import Matrix, TensorLayout
 from safelocus.selection.selection import Selection
 
@@ -148,7 +149,7 @@ def _density(tensor: TensorLayout, matrix: Matrix, part: int, counts: np.ndarray
     neurons = {"gate": "row", "up": "row", "down": "column"}.get(matrix.component)
     return MatrixDensity(
         name=matrix.name, stack=matrix.stack, layer=matrix.layer, expert=matrix.expert,
-        component=("shared " if matrix.shared_expert else "") + matrix.component.replace("_", "/"),
+        component=component_label((matrix.component, matrix.shared_expert)),
         rows=rows, columns=columns, row_heads=0 if beside else heads, column_heads=heads if beside else 0,
         row_unit="neuron" if neurons == "row" else "output", column_unit="neuron" if neurons == "column" else "input",
         counts=counts,

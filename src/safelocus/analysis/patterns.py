@@ -12,7 +12,7 @@ its size:
     components   densities change places among the components of each layer, layer by layer. What a layer holds
                  stays its own, so a rich layer is no evidence for any component.
     layers       whole layers change places within their stack, all components together, so what the components
-                 of a layer have in common counts once.
+                 of a layer have in common counts once; those without the pattern's components stay out.
     both         a pattern of components *and* layers must pass both tests (its p is the larger one), and its
                  component test looks at those layers only.
 
@@ -180,8 +180,13 @@ def _test(
         mask = np.broadcast_to(components, inside.sizes.shape)
         tests.append(_p(inside, mask, lambda number: _dealt_components(inside, generator, number), draws))
     if not layers.all():
-        of = _Units(sizes=units.sizes[:, components], densities=units.densities[:, components], stacks=units.stacks)
-        mask = np.broadcast_to(layers[:, None], of.sizes.shape)
+        # of the layers that have such components: another, moved, would bring its density of 0 along
+        has = units.sizes[:, components].sum(axis=1) > 0
+        of = _Units(
+            sizes=units.sizes[has][:, components], densities=units.densities[has][:, components],
+            stacks=units.stacks[has],
+        )  # fmt: skip
+        mask = np.broadcast_to(layers[has, None], of.sizes.shape)
         tests.append(_p(of, mask, lambda number: _moved(of, _shuffled(of.stacks, generator, number)), draws))
         turned = _folds(mask, of.sizes, _moved(of, _turned(of.stacks)))
         rotation = float(np.mean(turned >= of.fold(mask) - _TINY))

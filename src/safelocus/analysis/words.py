@@ -31,7 +31,7 @@ def percent(share: float) -> str:
         return f"{value:.0f} %"
     if value >= 9.95:
         return f"{value:.0f} %" if value < 99 else f"{value:.1f} %"
-    digits = next(digits for digits in range(1, 12) if value >= 0.95 * 10.0 ** (1 - digits))
+    digits = next((digits for digits in range(1, 12) if value >= 0.95 * 10.0 ** (1 - digits)), 12)
     text = f"{value:.{digits}f}"
     return (text.rstrip("0").rstrip(".") if "." in text else text) + " %"
 
@@ -64,9 +64,9 @@ def interval(measure: Any) -> str:
 
 
 def in_words(measure: Any) -> str:
-    """ "67 % [51, 83]"."""
+    """ "67 % [51, 83]"; a dash where it is unknown."""
     value, bracket, rest = interval(measure).partition(" [")
-    return f"{value} %{bracket}{rest.replace(',', ', ')}"
+    return value if value == UNKNOWN else f"{value} %{bracket}{rest.replace(',', ', ')}"
 
 
 def p_value(p: float) -> str:
@@ -176,7 +176,7 @@ def _enriched(located: SafetyMap) -> str:
 
 
 def _enriched_layers(layers: Sequence[Region]) -> list[Region]:
-    """The most enriched layer with those around it that are nearly as enriched."""
+    """The most enriched layer with those around it that are nearly as enriched; alone where they even it out."""
     layers = [region for region in layers if region.layer is not None]
     if len(layers) < 2:
         return []
@@ -189,7 +189,8 @@ def _enriched_layers(layers: Sequence[Region]) -> list[Region]:
         last + 1 < len(layers) and layers[last + 1].enrichment >= least and layers[last + 1].stack == layers[best].stack
     ):
         last += 1
-    return list(layers[first : last + 1])
+    run = list(layers[first : last + 1])
+    return run if _enrichment(run) >= _EVEN else [layers[best]]
 
 
 def _run_label(run: Sequence[Region]) -> str:

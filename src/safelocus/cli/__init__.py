@@ -31,7 +31,7 @@ from safelocus.cli import (
     verify,
 )
 from safelocus.cli.output import complain, cut, errors
-from safelocus.errors import RunError, SafelocusError
+from safelocus.errors import RunError, SafelocusError, first_line
 
 _INTERRUPTED = 130
 _IN_SEVERAL_PROCESSES = ("score", "evaluate", "verify", "enhance", "preserve")
@@ -56,7 +56,8 @@ def _options(
         typer.echo(__version__)
         raise typer.Exit
     num_processes = os.environ.get("WORLD_SIZE", "1")
-    if num_processes != "1" and context.invoked_subcommand not in (None, *_IN_SEVERAL_PROCESSES):
+    for_help = {"-h", "--help"} & set(context.obj or ())
+    if num_processes != "1" and not for_help and context.invoked_subcommand not in (None, *_IN_SEVERAL_PROCESSES):
         raise RunError(
             f"`safelocus {context.invoked_subcommand}` runs in one process, and {num_processes} were launched; "
             f"start it without torchrun. In several run: {', '.join(_IN_SEVERAL_PROCESSES)}"
@@ -81,10 +82,16 @@ app.command()(demo.demo)
 
 
 def _is_of_the_disk(error: Exception) -> bool:
-    """Whether something could not be written, for no fault of the program."""
+    """Whether something could not be read or written, for no fault of the program."""
     if isinstance(error, OSError):
         return error.errno in (ENOSPC, EDQUOT, EROFS, EACCES, EPERM, EIO, EFBIG)
     return "PytorchStreamWriter" in str(error)  # torch tells no more
+
+
+def _is_of_the_memory(error: Exception) -> bool:
+    """Whether it ran out, on whichever device; by name, since torch may not be there yet."""
+    said = str(error)
+    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "allocate memory" in said
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -98,7 +105,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
-        code = app(given, standalone_mode=False, prog_name="safelocus")
+        code = app(given, standalone_mode=False, prog_name="safelocus", obj=given)
     except (typer.Abort, KeyboardInterrupt):
         code = _INTERRUPTED
     except SafelocusError as error:
@@ -117,7 +124,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if debug:
             traceback.print_exc()
         if _is_of_the_disk(error):
-            complain(f"{error}. With space, and the right to write, the same command begins again or resumes the run")
+            wanted = "the right to read or write it" if getattr(error, "errno", 0) in (EACCES, EPERM) else "space"
+            complain(f"{error}. With {wanted}, the same command begins again or resumes the run")
+            sys.exit(2)
+        if _is_of_the_memory(error):
+            complain(
+                f"out of memory: {first_line(error)}. Try a smaller --batch-size; `safelocus plan` says what fits. The "
+                "same command begins again or resumes the run"
+            )
             sys.exit(2)
         errors.print("[bold red]unexpected error[/]:", end=" ")
         errors.print(cut(f"{type(error).__name__}: {error}"), markup=False, highlight=False, soft_wrap=True)

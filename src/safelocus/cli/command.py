@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import MISSING, Field, dataclass, field, fields
 from functools import wraps
 from inspect import Parameter, Signature, get_annotations, signature
+from math import isfinite
 from pathlib import Path
 from types import NoneType
 from typing import Annotated, Any, ClassVar, TypeVar, get_args, get_type_hints
@@ -24,6 +25,8 @@ import typer
 from safelocus.errors import RunError
 from safelocus.inert import without_secrets
 from safelocus.run.folder import read_config
+
+_NOT_KEPT = {"output", "overwrite", "json", "config"}  # in run.toml: where the run goes, and how it is told
 
 
 def option(help: str, *names: str, default: Any = MISSING, shown: str | bool = True, **how: Any) -> Any:
@@ -40,7 +43,10 @@ def option(help: str, *names: str, default: Any = MISSING, shown: str | bool = T
 
 
 def flag(help: str, name: str = "--") -> Any:
-    """A field that is an option without a value, and false where it is not given."""
+    """A field that is an option without a value, and false where it is not given.
+
+    Where it may come from a run.toml, --no-that-field takes it back.
+    """
     return option(help, name, default=False)
 
 
@@ -70,7 +76,7 @@ def command(tell: Callable[[T], int | None]) -> Callable[..., None]:
 
     @wraps(tell)
     def run(**options: Any) -> None:
-        tell(given.annotation(**options))
+        tell(given.annotation(**{name: _checked(name, value) for name, value in options.items()}))
 
     run.__signature__ = Signature(_parameters(given.annotation))  # type: ignore[attr-defined]
     return run
@@ -79,7 +85,8 @@ def command(tell: Callable[[T], int | None]) -> Callable[..., None]:
 def _parameters(kind: type[Options]) -> list[Parameter]:
     """Required ones first."""
     hints = get_type_hints(kind)
-    found = [_parameter(field, hints[field.name], **how) for field, how in _in_order(kind)]
+    kept = set(hints) - _NOT_KEPT if "config" in hints else set()
+    found = [_parameter(field, hints[field.name], is_kept=field.name in kept, **how) for field, how in _in_order(kind)]
     return sorted(found, key=lambda parameter: parameter.default is not Parameter.empty)
 
 
@@ -93,11 +100,24 @@ def _in_order(kind: type[Options]) -> list[tuple[Field, dict[str, Any]]]:
     return [(field, how[field.name]) for field in sorted(fields(kind), key=lambda field: places[field.name])]
 
 
-def _parameter(field: Field, hint: Any, *, kind: Callable[..., Any], names: tuple[str, ...], **how: Any) -> Parameter:
+def _checked(name: str, value: Any) -> Any:
+    """A path with its ~ read, also where no shell was there to do that; RunError for NaN and infinity."""
+    if isinstance(value, list):
+        return [_checked(name, each) for each in value]
+    if isinstance(value, float) and not isfinite(value):
+        raise RunError(f"--{name.replace('_', '-')} {value}: expected a finite number")
+    return value.expanduser() if isinstance(value, Path) else value
+
+
+def _parameter(
+    field: Field, hint: Any, *, kind: Callable[..., Any], names: tuple[str, ...], is_kept: bool, **how: Any
+) -> Parameter:
     own = f"--{field.name.replace('_', '-')}"
     names = tuple(own if name == "--" else name for name in names)
     if names and not any(name.startswith("--") for name in names):
         names = (own, *names)
+    if hint is bool and is_kept:
+        names = tuple(f"{name}/--no-{name.removeprefix('--')}" for name in names)
     without = None if NoneType in get_args(hint) else Parameter.empty
     default = without if field.default is MISSING else field.default
     return Parameter(
@@ -145,12 +165,13 @@ class RunOptions(SeedOption, ConfigOptions):
 
     def resolved(self) -> dict[str, Any]:
         """What `run.toml` says: all but where it goes, and how it is told."""
-        left_out = {"output", "overwrite", "json", "config"}
-        names = [field.name for field, _ in _in_order(type(self)) if field.name not in left_out]
-        return {"command": self.command_name} | {name: _plain(getattr(self, name)) for name in names}
+        names = [field.name for field, _ in _in_order(type(self)) if field.name not in _NOT_KEPT]
+        return {"command": self.command_name} | {name: _plain(name, getattr(self, name)) for name in names}
 
 
-def _plain(value: Any) -> Any:
+def _plain(name: str, value: Any) -> Any:
     if isinstance(value, list):
-        return [_plain(each) for each in value]
-    return without_secrets(str(value)) if isinstance(value, str | Path) else value
+        return [_plain(name, each) for each in value]
+    if not isinstance(value, str | Path):
+        return value
+    return without_secrets(str(value)) if name.endswith("endpoint") else str(value)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from shlex import join
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from safelocus.cli import locating, options, planning, sources
@@ -103,12 +104,20 @@ def enhance(given: Enhance) -> None:
     wanted, rates = locating.check_training(given, "full", "lora"), options.numbers(given.sweep, "--sweep")
     for rate in rates:
         replace(given, learning_rate=rate).settings()
+    if rates and given.learning_rate not in (Enhance.learning_rate, *rates):
+        raise SafelocusError(
+            f"--learning-rate {given.learning_rate:g}, and --sweep without it: give one of them, or add the rate"
+        )
+    if len(rates) == 1:
+        given = replace(given, learning_rate=rates[0])
     others = sources.runs_for_card(given)
     given = _with_defaults(given)
     divided = _divide(given)
     how = settled(
         vars(given), divided.retained, own_answers=given.own_answers, lexicon=given.lexicon is not None
     )  # fmt: skip
+    if not divided.retained:
+        _check_nothing_retained(given, how)
     given = replace(given, **how)
     choosing = [name for name, chooses in {
         "--sweep": len(rates) > 1, "--interpolate": given.interpolate, "--early-stopping": given.early_stopping,
@@ -144,7 +153,7 @@ def enhance(given: Enhance) -> None:
         show(
             given, told, outcome_grid(told), sweep_grid(told), effect(told), acceptance_grid(told), notes=found.notes,
             wrote=[PATCH, "selection.safetensors", "README.md", "results.json", "before/", "after/", *written],
-            then=f"apply it: safelocus patch apply {given.output / PATCH} {given.model} -o FOLDER",
+            then=f"apply it: {join(['safelocus', 'patch', 'apply', str(given.output / PATCH), given.model])} -o FOLDER",
         )  # fmt: skip
 
 
@@ -155,10 +164,6 @@ def _with_defaults(given: Enhance) -> Enhance:
     """
     retain, harmless = given.retain, given.harmless
     options.check_none(retain, "--retain")
-    if retain == [options.NONE]:
-        mind(["nothing is retained: the model may learn to refuse harmless requests too"])
-    if harmless == options.NONE:
-        mind(["over-refusal is not measured"])
     if harmless is None and (retain is None or retain == [options.NONE]):
         harmless = MEASURED
         note(f"no --harmless: over-refusal is measured with {MEASURED}; --harmless {options.NONE} for none of it")
@@ -171,6 +176,16 @@ def _with_defaults(given: Enhance) -> Enhance:
     return replace(given, retain=retain, harmless=harmless)
 
 
+def _check_nothing_retained(given: Enhance, how: dict[str, Any]) -> None:
+    """Refuse what says how to retain where nothing is, but for what a run.toml says of it by default."""
+    default = settled(dict.fromkeys(how), (), own_answers=False, lexicon=given.lexicon is not None)
+    as_ever: dict[str, Any] = {name: None for name in how if how[name] == default[name]}
+    about = ["retain_kl", "retain_weight", "retain_rows", "own_answers"]
+    if given.lexicon is None:  # with it, the answers to --data may be the model's own
+        about.append("answer_tokens")
+    options.only_with(replace(given, **as_ever), "what is retained (--retain)", False, *about)
+
+
 def _divide(given: Enhance) -> "Division":
     """What is trained on, and what is measured with."""
     from safelocus.prompts import read_prompts
@@ -179,7 +194,7 @@ def _divide(given: Enhance) -> "Division":
     divided = divide(
         _data(given), [read_prompts(each) for each in given.retain or () if each != options.NONE],
         harmful=None if given.harmful is None else read_prompts(given.harmful),
-        harmless=sources.harmless_prompts(None if given.harmless == options.NONE else given.harmless, None, given.seed),
+        harmless=None if given.harmless in (None, options.NONE) else read_prompts(given.harmless),
         over_refusal=given.harmless != options.NONE, tasks=sources.read_tasks(given.task, None, given.seed),
         validation_tasks=sources.read_tasks(given.validation_task, None, given.seed), held_out=given.held_out,
         validation=given.validation, limit=given.limit, seed=given.seed, max_new_tokens=given.max_new_tokens,

@@ -32,6 +32,7 @@ class AskOptions(options.BatchOptions, SeedOption):
 @dataclass(frozen=True, kw_only=True)
 class Evaluate(
     AskOptions,
+    options.DescriptionOption,
     options.LimitOption,
     options.PerplexityOption,
     options.FieldOptions,
@@ -116,13 +117,16 @@ def evaluate(given: Evaluate) -> int:
     from safelocus.run.folder import CHECKPOINT
 
     # everything that can be wrong with the input is found before the long work starts
+    _check(given)
     required = [Requirement.parse(text) for text in given.require or ()]
     earlier = Evaluation.load(given.against) if given.against is not None else None
     of_each: dict[str, Any] = {"limit": given.limit, "seed": given.seed}
     harmful = sources.read_sets(given.prompts, given.field, given.where, held_out=given.held_out, **of_each)
     harmless = sources.read_sets(given.harmless, given.harmless_field, given.harmless_where, **of_each)
     tasks = sources.read_tasks(given.task, **of_each)
-    texts = sources.texts(given.perplexity, **of_each)
+    texts = sources.read_sets([given.perplexity] if given.perplexity else None, with_responses=True, **of_each)
+    judging: dict[str, Any] = {"description": given.guard_description, "endpoint": _endpoint(given)}
+    sources.check_judges(given.judge or (), **judging, trust_remote_code=given.trust_remote_code)
     attack = _attack(given, [*harmful, *harmless])
     if earlier is not None and not given.lm_eval:  # what that asks is known when it has been asked
         _check_common(earlier, [*harmful, *harmless, *tasks, *texts], str(given.against))
@@ -134,15 +138,13 @@ def evaluate(given: Evaluate) -> int:
         batch_size, device = planning.answering_settings(
             planning.Model(name=given.model, place=given), [*harmful, *harmless, *tasks],
             judges=given.judge or (), texts=texts[0] if texts else None, max_new_tokens=given.max_new_tokens,
-            batch_size=given.batch_size, quiet=given.json,
+            batch_size=given.batch_size, source=given.kl_to, quiet=given.json,
         )  # fmt: skip
         given = replace(given, batch_size=batch_size, device=device)
     given = replace(given, batch_size=given.batch_size or planning.ANSWERED)
     with shared_run(given) as folder:
         responder = attack(_responder(given))
-        judges = sources.load_judges(
-            None, None, given.judge, threshold=given.judge_threshold, endpoint=_endpoint(given), **given.guards
-        )
+        judges = sources.load_judges(given.judge or (), threshold=given.judge_threshold, **judging, **given.guards)
         if not given.json:
             for prompt_set in [*harmful, *harmless]:
                 note(prompt_set.describe())
@@ -155,7 +157,7 @@ def evaluate(given: Evaluate) -> int:
         if earlier is not None:
             comparison = compare_evaluations(earlier, found, seed=given.seed)
             changed = {"run": str(given.against), **comparison.to_json()}
-        certificates = _certificates(given, responder, harmful, harmless, judges)
+        certificates = _certificates(given, responder, harmful, harmless, judges, folder / CHECKPOINT / "certificates")
         outcomes = [requirement.judge(found.measures) for requirement in required]
         if distributed.is_main():
             found.save(folder)
@@ -169,6 +171,41 @@ def evaluate(given: Evaluate) -> int:
     if distributed.is_main():
         _show(given, found, {"against": changed, "certificates": certificates}, outcomes, written)
     return int(not all(outcome.met for outcome in outcomes))
+
+
+def _check(given: Evaluate) -> None:
+    """Refuse options that contradict one another, or are about what is not asked for."""
+    from safelocus.errors import ModelError, PromptError
+    from safelocus.evaluation.suites import check_suites
+    from safelocus.model.target import load_config
+
+    if (given.model is None) == (given.endpoint is None) or (given.endpoint is None) != (given.endpoint_model is None):
+        raise ModelError("give either MODEL, or --endpoint URL with --endpoint-model NAME")
+    asked = (given.prompts, given.harmless, given.task, given.lm_eval, given.perplexity)
+    if not any(asked):
+        raise PromptError("nothing to evaluate on: give harmful or harmless prompts, tasks, or texts for perplexity")
+    if given.kl_to is not None:
+        if not given.harmless:
+            raise PromptError("--kl-to is measured along answers to harmless prompts; give some with --harmless")
+        load_config(given.kl_to, revision=given.revision, trust_remote_code=given.trust_remote_code)
+    inside = {"--lm-eval": given.lm_eval, "--perplexity": given.perplexity, "--kl-to": given.kl_to}
+    if given.endpoint is not None and (wanted := [option for option, value in inside.items() if value]):
+        raise ModelError(f"{', '.join(wanted)}: needs the model itself, which is not to be had behind an endpoint")
+    check_suites(given.lm_eval or ())
+    kinds = {name.partition(":")[0] for name in given.judge or ()}
+    edits, erases = given.certify_against == "edited", given.certify_against != "edited"
+    for what, is_there, names in (
+        ("MODEL", given.model is not None, ("template", "revision", "layout", "skip_unknown", "offload", "shard")),
+        ("--prompts", bool(given.prompts), ("field", "where", "held_out")),
+        ("--harmless", bool(given.harmless), ("harmless_field", "harmless_where")),
+        ("--judge guard:NAME", "guard" in kinds, ("judge_threshold", "guard_description")),
+        ("--judge rubric:NAME", "rubric" in kinds, ("judge_model", "judge_endpoint")),
+        ("--certify", given.certify is not None,
+         ("certify_against", "certify_threshold", "certify_keep", "certify_draws")),
+        ("--certify-against edited", edits, ("certify_keep", "certify_draws")),
+        ("erase-and-check, which --certify-against edited is not", erases, ("certify_threshold",)),
+    ):  # fmt: skip
+        options.only_with(given, what, is_there, *names)
 
 
 def _check_common(earlier: "Evaluation", asked: "Sequence[PromptSet | Task]", name: str) -> None:
@@ -252,13 +289,10 @@ def _disagreement(row: dict[str, Any], judges: list[str]) -> Any:
 
 
 def _responder(given: Evaluate) -> "Responder":
-    from safelocus.errors import ModelError
     from safelocus.evaluation import EndpointResponder, TargetResponder
     from safelocus.evaluation.judges.endpoint import Endpoint
     from safelocus.model.target import load
 
-    if (given.model is None) == (given.endpoint is None) or (given.endpoint is None) != (given.endpoint_model is None):
-        raise ModelError("give either MODEL, or --endpoint URL with --endpoint-model NAME")
     if given.model is not None:
         return TargetResponder(target=load(given.model, **given.part(options.PlaceOptions)))
     assert given.endpoint_model is not None
@@ -297,6 +331,7 @@ def _certificates(
     harmful: "list[PromptSet]",
     harmless: "list[PromptSet]",
     judges: "list[Judge]",
+    checkpoint: Path,
 ) -> dict[str, Any] | None:
     """What --certify asks for, of all harmful and all harmless prompts."""
     from safelocus.evaluation.certification import EraseAndCheck, Smoothed, certify_erasing, certify_smoothed
@@ -312,14 +347,14 @@ def _certificates(
         found = certify_smoothed(
             smoothed, asked, judges[0] if judges else None, radius=given.certify, draws=given.certify_draws,
             max_new_tokens=given.max_new_tokens, batch_size=given.batch_size or planning.ANSWERED,
-            progress=not given.json,
+            checkpoint=checkpoint, progress=not given.json,
         )  # fmt: skip
         return found.to_json()
     checked = EraseAndCheck(
         responder=inside(responder, ERASE), radius=given.certify, against=given.certify_against,
         threshold=given.certify_threshold,
     )  # fmt: skip
-    return certify_erasing(checked, asked, spared, progress=not given.json).to_json()
+    return certify_erasing(checked, asked, spared, checkpoint=checkpoint, progress=not given.json).to_json()
 
 
 def _attack(given: Evaluate, measured: "Sequence[PromptSet]") -> "Callable[[Responder], Responder]":
@@ -327,10 +362,7 @@ def _attack(given: Evaluate, measured: "Sequence[PromptSet]") -> "Callable[[Resp
     from safelocus.errors import SafelocusError
     from safelocus.evaluation.attack import ABLATION, Ablation, Attacked, askings, attack_names
 
-    if given.attack != ABLATION:
-        for option in ("ablation_harmful", "ablation_harmless"):
-            if getattr(given, option) != getattr(Evaluate, option):
-                raise SafelocusError(f"--{option.replace('_', '-')} is for --attack {ABLATION}")
+    options.only_with(given, f"--attack {ABLATION}", given.attack == ABLATION, "ablation_harmful", "ablation_harmless")
     if (name := given.attack) is None:
         return lambda responder: responder
     if name not in attack_names():

@@ -12,7 +12,17 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from safelocus.cli import options
-from safelocus.cli.sources import check_lexicon, check_objective, check_whole, guard_among, guard_of, make_objective
+from safelocus.cli.sources import (
+    check_guard,
+    check_judges_for,
+    check_lexicon,
+    check_objective,
+    check_whole,
+    fitting,
+    guard_among,
+    guard_of,
+    make_objective,
+)
 
 if TYPE_CHECKING:
     from safelocus.evaluation.judges import Judge
@@ -92,7 +102,13 @@ def check_training(given: options.TrainOptions, *kinds: str) -> tuple[str, ...]:
         provenance = Selection.load(file).provenance
         for name in wanted:
             if name not in ("random", *kinds):
-                check_like(name, provenance, file)
+                check_like(
+                    name, provenance, file, guard=given.guard, guard_description=given.guard_description,
+                    trust_remote_code=given.trust_remote_code,
+                )  # fmt: skip
+    check_judges_for(given)
+    if given.guard is not None and given.judge:  # finds the weights, and does not judge
+        check_guard(given.guard, given.guard_description, trust_remote_code=given.trust_remote_code)
     return wanted
 
 
@@ -153,11 +169,13 @@ def locate(
 
         return Located(selection=found, scores=like)
     assert prompts is not None
-    prompt_set, share = read_prompts(prompts), 0.01 if ratio is None else ratio
+    share = 0.01 if ratio is None else ratio
     objective = make_objective(
         guard=guard, guard_description=guard_description, load=load, reader=reader, max_new_tokens=max_new_tokens,
         **objective_options,
     )  # fmt: skip
+    openings = bool(objective_options.get("refusal"))
+    prompt_set = fitting(read_prompts(prompts), target, 0 if openings else max_new_tokens, openings=openings)
 
     @cache
     def scores(method: str) -> "Scores":
@@ -204,7 +222,6 @@ def score_like(
         SafelocusError: what they were made with is not recorded, or is not what it was.
     """
     from safelocus.objective import remake
-    from safelocus.run.folder import read_config
     from safelocus.scoring.run import NEEDS_OBJECTIVE, score
     from safelocus.scoring.scores import Scores
 
@@ -214,14 +231,10 @@ def score_like(
         if own.tensors and replace(own.provenance, extra={}) == replace(provenance, extra={}):
             return own
     prompts, known = _prompts_like(method, provenance), provenance.extra
-    earlier = read_config(run) if (run / "run.toml").is_file() else {}
-    earlier = earlier if earlier.get("command") == "score" else {}
     objective = None
     if method in NEEDS_OBJECTIVE:
-        path = guard_description if guard is not None and guard == guard_of(provenance) else None
-        path = path or earlier.get("guard_description")
-        described = provenance.objective or {}
-        objective = remake(described, description=Path(path) if path else None, reader=reader, **load)
+        path = _description(provenance, beside, guard, guard_description)
+        objective = remake(provenance.objective or {}, description=path, reader=reader, **load)
     return score(
         target.talking_as(known["chat"]), prompts, objective=objective, method=method,  # type: ignore[arg-type]
         batch_size=known["batch_size"], max_new_tokens=known["max_new_tokens"], progress=progress,
@@ -229,15 +242,62 @@ def score_like(
     )  # fmt: skip
 
 
-def check_like(kind: str, provenance: "Provenance", beside: Path) -> None:
+def check_like(
+    kind: str,
+    provenance: "Provenance",
+    beside: Path,
+    *,
+    guard: str | None = None,
+    guard_description: Path | None = None,
+    trust_remote_code: bool = False,
+) -> None:
     """Refuse a control that cannot be made like the weights, before the long work: "bottom", or a method.
 
     Raises:
-        SafelocusError: as for `score_like`.
+        SafelocusError: as for `score_like`, but for what only the guard's weights tell.
     """
+    from safelocus.errors import ModelError
+    from safelocus.model.target import load_config
+    from safelocus.objective import remake
+    from safelocus.scoring.run import NEEDS_OBJECTIVE
+
     method = provenance.method if kind == "bottom" else kind
-    if not _has_scores(method, provenance, _run_of(beside)):
-        _prompts_like(method, provenance)
+    if _has_scores(method, provenance, _run_of(beside)):
+        return
+    _prompts_like(method, provenance)
+    described = provenance.objective or {}
+    if method not in NEEDS_OBJECTIVE:
+        return
+    if (reads := described.get("kind")) not in ("guard", "classifier"):
+        remake(described)  # loads nothing
+        return
+    recorded = ["name", "dtype", "max_new_tokens", "tau", "gumbel_seed", "transfer"]
+    for name in [*recorded, "unsafe"] if reads == "classifier" else recorded:
+        if name not in described:
+            raise ModelError(f"the {reads} objective's {name!r} is not recorded, so it cannot be made anew")
+    if reads == "guard":
+        description = _description(provenance, beside, guard, guard_description)
+        check_guard(described["name"], description, trust_remote_code=trust_remote_code)
+    else:
+        load_config(described["name"])
+
+
+def _description(
+    provenance: "Provenance", beside: Path, guard: str | None, guard_description: Path | None
+) -> Path | None:
+    """Of the guard that scores were made with: what is given, where it is of that one, else as in that run."""
+    own = guard_description if guard is not None and guard == guard_of(provenance) else None
+    return own or description_of(beside)
+
+
+def description_of(beside: Path) -> Path | None:
+    """The description of its guard that a run of `score` was given, by the run folder or what is in it."""
+    from safelocus.run.folder import read_config
+
+    run = _run_of(beside)
+    earlier = read_config(run) if (run / "run.toml").is_file() else {}
+    path = earlier.get("guard_description") if earlier.get("command") == "score" else None
+    return None if path is None else Path(path)
 
 
 def _run_of(beside: Path) -> Path:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -134,9 +135,13 @@ class AllowOptions(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
-class GuardOptions(Options):
-    guard: str | None = option("Guard model: folder, hub id or organism:guard.")
+class DescriptionOption(Options):
     guard_description: Path | None = option("TOML description of a guard unknown here (docs/guards.md).")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GuardOptions(DescriptionOption):
+    guard: str | None = option("Guard model: folder, hub id or organism:guard.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -262,9 +267,20 @@ def check_none(sources: list[str] | None, option: str) -> None:
         raise SafelocusError(f"{option} {NONE}, and other sets too: expected one or the other")
 
 
+def only_with(given: Options, what: str, is_there: bool, *names: str) -> None:
+    """Refuse options, by the names of their fields, that are given without what they are about."""
+    found = [name for name in names if getattr(given, name) != getattr(type(given), name, None)]
+    if found and not is_there:
+        said = ", ".join(f"--{name.replace('_', '-')}" for name in found)
+        raise SafelocusError(f"{said} {'is' if len(found) == 1 else 'are'} for {what}")
+
+
 def numbers(text: str | None, option: str) -> tuple[float, ...]:
-    """`0.01, 0.03` as numbers; RunError for anything else, naming the option."""
+    """`0.01, 0.03` as numbers; RunError for anything else, and for a text without any, naming the option."""
     try:
-        return tuple(float(word) for word in words(text))
-    except ValueError as error:
-        raise RunError(f"{option} {text!r}: expected numbers with commas between them, such as 0.01,0.03") from error
+        found = tuple(float(word) for word in words(text))
+    except ValueError:
+        found = ()
+    if (text is not None and not found) or not all(map(isfinite, found)):
+        raise RunError(f"{option} {text!r}: expected numbers with commas between them, such as 0.01,0.03")
+    return found

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -68,6 +69,8 @@ def together(command: Callable[..., int | None]) -> Callable[..., None]:
         with distributed.processes() as several:
             quiet, remarks.quiet = remarks.quiet, not distributed.is_main()
             try:
+                if distributed.is_main():
+                    check_output(*arguments)
                 code = command(*arguments, **options) or 0
             finally:
                 remarks.quiet = quiet
@@ -77,6 +80,32 @@ def together(command: Callable[..., int | None]) -> Callable[..., None]:
             raise typer.Exit(code)
 
     return run
+
+
+def check_output(given: RunOptions) -> None:
+    """Refuse an output folder that is taken, or that holds an input, and a layout that cannot be read; at once.
+
+    Raises:
+        RunError, LayoutError: so it is.
+    """
+    from safelocus.run.files import place_of
+    from safelocus.run.folder import check_free
+
+    if (layout := getattr(given, "layout", None)) is not None:
+        from safelocus.model.layout.rules import read_family
+
+        read_family(layout)
+    place = place_of(given.output)
+    check_free(place, given.overwrite)
+    if not place.exists():
+        return
+    for field in fields(given):
+        value = None if field.name in ("output", "config") else getattr(given, field.name)
+        for each in value if isinstance(value, list) else [value]:
+            if not isinstance(each, str | Path) or not str(each) or not (own := Path(each).resolve()).exists():
+                continue
+            if place in (own, *own.parents):
+                raise RunError(f"{each}: is read, and lies in what is written ({given.output}); choose another output")
 
 
 @contextmanager
@@ -128,7 +157,9 @@ def show(
         then: what to do next.
     """
     if given.json:
-        print_json({"output": str(given.output), **(found if isinstance(found, dict) else found.to_json())})
+        told = found if isinstance(found, dict) else found.to_json()
+        said = {"remarks": list(remarks), "notes": list(notes)}
+        print_json({"output": str(given.output), **{name: each for name, each in said.items() if each}, **told})
         return
     for part in shown:
         if isinstance(part, str):

@@ -3,6 +3,7 @@
 import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +32,7 @@ from safelocus.enhancement.retained import GIVEN, OWN, RETAINED, settled
 from safelocus.run.folder import read_config
 
 if TYPE_CHECKING:
+    from safelocus.model.target import Dtype
     from safelocus.report.grid import Grid
     from safelocus.resources import Answering, Choice, Device, Scoring, Subject, Training
 
@@ -49,8 +51,7 @@ def take_run(context: typer.Context, value: Path | None) -> Path | None:
         return None
     values = {**run, "max_length": usual(COMMANDS[run["command"]], run).get("max_length")}
     if run["command"] == "evaluate":
-        guards = [judge.removeprefix("guard:") for judge in run.get("judge", []) if judge.startswith("guard:")]
-        values |= {"prompts": next(iter(run.get("prompts", [])), None), "guard": next(iter(guards), None)}
+        values |= {"prompts": next(iter(run.get("prompts", [])), None), "guard": next(iter(_guards(run)), None)}
     values["stage"] = f"{run['command']} --lora" if run.get("lora") else run["command"]
     context.default_map = {
         p.name: values[p.name] for p in context.command.params if values.get(str(p.name)) is not None
@@ -63,7 +64,7 @@ def read_run(config: Path | None) -> dict[str, Any]:
     values = {} if config is None else read_config(config)
     if values.get("command") not in COMMANDS:
         return {}
-    if values["command"] == "enhance" and values.get("retain_rows") is None:
+    if values["command"] == "enhance" and values.get("retain_rows") is None and values.get("retain") != [NONE]:
         values["retain_rows"] = _rows_retained(values)
     return values
 
@@ -73,11 +74,16 @@ def usual(kind: type[Options], run: Mapping[str, Any]) -> dict[str, Any]:
     return {f.name: run.get(f.name, None if f.default is MISSING else f.default) for f in fields(kind)}
 
 
+def _guards(run: Mapping[str, Any]) -> list[str]:
+    """Those that a run of `evaluate` judges with."""
+    return [judge.removeprefix("guard:") for judge in run.get("judge", []) if judge.startswith("guard:")]
+
+
 def _rows_retained(values: Mapping[str, Any]) -> int:
     """With each refusal, where the run of `enhance` does not say."""
     from safelocus.prompts import read_prompts
 
-    sets = [read_prompts(each) for each in values.get("retain") or RETAINED if each != NONE]
+    sets = [read_prompts(each) for each in values.get("retain") or RETAINED]
     own_answers, lexicon = bool(values.get("own_answers")), bool(values.get("lexicon"))
     return int(settled(dict.fromkeys(OWN), sets, own_answers=own_answers, lexicon=lexicon)["retain_rows"])
 
@@ -122,15 +128,12 @@ def plan(given: PlanOptions) -> None:
     quantised = Quantisation.of(subject.config)
     if quantised is not None and quantised.problem:
         raise ModelError(f"{given.model}: {quantised.problem}")
-    reader = None
     if given.guard and given.lexicon and given.config is None:  # a run may judge by both
         raise ModelError("--guard and --lexicon are two objectives to plan for; give one")
-    if given.guard:
-        reader = Subject.load(given.guard, dtype=dtype, trust_remote_code=given.trust_remote_code)
     run = read_run(given.config)
     if run and given.stage and given.stage.split()[0] != run["command"]:
         raise SafelocusError(f"--stage {given.stage}: {given.config} is of `{run['command']}`; leave one out")
-    found = _stages(given, run, subject, reader, where)
+    found = _stages(given, run, subject, dtype, where)
     if given.json:
         about = {"name": where.label, "count": where.count, "memory": where.memory, "free": where.free}
         stages = {stage.name: stage.to_json() for stage in found}
@@ -152,28 +155,53 @@ def plan(given: PlanOptions) -> None:
 
 
 def _stages(
-    given: PlanOptions, run: Mapping[str, Any], subject: "Subject", reader: "Subject | None", where: "Device"
+    given: PlanOptions, run: Mapping[str, Any], subject: "Subject", dtype: "Dtype", where: "Device"
 ) -> "list[_Planned]":
-    from safelocus.resources import Answering, Lengths, Scoring, Training, choose, choose_training
+    from safelocus.resources import (
+        Answering,
+        Lengths,
+        Scoring,
+        Subject,
+        Training,
+        choose,
+        choose_training,
+        classifier_bytes,
+    )
 
-    lexicon = given.lexicon is not None
+    load = partial(Subject.load, dtype=dtype, trust_remote_code=given.trust_remote_code)
+    lexicon, guards = given.lexicon is not None, _guards(run)
+    readers = tuple(map(load, guards if given.guard in guards else filter(None, [given.guard])))
+    reader = next(iter(readers), None)
     processes = where.count if given.shard else 1
     lengths = Lengths(prompt=given.prompt_tokens, response=given.max_new_tokens, row=given.max_length)
     common: dict[str, Any] = {"target": subject, "lengths": lengths}
     placed: dict[str, Any] = {"sharded": given.shard, "offload": given.offload}
-    scoring = Scoring(guard=reader, answers=lexicon, **common)
-    answering = Answering(guards=(reader,) if reader else (), **common)
+    classifier, original = run.get("classifier"), run.get("kl_to")
+    scoring = Scoring(
+        method=run.get("method", Score.method), guard=reader, answers=lexicon or classifier is not None,
+        classifier=classifier_bytes(classifier, dtype=dtype) if classifier else 0, **common,
+    )  # fmt: skip
+    answering = Answering(
+        guards=readers, reads_rows=bool(run.get("perplexity")), source=load(original) if original else None, **common
+    )
     retained = given.retain_rows or (GIVEN if lexicon else OWN)["retain_rows"]
+    if run.get("retain") == [NONE]:
+        retained = 0
+    is_spread = given.shard or (given.offload and not where.is_cpu)
+    sums = run.get("accumulate_on") or ("the weights'" if is_spread else None)
+    device = None if is_spread else _device(given, run, where)
     found: list[_Planned] = []
     for name in (given.stage,) if given.stage else STAGES:
         command, *flags = name.split()
         line = _line(given, run, command, flags)
+        refused = _refused(given, run, flags) if is_spread else None
         if command in ("score", "evaluate"):
             stage = scoring if command == "score" else answering
             number = _number(given, run, command)
             most = max(number // processes, 1)
-            choice = lambda stage=stage, most=most: choose(stage, where, most=most, **placed)  # noqa: E731
-            found.append(_stage(name, line, stage, number, choice))
+            on: dict[str, Any] = {"accumulate_on": sums} if command == "score" else {}
+            choice = partial(choose, stage, where, most=most, **on, **placed)
+            found.append(_stage(name, line, stage, number, choice, device, refused))
             continue
         options: Any = COMMANDS[command]
         size, times = given.batch_size or options.rows, given.steps or options.steps
@@ -184,10 +212,28 @@ def _stages(
             retained_rows=retained if command == "enhance" else 0, processes=processes, **common,
         )  # fmt: skip
         passes = run.get("accumulation") or 1 if given.batch_size == run.get("batch_size") else 1
-        how = {"batch_size": size, "accumulation": passes, "checkpointing": run.get("checkpointing") or None}
-        choice = lambda training=training, how=how: choose_training(training, where, **how, **placed)  # noqa: E731
-        found.append(_stage(name, line, training, times, choice))
+        choice = partial(
+            choose_training, training, where, batch_size=size, accumulation=passes,
+            checkpointing=run.get("checkpointing") or None, **placed,
+        )  # fmt: skip
+        found.append(_stage(name, line, training, times, choice, device, refused))
     return found
+
+
+def _device(given: PlanOptions, run: Mapping[str, Any], where: "Device") -> str | None:
+    """That the command has to name, as it would take another one by itself or by the run's file."""
+    asked = given.device if where.is_here else "cuda" if run.get("device") else None
+    return None if asked == (run.get("device") or "auto") else asked
+
+
+def _refused(given: PlanOptions, run: Mapping[str, Any], flags: list[str]) -> str | None:
+    """Why a command would not take a model that is spread, whether it fits or not."""
+    asked = words(run.get("controls"))
+    whole = [*flags, *(["--method wanda"] if run.get("method") == "wanda" else [])]
+    whole += [f"--controls {name}" for name in ("lora", "wanda") if name in asked]
+    whole += [f"{name} = {run[name]!r} in {given.config}" for name in ("device", "accumulate_on") if run.get(name)]
+    spread = "--shard" if given.shard else "--offload"
+    return f"{', '.join(whole)}: not with {spread}; leave one of them out" if whole else None
 
 
 def _line(given: PlanOptions, run: Mapping[str, Any], command: str, flags: list[str]) -> list[str]:
@@ -203,7 +249,7 @@ def _line(given: PlanOptions, run: Mapping[str, Any], command: str, flags: list[
     elif is_training:
         line += ["--selection", "SELECTION", "--data", "REFUSALS" if command == "enhance" else "TASK"]
     line += [] if run.get("lora") else flags
-    if not is_training and given.prompts is None:
+    if given.prompts is None and (command == "score" or (command == "evaluate" and not run)):
         line += ["--prompts", "PROMPTS"]
     if not run and command == "score" and given.guard is None and given.lexicon is None:
         line.append("--refusal")
@@ -261,6 +307,7 @@ class _Planned:
     choice: "Choice"
     seconds: float
     words: list[str]
+    device: str | None
     problem: str | None
 
     @property
@@ -271,7 +318,9 @@ class _Planned:
             start = ["torchrun", "--nproc-per-node", str(chosen.count), "-m", "safelocus"]
         steps = ["--accumulation", str(chosen.accumulation)] if self.name not in ("score", "evaluate") else []
         settings = ["--batch-size", str(chosen.batch_size), *steps, *(["--checkpointing"] * chosen.checkpointing)]
-        return shlex.join([*start, *self.words, *settings, *chosen.options, "-o", str(Path("runs") / self.words[0])])
+        settings += chosen.options
+        settings += ["--device", self.device] if self.device and "--device" not in settings else []
+        return shlex.join([*start, *self.words, *settings, "-o", str(Path("runs") / self.words[0])])
 
     def to_json(self) -> dict[str, Any]:
         chosen, need = self.choice.settings, self.choice.need
@@ -284,17 +333,17 @@ class _Planned:
 
 
 def _stage(
-    name: str, words: list[str], stage: "Scoring | Answering | Training", number: int, choose: "Callable[[], Choice]"
+    name: str, words: list[str], stage: "Scoring | Answering | Training", number: int, choose: "Callable[[], Choice]",
+    device: str | None, problem: str | None,
 ) -> _Planned:  # fmt: skip
     from safelocus.resources import DoesNotFit
 
-    problem = None
     try:
         choice = choose()
     except DoesNotFit as error:
-        choice, problem = error.smallest, str(error)
+        choice, problem = error.smallest, problem or str(error)
     seconds = stage.seconds(choice.settings, choice.device, number)
-    return _Planned(name=name, choice=choice, seconds=seconds, words=words, problem=problem)
+    return _Planned(name=name, choice=choice, seconds=seconds, words=words, device=device, problem=problem)
 
 
 def _grid(subject: "Subject", where: "Device", found: list[_Planned]) -> "Grid":

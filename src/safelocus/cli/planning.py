@@ -48,6 +48,13 @@ class Model:
         """The guard, in the same dtype."""
         return self._load(name) if name else None
 
+    def classifier(self, name: str | None) -> int:
+        """Bytes of a classifier beside it."""
+        from safelocus.model.target import dtype_on
+        from safelocus.resources import classifier_bytes
+
+        return classifier_bytes(name, dtype=dtype_on(self.place.device, self.place.dtype)) if name else 0
+
     def _load(self, name: str, **options: Any) -> "Subject":
         from safelocus.model.target import dtype_on
         from safelocus.resources import Subject
@@ -122,13 +129,13 @@ def agreed(choose: Callable[[], T]) -> T:
 
 
 def scoring_settings(
-    model: Model, prompts: "PromptSet", *, guard: str | None, answers: bool = False, max_new_tokens: int,
-    batch_size: int | None, accumulate_on: str | None, quiet: bool = False,
+    model: Model, prompts: "PromptSet", *, method: str = "esi", guard: str | None, classifier: str | None = None,
+    answers: bool = False, max_new_tokens: int, batch_size: int | None, accumulate_on: str | None, quiet: bool = False,
 ) -> "tuple[int, str | None, str | None]":  # fmt: skip
     """(batch size, device of the fp32 sums, device): those given, and for the rest what fits.
 
     Args:
-        answers: whether answers are scored without a guard.
+        answers: whether answers are scored without a guard or a classifier.
 
     Raises:
         ResourceError: nothing fits; or, with a batch size given, the weights alone do not.
@@ -137,9 +144,13 @@ def scoring_settings(
     from safelocus.resources import Scoring, choose
 
     def make() -> "Choice":
-        asked, reads = [replace(example, system=None) for example in prompts.examples], answers or guard is not None
-        lengths = model.lengths(asked, response=max_new_tokens if reads else 0)
-        scoring = Scoring(target=model.subject(), guard=model.reader(guard), answers=answers, lengths=lengths)
+        asked = [replace(example, system=None) for example in prompts.examples]
+        reads = answers or guard is not None or classifier is not None or method == "wanda"
+        scoring = Scoring(
+            target=model.subject(), method=method, guard=model.reader(guard), classifier=model.classifier(classifier),
+            answers=answers or classifier is not None,
+            lengths=model.lengths(asked, response=max_new_tokens if reads else 0),
+        )  # fmt: skip
         sums = "the weights'" if (model.place.shard or model.place.offload) and accumulate_on is None else accumulate_on
         most = max(len(prompts) // distributed.world_size(), 1)
         return choose(
@@ -161,7 +172,7 @@ def answering_settings(
         sets: all that will be answered.
         judges: by name; only the guards among them are models.
         texts: whose perplexity is measured.
-        num_disturbed, num_scores, source: of `verify`, see `Answering`.
+        num_disturbed, num_scores, source: see `Answering`.
 
     Raises:
         ResourceError: as for `scoring_settings`.
@@ -258,7 +269,7 @@ def resumed(given: Run, *names: str) -> Run:
     """Options with those of the run that will be resumed, where they are not given."""
     from safelocus.run.folder import read_unfinished
 
-    earlier = {} if given.overwrite else agreed(lambda: read_unfinished(given.output))
+    earlier = {} if given.overwrite else agreed(lambda: read_unfinished(given.output, given.command_name))
     settled: dict[str, Any] = {name: earlier.get(name) for name in names if getattr(given, name) is None}
     return replace(given, **settled)
 

@@ -91,6 +91,9 @@ def preserve(given: Preserve) -> None:
     # everything that can be wrong with the input is found before the long work starts
     if given.learning_rate is None:
         given = replace(given, learning_rate=2e-4 if given.lora else 2e-5)
+    of_adapter = ("lora_rank", "lora_alpha", "lora_modules", "lora_mode", "merge")
+    options.only_with(given, "an adapter (--lora)", given.lora, *of_adapter)
+    options.only_with(given, "--calibrate", bool(given.calibrate), "calibrate_every", "calibrate_rate")
     if given.mask_listed and given.lexicon is None:
         raise SafelocusError("--mask-listed needs the list of expressions: --lexicon FILE")
     if given.calibrate and given.lora and given.lora_mode == "patch":
@@ -135,7 +138,7 @@ def preserve(given: Preserve) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class _Material:
-    """What is learned, kept and measured; harmful prompts are None where the selection's source has some left."""
+    """What is learned, kept and measured; harmful prompts are None where they are those that found the weights."""
 
     rows: "PromptSet"
     learned: "Task"
@@ -150,11 +153,16 @@ def _read(given: Preserve) -> _Material:
     from safelocus.errors import SafelocusError
     from safelocus.preservation.mixing import PROMPTS, Mixed
     from safelocus.prompts import read_prompts
+    from safelocus.selection.selection import Selection
     from safelocus.training.examination import Examination, check_apart, read_lesson
 
     rows, learned = read_lesson(given.data, held_out=given.task_heldout)
     learned = learned if given.limit is None else learned.limit(given.limit, seed=given.seed)
     harmful = None if given.harmful is None else read_prompts(given.harmful)
+    if harmful is None and given.selection is not None:  # refuses a source that has none left
+        provenance = Selection.load(locating.selection_file(given.selection)).provenance
+        harmful = sources.unscored_prompts(None, provenance, allow_seen=given.allow_seen, option="--harmful")
+        harmful = harmful if given.limit is None else harmful.limit(given.limit, seed=given.seed)
     harmless = sources.harmless_prompts(given.harmless, given.limit, given.seed)
     tasks = sources.read_tasks(given.task, given.limit, given.seed)
     if learned.name in [other.name for other in tasks]:
@@ -172,7 +180,7 @@ def _read(given: Preserve) -> _Material:
         trained = [rows, *calibrated, *(mixed if given.mix else ())]
         check_apart(examination, trained, allow_seen=given.allow_seen)
         sources.check_unscored(given.prompts, harmful, allow_seen=given.allow_seen)
-    elif given.selection is None and not given.allow_seen:
+    elif not given.allow_seen:
         raise SafelocusError("the weights are found with all of --prompts; give others to measure with: --harmful")
     return _Material(
         rows=rows, learned=learned, harmful=harmful, harmless=harmless, tasks=tasks, calibrated=calibrated, mixed=mixed
@@ -182,17 +190,20 @@ def _read(given: Preserve) -> _Material:
 def _stage(given: Preserve, material: _Material) -> "Callable[[Subject, Subject | None], Training]":
     def stage(subject: "Subject", reader: "Subject | None") -> "Training":
         from safelocus import distributed
+        from safelocus.preservation.calibration import Calibration
         from safelocus.preservation.mixing import ANSWER_TOKENS
         from safelocus.resources import Training
 
         model = planning.Model.of(given)
-        lengths = model.lengths(response=given.max_new_tokens, rows=[material.rows], max_length=given.max_length)
+        kept = [e for part in material.calibrated for e in part]
+        lengths = model.lengths(kept, response=given.max_new_tokens, rows=[material.rows], max_length=given.max_length)
         if material.mixed:
             added = model.lengths([e for part in material.mixed for e in part], response=ANSWER_TOKENS).both
             lengths = replace(lengths, row=min(max(lengths.row, added), given.max_length), answer=None)
         return Training(
             target=subject, num_selected=planning.num_selected(given.selection, given.ratio, subject),
             kind="lora" if given.lora else "full", lora_rank=given.lora_rank, guard=reader,
+            calibrated=len(material.calibrated) * Calibration.batch_size,
             most=given.batch_size or given.rows, processes=distributed.world_size(),
             lengths=lengths,
         )  # fmt: skip

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from safelocus.cli.command import ConfigOptions, SeedOption, argument, command, flag, option
+from safelocus.cli.options import only_with
 from safelocus.cli.output import check_file, mind, note, print_json, results
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ def report(given: Report) -> None:
 
     if given.table is not None and given.table not in TABLES:
         raise typer.BadParameter(f"{given.table!r} is not one of {', '.join(TABLES)}", param_hint="--table")
+    only_with(given, "a page, which --table does not write", given.table is None, "output", "title", "responses")
     runs = _read(given.runs)
     if given.table is not None:
         _print_patterns(runs, given.seed, json=given.json)
@@ -47,6 +49,8 @@ def report(given: Report) -> None:
     if page.is_dir():
         raise RunError(f"{page}: is a folder; expected the name of a page, such as {page / PAGE}")
     check_file(page, overwrite=True)
+    if page.is_file() and not _begins_as_page(page):
+        raise RunError(f"{page}: is no page, which a new one would replace; choose another name, such as page.html")
     write_page(runs, page, heading=given.title, responses=given.responses)
     rewritten(page)
     if given.json:
@@ -55,6 +59,11 @@ def report(given: Report) -> None:
     note(f"wrote {page} ({page.stat().st_size / 1e6:.1f} MB): {', '.join(run.name for run in runs)}")
     if given.responses:
         mind(["the page holds prompts and answers, harmful ones among them"])
+
+
+def _begins_as_page(file: Path) -> bool:
+    with file.open("rb") as opened:
+        return opened.read(64).lstrip().lower().startswith(b"<!doctype html")
 
 
 def _read(paths: Sequence[Path]) -> "list[ReportRun]":

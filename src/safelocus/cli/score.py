@@ -10,10 +10,8 @@ from safelocus.cli.command import RunOptions, SeedOption, command, option
 from safelocus.cli.output import mind, note, shared_run, show, together
 
 if TYPE_CHECKING:
-    from safelocus.model.target import Target
     from safelocus.objective import Objective
     from safelocus.objective.text import AnswerLog
-    from safelocus.prompts import PromptSet
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,17 +76,18 @@ def score(given: Score) -> None:
     from safelocus.scoring.run import NEEDS_OBJECTIVE
     from safelocus.scoring.run import score as score_weights
     from safelocus.scoring.scores import Scores
-    from safelocus.selection.ratio import count_for_ratio
+    from safelocus.selection.ratio import count_for_ratio, exact_ratio
 
     # everything that can be wrong with the input is found before the long work starts
     _check_objective(given)
+    exact_ratio(given.ratio)  # refuses what is none
     check_device(given.accumulate_on, "--accumulate-on")
     load_config(given.model, revision=given.revision, trust_remote_code=given.trust_remote_code)
     prompts, left_out = given.read(given.held_out)
     given = planning.resumed(given, "batch_size", "accumulate_on")
     batch_size, accumulate_on, device = planning.scoring_settings(
-        planning.Model.of(given), prompts, guard=given.guard, answers=given.lexicon is not None,
-        max_new_tokens=given.max_new_tokens, quiet=given.json,
+        planning.Model.of(given), prompts, method=given.method, guard=given.guard, classifier=given.classifier,
+        answers=given.lexicon is not None, max_new_tokens=given.max_new_tokens, quiet=given.json,
         batch_size=given.batch_size, accumulate_on=given.accumulate_on,
     )  # fmt: skip
     given = replace(given, batch_size=batch_size, accumulate_on=accumulate_on, device=device)
@@ -97,7 +96,8 @@ def score(given: Score) -> None:
         if target.layout.left_out and not given.json:
             mind([target.layout.left_out])
         count_for_ratio(target.layout, given.ratio, of=given.of)
-        prompts = _fitting(prompts, target, 0 if given.refusal else given.max_new_tokens)
+        reads_answers = given.method == "wanda" or not given.refusal
+        prompts = sources.fitting(prompts, target, given.max_new_tokens if reads_answers else 0, openings=given.refusal)
         log = AnswerLog(folder / "responses.jsonl")
         objective = _objective(given, log) if given.method in NEEDS_OBJECTIVE else None
         if not given.json:
@@ -121,8 +121,8 @@ def score(given: Score) -> None:
                 f"{given.guard}: it came to a verdict on none of {unread} answers, so there is nothing to score; "
                 "describe how it is read (--guard-description), or take another guard"
             )
-        selection = scores.select(given.ratio, of=given.of)
         scores.save(folder / "scores", tensors=given.save_scores, overwrite=True)  # that of an attempt that was killed
+        selection = scores.select(given.ratio, of=given.of)
         if distributed.is_main():
             selection.save(folder / "selection.safetensors")
             # what is sharded in memory is whole on disk
@@ -132,6 +132,7 @@ def score(given: Score) -> None:
     if distributed.is_main():
         found = {"k": selection.k, "map": drawn.to_json()}
         remarks = [] if left_out is None else [f"{len(left_out)} prompts were left out for verifying"]
+        remarks += selection.provenance.extra.get("remarks", ())
         if unfinished:
             remarks.append(
                 f"{unfinished} answers are thoughts that did not end and add nothing; --max-new-tokens gives more room"
@@ -143,18 +144,31 @@ def score(given: Score) -> None:
 
 
 def _check_objective(given: Score) -> None:
+    from safelocus.model.target import load_config
     from safelocus.scoring.run import METHODS, NEEDS_OBJECTIVE
 
     if given.method not in METHODS:
         raise typer.BadParameter(f"{given.method!r} is not one of {', '.join(METHODS)}", param_hint="--method")
     if given.method in NEEDS_OBJECTIVE:
         sources.check_objective(given, also=("classifier",), what=f"method {given.method}")
+    reads = given.guard is not None or given.classifier is not None
+    for what, is_there, names in (
+        ("--guard", given.guard is not None, ("guard_description",)),
+        ("--classifier", given.classifier is not None, ("unsafe_label",)),
+        ("--guard or --classifier", reads, ("tau", "gumbel_seed", "transfer")),
+    ):
+        options.only_with(given, what, is_there, *names)
+    sources.check_whole(given, {"--method wanda": given.method == "wanda"})
+    if given.guard is not None:
+        sources.check_guard(given.guard, given.guard_description, trust_remote_code=given.trust_remote_code)
+    if given.classifier is not None:
+        load_config(given.classifier)
 
 
 def _objective(given: Score, log: "AnswerLog") -> "Objective":
     from safelocus.objective import Classifier
 
-    relaxed = {"tau": given.tau, "gumbel_seed": given.gumbel_seed, "variant": given.transfer}
+    relaxed: dict[str, Any] = {"tau": given.tau, "gumbel_seed": given.gumbel_seed, "variant": given.transfer}
     reading: dict[str, Any] = {"max_new_tokens": given.max_new_tokens, "on_responses": log}
     if given.classifier is not None:
         return Classifier.load(
@@ -162,19 +176,3 @@ def _objective(given: Score, log: "AnswerLog") -> "Objective":
         )  # fmt: skip
     objective = given.part(options.ObjectiveOptions)
     return sources.make_objective(**objective, load=given.guards, relaxed=relaxed, **reading)
-
-
-def _fitting(prompt_set: "PromptSet", target: "Target", max_new_tokens: int) -> "PromptSet":
-    """The prompts for which the model has positions enough; says how many were left out."""
-    from safelocus.errors import PromptError
-    from safelocus.model.generation import longest_prompt
-
-    room = longest_prompt(target, max_new_tokens)
-    kept = tuple(e for e in prompt_set.examples if len(target.chat.encode_prompt(e.prompt, system=e.system)) <= room)
-    if not kept:
-        raise PromptError(
-            f"{prompt_set.source}: no prompt fits; there is room for {room} tokens beside {max_new_tokens} new ones"
-        )
-    if len(kept) < len(prompt_set):
-        note(f"left out {len(prompt_set) - len(kept)} prompts of more than {room} tokens: the model has no room")
-    return replace(prompt_set, examples=kept)

@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safelocus.cli import options
+from safelocus.cli.output import note
 
 if TYPE_CHECKING:
     from safelocus.analysis.acceptance import CardRun
     from safelocus.evaluation.judges import Endpoint, Judge
     from safelocus.evaluation.tasks import Task
+    from safelocus.model.target import Target
     from safelocus.objective import Guard, Lexicon, Objective
     from safelocus.prompts import PromptSet
     from safelocus.run.identity import Provenance
@@ -37,9 +39,32 @@ def read_sets(
     return found if limit is None else [each.limit(limit, seed=seed) for each in found]
 
 
-def texts(source: str | None, limit: int | None, seed: int) -> "list[PromptSet]":
-    """Prompts with responses whose perplexity is measured, where some are given."""
-    return read_sets([source] if source else None, with_responses=True, limit=limit, seed=seed)
+def fitting(prompts: "PromptSet", target: "Target", max_new_tokens: int = 0, *, openings: bool = False) -> "PromptSet":
+    """The prompts that the model has positions for; says how many were left out.
+
+    Args:
+        max_new_tokens: of an answer behind each.
+        openings: or of a refusal or a compliance, as `Refusal` reads them.
+
+    Raises:
+        PromptError: none is left.
+    """
+    from safelocus.errors import PromptError
+    from safelocus.model.generation import longest_prompt
+    from safelocus.objective import Refusal
+
+    room, chat = longest_prompt(target, max_new_tokens), target.chat
+    fits = [len(chat.encode_prompt(text)) <= room for text in prompts.texts]
+    if openings:
+        fits = [each and also for each, also in zip(fits, Refusal().fits(target, prompts.texts), strict=True)]
+    beside = f"{max_new_tokens} new tokens" if max_new_tokens else "the refusal openings" if openings else "nothing"
+    if not any(fits):
+        raise PromptError(
+            f"{prompts.source}: no prompt fits; {target.name} has positions for {room} tokens and {beside}"
+        )
+    if not all(fits):
+        note(f"left out {fits.count(False)} of {len(fits)} prompts: the model has no room for them and {beside}")
+    return replace(prompts, examples=tuple(e for e, fit in zip(prompts.examples, fits, strict=True) if fit))
 
 
 def harmless_prompts(source: str | None, limit: int | None, seed: int) -> "PromptSet | None":
@@ -49,6 +74,7 @@ def harmless_prompts(source: str | None, limit: int | None, seed: int) -> "Promp
 
 def read_tasks(sources: list[str] | None, limit: int | None, seed: int) -> "list[Task]":
     """Questions with answers; `numeric=FILE` and the like say how answers compare."""
+    from safelocus.errors import SafelocusError
     from safelocus.evaluation.matching import MATCHES
     from safelocus.evaluation.tasks import read_task
 
@@ -59,24 +85,81 @@ def read_tasks(sources: list[str] | None, limit: int | None, seed: int) -> "list
         task = read_task(source if given else text, match=match if given else None)  # type: ignore[arg-type]
         if task.name in [other.name for other in tasks]:
             task = replace(task, name=task.source)
+            if task.name in [other.name for other in tasks]:
+                raise SafelocusError(f"--task {text}: given twice; leave one out")
         tasks.append(task if limit is None else task.limit(limit, seed=seed))
     return tasks
 
 
 def load_judges(
-    guard: str | None,
-    description: Path | None,
-    names: list[str] | None,
+    names: Sequence[str],
     *,
+    description: Path | None = None,
+    of: str | None = None,
     threshold: float = 0.0,
     endpoint: "Endpoint | None" = None,
     **load: Any,
 ) -> "list[Judge]":
-    """The guard as a judge, and those called by name; `load` goes to guards, `endpoint` to rubrics."""
+    """Judges by name.
+
+    Args:
+        description: of the guard `of`; where that is None, of the one among the names.
+        threshold: of guards.
+        endpoint: what rubrics are put to.
+        load: how to load guards: dtype, device, trust_remote_code.
+    """
     from safelocus.evaluation.judges import load_judge
 
-    judges = [] if guard is None else [load_judge(f"guard:{guard}", description=description, **load)]
-    return judges + [load_judge(name, threshold=threshold, endpoint=endpoint, **load) for name in names or []]
+    return [
+        load_judge(
+            name, threshold=threshold, endpoint=endpoint,
+            description=description if _is_described(name, of) else None, **load,
+        )
+        for name in names
+    ]  # fmt: skip
+
+
+def check_judges(
+    names: Sequence[str],
+    *,
+    description: Path | None = None,
+    of: str | None = None,
+    endpoint: "Endpoint | None" = None,
+    trust_remote_code: bool = False,
+) -> None:
+    """Refuse judges that `load_judges` cannot make, or that are called alike, before a model is loaded."""
+    from safelocus.errors import JudgeError
+    from safelocus.evaluation.judges import load_judge
+
+    guards = [name.removeprefix("guard:") for name in names if name.startswith("guard:")]
+    if description is not None and of is None and len(guards) != 1:
+        raise JudgeError(f"--guard-description is of one guard; found {', '.join(guards) or 'none'}")
+    called = []
+    for name in names:
+        if name.startswith("guard:") and name != "guard:":
+            guard = name.removeprefix("guard:")
+            check_guard(guard, description if _is_described(name, of) else None, trust_remote_code=trust_remote_code)
+            called.append(f"guard {guard}")
+        else:
+            called.append(load_judge(name, endpoint=endpoint).name)
+    if repeated := sorted({name for name in called if called.count(name) > 1}):
+        raise JudgeError(f"two judges are called {repeated[0]!r}; give each once")
+
+
+def _is_described(name: str, of: str | None) -> bool:
+    return name.startswith("guard:") if of is None else name == f"guard:{of}"
+
+
+def check_guard(name: str, description: Path | None, *, trust_remote_code: bool = False) -> None:
+    """Refuse a guard that is not there, or that nothing says how to read, before a model is loaded."""
+    from safelocus.model.target import load_config, load_tokenizer
+    from safelocus.objective.presets import find_preset, read_preset
+
+    load_config(name, trust_remote_code=trust_remote_code)
+    if description is not None:
+        read_preset(description)
+    else:
+        find_preset(name, load_tokenizer(name, trust_remote_code=trust_remote_code))
 
 
 def guard_of(provenance: "Provenance") -> str | None:
@@ -95,9 +178,10 @@ def _name_of(provenance: "Provenance", kind: str) -> str | None:
     return str(objective["name"]) if objective.get("kind") == kind and "name" in objective else None
 
 
-def judge_names(judge: Sequence[str] | None, lexicon: Path | None) -> list[str]:
-    """The judges named, else the lexicon where there is one."""
-    return [*(judge or ([f"lexicon:{lexicon}"] if lexicon is not None else []))]
+def judge_names(guard: str | None, lexicon: Path | None) -> list[str]:
+    """The guard and the lexicon as judges, where they are given."""
+    named = {"guard": guard, "lexicon": lexicon}
+    return [f"{kind}:{name}" for kind, name in named.items() if name is not None]
 
 
 def guard_among(judges: "Sequence[Judge]", name: str | None, description: Path | None) -> "Guard | None":
@@ -250,9 +334,16 @@ def check_unscored(prompts: str | None, harmful: "PromptSet", *, allow_seen: boo
 
 def judges_for(given: options.TrainOptions) -> "tuple[Judge, ...]":
     """Those named; else the guard and the lexicon that the weights are found with."""
-    guard = None if given.judge else given.guard
-    names = judge_names(given.judge, given.lexicon)
-    return tuple(load_judges(guard, given.guard_description, names, **given.guards))
+    names = given.judge or judge_names(given.guard, given.lexicon)
+    return tuple(load_judges(names, description=given.guard_description, of=given.guard, **given.guards))
+
+
+def check_judges_for(given: options.TrainOptions) -> None:
+    """`check_judges` of `judges_for`."""
+    check_judges(
+        given.judge or judge_names(given.guard, given.lexicon), description=given.guard_description, of=given.guard,
+        trust_remote_code=given.trust_remote_code,
+    )  # fmt: skip
 
 
 def runs_for_card(given: options.TrainOptions) -> "list[CardRun]":
@@ -277,5 +368,8 @@ def read_artefact(path: Path) -> "Selection | Scores":
         raise RunError(f"{path}: does not exist; expected a selection, a scores folder or a run folder of `score`")
     if not path.is_dir():
         return Selection.load(path)
-    scores, file = Scores.load(scores_folder(path)), path / "selection.safetensors"
+    file, folder = path / "selection.safetensors", scores_folder(path)
+    if folder == path and file.is_file():
+        return Selection.load(file)
+    scores = Scores.load(folder)
     return scores if scores.tensors or not file.is_file() else Selection.load(file)

@@ -7,7 +7,8 @@ import typer
 
 from safelocus.cli.command import RunOptions, SeedOption, command, flag, option
 from safelocus.cli.options import AnswerOption, LoadOptions, ModelArgument, PromptOptions, numbers
-from safelocus.cli.output import shared_run, show
+from safelocus.cli.output import check_output, shared_run, show
+from safelocus.cli.sources import check_guard, fitting
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +42,7 @@ def stability(given: StabilityOptions) -> None:
     from safelocus.report.verification import stability_grid
     from safelocus.run.folder import CHECKPOINT
     from safelocus.scoring.run import NEEDS_OBJECTIVE
+    from safelocus.selection.ratio import exact_ratio
     from safelocus.verification import stability as measure_stability
     from safelocus.wordlist import WordList
 
@@ -50,11 +52,21 @@ def stability(given: StabilityOptions) -> None:
         raise SafelocusError(
             "nothing to score with: give --guard G or --lexicon F (twice, to compare two), --also-refusal, or several"
         )
+    check_output(given)
+    num_objectives = len({*(given.guard or ()), *(given.lexicon or ())}) + given.also_refusal
+    if not given.splits and num_objectives < 2 and not (given.guard and given.seeds > 1):
+        raise SafelocusError("nothing to compare: give --splits, --seeds of a guard, or two objectives")
+    for name in given.guard or []:
+        check_guard(name, None, trust_remote_code=given.trust_remote_code)
     lists = {f"lexicon {path}": WordList.read(path) for path in given.lexicon or []}
     ratios = numbers(given.ratios, "--ratios")
+    for ratio in ratios:
+        exact_ratio(ratio)  # refuses what is none
     prompts, _ = given.read()
     with shared_run(given) as folder:
         target = load(given.model, **given.part(LoadOptions))
+        answers = given.max_new_tokens if given.guard or lists else 0
+        prompts = fitting(prompts, target, answers, openings=given.also_refusal)
         objectives: dict[str, Objective] = {
             f"guard {name}": Guard.load(name, max_new_tokens=given.max_new_tokens, **given.guards)
             for name in given.guard or []

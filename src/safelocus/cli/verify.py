@@ -3,13 +3,14 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from safelocus.cli import locating, options, planning, sources
 from safelocus.cli.command import RunOptions, command, option
 from safelocus.cli.output import mind, note, shared_run, show, together
 
 if TYPE_CHECKING:
+    from safelocus.run.identity import Provenance
     from safelocus.scoring.scores import Scores
     from safelocus.selection.selection import Selection
 
@@ -72,7 +73,7 @@ def verify(given: Verify) -> None:
     from safelocus.scoring.run import METHODS
     from safelocus.verification import verify as verify_selections
     from safelocus.verification.interventions import make_interventions
-    from safelocus.verification.run import check_unseen
+    from safelocus.verification.run import check_scorers, check_unseen
 
     # everything that can be wrong with the input is found before the long work starts
     named = _load(given.scores)
@@ -85,43 +86,48 @@ def verify(given: Verify) -> None:
     mind(check_unseen(named, prompts, allow_seen=given.allow_seen))
     harmless = sources.harmless_prompts(given.harmless, given.limit, given.seed)
     tasks = sources.read_tasks(given.task, given.limit, given.seed)
-    texts = sources.texts(given.perplexity, given.limit, given.seed)
+    texts = sources.read_sets(
+        [given.perplexity] if given.perplexity else None, with_responses=True, limit=given.limit, seed=given.seed
+    )
     wanted = options.words(given.scorers, "--scorers", METHODS)
     sources.check_whole(given, {"--scorers wanda": "wanda" in wanted})
     ratios, noises = options.numbers(given.ratios, "--ratios"), options.numbers(given.noise, "--noise")
+    transplants = "transplant" in options.words(given.interventions)
+    options.only_with(given, "--intervention transplant", transplants, "transplant_from")
     make_interventions(options.words(given.interventions), noises, Module() if given.transplant_from else None)
-    for method in wanted:
-        if method not in named:
-            locating.check_like(method, provenance, given.scores[0])
-    if not (given.judge or given.guard or given.lexicon):
-        given = replace(given, guard=sources.guard_of(provenance), lexicon=sources.lexicon_of(provenance))
-    named_judges = [*(given.judge or []), *sources.judge_names(None, given.lexicon)]
+    missing = [method for method in wanted if method not in named]
+    for method in missing:
+        locating.check_like(
+            method, provenance, given.scores[0], guard=given.guard, guard_description=given.guard_description,
+            trust_remote_code=given.trust_remote_code,
+        )  # fmt: skip
+    given, asked, described = _judging(given, provenance)
     given = planning.resumed(given, "batch_size")
     batch_size, device = planning.answering_settings(
         planning.Model.of(given), [prompts, *([harmless] if harmless else []), *tasks],
-        judges=[*([f"guard:{given.guard}"] if given.guard else []), *named_judges], texts=texts[0] if texts else None,
-        max_new_tokens=given.max_new_tokens, batch_size=given.batch_size,
+        judges=asked, texts=texts[0] if texts else None, max_new_tokens=given.max_new_tokens,
+        batch_size=given.batch_size, num_scores=len(missing), source=given.transplant_from, quiet=given.json,
         num_disturbed=max(_num_disturbed(artefact, ratios) for artefact in named.values()),
-        num_scores=len(set(wanted) - set(named)), source=given.transplant_from, quiet=given.json,
     )  # fmt: skip
     given = replace(given, batch_size=batch_size, device=device)
     with shared_run(given) as folder:
         target = given.load()
+        if missing:  # before others are made like these
+            list(check_scorers(named, target, allow_mismatch=given.allow_mismatch))
         source = None
         if given.transplant_from is not None:
             source = replace(given, model=given.transplant_from, revision=None).load()
-        judges = sources.load_judges(given.guard, given.guard_description, named_judges, **given.guards)
+        judges = sources.load_judges(asked, **described, **given.guards)
         if not given.json:
             note(prompts.describe())
-        for method in wanted:
-            if method not in named:
-                named[method] = locating.score_like(
-                    target, method, provenance, beside=given.scores[0], guard=given.guard,
-                    guard_description=given.guard_description, progress=not given.json, device=given.device,
-                    trust_remote_code=given.trust_remote_code,
-                    reader=sources.guard_among(judges, given.guard, given.guard_description),
-                    checkpoint=folder / CHECKPOINT / f"scores-{method}",
-                )  # fmt: skip
+        for method in missing:
+            named[method] = locating.score_like(
+                target, method, provenance, beside=given.scores[0], guard=given.guard,
+                guard_description=given.guard_description, progress=not given.json, device=given.device,
+                trust_remote_code=given.trust_remote_code,
+                reader=sources.guard_among(judges, given.guard, given.guard_description),
+                checkpoint=folder / CHECKPOINT / f"scores-{method}",
+            )  # fmt: skip
         found = verify_selections(
             target, named, prompts=prompts, judges=judges, harmless=harmless, tasks=tasks, perplexity=texts,
             ratios=ratios, noises=noises, interventions=options.words(given.interventions), transplant_from=source,
@@ -137,6 +143,19 @@ def verify(given: Verify) -> None:
             *(verdict.text for verdict in found.verdicts.values()), notes=found.notes,
             wrote=["results.json", "cells.jsonl", *written],
         )  # fmt: skip
+
+
+def _judging(given: Verify, provenance: "Provenance") -> tuple[Verify, list[str], dict[str, Any]]:
+    """(options with the scores' own judges where none are given, the judges' names, how the guard is described)"""
+    if not (given.judge or given.guard or given.lexicon):
+        given = replace(
+            given, guard=sources.guard_of(provenance), lexicon=sources.lexicon_of(provenance),
+            guard_description=given.guard_description or locating.description_of(given.scores[0]),
+        )  # fmt: skip
+    names = [*sources.judge_names(given.guard, None), *(given.judge or []), *sources.judge_names(None, given.lexicon)]
+    described: dict[str, Any] = {"description": given.guard_description, "of": given.guard}
+    sources.check_judges(names, **described, trust_remote_code=given.trust_remote_code)
+    return given, names, described
 
 
 def _num_disturbed(artefact: "Scores | Selection", ratios: Sequence[float]) -> int:

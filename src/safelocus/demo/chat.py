@@ -5,6 +5,7 @@ trained on is embedded (`embedded:NAME`), and nothing is measured with that was 
 """
 
 from dataclasses import replace
+from shlex import join
 from typing import Any
 
 from safelocus.analysis.claims import enhance_claims, locate_claims
@@ -103,7 +104,8 @@ def apply(at: Place[ChatSizes]) -> Found:
         lines=[
             f"The patch ({size:.1f} MB) holds new values for {count(patch.k)} weights; taken out, the model is what "
             "it was, bit for bit.",
-            f"Apply it: safelocus patch apply {at.final / 'enhance' / PATCH} {at.model} -o FOLDER",
+            "Apply it: "
+            + join(["safelocus", "patch", "apply", str(at.final / "enhance" / PATCH), at.model, "-o", "FOLDER"]),
         ],
     )  # fmt: skip
 

@@ -32,8 +32,9 @@ from safelocus.errors import RunError
 from safelocus.report.page import PAGE, write_page
 from safelocus.report.runs import ReportRun
 from safelocus.run.files import sealed, unsealed, write_json
-from safelocus.run.folder import CHECKPOINT
+from safelocus.run.folder import CHECKPOINT, OWN_NAMES
 
+RESULTS = "results.json"
 ORGANISMS = {"dense": "dense organism", "moe": "mixture-of-experts organism"}
 RUNS: Sequence[str] = ("score", "verify", "score-unaligned", "enhance", "freeze", "preserve")
 HEADING = "safelocus demo: the paper's claims on two tiny models"
@@ -182,14 +183,17 @@ def tell(
         claims=claims, sizes=sizes, seconds=time.monotonic() - began,
         runs=tuple(f"{organism}/{name}" for organism in titles for name in runs),
     )  # fmt: skip
-    write_json(folder / "results.json", story.to_json())
+    write_json(folder / RESULTS, story.to_json())
     write_page([ReportRun.read(folder, place=final)], folder / PAGE, heading=heading)
     return story
 
 
 def _key(model: str) -> str:
-    """What the folder of a model is called."""
-    return re.sub(r"[^\w.-]+", "-", model.rstrip("/").rpartition("/")[2])
+    """What the folder of a model is called: no name that leads elsewhere, or that the demo's own files have."""
+    path = Path(model)
+    name = re.sub(r"[^\w.-]+", "-", (path.resolve() if path.exists() else path).name)
+    is_taken = name.lower() in ("", *OWN_NAMES, RESULTS, PAGE)
+    return f"model-{name}" if is_taken or name.startswith(".") else name
 
 
 def play(chapter: Chapter, at: Place) -> Found:

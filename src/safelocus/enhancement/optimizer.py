@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_
 
 from safelocus import distributed
-from safelocus.errors import NumericalError, SelectionError, TrainingError
+from safelocus.errors import NumericalError, SelectionError, TrainingError, some
+from safelocus.model.fingerprint import digest
 from safelocus.selection.selection import Selection
 from safelocus.selection.sparse import averaged_norm, sites
 
@@ -103,8 +104,15 @@ class SparseOptimizer(torch.optim.Optimizer):
         A gradient that a scaler found to have overflowed is forgotten without a step.
 
         Raises:
-            NumericalError: the gradient is NaN or infinite; nothing was changed.
+            NumericalError: the gradient is NaN or infinite; no weight was changed, and the gradient is forgotten.
+            TrainingError: selected tensors do not require gradients any more.
         """
+        if frozen := [name for name, site in self._sites.items() if not site.parameter.requires_grad]:
+            raise TrainingError(
+                f"{len(frozen)} of {len(self._sites)} selected tensors do not require gradients any more, so they are "
+                f"not trained ({some(frozen)}): something froze them after this optimizer was made, such as another "
+                "SparseOptimizer on the model. Train two selections as one: first | second"
+            )
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -119,6 +127,7 @@ class SparseOptimizer(torch.optim.Optimizer):
                     master.grad /= scale.to(master.device)
         self.gradient_norm = averaged_norm(self._sites, self._masters)
         if not torch.isfinite(self.gradient_norm):
+            self.zero_grad()
             raise NumericalError(
                 "the gradient became NaN or infinite: training diverged, this step changed nothing. "
                 f"Lower the learning rate (now {self.param_groups[0]['lr']:g}), or train in bf16 or fp32, not fp16"
@@ -153,6 +162,7 @@ class SparseOptimizer(torch.optim.Optimizer):
         """The optimizer's own state, and the masters: all that a run needs to go on with the same bits."""
         return {
             **self._inner.state_dict(),
+            "coordinates": self._coordinates(),
             "masters": {name: master.detach() for name, master in self._masters.items()},
         }
 
@@ -166,11 +176,12 @@ class SparseOptimizer(torch.optim.Optimizer):
         state = dict(state_dict)
         saved = state.pop("masters", {})
         own = {name: master.shape for name, master in self._masters.items()}
-        if own != {name: value.shape for name, value in saved.items()}:
+        is_same = state.pop("coordinates", self._coordinates()) == self._coordinates()  # older states have none
+        if not is_same or own != {name: value.shape for name, value in saved.items()}:
             raise SelectionError(
                 f"this state belongs to another selection: {sum(value.numel() for value in saved.values())} weights of "
-                f"{len(saved)} tensors; expected {sum(map(torch.Size.numel, own.values()))} of {len(own)}. "
-                "Give the selection that it was saved with, or begin anew"
+                f"{len(saved)} tensors; expected {sum(map(torch.Size.numel, own.values()))} of {len(own)}, at this "
+                "selection's places. Give the selection that it was saved with, or begin anew"
             )
         self._inner.load_state_dict(state)
         for name, master in self._masters.items():
@@ -196,12 +207,17 @@ class SparseOptimizer(torch.optim.Optimizer):
         site, master = self._sites[name], self._masters[name]
 
         def collect(parameter: Tensor) -> None:
-            assert parameter.grad is not None
             gradient, parameter.grad = parameter.grad, None
+            if gradient is None:
+                raise TrainingError(f"{name}: another SparseOptimizer on the model took its gradient; close that first")
             values = site.take(gradient).to(master.dtype)
             master.grad = values if master.grad is None else master.grad.add_(values)
 
         return collect
+
+    def _coordinates(self) -> dict[str, str]:
+        """Which weights, in short."""
+        return {name: digest(index) for name, index in self.selection.coordinates.items()}
 
     def _write(self) -> None:
         for name, site in self._sites.items():

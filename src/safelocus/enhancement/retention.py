@@ -47,9 +47,9 @@ class Retention:
     """
 
     sets: tuple["Dataset", ...]
-    kl: float = 10.0
-    weight: float = 0.0
-    per_refusal: int = 3
+    kl: float
+    weight: float
+    per_refusal: int
 
     def place(self, number: int, seed: int) -> Place:
         """The sets take turns; each comes in another order every time it begins anew."""

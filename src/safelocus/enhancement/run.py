@@ -155,10 +155,11 @@ def run_enhancement(
     rates = tuple(dict.fromkeys(learning_rates))
     if len(rates) > 1 and validation is None:
         raise TrainingError("a sweep of learning rates needs a validation part to choose one by")
+    for rate in rates:
+        replace(SETTINGS, learning_rate=rate)  # refuses what is no rate
     remarks = check_made_for(target, selection, allow_mismatch=allow_mismatch)
-    inputs = {
-        "the selection": selection, "the controls": controls, "learning_rates": rates, "the examination": examination,
-    }  # fmt: skip
+    # each arm's work says itself whose it is, so the controls may be others when this goes on
+    inputs = {"the selection": selection, "learning_rates": rates, "the examination": examination}
     runner = enhancer(
         target, data, validation=validation, examination=None if allow_seen else examination,
         num_weights=selection.k, inputs=inputs, **how,

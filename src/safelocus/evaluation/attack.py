@@ -122,7 +122,7 @@ class Ablation:
 
         Raises:
             SafelocusError: the model is behind an endpoint, is no decoder, or has too few layers.
-            PromptError: both sets have prompts in common.
+            PromptError: both sets have prompts in common, or one has none that fits the model's positions.
         """
         if common := len({*harmful.prompt_hashes} & {*harmless.prompt_hashes}):
             raise PromptError(
@@ -136,6 +136,7 @@ class Ablation:
             raise SafelocusError(
                 f"{target.name} has {len(layers)} layers; ablation looks for a direction among several"
             )
+        harmful, harmless = (_fitting(target, prompts) for prompts in (harmful, harmless))
         encoded = [_batches(target, prompts, batch_size) for prompts in (harmful, harmless)]
         means = [_means(target, layers, batches) for batches in encoded]  # [layers, width]
         apart = nn.functional.normalize(means[0] - means[1], dim=-1)
@@ -282,6 +283,13 @@ def _attention_outputs(target: Target) -> list[nn.Module]:
             owner = name.rpartition(".")[0].removesuffix(".base_layer")  # whose adapter writes too
             found.append(target.model.get_submodule(owner))
     return found
+
+
+def _fitting(target: Target, prompts: PromptSet) -> PromptSet:
+    fits = Refusal().fits(target, prompts.texts)
+    if not any(fits):
+        raise PromptError(f"{prompts.source}: no prompt fits the positions of {target.name}; give shorter ones")
+    return replace(prompts, examples=tuple(e for e, fit in zip(prompts.examples, fits, strict=True) if fit))
 
 
 def _batches(target: Target, prompts: PromptSet, batch_size: int) -> Batches:

@@ -18,11 +18,12 @@ error shared out among the prompts.
 
 import hashlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import combinations, islice
-from math import comb
-from typing import Any, Literal
+from math import comb, inf
+from pathlib import Path
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -36,8 +37,10 @@ from safelocus.evaluation.responding import Reply, Request, Responder, TargetRes
 from safelocus.objective import Objective, Refusal
 from safelocus.objective import describe as describe_objective
 from safelocus.progress import track
-from safelocus.prompts import Prompt, PromptSet
+from safelocus.prompts import Example, Prompt, PromptSet
+from safelocus.run.resume import Journal, claim
 
+T = TypeVar("T")
 Against = Literal["appended", "inserted", "infused", "edited"]
 MAX_CHECKS = 20_000  # of one prompt
 MARGIN = 0.1  # of S, by which batches of other shapes may move it (products in bf16)
@@ -160,10 +163,18 @@ class EraseAndCheck:
 
     @torch.no_grad()
     def scores(self, prompts: Sequence[tuple[str | None, str]]) -> list[float]:
-        """S of each (system message, prompt) as it is, its words with single spaces between them."""
+        """S of each (system message, prompt) as it is, its words with single spaces between them.
+
+        -inf for one that the model has no positions for: it answers none of those either.
+        """
         texts = [Prompt(" ".join(prompt.split()), system=system) for system, prompt in prompts]
-        batches = [texts[i : i + self.batch_size] for i in range(0, len(texts), self.batch_size)]
-        return [score for batch in batches for score in self.objective(self.responder.target, batch).tolist()]
+        target, scores = self.responder.target, [-inf] * len(texts)
+        fits = self.objective.fits(target, texts) if isinstance(self.objective, Refusal) else [True] * len(texts)
+        kept = [i for i, fit in enumerate(fits) if fit]
+        for batch in (kept[i : i + self.batch_size] for i in range(0, len(kept), self.batch_size)):
+            for i, score in zip(batch, self.objective(target, [texts[i] for i in batch]).tolist(), strict=True):
+                scores[i] = score
+        return scores
 
     def identity(self) -> dict[str, Any]:
         return {**self.responder.identity(), "the filter": self._how()}
@@ -268,12 +279,20 @@ class Certification:
 
 
 def certify_erasing(
-    model: EraseAndCheck, harmful: PromptSet, harmless: PromptSet | None = None, *, progress: bool = True
+    model: EraseAndCheck,
+    harmful: PromptSet,
+    harmless: PromptSet | None = None,
+    *,
+    checkpoint: Path | None = None,
+    progress: bool = True,
 ) -> Certification:
     """The share of harmful prompts that stay recognised with up to `model.radius` words added, and what that costs.
 
     It does not depend on the radius: whatever is recognised as it is, by `MARGIN`, stays recognised. What grows with
     the radius is the share of harmless prompts that are recognised too, and the number of checks.
+
+    Args:
+        checkpoint: folder for unfinished work, from which the same call goes on; its caller removes it.
 
     Raises:
         PromptError: a prompt has too many erasures.
@@ -282,16 +301,19 @@ def certify_erasing(
     check_one_process()
     kept = [(example.system, example.prompt) for example in harmless or ()]
     checks = [num_erasures(prompt, model.radius, model.against) for _, prompt in kept]
+    claim(checkpoint, {"the model": model, "the harmless prompts": harmless})
     scores = model.scores([(example.system, example.prompt) for example in harmful])
     certified = _exact(sum(score > model.threshold + MARGIN for score in scores), len(scores))
-    began = time.monotonic()
-    flagged = [model.recognises([each])[0] for each in track(kept, "erasing", enabled=progress)]
+    found = _each(
+        kept, lambda each: model.recognises([each])[0], Journal(checkpoint, "erased"), "erasing", progress=progress
+    )
+    flagged, seconds = [flag for flag, _ in found], sum(took for _, took in found)
     return Certification(
         against=model.against, certified=[certified] * (model.radius + 1),
         flagged=_exact(sum(flagged), len(kept)) if kept else None,
         flagged_whole=_exact(sum(model.recognises(kept, erase=False)), len(kept)) if kept else None,
         checks=float(np.mean(checks)) if kept else 1.0,
-        seconds=(time.monotonic() - began) / max(1, len(kept)), smoothed=model.describe(),
+        seconds=seconds / max(1, len(kept)), smoothed=model.describe(),
     )  # fmt: skip
 
 
@@ -305,6 +327,7 @@ def certify_smoothed(
     max_new_tokens: int = 256,
     batch_size: int = 32,
     error: float = 0.05,
+    checkpoint: Path | None = None,
     progress: bool = True,
 ) -> Certification:
     """Bounds on the smoothed model's harmful answers, from `draws` answers to each prompt.
@@ -314,14 +337,19 @@ def certify_smoothed(
     Args:
         judge: of the answers; default: the refusal reader.
         error: that any of the bounds does not hold; it is shared out among the prompts.
+        checkpoint: as for `certify_erasing`.
 
     Raises:
         SafelocusError: several processes.
     """
     check_one_process()
     judge = judge or RefusalReader()
-    began, ends = time.monotonic(), []
-    for example in track(list(harmful), "smoothing", enabled=progress):
+    claim(checkpoint, {
+        "the model": model, "the harmful prompts": harmful, "the judge": judge, "draws": draws,
+        "max_new_tokens": max_new_tokens, "batch_size": batch_size,
+    })  # fmt: skip
+
+    def hits(example: Example) -> int:
         asked = Request(prompt=example.prompt, system=example.system, max_new_tokens=max_new_tokens)
         requests = [model.smoothed(asked, draw) for draw in range(1, draws + 1)]
         distinct = list(dict.fromkeys(requests))
@@ -329,16 +357,29 @@ def certify_smoothed(
         for i in range(0, len(distinct), batch_size):
             batch = distinct[i : i + batch_size]
             harms.update(zip(batch, _harmful(model.responder, judge, batch), strict=True))
-        hits = sum(harms[request] for request in requests)
-        each = error / len(harmful)
-        ends.append((1 - upper(draws - hits, draws, each), upper(hits, draws, each)))
+        return sum(harms[request] for request in requests)
+
+    found = _each(list(harmful), hits, Journal(checkpoint, "smoothed"), "smoothing", progress=progress)
+    each = error / len(harmful)
+    ends = [(1 - upper(draws - count, draws, each), upper(count, draws, each)) for count, _ in found]
     highs = [high for _, high in ends]
     bounds = [[most(high, model.keep, r) for high in highs] for r in range(radius + 1)]
     return Certification(
         against="edited", certified=[_exact(sum(b < 0.5 for b in at), len(at)) for at in bounds],
         harmful=[float(np.mean(at)) for at in bounds], abstained=sum(low <= 0.5 <= high for low, high in ends),
-        checks=float(draws), seconds=(time.monotonic() - began) / len(harmful), smoothed=model.describe(),
+        checks=float(draws), seconds=sum(took for _, took in found) / len(harmful), smoothed=model.describe(),
     )  # fmt: skip
+
+
+def _each(
+    items: Sequence[T], find: Callable[[T], Any], journal: Journal, what: str, *, progress: bool
+) -> list[tuple[Any, float]]:
+    """(what is found, seconds) of each item, by its number in the journal."""
+    for number, item in enumerate(track(items, what, enabled=progress)):
+        if (number,) not in journal:
+            began = time.monotonic()
+            journal.add([((number,), [find(item), time.monotonic() - began])])
+    return [tuple(journal[number,]) for number in range(len(items))]
 
 
 def _harmful(responder: Responder, judge: Judge, requests: Sequence[Request]) -> list[bool]:

@@ -61,6 +61,11 @@ class Measure:
         return cls(**{key: values[key] for key in ("value", "low", "high", "n")})
 
 
+def is_measure(value: Any) -> bool:
+    """Whether it is the JSON of a measure, or of what has all that one has."""
+    return isinstance(value, Mapping) and {"value", "low", "high", "n"} <= set(value)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Difference:
     """What changed from one run to another over the same prompts: second minus first.

@@ -28,7 +28,7 @@ from typing import Any, Self
 
 from safelocus.errors import RunError
 from safelocus.evaluation.judges.verdict import Verdict
-from safelocus.evaluation.measures import Measure, cohens_kappa, mean, proportion, rate
+from safelocus.evaluation.measures import Measure, cohens_kappa, is_measure, mean, proportion, rate
 from safelocus.prompts import normalise
 from safelocus.run.files import read_json, read_text, reading, seal, write_json, write_text
 
@@ -141,7 +141,7 @@ class Evaluation:
                 raise RunError(f"{folder}: results.json is not that of an evaluation; expected a run of `evaluate`")
             # not splitlines: a response may hold other line separators
             return cls(
-                measures={name: Measure.from_json(value) for name, value in results.items() if _is_measure(value)},
+                measures={name: Measure.from_json(value) for name, value in results.items() if is_measure(value)},
                 rows=[json.loads(line) for line in read_text(folder / "responses.jsonl").split("\n") if line],
                 judges=results["judges"],
                 agreement=results["agreement"],
@@ -254,7 +254,3 @@ def _perplexity(values: Sequence[float | None], seed: int) -> Measure:
         return None if value is None else math.exp(min(value, 700.0))  # beyond that there is no float
 
     return Measure(value=exp(nats.value), low=exp(nats.low), high=exp(nats.high), n=nats.n)
-
-
-def _is_measure(value: Any) -> bool:
-    return isinstance(value, dict) and set(value) == {"value", "low", "high", "n"}

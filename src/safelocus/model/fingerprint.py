@@ -111,7 +111,8 @@ def check_made_for(
     """Whether scores or a selection were made for this model, in whatever dtype it is in memory: the one rule for all.
 
     Values are compared in the dtype of then. A wider one loses nothing, so the weights are the same or another model's.
-    In a narrower one, rounded weights cannot be told from another model's, which is a remark.
+    In a narrower one, rounded weights cannot be told from another model's, which is a remark, as it is where all
+    weights are the same and the configuration alone is not.
 
     Args:
         known: `to_json` of the fingerprint of then.
@@ -131,6 +132,9 @@ def check_made_for(
     left = {name: entry for name, entry in then.tensors.items() if name not in rounded}
     now = {name: entry for name, entry in model.tensors.items() if name not in rounded}
     differences = replace(then, tensors=left).differences(replace(model, tensors=now))
+    if differences and (then.model_type, then.tensors) == (model.model_type, model.tensors):
+        # a later transformers has more options, a trainer names more special tokens
+        return [f"{what} was made with another configuration of this model, whose weights are the same"]
     if differences and not allow_mismatch:
         raise SelectionError(
             f"{what} was made for another model than this one: {'; '.join(differences)}. If you mean it (a fine-tuned "
@@ -147,7 +151,7 @@ def check_made_for(
 
 def _entry(value: Tensor, known: tuple[tuple[int, ...], str, str] | None) -> tuple[tuple[int, ...], str, str]:
     """(shape, dtype, digest): in the dtype that is known, where this one is wider, or is found to hold the same."""
-    own = str(value.dtype).removeprefix("torch.")
+    own = dtype_name(value.dtype)
     if known is None or known[1] == own:
         return tuple(value.shape), own, digest(value)
     dtype = getattr(torch, known[1])
@@ -155,6 +159,11 @@ def _entry(value: Tensor, known: tuple[tuple[int, ...], str, str] | None) -> tup
     if converted == known[2] or torch.promote_types(value.dtype, dtype) == value.dtype:
         return tuple(value.shape), known[1], converted or digest(value)
     return tuple(value.shape), own, digest(value)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """ "float32", "bfloat16", ..."""
+    return str(dtype).removeprefix("torch.")
 
 
 def bits(tensor: Tensor) -> Tensor:

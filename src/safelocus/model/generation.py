@@ -10,13 +10,15 @@ from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
-from safelocus.errors import NumericalError, PromptError
+from safelocus.errors import ModelError, NumericalError, PromptError
 from safelocus.model.autocast import many_passes
 from safelocus.model.forcing import decoder_start, pad
 
@@ -28,6 +30,8 @@ _ROLES = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_i
 
 
 NO_NUMBER = "made of NaN or infinity, which the model computed on the way"
+_ROUNDING = 0.1  # of the logits' standard deviation: bf16 stays below 0.03, padding that is read changes them by 0.4
+_READS_PADDING: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()  # model -> what `_reads_padding` found
 LOOK_AT_WEIGHTS = "are its weights finite (`safelocus inspect`), and is its dtype (--dtype) wide enough?"
 
 
@@ -85,6 +89,18 @@ def generate_from(
             f"a prompt has {longest} tokens, but the model has room for {room} beside {max_new_tokens} new ones; "
             "leave such prompts out, or generate fewer new tokens"
         )
+    by_length: dict[int, list[int]] = {}
+    for row, tokens in enumerate(encoded):
+        by_length.setdefault(len(tokens), []).append(row)
+    # processes that share a model try in step, whatever their prompts
+    if (len(by_length) > 1 or target.is_sharded) and _reads_padding(target):
+        if target.is_sharded:
+            raise ModelError(f"{target.name}: its answers depend on the padding of a batch; leave out --shard")
+        found: dict[int, Response] = {}
+        for rows in by_length.values():
+            alike = generate_from([encoded[row] for row in rows], target, max_new_tokens, never=never)
+            found |= zip(rows, alike, strict=True)
+        return [found[row] for row in range(len(encoded))]
     ends = target.chat.end_of_turn_ids
     padding = target.tokenizer.pad_token_id
     # an encoder sees both sides, a decoder must end where the response begins
@@ -115,6 +131,40 @@ def generate_from(
     return [
         replace(each, is_number=is_number) for each, is_number in zip(responses, finite.of(len(output)), strict=True)
     ]
+
+
+def _reads_padding(target: "Target") -> bool:
+    """Whether what is padded into a batch changes answers: state runs through it in RWKV and RecurrentGemma.
+
+    Tried with short texts, once for each model.
+    """
+    if target.model not in _READS_PADDING:
+        added, padding = target.tokenizer.added_tokens_decoder, target.tokenizer.pad_token_id
+        words = list(islice((i for i in range(len(target.tokenizer)) if i not in added), 16))
+        texts = [words[i : i + 2] for i in range(len(words) - 2)]  # short: what runs through a state fades with tokens
+        left = not target.model.config.is_encoder_decoder
+        bare = _next_logits(target, *pad(texts, padding, target.device))
+        padded = _next_logits(target, *pad([words, *texts[1:]], padding, target.device, left=left))
+        difference = ((padded - bare).std(-1) / bare.std(-1))[1:]
+        # the median, since rounding alone may send a token to another expert
+        _READS_PADDING[target.model] = bool(difference.median() > _ROUNDING)
+    return _READS_PADDING[target.model]
+
+
+def _next_logits(target: "Target", ids: Tensor, mask: Tensor) -> Tensor:
+    """As generation computes them, [B, V] in fp32."""
+    settings = GenerationConfig(
+        max_new_tokens=1,
+        do_sample=False,
+        pad_token_id=target.tokenizer.pad_token_id,
+        decoder_start_token_id=decoder_start(target.model.config),
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    with as_used(target.model), many_passes(target.autocast):
+        output = target.model.generate(input_ids=ids, attention_mask=mask, generation_config=settings)
+    logits: Tensor = output.logits[0].float()
+    return logits
 
 
 class Finite(LogitsProcessor):
@@ -167,10 +217,12 @@ def longest_prompt(target: "Target", max_new_tokens: int) -> int:
 def room_for_prompt(config: Any, max_new_tokens: int) -> int:
     """`longest_prompt`, of a model's configuration."""
     config = config.get_text_config()
-    positions = getattr(config, "max_position_embeddings", None)
+    positions = getattr(config, "max_position_embeddings", getattr(config, "max_seq_len", None))  # MPT's
     if positions is None:  # positions are relative, or rotary without a stated limit
         return sys.maxsize
-    return int(positions) if config.is_encoder_decoder else int(positions) - max_new_tokens
+    if config.is_encoder_decoder:  # the decoder has as many for the answer
+        return int(positions) if max_new_tokens <= positions else 0
+    return int(positions) - max_new_tokens
 
 
 def read_response(target: "Target", ids: list[int]) -> Response:
@@ -178,23 +230,28 @@ def read_response(target: "Target", ids: list[int]) -> Response:
     ends = target.chat.end_of_turn_ids
     length = next((i for i, token in enumerate(ids) if token in ends), len(ids))
     finished = length < len(ids)
-    text = _decode(target, ids[:length])
+    marked = _decode(target, ids[:length], markers=True)  # what opens a turn or a thought may be special tokens
+    beyond = 0  # characters of a last token that holds the beginning of what follows the turn
     # a base model has no token that ends a turn: it goes on to write the user's next one
     for stop in target.chat.stop_strings:
-        if (position := text.find(stop)) >= 0:
+        if (position := marked.find(stop)) >= 0:
             finished = True
-            while length and len(_decode(target, ids[: length - 1])) >= position:
+            while length and len(_decode(target, ids[: length - 1], markers=True)) >= position:
                 length -= 1
-            text = _decode(target, ids[:length])[:position]
+            beyond = len(_decode(target, ids[:length], markers=True)) - position
+            marked = marked[:position]
     ids = ids[:length]
-    found = target.chat.split(_decode(target, ids, markers=True))  # which may be special tokens
-    if found.thought is None:
-        return Response(ids=tuple(ids), text=text.strip(), finished=finished)
-    number = bisect_left(range(length), found.start, key=lambda n: len(_decode(target, ids[:n], markers=True)))
+    found = target.chat.split(marked)
+    number = 0
+    if found.thought is not None:
+        number = bisect_left(range(length), found.start, key=lambda n: len(_decode(target, ids[:n], markers=True)))
     # a last token of the end marker may hold the answer's first characters
     text = _decode(target, ids[:number], markers=True)[found.start :] + _decode(target, ids[number:])
+    text = text[: max(len(text) - beyond, 0)].strip()
+    if found.thought is None:
+        return Response(ids=tuple(ids), text=text, finished=finished)
     return Response(
-        ids=tuple(ids), text=text.strip(), finished=finished, thought=found.thought, num_thought=number,
+        ids=tuple(ids), text=text, finished=finished, thought=found.thought, num_thought=number,
         in_thought=not found.finished,
     )  # fmt: skip
 

@@ -77,8 +77,10 @@ class Quantisation:
             raise ModelError(f"{name}: {self.problem}")
         if shard:
             raise ModelError(f"{name}: quantised weights ({self.method}) are not sharded; leave out --shard")
-        if self.method in _WHILE_LOADING:
-            config.quantization_config = {**(_settings(config) or {}), "dequantize": True}
+        settings, text = _settings(config) or {}, config.get_text_config(decoder=True)
+        if text is not config:
+            vars(text).pop("quantization_config", None)  # transformers forgets that of the whole alone
+        config.quantization_config = {**settings, "dequantize": True} if self.method in _WHILE_LOADING else settings
 
     def settle(self, model: Any, dtype: torch.dtype | None) -> Any:
         """The loaded model, whose weights are ordinary ones, and are saved as such.
@@ -98,5 +100,8 @@ class Quantisation:
 
 
 def _settings(config: Any) -> dict[str, Any] | None:
+    """Of the whole, or of its language model alone."""
     found = getattr(config, "quantization_config", None)
+    if found is None:
+        found = getattr(config.get_text_config(decoder=True), "quantization_config", None)
     return found if found is None or isinstance(found, dict) else dict(found.to_dict())

@@ -30,13 +30,17 @@ from safelocus.errors import ModelError, ResourceError, first_line, some
 from safelocus.model import autocast
 from safelocus.model.autocast import Autocast
 from safelocus.model.chat import ChatFormat, chat_format
-from safelocus.model.fingerprint import Fingerprint
+from safelocus.model.fingerprint import Fingerprint, dtype_name
 from safelocus.model.layout import Layout, canonical_name, is_adapter
 from safelocus.model.layout.sizes import auto_class
 from safelocus.model.quantised import Quantisation
 from safelocus.model.trial import try_text
 
 _QUICK_BYTES = 1 << 30  # weights below this load in a moment
+_ADAPTER_BESIDE = (
+    "an adapter (adapter_config.json) comes with the model, and transformers applies it on top. Where it is merged "
+    "already, move adapter_* away; else load the model and the adapter apart, and save them merged into another folder"
+)
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Thinking = Literal["on", "off"]
@@ -85,6 +89,13 @@ class Target:
                     "Set `tokenizer.pad_token` before wrapping it"
                 )
             tokenizer.pad_token_id = tokenizer.eos_token_id
+        embedding = model.get_input_embeddings().weight
+        if tokenizer.pad_token_id >= (rows := getattr(embedding, "ds_shape", embedding.shape)[0]):
+            raise ModelError(
+                f"the tokenizer pads with token {tokenizer.pad_token_id} ({tokenizer.pad_token}), but the model has "
+                f"{rows} embeddings. Set `tokenizer.pad_token` to a token that it knows ({tokenizer.eos_token}, say), "
+                "or enlarge its embedding: model.resize_token_embeddings(len(tokenizer))"
+            )
         if absent := [name for name, parameter in model.named_parameters() if parameter.is_meta]:
             raise ModelError(
                 f"{len(absent)} tensors hold no values, first of them {absent[0]!r}: accelerate offloaded them to "
@@ -121,8 +132,8 @@ class Target:
     @property
     def dtype(self) -> str:
         """Of its weights, and of its products where that is another: "float32", "float32, bfloat16 products"."""
-        weights = str(self.model.dtype).removeprefix("torch.")
-        return weights if self.autocast is None else f"{weights}, {str(self.autocast.dtype)[6:]} products"
+        weights = dtype_name(self.model.dtype)
+        return weights if self.autocast is None else f"{weights}, {dtype_name(self.autocast.dtype)} products"
 
     def talking_as(self, chat: Mapping[str, Any]) -> "Target":
         """The same, talked to in another way: what `ChatFormat.to_json` said of it."""
@@ -139,10 +150,18 @@ class Target:
         """All that its answers depend on, to the bit."""
         parameters = [(canonical_name(name), parameter) for name, parameter in self.model.named_parameters()]
         adapters = Fingerprint.of_tensors(self.model.config, [each for each in parameters if is_adapter(each[0])])
+        saved = self.model.state_dict()
+        # DeepSeek-V3's say where tokens are routed
+        buffers = [
+            (canonical_name(name), buffer)
+            for name, buffer in self.model.named_buffers()
+            if name in saved and buffer.is_floating_point()
+        ]
         return {
             "dtype": self.dtype,
             "weights": self.fingerprint().id,
             "adapters": adapters.id if adapters.tensors else None,
+            **({"buffers": Fingerprint.of_tensors(self.model.config, buffers).id} if buffers else {}),
             **self.chat.identity(),
         }
 
@@ -208,9 +227,8 @@ def load(
     config = load_config(name, revision=revision, trust_remote_code=trust_remote_code)
     tokenizer = load_tokenizer(name, **hub)
     chat_format(tokenizer, system=system, template=template, thinking=_whether(thinking))  # before the weights are read
-    auto = (
-        auto_class(config) or AutoModelForCausalLM
-    )  # which says what it does not know, and runs code that is asked for
+    # the latter says what it does not know, and runs code that is asked for
+    auto = auto_class(config) or AutoModelForCausalLM
     several, offload = distributed.world_size() > 1, offload and default_device().type != "cpu"
     if (offload or (shard and several)) and device is not None:
         raise ModelError(f"{name}: a model that is sharded or offloaded has its place already; leave out the device")
@@ -372,6 +390,8 @@ def load_model(auto: Any, name: str | Path, *, dtype: Dtype = "auto", device: st
         )
     if mismatched := report.get("mismatched_keys"):
         raise ModelError(f"{name}: tensors of another shape than the configuration says: {sorted(mismatched)[:5]}")
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise ModelError(f"{name}: {_ADAPTER_BESIDE}")
     if device != "auto" and "distributed_config" not in options:
         with _enough_memory(name):
             model.to(device or default_device())
@@ -399,7 +419,7 @@ def is_exhausted(error: BaseException) -> bool:
 def dtype_on(device: str | torch.device | None, dtype: Dtype) -> Dtype:
     """What "auto" means there: fp32 on a CPU, the checkpoint's own type elsewhere."""
     place = default_device() if device in (None, "auto") else device
-    return "float32" if dtype == "auto" and str(place) == "cpu" else dtype
+    return "float32" if dtype == "auto" and str(place).partition(":")[0] == "cpu" else dtype
 
 
 def default_device() -> torch.device:
@@ -420,6 +440,8 @@ def check_device(device: str | torch.device | None, option: str = "device") -> N
 
 
 def _check_weight_files(folder: Path) -> None:
+    if (folder / "adapter_config.json").is_file():
+        raise ModelError(f"{folder}: {_ADAPTER_BESIDE}")
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         pickles = [p.name for p in folder.iterdir() if p.suffix in {".bin", ".pt", ".pth"}]

@@ -69,6 +69,7 @@ def remake(
             made = Guard.load(described["name"], description=description, **settings, **load)
         else:
             load.pop("trust_remote_code", None)
+            settings["multi_label"] = described.get("multi_label")  # earlier versions did not tell
             made = Classifier.load(described["name"], unsafe=described["unsafe"], **settings, **load)
         if not made.is_the_one(described):
             raise ModelError(

@@ -11,7 +11,7 @@ from transformers import AutoModelForSequenceClassification
 
 from safelocus.errors import ModelError
 from safelocus.model.target import Dtype, dtype_on, load_model, load_tokenizer
-from safelocus.objective.text import TextObjective, embedding_gradients, padding_id, tokenize_around
+from safelocus.objective.text import TextObjective, embedding_gradients, padding_id, tokenize_around, without
 from safelocus.objective.transfer import GuardReading
 
 _UNSAFE_LABELS = ("unsafe", "toxic", "toxicity", "harmful", "hate", "offensive")
@@ -40,11 +40,16 @@ class Classifier(TextObjective):
         name: str | Path,
         *,
         unsafe: str | None = None,
+        multi_label: bool | None = None,
         dtype: Dtype = "auto",
         device: str | None = None,
         **options: Any,
     ) -> "Classifier":
-        """Load from a folder or hub id; `unsafe` names the unsafe label where it cannot be told.
+        """Load from a folder or hub id.
+
+        Args:
+            unsafe: names the unsafe label where it cannot be told.
+            multi_label: None for what its configuration says.
 
         Raises:
             ModelError: no label says that it is unsafe, or none is called `unsafe`.
@@ -53,15 +58,16 @@ class Classifier(TextObjective):
         dtype = dtype_on(device, dtype)
         model = load_model(AutoModelForSequenceClassification, name, dtype=dtype, device=device)
         labels = {str(label).lower(): int(i) for i, label in model.config.id2label.items()}
-        wanted = [unsafe.lower()] if unsafe else list(labels) if len(labels) == 1 else _UNSAFE_LABELS
+        wanted = [unsafe.lower()] if unsafe else _UNSAFE_LABELS
         index = next((labels[label] for label in wanted if label in labels), None)
         if index is None:
             raise ModelError(
                 f"{name}: which label is unsafe? It has {', '.join(labels)}, and not {' or '.join(wanted)}; name one "
                 "of them (--unsafe-label, unsafe=LABEL)"
             )
-        multi = model.config.problem_type == "multi_label_classification" or model.config.num_labels == 1
-        return cls(name=str(name), model=model, tokenizer=tokenizer, unsafe=index, multi_label=multi, **options)
+        if multi_label is None:
+            multi_label = model.config.problem_type == "multi_label_classification" or model.config.num_labels == 1
+        return cls(name=str(name), model=model, tokenizer=tokenizer, unsafe=index, multi_label=multi_label, **options)
 
     def read(
         self, prompts: Sequence[str], responses: Sequence[str], *, response_ids: list[list[int]] | None = None
@@ -71,14 +77,13 @@ class Classifier(TextObjective):
             tokenize_around(self.tokenizer, "", text, "", add_special_tokens=True, response_ids=ids)
             for text, ids in zip(responses, given, strict=True)
         ]
-
-        longest = max(len(each.ids) for each in inputs)
-        room = getattr(self.model.config, "max_position_embeddings", None)
+        longest, room = max(len(each.ids) for each in inputs), _num_positions(self.model)
         if room is not None and longest > room:
             raise ModelError(
                 f"{self.name}: an answer has {longest} tokens, and this classifier {room} positions; let the model "
                 "answer in fewer (--max-new-tokens)"
             )
+        unread = [number for number, each in enumerate(inputs) if not each.ids]  # a decoder's, which adds no token
 
         def score(batch: dict[str, Tensor]) -> Tensor:
             logits = self.model(**batch).logits.float()  # [B, labels]
@@ -88,8 +93,22 @@ class Classifier(TextObjective):
             others = torch.cat([logits[:, : self.unsafe], logits[:, self.unsafe + 1 :]], dim=1)
             return torch.logsumexp(others, dim=1) - unsafe
 
-        return embedding_gradients(self.model, self.tokenizer, inputs, score)
+        return without(embedding_gradients(self.model, self.tokenizer, inputs, score), unread)
 
     def describe(self) -> dict[str, Any]:
         label = self.model.config.id2label[self.unsafe]
-        return {"kind": "classifier", "name": self.name, "unsafe": label, **self._describe_reading()}
+        told = {"kind": "classifier", "name": self.name, "unsafe": label, "multi_label": self.multi_label}
+        return {**told, **self._describe_reading()}
+
+
+def _num_positions(model: Any) -> int | None:
+    """How many tokens a model has positions for; None where its configuration does not say."""
+    room = getattr(model.config, "max_position_embeddings", None)
+    for name, module in model.named_modules():
+        if (
+            room is not None
+            and name.endswith("position_embeddings")
+            and getattr(module, "padding_idx", None) is not None
+        ):
+            room -= module.padding_idx + 1  # RoBERTa counts on from there
+    return room

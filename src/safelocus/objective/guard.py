@@ -6,7 +6,7 @@ The log-odds, not the logit of "safe" alone: a logit also moves when all logits 
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +27,14 @@ from safelocus.objective.text import (
     embedding_gradients,
     padding_id,
     tokenize_around,
+    without,
 )
 from safelocus.objective.transfer import GuardReading
 from safelocus.run.identity import digest
 
 _VERDICT_BUDGET = 48  # tokens a guard may write before its verdict (WildGuard: two lines)
 _SEVERAL = 4
+_SAMPLE = (["What is the capital of France?"], ["The capital of France is Paris."])
 
 
 @dataclass(kw_only=True, eq=False)
@@ -91,15 +93,12 @@ class Guard(TextObjective):
     def read(
         self, prompts: Sequence[str], responses: Sequence[str], *, response_ids: list[list[int]] | None = None
     ) -> GuardReading:
-        """As `TextObjective.read`; ModelError where of several answers not one came to a verdict."""
+        """As `TextObjective.read`; ModelError where the guard comes to no verdict, not even on a plain conversation."""
         inputs, unread = self._inputs(prompts, responses, response_ids)
-        if len(unread) == len(inputs) >= _SEVERAL:  # the guard or its preset is wrong, not the answers
+        # is the guard or its preset wrong, or are these answers?
+        if len(unread) == len(inputs) >= _SEVERAL and self._inputs(*_SAMPLE, None)[1]:
             raise self._without_verdict(len(unread), len(inputs))
-        reading = embedding_gradients(self.model, self.tokenizer, inputs, self._log_odds)
-        score, gradients = reading.score.clone(), list(reading.gradients)
-        for number in unread:
-            score[number], gradients[number] = 0.0, torch.zeros_like(gradients[number])
-        return replace(reading, score=score, gradients=gradients, unread=tuple(unread))
+        return without(embedding_gradients(self.model, self.tokenizer, inputs, self._log_odds), unread)
 
     @torch.no_grad()
     def verdicts(self, prompts: Sequence[str], responses: Sequence[str]) -> Tensor:
@@ -147,11 +146,16 @@ class Guard(TextObjective):
     def describe(self) -> dict[str, Any]:
         told = ("name", "matches", "template_contains", "source", "note")  # of whom, not what is asked
         asked = {key: value for key, value in asdict(self.preset).items() if key not in told}
-        preset = {"preset": self.preset.name, "preset_hash": digest(asked)}
+        preset = {"preset": self.preset.name, "preset_hash": digest(asked), **self._template}
         return {"kind": "guard", "name": self.name, **preset, **self._describe_reading()}
 
+    @property
+    def _template(self) -> dict[str, str]:
+        """Of the tokenizer, where that is what is asked."""
+        return {"chat_template": digest(self.tokenizer.chat_template)} if self.preset.format == "chat" else {}
+
     def identity_of_reader(self) -> dict[str, Any]:
-        return {"preset": asdict(self.preset), **super().identity_of_reader()}
+        return {"preset": asdict(self.preset), **self._template, **super().identity_of_reader()}
 
     @torch.no_grad()
     def _write(self, texts: Sequence[str], marker: str) -> list[str]:

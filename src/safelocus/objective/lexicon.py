@@ -39,9 +39,9 @@ from safelocus import distributed
 from safelocus.errors import ModelError, WordListError
 from safelocus.model.chat import continuation
 from safelocus.model.forcing import Forced, sent
-from safelocus.model.generation import Response, generate
+from safelocus.model.generation import Response
 from safelocus.objective.spelling import spell_vocabulary
-from safelocus.objective.text import ResponseListener, force_answers, with_slope
+from safelocus.objective.text import AnswerObjective, force_answers, with_slope
 from safelocus.wordlist import WordList
 
 if TYPE_CHECKING:
@@ -79,14 +79,12 @@ class TokenSequences:
 
 
 @dataclass(kw_only=True, eq=False)
-class Lexicon:
+class Lexicon(AnswerObjective):
     """Expressions that must not come, as objective.
 
     Attributes:
         words: the list.
         similarity: cosine from which a token is a neighbour; None or 1 for no neighbours.
-        max_new_tokens: length of the target's answers.
-        on_responses: called with (prompts, responses, scores) for every batch, e.g. to save them.
 
     Example:
         >>> import safelocus as sl
@@ -98,8 +96,6 @@ class Lexicon:
 
     words: WordList
     similarity: float | None = SIMILARITY
-    max_new_tokens: int = 256
-    on_responses: ResponseListener | None = None
     _sequences: WeakKeyDictionary[Any, TokenSequences] = field(
         default_factory=WeakKeyDictionary, init=False, repr=False
     )
@@ -147,12 +143,8 @@ class Lexicon:
             )
         return made
 
-    def __call__(self, target: "Target", prompts: Sequence[str]) -> Tensor:
-        """Scores [B] of the target's own greedy answers, at most 0; differentiable in its weights."""
-        return self.score_responses(target, prompts, generate(target, prompts, max_new_tokens=self.max_new_tokens))
-
     def score_responses(self, target: "Target", prompts: Sequence[str], responses: Sequence[Response]) -> Tensor:
-        """Scores [B] of given answers; differentiable in the target's weights."""
+        """Scores [B] of given answers, at most 0; differentiable in the target's weights."""
         sequences = self.sequences_for(target)
         forced = force_answers(target, prompts, responses)
         scores, slope = _expected(forced, sequences, len(prompts))
@@ -191,7 +183,7 @@ def _expected(forced: Forced, sequences: TokenSequences, num_rows: int) -> tuple
     column_of = {token: column for column, token in enumerate(columns)}
     asked = sent(torch.tensor(columns), device)
     rows_at_once = max(1, _CHUNK_BYTES // (8 * logits.shape[1]))
-    parts = [part.to(dtype) for part in logits.split(rows_at_once)]
+    parts = (part.to(dtype) for part in logits.split(rows_at_once))
     p = torch.cat([(part[:, asked] - part.logsumexp(dim=1, keepdim=True)).exp() for part in parts])  # [N, U]
     scores = torch.zeros(num_rows, dtype=dtype, device=device)
     gain = torch.zeros_like(p)  # A

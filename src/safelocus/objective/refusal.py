@@ -16,6 +16,7 @@ from torch import Tensor
 
 from safelocus.errors import ModelError
 from safelocus.model.forcing import teacher_force_several
+from safelocus.model.generation import longest_prompt
 
 if TYPE_CHECKING:
     from safelocus.model.target import Target
@@ -51,6 +52,12 @@ class Refusal:
         likelihood = forced.log_likelihood(len(prompts) * len(openings)).view(len(prompts), len(openings))
         refusal, compliance = likelihood.split([len(self.refusals), len(self.compliances)], dim=1)
         return torch.logsumexp(refusal, dim=1) - torch.logsumexp(compliance, dim=1)
+
+    def fits(self, target: "Target", prompts: Sequence[str]) -> list[bool]:
+        """Of each prompt whether the model has positions for it and for any opening behind it."""
+        openings = [target.chat.encode_pair("x", opening)[1] for opening in (*self.refusals, *self.compliances)]
+        room = longest_prompt(target, max(map(len, openings)))
+        return [len(target.chat.encode_prompt(prompt, closed=True)) <= room for prompt in prompts]
 
     def describe(self) -> dict[str, Any]:
         return {"kind": "refusal", "refusals": list(self.refusals), "compliances": list(self.compliances)}

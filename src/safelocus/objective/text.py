@@ -13,7 +13,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import zip_longest
 from pathlib import Path
@@ -25,7 +25,8 @@ import xxhash
 from torch import Tensor
 
 from safelocus import distributed
-from safelocus.model.fingerprint import Fingerprint
+from safelocus.model.chat import continuation, tokenizer_digest
+from safelocus.model.fingerprint import Fingerprint, dtype_name
 from safelocus.model.forcing import Forced, pad, sent, teacher_force
 from safelocus.model.generation import Response, generate
 from safelocus.objective.transfer import GuardReading, Transfer, Variant
@@ -34,42 +35,59 @@ from safelocus.run.files import read_text, sealed, unsealed, write_text
 if TYPE_CHECKING:
     from safelocus.model.target import Target
 
-_READER = ("kind", "name", "preset", "preset_hash", "unsafe", "weights", "dtype")
+_READER = (
+    "kind", "name", "preset", "preset_hash", "chat_template", "tokenizer", "unsafe", "multi_label", "weights", "dtype",
+)  # fmt: skip
 
 ResponseListener = Callable[[Sequence[str], Sequence[Response], Tensor], None]
 
 
 @dataclass(kw_only=True, eq=False)
-class TextObjective(ABC):
+class AnswerObjective(ABC):
+    """Common part of objectives that score what the target answers.
+
+    Attributes:
+        max_new_tokens: length of the target's answers (published code: 256).
+        on_responses: called with (prompts, responses, scores) for every batch, e.g. to save them; the score of an
+            answer without a verdict is NaN.
+    """
+
+    max_new_tokens: int = 256
+    on_responses: ResponseListener | None = None
+
+    def __call__(self, target: "Target", prompts: Sequence[str]) -> Tensor:
+        """Scores [B] of the target's own greedy answers; differentiable in its weights."""
+        return self.score_responses(target, prompts, generate(target, prompts, max_new_tokens=self.max_new_tokens))
+
+    @abstractmethod
+    def score_responses(self, target: "Target", prompts: Sequence[str], responses: Sequence[Response]) -> Tensor:
+        """Scores [B] of given answers; differentiable in the target's weights."""
+
+
+@dataclass(kw_only=True, eq=False)
+class TextObjective(AnswerObjective):
     """Common part of `Guard` and `Classifier`.
 
     Attributes:
         name: path or hub id of the reader, for provenance.
         model, tokenizer: the reader; its parameters never collect gradients.
-        max_new_tokens: length of the target's answers (published code: 256).
         tau: temperature of the relaxation of the target's tokens (published code: 0.3).
         gumbel_seed: seed of the relaxation's Gumbel noise; None for none.
         variant: of the vocabulary transfer; None takes identity or character, whichever applies.
-        on_responses: called with (prompts, responses, scores) for every batch, e.g. to save them; the score of an
-            answer without a verdict is NaN.
     """
 
     name: str
     model: Any
     tokenizer: Any
-    max_new_tokens: int = 256
     tau: float = 0.3
     gumbel_seed: int | None = None
     variant: Variant | None = None
-    on_responses: ResponseListener | None = None
-    _transfers: WeakKeyDictionary[Any, Transfer] = field(default_factory=WeakKeyDictionary, init=False, repr=False)
+    _transfers: WeakKeyDictionary[Any, dict[Any, Transfer]] = field(
+        default_factory=WeakKeyDictionary, init=False, repr=False
+    )
 
     def __post_init__(self) -> None:
         self.model.eval().requires_grad_(False)
-
-    def __call__(self, target: "Target", prompts: Sequence[str]) -> Tensor:
-        """Scores [B] of the target's own greedy answers; differentiable in its weights."""
-        return self.score_responses(target, prompts, generate(target, prompts, max_new_tokens=self.max_new_tokens))
 
     def score_responses(self, target: "Target", prompts: Sequence[str], responses: Sequence[Response]) -> Tensor:
         """Scores [B] of given answers; differentiable in the target's weights."""
@@ -100,15 +118,17 @@ class TextObjective(ABC):
 
     def transfer_for(self, target: "Target") -> Transfer:
         """The vocabulary transfer to this target; made once (seconds for a vocabulary of 128k)."""
-        if target.tokenizer not in self._transfers:
-            self._transfers[target.tokenizer] = Transfer(
+        made = self._transfers.setdefault(target.tokenizer, {})
+        vocabulary = target.model.get_output_embeddings().weight.shape[0]
+        if (vocabulary, self.variant) not in made:
+            made[vocabulary, self.variant] = Transfer(
                 target.tokenizer,
                 self.tokenizer,
                 self.model.get_input_embeddings(),
-                target_vocabulary=target.model.get_output_embeddings().weight.shape[0],
+                target_vocabulary=vocabulary,
                 variant=self.variant,
             )
-        return self._transfers[target.tokenizer]
+        return made[vocabulary, self.variant]
 
     @abstractmethod
     def read(
@@ -138,16 +158,21 @@ class TextObjective(ABC):
 
     def identity_of_reader(self) -> dict[str, Any]:
         """All that its verdicts on given answers depend on."""
-        return {"weights": self._weights}
+        return {"weights": self._weights, "tokenizer": self._vocabulary}
 
     @cached_property
     def _weights(self) -> str:
         return Fingerprint.of_tensors(self.model.config, self.model.named_parameters()).id
 
+    @cached_property
+    def _vocabulary(self) -> str:
+        return tokenizer_digest(self.tokenizer)
+
     def _describe_reading(self) -> dict[str, Any]:
         return {
             "weights": self._weights,
-            "dtype": str(self.model.dtype).removeprefix("torch."),
+            "tokenizer": self._vocabulary,
+            "dtype": dtype_name(self.model.dtype),
             "max_new_tokens": self.max_new_tokens,
             "tau": self.tau,
             "gumbel_seed": self.gumbel_seed,
@@ -170,7 +195,7 @@ def with_slope(scores: Tensor, forced: Forced, slope: Tensor) -> Tensor:
     linear = torch.einsum("nv,nv->n", forced.logits, slope).to(scores.dtype)
     scores = scores.to(linear.device)
     relaxed = torch.zeros_like(scores).index_add(0, forced.row, linear)
-    return scores + relaxed - relaxed.detach()
+    return scores + (relaxed - relaxed.detach())  # which is zero: scores keep every bit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,7 +222,7 @@ def tokenize_around(
     """
     if response_ids is not None:
         before = tokenizer(prefix, add_special_tokens=add_special_tokens, verbose=False)["input_ids"]
-        after = tokenizer(suffix, add_special_tokens=False, verbose=False)["input_ids"]
+        after = continuation(tokenizer, prefix + response, suffix)
         positions = list(range(len(before), len(before) + len(response_ids)))
         return ReaderInput(
             ids=[*before, *response_ids, *after],
@@ -211,8 +236,11 @@ def tokenize_around(
         verbose=False,
     )
     start, end = len(prefix), len(prefix) + len(response)
-    positions, spans = [], []
+    positions, spans, previous = [], [], 0
     for position, (left, right) in enumerate(encoded["offset_mapping"]):
+        if left == right:  # a token of spaces alone, where the tokenizer trims its offsets (GPT-2, RoBERTa)
+            left = min(previous, right)
+        previous = right
         if left < end and right > start:  # special tokens cover nothing: (0, 0)
             positions.append(position)
             # a token that begins before the response is the response's as far as it goes
@@ -256,6 +284,14 @@ def embedding_gradients(
     places = torch.tensor([b * width + p for b, i in enumerate(inputs) for p in i.response_positions], dtype=torch.long)
     rows = gradient.flatten(0, 1)[sent(places, gradient.device)].split([len(i.response_positions) for i in inputs])
     return GuardReading(score=values.detach(), gradients=list(rows), spans=[i.response_spans for i in inputs])
+
+
+def without(reading: GuardReading, unread: Sequence[int]) -> GuardReading:
+    """A reading in which some responses, by number, count as unread."""
+    score, gradients = reading.score.clone(), list(reading.gradients)
+    for number in unread:
+        score[number], gradients[number] = 0.0, torch.zeros_like(gradients[number])
+    return replace(reading, score=score, gradients=gradients, unread=tuple(unread))
 
 
 def padding_id(tokenizer: Any) -> int:

@@ -123,10 +123,8 @@ class Transfer:
                 overlap = sent(_overlap(spans, guard_spans).to(gradient.dtype), gradient.device)  # [T, U]
                 rows.append(overlap @ gradient)
             else:  # identity and index: guard token u is taken for target position u
-                row = gradient.new_zeros(len(spans), gradient.shape[1])
-                shared = min(len(spans), len(gradient))
-                row[:shared] = gradient[:shared]
-                rows.append(row)
+                missing = max(0, len(spans) - len(gradient))
+                rows.append(torch.nn.functional.pad(gradient[: len(spans)], (0, 0, 0, missing)))
         return torch.cat(rows)
 
     @torch.no_grad()

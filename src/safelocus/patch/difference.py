@@ -9,14 +9,13 @@ ties fall by tensor order, then flat index. A change of sign of a zero is a chan
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from safelocus.errors import PatchError, some
-from safelocus.model.fingerprint import Fingerprint, bits
+from safelocus.model.fingerprint import bits
 from safelocus.patch.checkpoint import Checkpoint
 from safelocus.patch.patch import Patch
 from safelocus.patch.state import with_values
@@ -25,8 +24,6 @@ from safelocus.run.identity import Provenance
 from safelocus.selection import topk
 from safelocus.selection.ratio import count_for_ratio
 from safelocus.selection.selection import Selection
-
-Digests = dict[str, tuple[tuple[int, ...], str, str]]  # as in Fingerprint.tensors
 
 
 def diff(
@@ -66,7 +63,8 @@ def diff(
     k = largest if ratio is None else count_for_ratio(first.layout, ratio, num_eligible=first.layout.num_weights)
     coordinates = changes.all() if k is None else changes.largest(k)
     if not coordinates:
-        raise PatchError(f"{before} and {after} hold the same weights: there is nothing to put into a patch")
+        which = "eligible weights, whatever else changed (--eligible)" if only_eligible else "weights"
+        raise PatchError(f"{before} and {after} hold the same {which}: there is nothing to put into a patch")
     selection = Selection(
         coordinates=coordinates,
         layout=first.layout,
@@ -76,7 +74,10 @@ def diff(
         num_requested=k,
         only_eligible=only_eligible,
     )
-    return _patch(changes, selection)
+    return Patch.between(
+        first.model.config, selection, changes.at(selection),
+        metadata={"made_by": "patch diff", "before": first.name, "after": second.name},
+    )  # fmt: skip
 
 
 class _Changes(Mapping[str, Tensor]):
@@ -120,31 +121,15 @@ class _Changes(Mapping[str, Tensor]):
             found[name] = (before != after).nonzero().flatten()
         return {name: index for name, index in found.items() if index.numel()}
 
+    def at(self, selection: Selection) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """Name, the tensor before, and the same with what the selected weights became."""
+        for name, index in selection.coordinates.items():
+            before, after = self.pair(name)
+            yield name, before, with_values(before, index, bits(after).take(index).view(after.dtype))
+
     def largest(self, k: int) -> dict[str, Tensor]:
         num_changed = sum(topk.count_eligible(self[name]) for name in self)
         return topk.pick(self, min(k, num_changed)).indices
-
-
-def _patch(changes: _Changes, selection: Selection) -> Patch:
-    config = changes.first.model.config
-    old, new = {}, {}
-    before: Digests = {}
-    after: Digests = {}
-    for name, index in selection.coordinates.items():
-        tensor, other = changes.pair(name)
-        old[name], new[name] = (bits(value).take(index).view(value.dtype) for value in (tensor, other))
-        # of the tensors only the digests are kept
-        before |= Fingerprint.of_tensors(config, [(name, tensor)]).tensors
-        after |= Fingerprint.of_tensors(config, [(name, with_values(tensor, index, new[name]))]).tensors
-    empty = Fingerprint.of_tensors(config, [])
-    return Patch(
-        selection=selection,
-        new=new,
-        old=old,
-        before=replace(empty, tensors=before),
-        after=replace(empty, tensors=after),
-        metadata={"made_by": "patch diff", "before": changes.first.name, "after": changes.second.name},
-    )
 
 
 def _check_same(first: Checkpoint, second: Checkpoint) -> None:

@@ -26,18 +26,19 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from safelocus import distributed
 from safelocus.errors import PatchError, ResourceError
-from safelocus.model.fingerprint import bits
+from safelocus.model.fingerprint import bits, dtype_name
 from safelocus.model.layout import canonical_name
 from safelocus.patch.checkpoint import INDEX, OTHER_WEIGHTS, Checkpoint, Stored, stored_in, weight_files
 from safelocus.patch.patch import Patch
 from safelocus.patch.state import Goal, Outcome, examine
 from safelocus.progress import track
 from safelocus.run.files import alone, replacing
+from safelocus.run.tensors import save_tensors
 
 # what turns text, pictures and sound into inputs, as transformers and others name it
 _INPUTS = (
@@ -134,7 +135,7 @@ def retype(folder: Path, dtype: torch.dtype) -> None:
         with safe_open(path, framework="pt") as opened:
             metadata = opened.metadata()
         tensors = {name: v.to(dtype) if v.is_floating_point() else v for name, v in load_file(path).items()}
-        save_file(tensors, temporary, metadata)
+        save_tensors(tensors, temporary, metadata)
         os.replace(temporary, path)
         sizes += sum(value.nbytes for value in tensors.values())
     declare_dtype(folder, dtype)
@@ -148,7 +149,7 @@ def declare_dtype(folder: Path, dtype: torch.dtype) -> None:
     """Have a folder's configuration say that its weights have this dtype."""
     path = folder / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
-    name = str(dtype).removeprefix("torch.")
+    name = dtype_name(dtype)
     for part in (config, *(value for value in config.values() if isinstance(value, dict))):
         for key in ("dtype", "torch_dtype"):
             if key in part:

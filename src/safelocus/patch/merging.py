@@ -91,8 +91,12 @@ def _overlay(target: Tensor, first: tuple[Tensor, Tensor], second: tuple[Tensor,
 
 
 def _check_same_base(first: Patch, second: Patch, label: str) -> None:
-    if first.before.config != second.before.config:
-        raise PatchError(f"{label} was made for a model with another configuration; patches of one base can be merged")
+    # other values of a configuration say nothing: trainers change them (special tokens, caches)
+    if first.before.model_type != second.before.model_type:
+        raise PatchError(
+            f"{label} was made for another architecture ({second.before.model_type}, not {first.before.model_type}); "
+            "patches of one base can be merged"
+        )
     common = [name for name in second.new if name in first.new]
     if mixed := [name for name in common if first.new[name].dtype != second.new[name].dtype]:
         raise PatchError(

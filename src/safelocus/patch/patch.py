@@ -3,7 +3,7 @@
 Input: a model and the values at a selection's coordinates before or after a change; or a file. Output: a frozen
 `Patch`, which can be applied to a model in memory, and to a folder (see `folder`).
 
-    apply then revert = revert then apply = the identity on the model's bits
+    apply then revert = the identity on the bits of a model without the patch; revert then apply, of one with it
     apply twice = apply once; the second time nothing is written
 
 Its file is one safetensors file (see `run.tensors`), and nothing that runs when it is read:
@@ -15,7 +15,7 @@ Its file is one safetensors file (see `run.tensors`), and nothing that runs when
                           tensors before and after, metadata
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from safelocus.distributed import whole
 from safelocus.errors import MALFORMED, PatchError
-from safelocus.model.fingerprint import Fingerprint, bits
+from safelocus.model.fingerprint import Fingerprint, bits, digest, dtype_name
 from safelocus.model.target import Target
 from safelocus.patch.state import Goal, Outcome, PatchValues, examine, with_values
 from safelocus.run.tensors import TensorFile, under
@@ -86,24 +86,44 @@ class Patch(PatchValues):
         if given is None or (old is not None and new is not None):
             raise PatchError("give the old values of a model that was changed, or the new values for one that was not")
         module = _module(model)
-        held, before, after = {}, [], []
-        for name, parameter in selected_parameters(module, selection).items():
-            tensor, index = whole(parameter), selection[name]
-            if name not in given or given[name].shape != index.shape or given[name].dtype != tensor.dtype:
-                raise PatchError(
-                    f"values for {name} are {_kind(given.get(name))}; expected {tensor.dtype} {list(index.shape)}"
-                )
-            held[name] = bits(tensor).take(index.to(tensor.device)).view(tensor.dtype)
-            own, other = (_entry(module, name, t) for t in (tensor, with_values(tensor, index, given[name])))
-            before.append(other if old is not None else own)
-            after.append(own if old is not None else other)
+
+        def pairs() -> Iterator[tuple[str, Tensor, Tensor]]:
+            for name, parameter in selected_parameters(module, selection).items():
+                tensor, index = whole(parameter), selection[name]
+                if name not in given or given[name].shape != index.shape or given[name].dtype != tensor.dtype:
+                    raise PatchError(
+                        f"values for {name} are {_kind(given.get(name))}; expected {tensor.dtype} {list(index.shape)}"
+                    )
+                other = with_values(tensor, index, given[name])
+                yield (name, tensor, other) if old is None else (name, other, tensor)
+
+        return cls.between(module.config, selection, pairs(), metadata=metadata)
+
+    @classmethod
+    def between(
+        cls,
+        config: Any,
+        selection: Selection,
+        pairs: Iterable[tuple[str, Tensor, Tensor]],
+        *,
+        metadata: Mapping[str, Any] | None = None,
+    ) -> Self:
+        """Make a patch from each tensor's name and what it is before and after, which come one by one.
+
+        Args:
+            config: the model's configuration.
+        """
+        none = Fingerprint.of_tensors(config, [])
+        values: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})
+        digests: tuple[dict[str, Any], dict[str, Any]] = ({}, {})
+        for name, *tensors in pairs:
+            for tensor, own, known in zip(tensors, values, digests, strict=True):
+                own[name] = bits(tensor).take(selection[name].to(tensor.device)).view(tensor.dtype)
+                # all that is kept of it, as in a fingerprint
+                known[name] = (tuple(tensor.shape), dtype_name(tensor.dtype), digest(tensor))
+        before, after = (replace(none, tensors=known) for known in digests)
         return cls(
-            selection=selection,
-            new=held if old is not None else dict(given),
-            old=dict(given) if old is not None else held,
-            before=_joined(before),
-            after=_joined(after),
-            metadata=dict(metadata or {}),
+            selection=selection, old=values[0], new=values[1], before=before, after=after, metadata=dict(metadata or {})
         )
 
     @property
@@ -199,7 +219,7 @@ class Patch(PatchValues):
         if self.dtypes == [dtype]:
             return converted
         lost_again = (self.num_changed or 0) - (converted.num_changed or 0)
-        note = {"converted_to": str(dtype).removeprefix("torch."), "num_rounded": num_rounded, "num_lost": lost_again}
+        note = {"converted_to": dtype_name(dtype), "num_rounded": num_rounded, "num_lost": lost_again}
         return replace(converted, metadata=self.metadata | note)
 
     def save(self, path: str | Path, *, old: Literal["values", "digest"] = "values") -> None:
@@ -262,15 +282,6 @@ class Patch(PatchValues):
 
 def _module(model: nn.Module | Target) -> nn.Module:
     return model.model if isinstance(model, Target) else model
-
-
-def _entry(module: nn.Module, name: str, tensor: Tensor) -> Fingerprint:
-    config: Any = module.config
-    return Fingerprint.of_tensors(config, [(name, tensor)])
-
-
-def _joined(parts: list[Fingerprint]) -> Fingerprint:
-    return replace(parts[0], tensors={name: entry for part in parts for name, entry in part.tensors.items()})
 
 
 def _num_differing(converted: Tensor, original: Tensor) -> int:

@@ -87,7 +87,8 @@ class Rearrangement(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         for output in result if isinstance(result, list | tuple) else [result]:
-            if isinstance(output, Tensor) and _storage(output) not in self._made:
+            # what is written in place is computed, wherever it lay before
+            if isinstance(output, Tensor) and (func._schema.is_mutable or _storage(output) not in self._made):
                 operation = func._schema.name
                 inputs = list(args[0]) if operation in _JOINS else [a for a in args if isinstance(a, Tensor)]
                 dim = (args[1] if len(args) > 1 else (kwargs or {}).get("dim", 0)) if operation in _JOINS else 0

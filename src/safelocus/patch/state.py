@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from safelocus.errors import PatchError, some
-from safelocus.model.fingerprint import Fingerprint, bits, digest_as
+from safelocus.model.fingerprint import Fingerprint, bits, digest_as, dtype_name
 from safelocus.selection.selection import Selection
 
 
@@ -179,10 +179,10 @@ def examine(
     for name, tensor in tensors:
         dtype = patch.new[name].dtype
         if tensor.dtype != dtype:
+            own, patched = dtype_name(tensor.dtype), dtype_name(dtype)
             raise PatchError(
-                f"{name} is {_plain(tensor.dtype)} in the model and {_plain(dtype)} in the patch. Load the model as "
-                f"{_plain(dtype)}, or convert the patch: --dtype {_plain(tensor.dtype)}, "
-                f"patch.to(torch.{_plain(tensor.dtype)})"
+                f"{name} is {own} in the model and {patched} in the patch. Load the model as {patched}, or convert the "
+                f"patch: --dtype {own}, patch.to(torch.{own})"
             )
         state = tensor_state(patch, name, tensor)
         if not state.is_at(goal):
@@ -213,7 +213,3 @@ def _differ(problems: list[str], patch: PatchValues) -> str:
         f"the model is neither as before the patch nor as after it: {len(problems)} of {len(patch.new)} tensors "
         f"differ: {some(problems, 3)}."
     )
-
-
-def _plain(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

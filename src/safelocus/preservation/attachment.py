@@ -9,7 +9,7 @@ loaded before training begins. So the protection follows the weights when traini
 """
 
 from collections.abc import Callable, Sequence
-from functools import wraps
+from functools import partial, wraps
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from safelocus.model.fingerprint import Fingerprint
 from safelocus.model.target import Target
 from safelocus.preservation.calibration import Calibration
 from safelocus.preservation.lora import check_initialisation
-from safelocus.preservation.protection import Protection
+from safelocus.preservation.protection import Protection, check_uncorrected
 from safelocus.selection.selection import Selection
 from safelocus.selection.sparse import selected_parameters
 from safelocus.training.lora import LoraMode
@@ -60,12 +60,13 @@ def preserve(
             (see `Calibration`). They no longer keep their bits then.
 
     Returns:
-        The protection. It holds as long as it is attached; `remove()` ends it.
+        The protection. It holds as long as it is attached; `remove()` ends it. Where this raises, nothing is attached,
+        and the weights are as they were.
 
     Raises:
         SelectionError: the selection was made for another model, or the weights are quantised.
-        TrainingError: nothing that is selected is trained, the optimizer trains another model, or the adapter is
-            none that can be protected from.
+        TrainingError: nothing that is selected is trained, the optimizer trains another model, the adapter is none that
+            can be protected from, or the base already cancels it, for an earlier protection.
 
     Example:
         >>> trainer = SFTTrainer(model, args=config, train_dataset=rows)                     # doctest: +SKIP
@@ -85,12 +86,12 @@ def preserve(
     module: Any = what if isinstance(what, nn.Module) else what.model if model is None else model
     _check_kind(module)
     check_initialisation(module)
+    check_uncorrected(module)
     remarks = _check_made_for(module, selection, allow_mismatch)
     if isinstance(what, Trainer):
         protection = attach(what, selection, **how)
     else:
-        protection = _protection(module, selection, **how)
-        _follow(optimizers, protection)
+        protection = _protection(module, selection, partial(_follow, optimizers), **how)
     protection.notes[:0] = remarks
     return protection
 
@@ -101,31 +102,43 @@ def attach(trainer: Trainer, selection: Selection, **how: Any) -> Protection:
         raise TrainingError(
             "FSDP version 1 flattens tensors, so selected weights cannot be found in them. Use FSDP2 (fsdp_version: 2)"
         )
+
+    def follow(protection: Protection) -> None:
+        callback = ProtectionCallback(protection, trainer)
+        trainer.add_callback(callback)
+        protection.add_handle(callback)
+
     model: Any = trainer.model
-    _check_kind(model)
-    protection = _protection(model, selection, **how)
-    callback = ProtectionCallback(protection, trainer)
-    trainer.add_callback(callback)
-    protection.add_handle(callback)
-    return protection
+    return _protection(model, selection, follow, **how)
 
 
 def _protection(
-    model: nn.Module, selection: Selection, *, calibration: Calibration | None = None, **lora: Any
+    model: nn.Module,
+    selection: Selection,
+    follow: Callable[[Protection], None],
+    *,
+    calibration: Calibration | None = None,
+    **lora: Any,
 ) -> Protection:
+    """Protect the weights, and let `follow` attach that to what trains them; all of it, or nothing."""
     protection = Protection(model, selection, **lora)
-    if num_rest := selection.k - protection.num_protected_in_all:
-        protection.notes.append(
-            f"{num_rest:,} of the {selection.k:,} selected weights lie in tensors that are not trained; they need no "
-            "protection"
-        )
-    if num_changed := protection.check():
-        protection.notes.append(
-            f"the adapter changed {num_changed:,} of the selected weights before; they have the base's values again"
-        )
-    protection.restore()
-    if calibration is not None:
-        protection.calibrate(calibration)
+    try:
+        if num_rest := selection.k - protection.num_protected_in_all:
+            protection.notes.append(
+                f"{num_rest:,} of the {selection.k:,} selected weights lie in tensors that are not trained; they need "
+                "no protection"
+            )
+        if protection.is_adapted and (num_changed := protection.check()):
+            protection.notes.append(
+                f"the adapter changed {num_changed:,} of the selected weights before; they have the base's values again"
+            )
+        protection.restore()
+        follow(protection)
+        if calibration is not None:
+            protection.calibrate(calibration)
+    except BaseException:
+        protection.remove(restore_base=True)
+        raise
     return protection
 
 

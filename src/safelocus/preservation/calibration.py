@@ -13,19 +13,24 @@ All processes take a step together and share its prompts: of copies each steps a
 sharded model those of its own rows, with gradients that FSDP2 has averaged.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_
+from torch.utils.checkpoint import checkpoint
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from safelocus import distributed
 from safelocus.errors import NumericalError, TrainingError
 from safelocus.evaluation.divergence import divergence, likeliest
 from safelocus.model.target import Target
+from safelocus.preservation.mixing import sets_of
 from safelocus.prompts import PromptSet
 from safelocus.run.tensors import TensorFile
 from safelocus.selection.sparse import Site, averaged_norm, requiring_gradients
@@ -42,7 +47,8 @@ class Calibration:
 
     Attributes:
         target: the model that is trained, with its tokenizer.
-        prompts: sets that take turns; give harmful and harmless ones. Responses in them are not used.
+        prompts: sets that take turns, or what they are read from; give harmful and harmless ones. Responses in them are
+            not used.
         every: steps of the task between two of calibration.
         learning_rate: of AdamW on the protected weights.
         batch_size: prompts of each set in one calibration step.
@@ -77,6 +83,7 @@ class Calibration:
                 raise TrainingError(f"calibration: {name} is a positive number, found {getattr(self, name)}")
         if not self.prompts:
             raise TrainingError("calibration needs prompts: harmful ones, and harmless ones against over-refusal")
+        object.__setattr__(self, "prompts", sets_of(self.prompts))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -129,7 +136,7 @@ def batch_of(rows: Sequence[dict[str, Any]], target: Target) -> ResponseBatch:
 
 @dataclass(kw_only=True, eq=False)
 class Calibrator:
-    """Takes the calibration steps; the protection calls `step` after each step of the task.
+    """Takes the calibration steps: `count_step` counts those of the task, and says when `step` is due.
 
     Attributes:
         masters: name -> fp32 values of the protected weights that this process holds, [k of this tensor].
@@ -165,7 +172,7 @@ class Calibrator:
         model = self.calibration.target.model
         batch, tokens, log_probs, share = self._batch()
         held = [site.parameter for site in sites.values()]  # the base weights of an adapter do not by themselves
-        with at_rest(model), torch.enable_grad(), requiring_gradients(model, held):
+        with at_rest(model), _checkpointing(model), torch.enable_grad(), requiring_gradients(model, held):
             loss = share * divergence(batch.logits(model), tokens, log_probs)
             gradients = _gradients(loss, sites)
         self.last = distributed.all_reduce_sum(loss.detach()) / distributed.world_size()
@@ -251,35 +258,61 @@ class Calibrator:
 
 
 def _gradients(loss: Tensor, sites: Mapping[str, Site]) -> dict[str, Tensor]:
-    """Name -> gradient [k] of the protected weights here, of tensors that have one. What the task left stays."""
-    if all(site.position is None for site in sites.values()):
-        # past the tensors' `grad`, and past whatever else waits there for gradients: an optimizer layer by layer, DDP
-        found = torch.autograd.grad(loss, [site.parameter for site in sites.values()], allow_unused=True)
-        pairs = zip(sites.items(), found, strict=True)
-        return {name: site.take(gradient) for (name, site), gradient in pairs if gradient is not None}
-    # FSDP2 hands the gradients of shards, reduced, to `grad` and nowhere else
+    """Name -> gradient [k] of the protected weights here, of tensors that have one. What the task left stays.
+
+    Only the gathered gradients are kept: a tensor's whole one goes as soon as it is there.
+    """
     gradients: dict[str, Tensor] = {}
     of_task = {name: site.parameter.grad for name, site in sites.items()}
-    hooks = []
+    is_whole = all(site.position is None for site in sites.values())
 
-    def collector(name: str, site: Site) -> Any:
+    def gathering(name: str, site: Site) -> Any:
+        def gather(gradient: Tensor) -> Tensor:
+            gradients[name] = site.take(gradient)
+            return gradient.new_zeros(()).expand_as(gradient)
+
         def collect(parameter: Tensor) -> None:
             assert parameter.grad is not None
             gradients[name], parameter.grad = site.take(parameter.grad), None
 
-        return collect
+        parameter = site.parameter
+        return parameter.register_hook(gather) if is_whole else parameter.register_post_accumulate_grad_hook(collect)
 
+    hooks = [gathering(name, site) for name, site in sites.items()]
     try:
-        for name, site in sites.items():
-            site.parameter.grad = None
-            hooks.append(site.parameter.register_post_accumulate_grad_hook(collector(name, site)))
-        loss.backward()
+        if is_whole:
+            # past the tensors' `grad`, and past whatever else waits there: an optimizer layer by layer, DDP
+            torch.autograd.grad(loss, [site.parameter for site in sites.values()], allow_unused=True)
+        else:
+            # FSDP2 hands the gradients of shards, reduced, to `grad` and nowhere else
+            for site in sites.values():
+                site.parameter.grad = None
+            loss.backward()
     finally:
         for hook in hooks:
             hook.remove()
         for name, site in sites.items():
             site.parameter.grad = of_task[name]
     return gradients
+
+
+@contextmanager
+def _checkpointing(model: Any) -> Iterator[None]:
+    """Within: layers that compute their activations anew while they train do so at rest too (transformers' do not)."""
+    layers = [
+        module for module in model.modules()
+        if isinstance(module, GradientCheckpointingLayer) and module.gradient_checkpointing
+    ]  # fmt: skip
+    own = [vars(layer).get("forward") for layer in layers]  # accelerate's, where it moves what a layer reads
+    try:
+        for layer in layers:
+            vars(layer)["forward"] = partial(checkpoint, layer.forward, use_reentrant=False)
+        yield
+    finally:
+        for layer, forward in zip(layers, own, strict=True):
+            vars(layer).pop("forward", None)
+            if forward is not None:
+                vars(layer)["forward"] = forward
 
 
 def _num_tokens(chosen: Sequence[Reference]) -> int:

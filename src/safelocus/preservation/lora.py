@@ -27,8 +27,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from safelocus.distributed import whole
 from safelocus.errors import TrainingError
-from safelocus.patch.patch import whole
 
 # numbers of each factor gathered at once: 1 MB in fp32 stays in a CPU's cache; a device wants few launches
 _CHUNK, _DEVICE_CHUNK = 1 << 18, 1 << 24
@@ -56,7 +56,7 @@ class LoraUpdate:
     @property
     def is_added(self) -> bool:
         """A forward pass would add exactly these adapters: they are neither disabled nor exchanged for others."""
-        return not self.layer.disable_adapters and _active(self.layer) == self.adapters
+        return not self.layer.disable_adapters and {*_active(self.layer)} == {*self.adapters}
 
     @property
     def is_linear(self) -> bool:
@@ -73,9 +73,10 @@ class LoraUpdate:
     def at(self, index: Tensor) -> Tensor:
         """The sum over the adapters of s * (B A) at flat indices into the whole tensor: fp32 [k]."""
         total = torch.zeros(index.shape, device=index.device)
-        for adapter in self.adapters:
-            left, right, scaling = _factors(self.layer, adapter)
-            total.add_(_product_at(left, right, index), alpha=scaling)
+        with torch.autocast(index.device.type, enabled=False):  # it is asked for within forward passes too
+            for adapter in self.adapters:
+                left, right, scaling = _factors(self.layer, adapter)
+                total.add_(_product_at(left, right, index), alpha=scaling)
         return total
 
 
@@ -184,7 +185,7 @@ def check_initialisation(model: nn.Module) -> None:
     configs = getattr(model, "peft_config", None)
     for name, config in (configs if isinstance(configs, Mapping) else {}).items():
         how = getattr(config, "init_lora_weights", True)
-        if isinstance(how, str) and how.startswith(_MOVING):
+        if isinstance(how, str) and how.lower().startswith(_MOVING):
             raise TrainingError(
                 f"adapter {name!r} was initialised with init_lora_weights={how!r}, which changes the base weights, so "
                 "they are not those that were selected. Use the default initialisation"

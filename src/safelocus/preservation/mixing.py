@@ -7,6 +7,7 @@ it kept more refusals than freezing or calibrating (docs/results/real-preserve.m
     mix     the same for a data set that a trainer takes
 """
 
+import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 PROMPTS = ("embedded:refusals", "embedded:ordinary", "embedded:alarming")
 SHARE, ANSWER_TOKENS = 1 / 6, 64  # of all rows, and of an answer: what was measured
 MOST = 0.9
+_ASKED = 16  # prompts, before it is believed that no answer ends
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -33,8 +35,8 @@ class Mixed:
     """Rows of the model's own answers to a few prompts.
 
     Attributes:
-        prompts: harmful ones, and harmless ones against over-refusal; a set that is named twice counts twice. Responses
-            in them are not used.
+        prompts: sets, or what they are read from: harmful ones, and harmless ones against over-refusal; one that is
+            named twice counts twice. Responses in them are not used.
         share: of all rows.
         max_new_tokens: length of the answers; longer ones are cut, and teach no end.
         seed: which prompts are drawn, where there are more than rows.
@@ -53,35 +55,67 @@ class Mixed:
                 f"the share of mixed-in rows is above 0 and at most {MOST:g}, so that the task is learned; found "
                 f"{self.share:g}"
             )
+        object.__setattr__(self, "prompts", sets_of(self.prompts))
 
     def into(
         self,
         data: PromptSet,
         target: Target,
         *,
+        size: int,
         lexicon: Lexicon | None = None,
         checkpoint: Path | None = None,
         progress: bool = True,
-    ) -> PromptSet:
-        """The task's rows, and as often as their share needs the model's own answers, the sets in equal parts.
+    ) -> tuple[PromptSet, list[str]]:
+        """The task's rows, and as often as their share needs the model's own answers, the sets in equal parts; remarks.
 
         Args:
+            size: how many rows of the task are learned: those that are answered and not too long.
             lexicon: expressions that these answers do not hold.
             checkpoint: folder for answers that are there already.
         """
         how = {"max_new_tokens": self.max_new_tokens, "cut": True, "lexicon": lexicon, "progress": progress}
-        return replace(data, examples=(*data.examples, *self.rows(len(data), target, checkpoint, **how)))
+        added, remarks = self.rows(size, target, checkpoint, **how)
+        return replace(data, examples=(*data.examples, *added)), remarks
 
-    def rows(self, size: int, target: Target, checkpoint: Path | None = None, **how: Any) -> list[Example]:
-        """What is mixed into so many rows; the model answers what is drawn, and nothing else. `how`: `own_answers`."""
+    def rows(
+        self, size: int, target: Target, checkpoint: Path | None = None, **how: Any
+    ) -> tuple[list[Example], list[str]]:
+        """What is mixed into so many rows, and what it lacks, in sentences. `how`: see `own_answers`.
+
+        The model answers what is drawn, and more only where answers are left out.
+        """
         each = max(round(size * self.share / (1 - self.share) / len(self.prompts)), 1)
         times = Counter(part.hash for part in self.prompts)
-        found = []
+        found, remarks = list[Example](), list[str]()
         for number, part in enumerate({part.hash: part for part in self.prompts}.values()):
             folder, num = None if checkpoint is None else checkpoint / str(number), each * times[part.hash]
-            said = own_answers(target, part.limit(num, seed=self.seed), checkpoint=folder, **how)
-            found += [said.examples[place % len(said)] for place in range(num)]
-        return found
+            said = self._answered(part, num, target, folder, **how)
+            found += [said[place % len(said)] for place in range(num)]
+            if len(said) < min(num, len(part)):
+                remarks.append(
+                    f"{part.source}: {num:,} rows are mixed in, but only {len(said):,} answers came to their end, "
+                    "which come again and again; allow longer ones, or give other prompts"
+                )
+        return found, remarks
+
+    def _answered(
+        self, part: PromptSet, num: int, target: Target, folder: Path | None, **how: Any
+    ) -> tuple[Example, ...]:
+        """So many prompts with answers, or as many as there are."""
+        said, left, rounds = tuple[Example, ...](), part, 0
+        while len(said) < num and len(left):
+            drawn = left.limit(num - len(said), seed=self.seed)
+            left = left.without(drawn)
+            try:
+                place = folder / f"more-{rounds}" if folder and rounds else folder
+                said += own_answers(target, drawn, checkpoint=place, **how).examples
+            except PromptError:
+                # none of these; a model none of whose answers ends is not asked for ever
+                if not said and (not len(left) or len(part) - len(left) >= _ASKED):
+                    raise
+            rounds += 1
+        return said
 
     def describe(self) -> dict[str, Any]:
         return {
@@ -114,6 +148,9 @@ def mix(
     Returns:
         Dataset: columns and format as in `rows`; columns that an answer has nothing for are None.
 
+    Warns:
+        UserWarning: fewer answers ended than there are rows for, so that some come again.
+
     Raises:
         PromptError: rows of another form, or no prompts; no answer to a set's prompts ended.
         TrainingError: a share that is none.
@@ -134,14 +171,20 @@ def mix(
     shown |= shown.pop("format_kwargs")
     rows = rows.with_format(None)
     write = _writer(rows, target)
-    sets = [prompts] if isinstance(prompts, str | PromptSet) else prompts
-    mixed = Mixed(prompts=[read_prompts(part) for part in sets], share=share, seed=seed)
-    said = mixed.rows(len(rows), target, max_new_tokens=max_new_tokens, progress=progress)
+    mixed = Mixed(prompts=sets_of(prompts), share=share, seed=seed)
+    said, remarks = mixed.rows(len(rows), target, max_new_tokens=max_new_tokens, progress=progress)
+    for remark in remarks:
+        warnings.warn(remark, stacklevel=2)
     nothing = dict.fromkeys(rows.column_names)
     if "chat_template_kwargs" in nothing:  # which a trainer unpacks
         nothing["chat_template_kwargs"] = rows[0]["chat_template_kwargs"]
     added = Dataset.from_list([nothing | write(example) for example in said], features=rows.features)
     return concatenate_datasets([rows, added]).shuffle(seed=seed).with_format(**shown)
+
+
+def sets_of(prompts: Sequence[PromptSet | str | Path] | PromptSet | str | Path) -> tuple[PromptSet, ...]:
+    """Sets of prompts, read where they are named; one alone is one set."""
+    return tuple(map(read_prompts, [prompts] if isinstance(prompts, str | Path | PromptSet) else prompts))
 
 
 def _writer(rows: "Dataset", target: Target) -> Callable[[Example], dict[str, Any]]:
@@ -162,8 +205,11 @@ def _writer(rows: "Dataset", target: Target) -> Callable[[Example], dict[str, An
 
         def said(example: Example) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
             system = target.chat.system if example.system is None else example.system
-            asked = [message("system", system)] if system else []
-            return [*asked, message("user", example.prompt)], [message("assistant", example.response or "")]
+            if system and not target.chat.system_role:
+                asked = [message("user", f"{system}\n\n{example.prompt}")]
+            else:
+                asked = [*([message("system", system)] if system else []), message("user", example.prompt)]
+            return asked, [message("assistant", example.response or "")]
 
         if column == "messages":
             return lambda example: {"messages": [each for part in said(example) for each in part]}

@@ -13,6 +13,7 @@ the device.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Self, get_args
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
 from safelocus import distributed
 from safelocus.distributed import local
-from safelocus.errors import SafelocusError, TrainingError, some
+from safelocus.errors import SafelocusError, SelectionError, TrainingError, some
 from safelocus.model.fingerprint import bits
 from safelocus.patch import Patch
 from safelocus.preservation.calibration import Calibration, Calibrator, references
@@ -28,6 +29,9 @@ from safelocus.preservation.lora import LoraUpdate, lora_updates, masking, peft_
 from safelocus.selection.selection import Selection
 from safelocus.selection.sparse import Site, selected_parameters, sites
 from safelocus.training.lora import LoraMode
+
+# layers whose base cancels their adapter at some places, and so does not hold values of its own there
+_CORRECTED: WeakSet[nn.Module] = WeakSet()
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -45,10 +49,6 @@ class Held:
     values: Tensor
     flat_index: Tensor
     update: LoraUpdate | None = None
-
-    def original(self) -> Tensor:
-        """What the tensor must hold where no adapter is added."""
-        return self.values
 
     def corrected(self) -> Tensor:
         """What the tensor must hold so that tensor and adapter sum up to the values; fp32 with an adapter."""
@@ -73,9 +73,12 @@ class Held:
 
 
 def hold(
-    model: nn.Module, selection: Selection, *, exact_gradient: bool = False
+    model: nn.Module, selection: Selection, *, exact_gradient: bool = False, known: Mapping[str, Held] | None = None
 ) -> tuple[dict[str, Held], dict[str, nn.Parameter]]:
     """Name -> what is held of each selected tensor that training can change, and name -> those that it cannot.
+
+    Args:
+        known: what was held before, of the same selection: read again only where the parameter is another.
 
     Raises:
         TrainingError: training can change none, an adapter cannot be protected from, or has no exact gradient.
@@ -87,15 +90,18 @@ def hold(
     for name, site in sites(model, selection).items():
         copy = copies.get(id(site.parameter))
         site = site if copy is None else replace(site, parameter=copy)
-        if site.parameter.requires_grad or name in updates or copy is not None:
+        old = (known or {}).get(name)
+        if not (site.parameter.requires_grad or name in updates or copy is not None):
+            untrained[name] = site.parameter
+        elif old is not None and old.site.parameter is site.parameter:
+            held[name] = replace(old, update=updates.get(name))
+        else:
             held[name] = Held(
                 site=site,
                 values=site.read(),
                 flat_index=site.index if site.position is None else selection[name][site.position.cpu()].to(site.index),
                 update=updates.get(name),
             )
-        else:
-            untrained[name] = site.parameter
     if not held:
         raise TrainingError(
             f"none of the {len(untrained)} selected tensors is trained: they do not require gradients, and no adapter "
@@ -159,6 +165,11 @@ class Protection:
         return sum(held.site.num_selected for held in self._held.values())
 
     @property
+    def is_adapted(self) -> bool:
+        """Whether an adapter changes what a forward pass sees of the weights."""
+        return any(held.update is not None for held in self._held.values())
+
+    @property
     def num_bytes(self) -> int:
         """Memory of the protection: saved values and indices, those shared with the selection included."""
         tensors = {
@@ -194,7 +205,7 @@ class Protection:
         own = {id(parameter) for parameter in calibration.target.model.parameters()}
         if any(id(held.site.parameter) not in own for held in self._held.values()):
             raise TrainingError("the calibration's target is not the model that is protected; give the same object")
-        if self.mode == "patch" and any(held.update is not None for held in self._held.values()):
+        if self.mode == "patch" and self.is_adapted:
             raise TrainingError('calibration needs mode="exact": in "patch" the adapter changes the same weights')
         _check_shards(self._held)
         self._original = {name: held.values.clone() for name, held in self._held.items()}
@@ -215,7 +226,12 @@ class Protection:
             self.keep(self.calibrator.step({name: held.site for name, held in self._held.items()}))
 
     def keep(self, values: Mapping[str, Tensor]) -> None:
-        """Keep other values from now on: name -> [k of this tensor], any dtype."""
+        """Keep other values from now on: name -> [k of this tensor], any dtype.
+
+        Raises:
+            SelectionError: values are missing, or of another length. Nothing was changed.
+        """
+        _check_values({name: held.values.shape for name, held in self._held.items()}, values)
         for name, held in self._held.items():
             self._held[name] = replace(held, values=values[name].to(held.values, copy=True))
         self.restore()
@@ -251,19 +267,25 @@ class Protection:
 
         Raises:
             TrainingError: a calibration trains the selection that is protected now.
+            SelectionError: it does not fit the model, or the values do not fit it. The first stays protected.
         """
         if self.calibrator is not None:
             raise TrainingError("a calibration trains the protected weights, so the selection cannot be changed")
         for held in map(Held.settled, self._held.values()):
             held.site.write(held.values)  # what was held is now what the model holds, without corrections
+        self._let_go_of_layers()
         try:
-            self._held, self._untrained = hold(self.model, selection, exact_gradient=self.exact_gradient)
+            fresh, untrained = hold(self.model, selection, exact_gradient=self.exact_gradient)
+            if values is not None:
+                _check_values({name: selection[name].shape for name in fresh}, values)
         except SafelocusError:
+            self._watch_adapters()
             self.restore()
             raise
-        self.selection = selection
-        if values is None and any(held.update is not None for held in self._held.values()):
-            self.notes.append("newly selected weights have the base's values: what the adapter changed of them is gone")
+        self.selection, self._held, self._untrained = selection, fresh, untrained
+        note = "newly selected weights have the base's values: what the adapter changed of them is gone"
+        if values is None and self.is_adapted and note not in self.notes:
+            self.notes.append(note)
         if values is not None:
             for name, held in self._held.items():
                 self._held[name] = replace(held, values=held.site.part_of(values[name]).to(held.values))
@@ -276,15 +298,13 @@ class Protection:
         Raises:
             TrainingError: a tensor that was not trained when the protection began is trained now.
         """
-        fresh, untrained = hold(model, self.selection, exact_gradient=self.exact_gradient)
+        fresh, untrained = hold(model, self.selection, exact_gradient=self.exact_gradient, known=self._held)
         _refuse_thawed([name for name in fresh if name in self._untrained])
         self._untrained = untrained
         sharded: dict[str, Site] = {}
         for name, held in fresh.items():
             old = self._held.get(name)
-            if old is not None and old.site.parameter is held.site.parameter:
-                fresh[name] = replace(old, update=held.update)
-            elif old is not None:
+            if old is not None and old.site.parameter is not held.site.parameter:
                 assert old.site.position is None, f"{name} was sharded twice"
                 fresh[name] = replace(held, values=held.site.part_of(old.values).to(held.values))
                 if held.site.position is not None:
@@ -302,6 +322,7 @@ class Protection:
         """
         merged = peft_model(self.model).merge_and_unload()
         self.restore()
+        self._let_go_of_layers()
         self.remove()
         return merged
 
@@ -323,8 +344,7 @@ class Protection:
             raise TrainingError(f"{sharded[0]!r} is sharded; make the patch from a model that is whole in one process")
         self.restore()
         if self.mode == "exact":
-            original = self._original or {name: each.values for name, each in held.items()}
-            values = {"old": {name: original[name] for name in held}}
+            values = {"old": {name: self._base(name) for name in held}}
         else:
             values = {"new": {name: each.corrected().to(each.values.dtype) for name, each in held.items()}}
         adapters = {adapter for each in held.values() if each.update for adapter in each.update.adapters}
@@ -335,8 +355,20 @@ class Protection:
             **values,
         )
 
-    def remove(self) -> None:
-        """Let go of the trainer or optimizer. The weights stay as they are."""
+    @torch.no_grad()
+    def remove(self, *, restore_base: bool = False) -> None:
+        """Let go of the trainer or optimizer. The weights stay as they are.
+
+        Args:
+            restore_base: LoRA in mode "exact": give the base its own values back, which otherwise go on cancelling the
+                adapter and are right beside it only. The adapter acts at the protected places again then. Do so before
+                PEFT's `unload()`, or before the selection is protected anew.
+        """
+        if restore_base:
+            self._let_go_of_layers()
+            for name, held in self._held.items():
+                if held.update is not None and not held.update.is_merged:
+                    held.site.write(self._base(name))
         for handle in [*self._handles, *self._layer_hooks]:
             handle.remove()
         self._handles, self._layer_hooks = [], []
@@ -357,28 +389,42 @@ class Protection:
         self.restore()
         self.remove()
 
+    def _base(self, name: str) -> Tensor:
+        """What the tensor must hold where no adapter is added."""
+        return self._held[name].values if self._original is None else self._original[name]
+
+    def _corrected(self, name: str) -> Tensor:
+        return self._held[name].corrected()
+
     def _wanted(self, held: Held) -> Tensor:
         return held.corrected() if self.mode == "exact" else held.values
 
     def _watch_adapters(self) -> None:
         """Without the adapter (the reference policy of DPO, say) a forward pass must see the base's own weights."""
-        for handle in self._layer_hooks:
-            handle.remove()
-        self._layer_hooks = []
+        self._let_go_of_layers()
         for name, held in self._held.items():
             if held.update is None or self.mode != "exact":
                 continue
             layer = held.update.layer
-            self._layer_hooks.append(layer.register_forward_pre_hook(self._swap(name, Held.original)))
-            self._layer_hooks.append(layer.register_forward_hook(self._swap(name, Held.corrected), always_call=True))
+            _CORRECTED.add(layer)
+            self._layer_hooks.append(layer.register_forward_pre_hook(self._swap(name, self._base)))
+            self._layer_hooks.append(layer.register_forward_hook(self._swap(name, self._corrected), always_call=True))
             if self.exact_gradient:
                 self._layer_hooks.append(layer.register_forward_hook(self._masking(name)))
+
+    def _let_go_of_layers(self) -> None:
+        for handle in self._layer_hooks:
+            handle.remove()
+        self._layer_hooks = []
+        for held in self._held.values():
+            if held.update is not None:
+                _CORRECTED.discard(held.update.layer)
 
     def _masking(self, name: str) -> Callable[..., Tensor]:
         return masking(lambda: self._held[name].update, lambda: self._held[name].flat_index)
 
-    def _swap(self, name: str, values: Callable[[Held], Tensor]) -> Callable[..., None]:
-        def write(*_: Any) -> None:
+    def _swap(self, name: str, values: Callable[[str], Tensor]) -> Callable[..., None]:
+        def write(_: Any, inputs: tuple[Any, ...], *output: Any) -> None:
             held = self._held[name]
             update = held.update
             if update is None or update.is_added or update.is_merged:
@@ -388,11 +434,35 @@ class Protection:
                     f"{name} is sharded, so a forward pass without the adapter (the reference of DPO, say) cannot be "
                     'given the base\'s own weights. Use mode="patch", or precompute the reference log-probabilities'
                 )
+            is_followed = any(isinstance(each, Tensor) and each.requires_grad for each in inputs)
+            if not output and is_followed and torch.is_grad_enabled():
+                raise TrainingError(
+                    f"{name}: a forward pass with the adapter disabled or exchanged sees the base's own weights, which "
+                    "are gone again before a backward pass: its gradients would be wrong. Run it under torch.no_grad()"
+                )
             # a graph from before may still need the weights: it gets the same bits back before it runs
             with torch.no_grad(), _unsafe_preserve_version_counter(held.site.parameter):
-                held.site.write(values(held))
+                held.site.write(values(name))
 
         return write
+
+
+def check_uncorrected(model: nn.Module) -> None:
+    """TrainingError where an earlier protection changed the base to cancel an adapter: its values are not its own."""
+    if corrected := [name for name, layer in model.named_modules() if layer in _CORRECTED and not layer.merged]:
+        raise TrainingError(
+            f"the model is protected already: in {len(corrected)} layers ({some(corrected)}) the base cancels the "
+            "adapter, and does not hold values of its own. Keep that protection (update() takes another selection), or "
+            "protect anew after its remove(restore_base=True) or merge()"
+        )
+
+
+def _check_values(shapes: Mapping[str, torch.Size], values: Mapping[str, Tensor]) -> None:
+    if wrong := [name for name, shape in shapes.items() if name not in values or values[name].shape != shape]:
+        raise SelectionError(
+            f"values are missing or of another length for {len(wrong)} of {len(shapes)} tensors ({some(wrong)}); "
+            "expected one per protected weight"
+        )
 
 
 def _refuse_thawed(thawed: Sequence[str]) -> None:

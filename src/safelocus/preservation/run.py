@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from safelocus.errors import TrainingError
 from safelocus.evaluation import Evaluation, Task
 from safelocus.evaluation.result import UTILITY
 from safelocus.model.target import Target
@@ -18,7 +19,7 @@ from safelocus.objective import Lexicon
 from safelocus.preservation.calibration import Calibration
 from safelocus.preservation.mixing import Mixed
 from safelocus.preservation.result import PROTECTED, UNPROTECTED, Preservation, measures_of
-from safelocus.preservation.trainee import check_adapter, learner
+from safelocus.preservation.trainee import ADAPTER, DTYPES, MODEL, check_adapter, learner
 from safelocus.prompts import PromptSet
 from safelocus.run.resume import claim
 from safelocus.selection.selection import Selection
@@ -79,8 +80,8 @@ def run_preservation(
         look: prompts and questions of each kind that a look uses, at most.
         folder: where the protected model (`model/`), or adapter and patch (`adapter/`), are saved.
         merge: save the model with its adapter merged, its protected weights exact.
-        save_dtype: "float32", "bfloat16" or "float16": of the model that is saved; default: that of its files.
-        allow_seen: measure with prompts that calibration or mixed-in rows use.
+        save_dtype: "float32", "bfloat16" or "float16", of the model that is saved; default: that of its files.
+        allow_seen: measure with prompts that the task's rows, calibration or mixed-in rows use.
         allow_mismatch: the selection was made for another model (a fine-tuned sibling).
         checkpoint: folder for unfinished work; the same call resumes from it. Of several
             processes each has its own, and as many resume.
@@ -89,23 +90,26 @@ def run_preservation(
         changes: to the settings: steps=1000, learning_rate=2e-5, ...
 
     Raises:
-        TrainingError: nothing that is selected is trained, or an adapter cannot be made or protected from.
+        TrainingError: nothing that is selected is trained, an adapter cannot be made or protected from, or a type that
+            no model is saved in.
         SelectionError: a selection made for another model.
         NumericalError: the training diverged; the model has its old weights again.
     """
     settings = replace(settings or TrainingSettings(), **changes)
+    if save_dtype not in (None, *DTYPES):
+        raise TrainingError(f"save_dtype {save_dtype!r}: expected {', '.join(DTYPES)}")
     make = learner(
         target, lora=lora, calibration=calibration, folders={PROTECTED: folder}, merge=merge,
-        dtype=None if save_dtype is None else getattr(torch, save_dtype),
+        dtype=None if save_dtype is None else DTYPES[save_dtype],
     )  # fmt: skip
     sets = [data, *(calibration.prompts if calibration else ()), *(mixed.prompts if mixed else ())]
     remarks = [*notes, *check_apart(examination, sets, allow_seen=allow_seen)]
     remarks += check_made_for(target, selection, allow_mismatch=allow_mismatch)
     if lora is not None:
-        check_adapter(target, lora, selection)
+        check_adapter(target, lora, [selection, *(each for each in (controls or {}).values() if not callable(each))])
     claim(checkpoint, {
         "the model": target, "--data": data, "the task": task, "the selection": selection,
-        "the controls": controls, "unprotected": unprotected, "the adapter": lora, "the calibration": calibration,
+        "unprotected": unprotected, "the adapter": lora, "the calibration": calibration,
         "the rows mixed in": mixed, "the expressions not learned": unlearned, "the examination": examination,
         **settings.to_json(), "every": every or settings.steps, "look": look, "merge": merge,
         "save_dtype": save_dtype,
@@ -113,13 +117,14 @@ def run_preservation(
     rows, lacking = _rows(target, data, unlearned, settings)
     plain = rows
     if mixed is not None:
-        mixture = mixed.into(
-            data, target, lexicon=unlearned, checkpoint=part_of(checkpoint, "mixed"), progress=progress
+        mixture, repeated = mixed.into(
+            data, target, size=len(plain), lexicon=unlearned, checkpoint=part_of(checkpoint, "mixed"), progress=progress
         )
+        remarks += repeated
         rows, lacking = _rows(target, mixture, unlearned, settings)
         sources = ", ".join(dict.fromkeys(part.source for part in mixed.prompts))
         remarks.append(
-            f"{len(mixture) - len(data)} of {len(mixture)} rows are the model's own answers to {sources}"
+            f"{len(mixture) - len(data)} of {len(rows)} rows are the model's own answers to {sources}"
             f"{', but in the unprotected arm' if unprotected else ''}; what they do is not told apart from what "
             "holding weights does (--mix none leaves them out)"
         )
@@ -131,6 +136,7 @@ def run_preservation(
         target=target, rows=rows, other_rows={UNPROTECTED: plain}, settings=settings, examination=examined,
         measures=lambda evaluation: measures_of(evaluation, task.name), look=examined.smaller(look, settings.seed),
         every=every, make=make, sets=sets, checkpoint=checkpoint, progress=progress,
+        written={} if folder is None else {PROTECTED: folder / (MODEL if lora is None or merge else ADAPTER)},
         described=_described(data, task, lora, calibration, mixed, unlearned),
     )  # fmt: skip
     arms = {PROTECTED: selection, **({UNPROTECTED: None} if unprotected else {}), **(controls or {})}

@@ -4,7 +4,7 @@ ADAPTER, MODEL   folders in which what was learned is saved
 """
 
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,19 +15,21 @@ from transformers import set_seed
 
 from safelocus import distributed
 from safelocus.errors import ModelError, TrainingError
-from safelocus.model.fingerprint import bits
+from safelocus.model.fingerprint import bits, dtype_name
 from safelocus.model.target import Target, load_config
 from safelocus.patch.checkpoint import Checkpoint, local_folder
 from safelocus.patch.folder import copy_tokenizer, retype, save_like
 from safelocus.preservation.attachment import attach
 from safelocus.preservation.calibration import Calibration
 from safelocus.preservation.protection import Protection, hold
+from safelocus.run.tensors import give_mode
 from safelocus.selection.selection import Selection
 from safelocus.selection.sparse import gather
 from safelocus.training import TrainingSettings
 from safelocus.training.arm import Arm, Trainee
 from safelocus.training.lora import Lora, unwrapping
 
+DTYPES = {name: getattr(torch, name) for name in ("bfloat16", "float16", "float32")}  # that a model is saved in
 ADAPTER, MODEL, PATCH = "adapter", "model", "protection.patch.safetensors"
 
 
@@ -96,15 +98,17 @@ def learner(
     return ready
 
 
-def check_adapter(target: Target, lora: Lora, selection: Selection) -> None:
-    """Put the adapter on, hold the selection, and take it off again: before long work, not after it.
+def check_adapter(target: Target, lora: Lora, selections: Iterable[Selection]) -> None:
+    """Put the adapter on, hold each selection, and take it off again: before long work, not after it.
 
     Raises:
-        TrainingError: the model has no such modules, or the selection cannot be held beside the adapter.
+        TrainingError: the model has no such modules, or a selection cannot be held beside the adapter.
     """
     model, device = target.model, target.device
     with unwrapping(model), torch.random.fork_rng([device] if device.type == "cuda" else []):
-        hold(lora.wrap(model, target.layout), selection)
+        wrapped = lora.wrap(model, target.layout)
+        for selection in selections:
+            hold(wrapped, selection)
 
 
 @contextmanager
@@ -115,9 +119,17 @@ def _given_back(model: Any) -> Iterator[None]:
         try:
             yield
         finally:
-            with torch.no_grad():
-                for parameter, copy in copies.items():
-                    distributed.local(parameter).copy_(copy)
+            interrupted = None
+            while copies:
+                try:
+                    # a tensor leaves the list when it is written: Ctrl-C repeats at most that one
+                    parameter = next(iter(copies))
+                    distributed.local(parameter.detach()).copy_(copies[parameter])
+                    del copies[parameter]
+                except KeyboardInterrupt as error:
+                    interrupted = error
+            if interrupted is not None:
+                raise interrupted
 
 
 def _original(target: Target, dtype: torch.dtype | None) -> tuple[Checkpoint | None, list[str]]:
@@ -135,10 +147,10 @@ def _original(target: Target, dtype: torch.dtype | None) -> tuple[Checkpoint | N
         remarks.append(
             f"the model is written as transformers writes it, not in the form of its original's files: {error}"
         )
-    saved = saved if dtype is None else {str(dtype).removeprefix("torch.")}
-    own, types = target.model.dtype, {name: getattr(torch, name) for name in ("bfloat16", "float16", "float32")}
-    if narrower := [name for name, kind in types.items() if name in saved and torch.promote_types(own, kind) != kind]:
-        plain = str(own).removeprefix("torch.")
+    saved = saved if dtype is None else {dtype_name(dtype)}
+    own = target.model.dtype
+    if narrower := [name for name, kind in DTYPES.items() if name in saved and torch.promote_types(own, kind) != kind]:
+        plain = dtype_name(own)
         remarks.append(f"weights were trained and measured in {plain} and are saved in {', '.join(narrower)}")
     return found, remarks
 
@@ -161,6 +173,7 @@ def _save_model(target: Target, original: Checkpoint | None, folder: Path, dtype
         sharding = {"distributed_config": config.pop("distributed_config")} if "distributed_config" in config else {}
         try:
             model.save_pretrained(folder, state_dict=state)
+            give_mode(*folder.glob("*.safetensors"))
         finally:
             config.update(sharding)
         if (kind := dtype or _declared(target)) not in (None, model.dtype):
@@ -183,6 +196,7 @@ def _save_adapter(model: Any, target: Target, held: list[Protection], folder: Pa
     if not distributed.is_main():
         return
     model.save_pretrained(folder)
+    give_mode(*folder.glob("*.safetensors"))
     _save_tokenizer(target, folder)
     if patch is not None:
         patch.save(folder / PATCH)

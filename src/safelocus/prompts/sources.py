@@ -270,7 +270,10 @@ def _read_parquet(path: Path) -> list[Row]:
 
 
 def _decode(path: Path) -> str:
-    data = path.read_bytes()
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise PromptError(f"{path}: cannot be read ({error.strerror or error}).") from error
     mark = b"\xef\xbb\xbf"
     skipped = len(mark) if data.startswith(mark) else 0
     try:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from safelocus.analysis.words import UNKNOWN, percent
+from safelocus.model.fingerprint import dtype_name
 from safelocus.model.layout import COMPONENTS, ELIGIBLE, Layout
 from safelocus.patch import Patch
 from safelocus.report.grid import Grid
@@ -94,7 +95,7 @@ def patch_facts(patch: Patch, file: Path) -> dict[str, Any]:
         "num_changed": patch.num_changed,
         "share": patch.k / patch.selection.num_weights,
         "num_tensors": len(patch.new),
-        "dtypes": [str(dtype).removeprefix("torch.") for dtype in patch.dtypes],
+        "dtypes": [dtype_name(dtype) for dtype in patch.dtypes],
         "bytes": file.stat().st_size,
         "model": patch.selection.provenance.model,
         "model_type": patch.before.model_type,

@@ -1,5 +1,6 @@
 """Several runs side by side: maps by relative depth and component, patterns, and measures of behaviour."""
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -50,7 +51,8 @@ def _behaviours(runs: Sequence[ReportRun]) -> dict[str, Mapping[str, Any]]:
 
 
 def _depth_part(maps: Mapping[str, SafetyMap], tested: Mapping[str, Sequence[Pattern]]) -> Part:
-    deepest = [max(1, len([k for k in located.layer_keys if k[1] is not None])) for located in maps.values()]
+    stacks = [Counter(stack for stack, layer in located.layer_keys if layer is not None) for located in maps.values()]
+    deepest = dict.fromkeys(" + ".join(map(str, each.values())) or "no" for each in stacks)
     rows: list[list[Value]] = []
     for name, located in maps.items():
         depths = relative_depths(located.layer_keys)
@@ -66,7 +68,7 @@ def _depth_part(maps: Mapping[str, SafetyMap], tested: Mapping[str, Sequence[Pat
         columns={"model": "text", "relative depth": "number", "enrichment": "times", "layer": "text"}, rows=rows,
         series="model", x="relative depth", value="enrichment", x_title="relative depth: 0 first layer, 1 last",
         x_span=(0, 1), span=(0, None), reference=1.0, wide=True,
-        note=f"Layers of models with {' and '.join(map(str, dict.fromkeys(deepest)))} layers, laid over one another.",
+        note=f"Layers of models with {' and '.join(deepest)} layers, laid over one another.",
     )  # fmt: skip
     return Part(
         title="Where safety lies", notes=[f"1{words.TIMES} is what size alone gives."],

@@ -2,7 +2,8 @@
 
 What has a colour has a class of `colours.Theme.style`, so a page changes them with its theme; lines and marks take
 `currentColor` from the class of their series. Every cell and mark carries the number of its row (`data-row`), by which
-the page's script finds what to show. A picture brings the light colours with it. Strangers' text is escaped.
+the page's script finds what to show. A picture brings the light colours with it. Strangers' text is
+escaped and inert.
 """
 
 import math
@@ -12,6 +13,7 @@ from html import escape
 from pathlib import Path
 
 from safelocus.analysis.words import TIMES, percent
+from safelocus.inert import inert
 from safelocus.report import colours
 from safelocus.report.blocks import Chart, Heat, Lines, Value
 from safelocus.run.files import write_text
@@ -37,7 +39,7 @@ Scale = Callable[[float], float]
 def svg(chart: Chart) -> str:
     """A chart as an element of a page."""
     body, width, height = draw(chart)
-    more = f'role="img" aria-label="{escape(chart.title)}. The numbers follow." '
+    more = f'role="img" aria-label="{escape(inert(chart.title))}. The numbers follow." '
     return _svg(body, width, height, more, least=0.65 * width)
 
 
@@ -157,7 +159,7 @@ def _lines(chart: Lines) -> Drawn:
     ends = [chart.column(name) for name in ("low", "high") if name in chart.columns]
     width, height = (WIDE if chart.wide else NARROW), (300 if chart.wide else 220)
     series = _series(chart, chart.series)
-    body, top = _legend([name for name, _ in series], width, _look(chart), lined=True, marked=not chart.plain)
+    body, top = _legend([name for name, _ in series], width, _look(chart), marked=not chart.plain)
     left, right, bottom = 52.0, width - 22.0, top + height
     format = chart.columns[chart.value]
     known = [_number(row[i]) for row in chart.rows for i in (value, *ends) if row[i] is not None]
@@ -195,9 +197,10 @@ def _lines(chart: Lines) -> Drawn:
         curves += [_mark(n, at, up, colour, shape, hidden=chart.plain) for n, at, up in points[:_MOST_MARKS]]
     body += [*bands, *curves]
     if chart.mark is not None:
-        at, up = at_x(chart.mark[0]), at_y(chart.mark[1])
+        at, up = min(max(at_x(chart.mark[0]), left + 8), right - 8), at_y(chart.mark[1])
+        beside, anchor = (8, "start") if at < (left + right) / 2 else (-8, "end")
         body.append(f'<circle class="ink" cx="{at:.1f}" cy="{up:.1f}" r="4.5"/>')
-        body.append(_text(at - 8, up - 6, chart.mark[2], "end"))
+        body.append(_text(at + beside, up - 6, chart.mark[2], anchor))
     if chart.x_title:
         body.append(_text((left + right) / 2, bottom + 35, chart.x_title, "middle", "muted"))
     return "".join(body), width, bottom + (42 if chart.x_title else 24)
@@ -226,7 +229,7 @@ def _look(chart: Lines) -> Callable[[str, int], tuple[int, str, int]]:
 
 
 def _legend(
-    names: Sequence[str], width: float, look: Callable[[str, int], tuple[int, str, int]], *, lined: bool, marked: bool
+    names: Sequence[str], width: float, look: Callable[[str, int], tuple[int, str, int]], *, marked: bool
 ) -> tuple[list[str], float]:
     """The keys of several series, and where they end."""
     body: list[str] = []
@@ -238,11 +241,10 @@ def _legend(
         if at > 4 and at + need > width:
             at, top = 4.0, top + 18
         colour, dash, mark = look(name, number)
-        if lined:
-            body.append(
-                f'<path class="s{colour}" stroke="currentColor" stroke-width="2" stroke-dasharray="{dash}" '
-                f'd="M{at:.1f} {top - 4}h26"/>'
-            )
+        body.append(
+            f'<path class="s{colour}" stroke="currentColor" stroke-width="2" stroke-dasharray="{dash}" '
+            f'd="M{at:.1f} {top - 4}h26"/>'
+        )
         if marked:
             body.append(_mark(None, at + 13, top - 4, colour, _MARKS[mark]))
         body.append(_text(at + 31, top, name, cls="muted"))
@@ -327,7 +329,7 @@ def _text(
 ) -> str:
     more = (f' font-size="{size}"' if size else "") + (f' font-weight="{weight}"' if weight else "")
     where = "" if anchor == "start" else f' text-anchor="{anchor}"'
-    return f'<text class="{cls}" x="{x:.1f}" y="{y:.1f}"{where}{more}>{escape(text)}</text>'
+    return f'<text class="{cls}" x="{x:.1f}" y="{y:.1f}"{where}{more}>{escape(inert(text))}</text>'
 
 
 def _mark(number: int | None, x: float, y: float, colour: int, shape: str, *, hidden: bool = False) -> str:

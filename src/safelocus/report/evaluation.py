@@ -5,10 +5,11 @@ from dataclasses import replace
 from typing import Any
 
 from safelocus.analysis.words import UNKNOWN, in_words, measure_label
+from safelocus.evaluation.measures import is_measure
 from safelocus.evaluation.result import PERPLEXITY
 from safelocus.report.blocks import Part, Section
 from safelocus.report.grid import Grid, Span
-from safelocus.report.measures import is_measure, measures_grid, measures_in, proportions_in
+from safelocus.report.measures import measures_grid, measures_in, proportions_in
 from safelocus.report.runs import ReportRun
 
 _CLAUSES = {
@@ -54,6 +55,13 @@ def _model(results: Mapping[str, Any]) -> str:
 def _summary(results: Mapping[str, Any]) -> str:
     found = proportions_in(results)
     said = [f"{clause} {in_words(found[name])}" for name, clause in _CLAUSES.items() if name in found]
+    if (measure := measures_in(results).get(PERPLEXITY)) is not None:
+        said.append(
+            f"perplexity {measure['value']:.3g}"
+            + ("" if measure["low"] is None else f" [{measure['low']:.3g}, {measure['high']:.3g}]")
+        )
+    if not said:
+        return f"{_model(results)}: nothing could be measured."
     judge = next((str(judge.get("judge")) for judge in results.get("judges") or []), None)
     judged = f" The judge of harm: {judge}." if judge and "asr" in found else ""
     return f"{_model(results)}: {'; '.join(said)} (95 % intervals).{judged}"

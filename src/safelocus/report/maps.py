@@ -374,7 +374,8 @@ def _bands(layers: Sequence[LayerKey], max_rows: int) -> list[list[LayerKey]]:
     height = -(-len(layers) // max_rows)
     bands: list[list[LayerKey]] = []
     for layer in layers:
-        if bands and len(bands[-1]) < height and bands[-1][0][0] == layer[0] and layer[1] is not None:
+        alike = bands and bands[-1][0][0] == layer[0] and None not in (bands[-1][0][1], layer[1])
+        if alike and len(bands[-1]) < height:
             bands[-1].append(layer)
         else:
             bands.append([layer])

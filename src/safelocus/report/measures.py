@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from safelocus.analysis.words import capital, measure_label
+from safelocus.evaluation.measures import is_measure
 from safelocus.report.blocks import Lines, Value
 from safelocus.report.grid import Grid, Span
 
@@ -26,10 +27,6 @@ def measures_in(values: Any) -> dict[str, Mapping[str, Any]]:
 def proportions_in(values: Any) -> dict[str, Mapping[str, Any]]:
     """The measures that are proportions (a perplexity is none)."""
     return {name: value for name, value in measures_in(values).items() if name.partition("@")[0] in ORDER}
-
-
-def is_measure(value: Any) -> bool:
-    return isinstance(value, Mapping) and {"value", "low", "high", "n"} <= set(value)
 
 
 def measures_grid(

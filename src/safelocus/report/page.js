@@ -118,23 +118,30 @@ window.addEventListener("scroll", () => { tip.hidden = true; }, {passive: true})
 
 // from cell to cell by keyboard
 function walkable(chart) {
-  const cellAt = (i, j) => chart.drawn.querySelector(`[data-at="${i},${j}"]`);
-  let at = null;
+  const placeOf = cell => cell.dataset.at.split(",").map(Number);
+  const cells = () => [...chart.drawn.querySelectorAll("[data-at]")];
+  let at = null; // the cell
+  // the first one, then the nearest in a direction: a layer need not have every component
+  const after = ([across, down]) => {
+    if (!at) return cells()[0] || null;
+    const [x, y] = placeOf(at), far = cell => { const [i, j] = placeOf(cell); return (across ? j === y : i === x) ? (i - x) * across + (j - y) * down : 0; };
+    return cells().filter(cell => far(cell) > 0).reduce((best, cell) => best && far(best) < far(cell) ? best : cell, null) || at;
+  };
   const leave = () => { for (const cell of chart.drawn.querySelectorAll(".at")) cell.classList.remove("at"); };
   chart.drawn.addEventListener("keydown", event => {
     const move = {ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1]}[event.key];
     if (move) {
-      const next = at ? [at[0] + move[0], at[1] + move[1]] : [0, 0];
-      if (cellAt(...next)) at = next;
-      leave();
-      const cell = cellAt(...at), box = cell.getBoundingClientRect();
-      cell.classList.add("at");
-      cell.scrollIntoView({block: "nearest", inline: "nearest"});
-      show(chart, cell, {clientX: box.right, clientY: box.bottom});
-      spoken.textContent = describe(chart.spec.table, rowOf(chart, cell)).join(", ");
       event.preventDefault();
+      at = after(move);
+      if (!at) return;
+      leave();
+      const box = at.getBoundingClientRect();
+      at.classList.add("at");
+      at.scrollIntoView({block: "nearest", inline: "nearest"});
+      show(chart, at, {clientX: box.right, clientY: box.bottom});
+      spoken.textContent = describe(chart.spec.table, rowOf(chart, at)).join(", ");
     } else if (at && (event.key === "Enter" || event.key === " ")) {
-      open(chart, cellAt(...at));
+      open(chart, at);
       event.preventDefault();
     }
   });

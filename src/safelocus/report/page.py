@@ -8,6 +8,7 @@ Charts are SVG in the page, and the page's own policy forbids every network requ
 from collections.abc import Callable, Sequence
 from functools import cache
 from importlib.resources import files
+from itertools import count
 from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
@@ -94,12 +95,14 @@ def write_run_page(folder: Path, *, place: Path) -> list[str]:
     run = ReportRun.read(folder, place=place)
     sections = sections_of(run)
     _write([run], {run.name: sections}, folder / PAGE, heading="Safety report", responses=False)
-    return [PAGE, *(
-        write_picture(folder / f"{part.file}.svg", f"{section.title}: {section.what}", part.charts)
-        for section in sections
-        for part in section.parts
-        if part.file and part.charts  # nothing is drawn where nothing could be scored
-    )]  # fmt: skip
+    written = [PAGE]
+    for section in sections:
+        for part in section.parts:
+            if part.file and part.charts:  # nothing is drawn where nothing could be scored
+                names = (f"{part.file}{f'-{number}' if number > 1 else ''}.svg" for number in count(1))
+                file = folder / next(name for name in names if name not in written)  # two scorers may be spelled alike
+                written.append(write_picture(file, f"{section.title}: {section.what}", part.charts))
+    return written
 
 
 def write_page(

@@ -43,9 +43,8 @@ def origin_of(run: ReportRun) -> RunOrigin:
 def _facts(run: ReportRun) -> list[Facts]:
     found = [[("run", f"{run.command}, {run.place}")], list(_of_provenance(run.results.get("provenance")))]
     for model in run.maps:
-        selection = run.selection(model)
-        if selection is not None:
-            found.append(list(_of_provenance(selection.provenance.to_json())))
+        if (provenance := run.provenance(model)) is not None:
+            found.append(list(_of_provenance(provenance.to_json())))
     return [facts for facts in found if facts]
 
 

@@ -11,11 +11,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
-from safelocus.analysis.map import SafetyMap, safety_map
+from safelocus.analysis.map import SafetyMap
 from safelocus.analysis.patterns import Pattern, patterns
 from safelocus.errors import RunError
 from safelocus.run.files import inside, read_json, read_text, reading
 from safelocus.run.folder import read_config
+from safelocus.run.identity import Provenance
 from safelocus.selection.selection import Selection
 
 # kind -> keys that only its results.json has; the first that fits
@@ -100,12 +101,6 @@ class ReportRun:
         return {}
 
     @cached_property
-    def used(self) -> SafetyMap | None:
-        """Where the weights lie that a training used; from the selection alone, so without anything about scores."""
-        selection = self.selection() if self.kind in ("enhance", "preserve") else None
-        return safety_map(None, selection) if selection is not None and selection.k else None
-
-    @cached_property
     def patterns(self) -> dict[str, list[Pattern]]:
         """Model -> the pattern tests of its map."""
         return {name: patterns(located) for name, located in self.maps.items()}
@@ -116,7 +111,19 @@ class ReportRun:
         folders = [self.folder, *([self.folder / stem] if Path(stem).name == stem != ".." else [])]
         places = [folder / "selection.safetensors" for folder in folders]
         file = next((place for place in places if place.is_file()), None)
-        return None if file is None else Selection.load(file)
+        found = None if file is None else Selection.load(file)
+        self._provenances[model] = None if found is None else found.provenance
+        return found
+
+    def provenance(self, model: str) -> Provenance | None:
+        """Of the selection of one of its models; the selection is not read again for it."""
+        if model not in self._provenances:
+            self.selection(model)
+        return self._provenances[model]
+
+    @cached_property
+    def _provenances(self) -> dict[str, Provenance | None]:
+        return {}
 
     @cached_property
     def against(self) -> dict[str, Any] | None:

@@ -9,6 +9,7 @@ weights that were used. What is missing is left out, and named.
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from safelocus.analysis.map import safety_map
 from safelocus.analysis.words import UNKNOWN, capital, count, in_words, kind_label
 from safelocus.report.blocks import Lines, Part, Section
 from safelocus.report.grid import Grid
@@ -115,7 +116,9 @@ def training_sections(run: ReportRun) -> list[Section]:
     outcome = Part(title="Before and after", blocks=[outcome_grid(results)]) if states else None
     parts = (outcome, acceptance_part(results), _along(run), _back(results), _sweep(results))
     did = "protected" if protected else "trained"
-    where = selection_parts(run.used, run.selection(), title=f"Where the {did} weights lie") if run.used else []
+    where, selection = list[Part](), run.selection()
+    if selection is not None and selection.k:  # from the selection alone, so without anything about scores
+        where = selection_parts(safety_map(None, selection), selection, title=f"Where the {did} weights lie")
     first, second = (proportions_in(states.get(name)) for name in ("before", after))
     return [
         Section(

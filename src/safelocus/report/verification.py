@@ -12,7 +12,6 @@ from safelocus.report.runs import ReportRun
 from safelocus.verification import Stability, Verification, VerificationVerdict
 from safelocus.verification.cells import Setting
 from safelocus.verification.ranking import Rank
-from safelocus.verification.verdict import has_contrast
 
 _MEASURES = ("refusal", "asr", "utility", "over_refusal", "incoherent")
 _SELECTIONS = ("top", "random", "bottom")
@@ -124,8 +123,8 @@ def curves_charts(found: Verification, scorer: str) -> list[Lines]:
 
 
 def ranking_chart(found: Verification, intervention: str) -> Lines | None:
-    """Refusal lost against utility lost, one path per scorer. None for one scorer or without utility."""
-    if len(found.scorers) < 2 or "utility" not in found.measure_names:
+    """Refusal lost against utility lost, one path per scorer. None for one scorer or where either was not measured."""
+    if len(found.scorers) < 2 or not {"refusal", "utility"} <= set(found.measure_names):
         return None
     even = "as much as utility"
     rows: list[tuple[str, float, float]] = []
@@ -227,7 +226,7 @@ def _brief(found: Verification, verdict: VerificationVerdict) -> str:
     effect, says = verdict.effect, _SAYS[verdict.kind]
     if effect is None or verdict.kind == "untestable":
         return says
-    if verdict.kind == "unclear" and (effect.is_unscored or not has_contrast(effect)):  # or without controls
+    if verdict.kind == "unclear" and (effect.is_unscored or not effect.has_contrast):  # or without controls
         says = _SAYS["none"]
     levels = {which: found.pool(which, effect.scorer, effect.setting) for which in _SELECTIONS}
     said = []
@@ -236,7 +235,10 @@ def _brief(found: Verification, verdict: VerificationVerdict) -> str:
         before = found.baseline.measures.get(name)
         if before is not None and top is not None:
             control = f" (as many random weights: {in_words(random)})" if random is not None else ""
-            said.append(f"{words} go from {_percent(before.value)} to {in_words(top)}{control}")
+            went = (
+                "can no longer be told" if top.value is None else f"go from {_percent(before.value)} to {in_words(top)}"
+            )
+            said.append(f"{words} {went}{control}")
     if effect.perplexity is not None:
         control = f" (as many random weights: {_times(effect.random_perplexity)})" if effect.random_perplexity else ""
         said.append(f"perplexity goes to {_times(effect.perplexity)} of what it was{control}")

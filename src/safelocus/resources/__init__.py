@@ -5,7 +5,7 @@ Device + Subject (configuration) -> rehearsal -> Need -> Choice
 
 from safelocus.resources.choosing import Choice, DoesNotFit, choose, choose_training, in_bytes, in_words
 from safelocus.resources.devices import Device, find_device
-from safelocus.resources.rehearsal import Pass, Rehearsal, Subject
+from safelocus.resources.rehearsal import Pass, Rehearsal, Subject, classifier_bytes
 from safelocus.resources.stages import Answering, Lengths, Need, Scoring, Settings, Training
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "Training",
     "choose",
     "choose_training",
+    "classifier_bytes",
     "find_device",
     "in_bytes",
     "in_words",

@@ -29,6 +29,7 @@ _TABLE = {
 }  # fmt: skip
 _MODEST = (60, 400)  # of a device known by its memory alone
 _SINGLE = 0.1  # of the rate in 16 bits, in fp32
+_LINK = 25e9  # bytes per second from the host's memory to an accelerator: PCIe 4.0, 16 lanes
 _GROUPS = Path("/sys/fs/cgroup")
 
 
@@ -71,6 +72,10 @@ class Device:
             flops = self.teraflops * 1e12 * (1 if dtype.itemsize <= 2 else _SINGLE)
             bandwidth = self.gigabytes * 1e9
         return max(operations / (_OF_FLOPS * flops), num_bytes / (_OF_BANDWIDTH * bandwidth))
+
+    def seconds_from_host(self, num_bytes: float) -> float:
+        """Of bytes that come from the host's memory."""
+        return num_bytes / (_OF_BANDWIDTH * _LINK)
 
 
 def find_device(text: str | None = None) -> Device:

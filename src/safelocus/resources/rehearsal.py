@@ -32,8 +32,9 @@ from torch.nn.functional import cross_entropy
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry
+from transformers import AutoModelForSequenceClassification
 
-from safelocus.errors import PlanError
+from safelocus.errors import PlanError, first_line
 from safelocus.model.forcing import logits_at
 from safelocus.model.layout import Layout
 from safelocus.model.layout.sizes import auto_class, text_config
@@ -107,10 +108,8 @@ class Subject:
         cls, name: str, config: Any, *, dtype: Dtype = "auto", layout: Path | None = None, skip_unknown: bool = False
     ) -> "Subject":
         """Of a configuration at hand; "auto" is the dtype that it names, else fp32, as loading does."""
-        kind = (getattr(config, "dtype", None) or text_config(config).dtype) if dtype == "auto" else dtype
-        kind = getattr(torch, kind) if isinstance(kind, str) else kind
         found = Layout.from_config(config, file=layout, skip_unknown=skip_unknown)
-        return cls(name=name, config=config, layout=found, dtype=kind or torch.float32)
+        return cls(name=name, config=config, layout=found, dtype=_dtype(config, dtype))
 
     @property
     def num_weights(self) -> int:
@@ -270,6 +269,28 @@ class Subject:
                         if weight.is_meta:
                             setattr(module, name, nn.Parameter(torch.empty(weight.shape, dtype=weight.dtype)))
         return model.eval()
+
+
+def classifier_bytes(name: str, *, dtype: Dtype = "auto") -> int:
+    """Of the weights of a sequence classifier, from its configuration.
+
+    Raises:
+        ModelError: as for `load`. PlanError: it cannot be built.
+    """
+    config = load_config(name)
+    try:
+        with torch.device("meta"):
+            model = AutoModelForSequenceClassification.from_config(config)
+    except (ValueError, *_FAILURES) as error:
+        raise PlanError(f"{name}: cannot be built from its configuration alone ({first_line(error)})") from error
+    return sum(parameter.numel() for parameter in model.parameters()) * _dtype(config, dtype).itemsize
+
+
+def _dtype(config: Any, asked: Dtype) -> torch.dtype:
+    """Of weights as they will be loaded."""
+    kind = (getattr(config, "dtype", None) or text_config(config).dtype) if asked == "auto" else asked
+    kind = getattr(torch, kind) if isinstance(kind, str) else kind
+    return kind or torch.float32
 
 
 class _Memory(NamedTuple):

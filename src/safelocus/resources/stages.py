@@ -3,6 +3,8 @@
     bytes   = what stands all the time + the largest of the phases, which come one after another
     seconds = operations / rate; of generation, per token of a batch, the longer of computing and of reading the weights
 
+Nothing of an offloaded model takes less than its weights' way from the host.
+
 What stands is counted (weights, fp32 sums, optimizer states, guards); phases are rehearsed (see `rehearsal`) in the
 shapes that the stage will give them.
 """
@@ -17,6 +19,7 @@ from safelocus.model.layout.sizes import text_config
 from safelocus.objective.refusal import COMPLIANCES, REFUSALS
 from safelocus.resources.devices import Device
 from safelocus.resources.rehearsal import Pass, Rehearsal, Subject, Trained
+from safelocus.scoring.run import NEEDS_OBJECTIVE
 
 _TEMPLATE = 256  # tokens that a guard's own template adds
 _OPENINGS, _OPENING = len(REFUSALS) + len(COMPLIANCES), 7  # of the refusal objective, and tokens of each
@@ -111,7 +114,7 @@ class Need:
             return Need(standing={**self.standing, **self.host}, phases=self.phases)
         if not settings.offload and settings.count == 1:
             return self
-        guard = {name: size for name, size in self.standing.items() if name.startswith("guard")}
+        guard = {name: size for name, size in self.standing.items() if name.startswith(("guard", "classifier"))}
         rest = {name: -(-size // settings.count) for name, size in self.standing.items() if name not in guard}
         layers = {"gathered layers": gathered} if settings.offload or settings.sharded else {}
         if settings.offload:
@@ -151,9 +154,12 @@ class _Stage:
     def seconds(self, settings: Settings, device: Device, number: int) -> float:
         """Of so many prompts, every answer as long as it may be; or optimizer steps, without measuring around them."""
         target, total = self.target, 0.0
-        for phase in self._between(settings).values():
+        # layers come while others compute, each process its shard of them; guards stay where they are
+        coming = device.seconds_from_host(target.num_bytes / settings.count) if settings.offload else 0.0
+        for name, phase in self._between(settings).items():
+            least = coming if phase.operations and "guard" not in name else 0.0
             token = device.seconds(phase.operations / self.lengths.prompt, target.num_bytes, target.dtype)
-            total += device.seconds(phase.operations, 0, target.dtype) + phase.tokens * token
+            total += max(device.seconds(phase.operations, 0, target.dtype), least) + phase.tokens * max(token, least)
         return total * self._batches(settings, number)
 
     def _between(self, settings: Settings) -> dict[str, Phase]:
@@ -185,24 +191,35 @@ class _Stage:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Scoring(_Stage):
-    """`score`. A guard and the lexicon objective read answers; else the refusal objective scores openings.
+    """`score`. Guards, classifiers and the lexicon objective read answers; the refusal objective scores openings.
 
     Attributes:
+        method: how weights are scored.
         answers: whether answers are scored without a guard.
+        classifier: bytes of the classifier that scores them.
     """
 
+    method: str = "esi"
     guard: Subject | None = None
     answers: bool = False
+    classifier: int = 0
 
     def _kept(self, settings: Settings) -> tuple[dict[str, int], dict[str, int]]:
         sums = {"fp32 sums": _VALUE * self.target.layout.num_eligible}
         guard = {"guard weights": self.guard.num_bytes} if self.guard else {}
-        return (guard, sums) if settings.sums_on_cpu else (sums | guard, {})
+        beside = {"classifier weights": self.classifier} if self.classifier else guard
+        beside = beside if self.method in NEEDS_OBJECTIVE else {}
+        return (beside, sums) if settings.sums_on_cpu else (sums | beside, {})
 
     def _phases(self, settings: Settings) -> dict[str, Phase]:
         batch, lengths = settings.batch_size, self.lengths
-        phases = {"forward and backward": Phase(*self._backward(batch)),
-                  "statistics": Phase(3 * _VALUE * self.target.largest_tensor)}  # fmt: skip
+        phases = {"statistics": Phase(3 * _VALUE * self.target.largest_tensor)}
+        if self.method == "wanda":  # looks at answers one by one
+            peak, operations = self.target.rehearse(Pass(1, lengths.both, lengths.response))
+            phases |= {"generation": self._generation(batch), "observing": Phase(peak, batch * operations)}
+        if self.method not in NEEDS_OBJECTIVE:
+            return phases
+        phases["forward and backward"] = Phase(*self._backward(batch))
         if self.guard is not None or self.answers:
             phases["generation"] = self._generation(batch)
         if self.guard is not None:
@@ -233,7 +250,7 @@ class Answering(_Stage):
         reads_rows: whether the perplexity of rows is measured.
         num_disturbed: K, the weights that are disturbed at a time (verify).
         num_scores: how many scores of all eligible weights are made first, and kept beside the model (verify).
-        source: whose weights are transplanted (verify).
+        source: whose weights are transplanted (verify), or whose answers are compared (evaluate --kl-to).
     """
 
     guards: tuple[Subject, ...] = ()
@@ -247,7 +264,7 @@ class Answering(_Stage):
         standing = {
             "guard weights": sum(guard.num_bytes for guard in self.guards),
             "scores": self.num_scores * _VALUE * self.target.layout.num_eligible,
-            "source of transplants": self.source.num_bytes if self.source else 0,
+            "the other model": self.source.num_bytes if self.source else 0,
             "disturbed": self.target.dtype.itemsize * k,
         }
         return standing | coordinates, coordinates | {"disturbed: scores": _VALUE * k}
@@ -260,6 +277,9 @@ class Answering(_Stage):
             phases[f"reading of guard {len(phases)}"] = Phase(*read)
         if self.reads_rows:
             phases["perplexity"] = Phase(*target.rehearse(Pass(batch, lengths.row, batch * lengths.row)))
+        if self.source is not None and not k:
+            said = Pass(batch, lengths.both, batch * lengths.response)
+            phases |= {f"comparing {n}": Phase(*model.rehearse(said)) for n, model in enumerate((target, self.source))}
         if k:  # new values, and where those of one tensor lie; or sigma of it in fp32
             share = target.largest_tensor / target.layout.num_eligible
             phases["disturbing"] = Phase(max(round((_VALUE + _PLACE * share) * k), _VALUE * target.largest_tensor))
@@ -275,6 +295,7 @@ class Training(_Stage):
         kind: "sparse" (enhance), "full" or "lora" (preserve).
         retained_rows: rows to retain beside each row (enhance).
         lora_rank: of the adapter.
+        calibrated: prompts of a step of calibration (preserve).
         guard: that judges beside it.
         processes: that share the rows of every batch.
     """
@@ -283,6 +304,7 @@ class Training(_Stage):
     kind: Literal["sparse", "full", "lora"]
     retained_rows: int = 0
     lora_rank: int = 16
+    calibrated: int = 0
     guard: Subject | None = None
     processes: int = 1
 
@@ -294,6 +316,8 @@ class Training(_Stage):
         adapter = 3 * _VALUE * target.num_adapted(self.lora_rank) if self.kind == "lora" else 0
         moments = 2 * target.num_bytes if self.kind == "full" else 0
         standing = {"protected": (size + _INDEX) * k, "adapter and its moments": adapter, "moments": moments}
+        if self.calibrated:  # fp32 master and two moments; the original value
+            standing["calibrated"] = (3 * _VALUE + size) * k
         return standing | guard, {"original weights": target.num_bytes}
 
     def _phases(self, settings: Settings) -> dict[str, Phase]:
@@ -308,12 +332,17 @@ class Training(_Stage):
         routers = self.kind != "sparse" and hasattr(config, "output_router_logits")
         is_fused = routers or logits * int(config.vocab_size) > FEW_VALUES
         passes.append(Pass(rows, lengths.row, logits, "fused" if is_fused else "plain"))
+        rank = self.lora_rank if self.kind == "lora" else 0
         step = self.target.rehearse(
-            *passes, trained=_TRAINED[self.kind], checkpointing=settings.checkpointing,
-            rank=self.lora_rank if self.kind == "lora" else 0,
+            *passes, trained=_TRAINED[self.kind], checkpointing=settings.checkpointing, rank=rank,
             again=settings.accumulation > 1 and self.kind != "sparse",
         )  # fmt: skip
-        return {"step": Phase(*step), "looks": Phase(self._generation(_LOOKED_AT).peak)}
+        phases = {"step": Phase(*step), "looks": Phase(self._generation(_LOOKED_AT).peak)}
+        if own := -(-self.calibrated // self.processes):  # the gradients of the task are gone by then
+            said = Pass(own, lengths.both, own * lengths.response)
+            asked = self.target.rehearse(said, trained="eligible", checkpointing=settings.checkpointing, rank=rank)
+            phases["calibration"] = Phase(asked.peak)
+        return phases
 
     def _batches(self, settings: Settings, number: int) -> float:
         return number * settings.accumulation

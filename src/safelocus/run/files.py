@@ -33,10 +33,13 @@ def write_json(path: Path, value: Any) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write UTF-8 text under a temporary name and rename it."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    # lone surrogates, which models and JSON can bring, are no UTF-8: they are written as JSON escapes them
-    temporary.write_bytes(text.encode("utf-8", "backslashreplace"))
-    os.replace(temporary, path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        # lone surrogates, which models and JSON can bring, are no UTF-8: they are written as JSON escapes them
+        temporary.write_bytes(text.encode("utf-8", "backslashreplace"))
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def read_text(path: Path) -> str:

@@ -27,6 +27,7 @@ CHECKPOINT = "checkpoint"  # subfolder of an unfinished run that it resumes from
 IDENTITY = "identity.json"  # file in it, and in its parts, that says whose work it is
 _PARTS = "processes"  # subfolder with those of the other processes
 _COUNT = "processes.txt"
+OWN_NAMES = (CHECKPOINT, _PARTS, _COUNT, "run.toml", DIGESTS)  # within a run folder
 
 
 @contextmanager
@@ -40,15 +41,17 @@ def run_folder(path: Path, *, config: Mapping[str, Any], overwrite: bool = False
         processes: that work on the run; this is the first of them, see `part_folder` for the others.
 
     Raises:
-        RunError: `path` is taken or cannot be written, or other processes were interrupted there. Raised before the
-            block runs.
+        RunError: `path` is taken or cannot be written, or another command or other processes were interrupted there;
+            or `run.toml` cannot say what is in `config`. Raised before the block runs.
     """
-    resolved = tomli_w.dumps(_without_none(config))
+    resolved = _in_toml(config)
     with ExitStack() as until_the_end:
         with _writing(Path(path)):
             path = place_of(Path(path))
             path.parent.mkdir(parents=True, exist_ok=True)
             until_the_end.enter_context(alone(path))
+            if not overwrite:
+                read_unfinished(path, config.get("command"))
             partial = _begin(path, resolved, overwrite, processes)
         try:
             yield partial
@@ -63,7 +66,7 @@ def run_folder(path: Path, *, config: Mapping[str, Any], overwrite: bool = False
 
 def _begin(path: Path, resolved: str, overwrite: bool, processes: int) -> Path:
     _restore(path)
-    _check_free(path, overwrite)
+    check_free(path, overwrite)
     partial = _partial(path)
     if not overwrite:
         _check_count(partial, processes)
@@ -143,10 +146,21 @@ def read_config(path: Path) -> dict[str, Any]:
         raise RunError(f"{file}: not valid TOML: {error}") from error
 
 
-def read_unfinished(path: Path) -> dict[str, Any]:
-    """The configuration of an interrupted run that the same command would resume; empty where there is none."""
+def read_unfinished(path: Path, command: str | None) -> dict[str, Any]:
+    """The configuration of an interrupted run that the same command would resume; empty where there is none.
+
+    Raises RunError for the work of another command, which would be lost.
+    """
     partial = _partial(place_of(path))
-    return read_config(partial) if holds_work(partial / CHECKPOINT) and (partial / "run.toml").is_file() else {}
+    if not (holds_work(partial / CHECKPOINT) and (partial / "run.toml").is_file()):
+        return {}
+    found = read_config(partial)
+    if (other := found.get("command")) != command:
+        raise RunError(
+            f"{partial}: the work of an interrupted `safelocus {other}` lies here; that command resumes it. Choose "
+            "another output folder, or --overwrite to begin anew"
+        )
+    return found
 
 
 def holds_work(checkpoint: Path) -> bool:
@@ -188,7 +202,8 @@ def _check_count(partial: Path, processes: int) -> None:
         )
 
 
-def _check_free(path: Path, overwrite: bool) -> None:
+def check_free(path: Path, overwrite: bool) -> None:
+    """RunError for a place that a run cannot take: files of others, or a run that is not to be replaced."""
     if path.is_dir() and not any(path.iterdir()):
         return
     if path.is_dir() and not (path / "run.toml").is_file():
@@ -197,6 +212,17 @@ def _check_free(path: Path, overwrite: bool) -> None:
         raise RunError(f"{path}: holds an earlier run; choose another folder, or --overwrite it")
     if path.exists() and not path.is_dir():
         raise RunError(f"{path}: is a file; expected a folder to write the run into")
+
+
+def _in_toml(config: Mapping[str, Any]) -> str:
+    """What `run.toml` will say; RunError for what it cannot: names of files that are no UTF-8."""
+    values = _without_none(config)
+    for name, value in values.items():
+        try:
+            tomli_w.dumps({name: value}).encode()
+        except UnicodeEncodeError as error:
+            raise RunError(f"{name} = {value!r}: not UTF-8, so run.toml cannot say it; rename the file") from error
+    return tomli_w.dumps(values)
 
 
 def _without_none(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,7 +4,8 @@
 
 Each kind of input says itself what it is, by a method `identity()`: a target its weights, their dtype, its chat
 template, tokenizer and system prompt; prompts every row with its response and system message; a selection its
-coordinates. Whatever has no such method is what its `describe()` or its fields say, or itself. What differs between
+coordinates. Whatever has no such method is what its `describe()` or its fields say, or itself; a callable of one's own
+is its code and its plain settings (attributes whose names begin with "_" are none). What differs between
 two identities is named down to the part: "the responses of --data", "the system prompt of the model".
 
 `Provenance` is what scores, and whatever is made from them, say of where they come from.
@@ -13,6 +14,8 @@ two identities is named down to the part: "the responses of --data", "the system
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from functools import partial
+from types import CodeType
 from typing import Any, Self
 
 import xxhash
@@ -54,9 +57,43 @@ def _plain(value: Any) -> Any:
         return {field.name: _plain(getattr(value, field.name)) for field in fields(value)}
     if value is None or isinstance(value, str | int | float):
         return value
-    # a function, or an object of one's own, cannot be looked into
     named = value if hasattr(value, "__qualname__") else type(value)
-    return f"{named.__module__}.{named.__qualname__}"
+    name = f"{named.__module__}.{named.__qualname__}"
+    # of a function or a callable of one's own: its code, and its settings as far as they are plain
+    return [name, *found] if callable(value) and not isinstance(value, type) and (found := _settings(value)) else name
+
+
+def _settings(value: Any) -> list[Any]:
+    """The code of a callable, and what it was given: defaults, closure, public attributes of it or of its object."""
+    if isinstance(value, partial):
+        return [_plain(part) for part in (value.func, value.args, value.keywords)]
+    is_method = hasattr(value, "__func__")
+    function = value.__func__ if is_method else value if hasattr(value, "__code__") else type(value).__call__
+    code = getattr(function, "__code__", None)
+    own = getattr(value.__self__ if is_method else value, "__dict__", {})
+    given = {name: each for name, each in own.items() if not name.startswith("_")}
+    if code is not None:
+        cells = zip(code.co_freevars, (cell.cell_contents for cell in function.__closure__ or ()), strict=True)
+        given |= {**dict(cells), "defaults": function.__defaults__, "keywords": function.__kwdefaults__}
+    kept = {name: _plain(each) for name, each in given.items() if _tells(each)}
+    return [*([] if code is None else [digest(_read(code))]), *([kept] if kept else [])]
+
+
+def _tells(value: Any) -> bool:
+    """Whether a value says all that it is, and the same in every process."""
+    if isinstance(value, Mapping):
+        return all(map(_tells, value.values()))
+    if isinstance(value, list | tuple):
+        return all(map(_tells, value))
+    says = is_dataclass(value) or callable(getattr(value, "identity", None))
+    return value is None or isinstance(value, str | int | float) or says
+
+
+def _read(code: CodeType) -> list[Any]:
+    """What a function does, wherever it stands."""
+    constants = [each for each in code.co_consts if not isinstance(each, frozenset)]  # in an order of their own
+    read = [_read(each) if isinstance(each, CodeType) else repr(each) for each in constants]
+    return [code.co_code.hex(), code.co_names, read]
 
 
 def _difference(name: str, own: Any, other: Any) -> str | None:

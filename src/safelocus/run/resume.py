@@ -49,7 +49,7 @@ def claim(folder: Path | None, inputs: Mapping[str, Any]) -> None:
         found = Identity(unsealed(file.read_bytes(), file))
         if differences := identity.differences(found):
             raise RunError(
-                f"{folder}: the work of an interrupted run lies here, from which this one differs in "
+                f"{folder}: the work of another run lies here, from which this one differs in "
                 f"{', in '.join(differences)}. Give the same inputs to resume it, or --overwrite to begin anew (in a "
                 "script: remove the folder)"
             )

@@ -54,7 +54,7 @@ class TensorFile:
             raise self.error(f"what a {self.kind} says of itself must be plain JSON values: {error}") from error
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
-            save_file({name: owned(value) for name, value in tensors.items()}, temporary, {_PREFIX + self.kind: text})
+            save_tensors(tensors, temporary, {_PREFIX + self.kind: text})
             with temporary.open("r+b") as file:
                 found = own_digest(temporary)
                 assert found is not None
@@ -130,6 +130,21 @@ def own_digest(path: Path) -> OwnDigest | None:
         while block := file.read(_BLOCK):
             found.update(block)
     return OwnDigest(kind=match[1].decode(), expected=match[2].decode(), place=place, found=found.hexdigest())
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file, for whoever the umask lets read a new file."""
+    save_file({name: owned(value) for name, value in tensors.items()}, path, metadata)
+    give_mode(path)
+
+
+def give_mode(*files: Path) -> None:
+    """Give files that safetensors wrote the mode of any new file: by itself it writes for their owner alone."""
+    for file in files:
+        beside = file.with_name(f".{file.name}.tmp")
+        beside.touch()
+        file.chmod(beside.stat().st_mode)
+        beside.unlink()
 
 
 def under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -18,10 +18,10 @@ import numpy as np
 import torch
 from scipy import stats
 
-from safelocus.errors import SelectionError, some
+from safelocus.errors import SelectionError
 from safelocus.model.layout import Layout, Matrix
 from safelocus.scoring.scores import Scores
-from safelocus.selection.selection import Selection
+from safelocus.selection.selection import Selection, check_same_shapes
 
 _MAX_RANKED = 10_000_000  # weights ranked by Spearman's rho: some ten seconds and 1 GB
 
@@ -217,7 +217,7 @@ def _sample(a: Scores, b: Scores, stride: int) -> tuple[np.ndarray, np.ndarray, 
     start = 0  # of the next tensor's first sampled weight, within that tensor
     for name in a.layout.eligible_tensors:
         tensor = a.layout.tensors[name]
-        flat_index = torch.arange(start, tensor.num_weights, stride)
+        flat_index = torch.arange(start, max(start, tensor.num_weights), stride)
         start = start + flat_index.numel() * stride - tensor.num_weights
         of_matrix = torch.tensor([names.index(matrix.component) for matrix in tensor.matrices], dtype=torch.int8)
         for scores, found in ((a, values[0]), (b, values[1])):
@@ -234,10 +234,4 @@ def _correlate(a: np.ndarray, b: np.ndarray, num_weights: int, stride: int) -> C
 
 
 def _check_same_layout(a: Layout, b: Layout) -> None:
-    shapes = [{name: layout.tensors[name].shape for name in layout.eligible_tensors} for layout in (a, b)]
-    differing = [name for name in dict.fromkeys([*shapes[0], *shapes[1]]) if shapes[0].get(name) != shapes[1].get(name)]
-    if differing:
-        raise SelectionError(
-            f"they belong to different models: {len(differing)} eligible tensors have no counterpart of the "
-            f"same shape: {some(differing)}"
-        )
+    check_same_shapes(*({name: layout.tensors[name].shape for name in layout.eligible_tensors} for layout in (a, b)))

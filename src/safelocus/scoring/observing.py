@@ -18,21 +18,13 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from safelocus.errors import SafelocusError
+from safelocus.errors import SafelocusError, some
 from safelocus.model.layout import Layout, canonical_name
 from safelocus.model.layout.tensor import TensorLayout
 
-# function -> positions of (input, weight) among its arguments, and whether the weight is stored [in, out]
-_PRODUCTS: dict[Any, tuple[int, int, bool]] = {
-    torch.nn.functional.linear: (0, 1, False),
-    torch.addmm: (1, 2, True),  # GPT-2's Conv1D
-    torch.matmul: (0, 1, True),
-    torch.Tensor.matmul: (0, 1, True),
-    torch.Tensor.__matmul__: (0, 1, True),
-    torch.mm: (0, 1, True),
-    torch.bmm: (0, 1, True),
-}
-_MATMULS = (torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__)
+# functions of torch and of its tensors, by name -> position of the left factor, which the right one follows
+_PRODUCTS = {"linear": 0, "matmul": 0, "__matmul__": 0, "mm": 0, "bmm": 0, "addmm": 1, "baddbmm": 1}
+_ANOTHER = "choose another method than wanda (esi, gradient, snip, magnitude)"
 
 
 class InputNorms(TorchFunctionMode):
@@ -45,14 +37,12 @@ class InputNorms(TorchFunctionMode):
     def __init__(self, weights: Mapping[str, nn.Parameter], layouts: Mapping[str, TensorLayout]) -> None:
         super().__init__()
         self._weights = {weight.untyped_storage().data_ptr(): (name, weight) for name, weight in weights.items()}
+        self.layouts = layouts
         self.squares: dict[str, Tensor] = {}
         for name, weight in weights.items():
             shape = list(weight.shape)
             if layouts[name].fused_experts and layouts[name].source.count(layouts[name].source[0]) > 1:
-                raise SafelocusError(
-                    f"{name}: its experts stand one below the other in one axis, where the inputs of each cannot be "
-                    "told apart; choose another method than wanda (esi, gradient, snip, magnitude)"
-                )
+                raise _unobservable(name, "its experts stand one below the other in one axis")
             input_axis = layouts[name].input_axis
             assert input_axis is not None, f"{name} is eligible but no matrix"
             shape[(len(shape) - 2) + (len(shape) - 1) - input_axis] = 1  # the other one of the last two axes
@@ -71,27 +61,50 @@ class InputNorms(TorchFunctionMode):
             if implementation not in (None, "eager"):
                 model.set_experts_implementation(implementation)  # type: ignore[operator]
 
+    def check_all_seen(self) -> None:
+        """Raise SafelocusError where a matrix was part of no product that is known here; experts may have no tokens."""
+        unseen = [
+            name
+            for name, square in self.squares.items()
+            if not (self.layouts[name].fused_experts or self.layouts[name].expert is not None) and not square.any()
+        ]
+        if unseen:
+            raise SafelocusError(
+                f"wanda saw no inputs of {len(unseen)} tensors, which this model multiplies in a way of its own: "
+                f"{some(unseen)}; {_ANOTHER}"
+            )
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in _PRODUCTS:
-            of_input, of_weight, transposed = _PRODUCTS[func]
-            if len(args) > max(of_input, of_weight) and isinstance(args[of_weight], Tensor):
-                self._observe(args[of_input], args[of_weight], transposed)
-                if func in _MATMULS and args[of_weight].dim() > 1:  # Mamba: weight @ inputs
-                    self._observe(args[of_weight].mT, args[of_input], False)
+        first = _PRODUCTS.get(getattr(func, "__name__", ""))
+        if first is not None and len(args) > first + 1 and isinstance(args[first + 1], Tensor):
+            left, right = torch.atleast_2d(args[first]), args[first + 1]
+            right = right.mT if func is torch.nn.functional.linear else right if right.dim() > 1 else right[:, None]
+            self._observe(left, right)
+            self._observe(right.mT, left.mT)  # Mamba: weight @ inputs
         return func(*args, **(kwargs or {}))
 
-    def _observe(self, inputs: Tensor, weight: Tensor, transposed: bool) -> None:
+    def _observe(self, inputs: Tensor, weight: Tensor) -> None:
+        """inputs [..., tokens, in] and weight [..., in, out] are multiplied."""
         known = self._weights.get(weight.untyped_storage().data_ptr())
         if known is None or not inputs.is_floating_point():
             return
         name, whole = known
-        features = inputs.detach().reshape(-1, inputs.shape[-1]).float()
-        square = features.square().sum(dim=0)  # [in]
+        if weight.dim() > whole.dim() and len(weight) > 1:
+            raise _unobservable(name, "this model multiplies it in groups that stand one below the other in one axis")
         target = self.squares[name]
-        if weight.dim() == whole.dim() - 1:  # one expert's slice: which one tells its place in memory
+        if whole.dim() > 2:  # which experts these are tells their place in memory
             expert = (weight.storage_offset() - whole.storage_offset()) // math.prod(whole.shape[1:])
-            target = target[expert]
-        target += square[:, None] if transposed else square[None, :]
+            target = target[expert : expert + (len(weight) if weight.dim() == whole.dim() else 1)]
+        square = inputs.detach().float().square().sum(dim=-2)  # [..., in]
+        # every expert's own where all are multiplied at once
+        kept = min(weight.dim() - 1, whole.dim() - 1, square.dim())
+        square = square.reshape(-1, *square.shape[square.dim() - kept :]).sum(dim=0)
+        is_stored_so = weight.stride()[-2:] == whole.stride()[-2:]  # rather than turned round
+        target += square[..., :, None] if is_stored_so else square[..., None, :]
+
+
+def _unobservable(name: str, why: str) -> SafelocusError:
+    return SafelocusError(f"{name}: {why}, where the inputs of each cannot be told apart; {_ANOTHER}")
 
 
 class RoutingCounter:
@@ -99,8 +112,8 @@ class RoutingCounter:
     those of a prompt with several responses once, where they stand in one row (`forcing`).
 
     Works on modules that hold fused expert weights and are called with (hidden states, indices of the
-    experts chosen [tokens, k], ...), as all of transformers 5's are. `tokens[tensor]` is a count per
-    expert [E] for every fused tensor that was seen.
+    experts chosen [tokens, k], ...), as nearly all of transformers 5's are: not those of JetMoE, DBRX and Llama 4.
+    `tokens[tensor]` is a count per expert [E] for every fused tensor that was seen.
     """
 
     def __init__(self, model: nn.Module, layout: Layout) -> None:

@@ -31,7 +31,7 @@ from torch import Tensor
 from safelocus import distributed
 from safelocus.errors import NumericalError, PromptError, ResourceError, SafelocusError
 from safelocus.model.forcing import batches_by_length, teacher_force
-from safelocus.model.generation import generate
+from safelocus.model.generation import as_used, generate
 from safelocus.model.layout.tensor import TensorLayout
 from safelocus.model.target import Target, check_device, is_exhausted
 from safelocus.objective import Objective, describe
@@ -67,7 +67,7 @@ def score(
     Args:
         target: the model under study; it comes back as it was, bit for bit.
         prompts: P harmful prompts: a set, a list, or a source of `read_prompts` (a file, `organism:harmful`, ...).
-        objective: S, as a callable `(target, prompts) -> [B]`; `Guard`, `Classifier`, `Refusal` or your own.
+        objective: S, as a callable `(target, prompts) -> [B]`; `Guard`, `Classifier`, `Lexicon`, `Refusal` or your own.
             Needed by esi, gradient and snip.
         method: which score; see the module's text.
         batch_size: prompts per forward and backward pass. The result does not depend on it beyond rounding.
@@ -76,7 +76,8 @@ def score(
         seed: of the random method.
         max_new_tokens: length of the answers that wanda observes.
         checkpoint: folder in which the sums are kept every `checkpoint_seconds` and at Ctrl-C, and from
-            which an interrupted run resumes. Of several processes each has its own, and as many resume.
+            which an interrupted run resumes; they stay when all is done, so remove it then. Of several processes each
+            has its own, and as many resume.
         progress: show a progress bar.
 
     Returns:
@@ -106,16 +107,18 @@ def score(
     with _memory_errors(batch_size):
         sigmas = {name: sigma(layout.tensors[name], distributed.whole(w.detach())) for name, w in weights.items()}
     fingerprint = target.fingerprint()
-    inputs = {"--prompts": prompt_set, "the objective": objective, "method": method, "batch_size": batch_size}
+    inputs = {
+        "--prompts": prompt_set, "the objective": objective, "method": method, "batch_size": batch_size,
+        "the number of processes": distributed.world_size(),
+    }  # fmt: skip
     described = None if objective is None else describe(objective)
     together = {**inputs, "the model": fingerprint.id, "the objective": described, "seed": seed}
     distributed.check_same(Identity.of(together).parts)
-    if method in NEEDS_OBJECTIVE:
-        claim(checkpoint, {"the model": target, **inputs})
+    claim(checkpoint, {"the model": target, **inputs})
     routing = RoutingCounter(target.model, layout)
     per_prompt: list[float] = []
     tensors: dict[str, Tensor] = {}  # what the scores are made of, where the weights alone do not tell
-    with _memory_errors(batch_size):
+    with _memory_errors(batch_size), as_used(target.model):
         if method in NEEDS_OBJECTIVE:
             assert objective is not None
             accumulator = GradientAccumulator(weights, device=accumulate_on)
@@ -146,25 +149,41 @@ def score(
             seed=seed,
             fingerprint=fingerprint.to_json(),
             versions=versions(),
-            # so that nothing is ever verified on the prompts it was found with
-            extra={
-                "prompt_hashes": prompt_set.prompt_hashes,
-                # so that other scores can be made like these
-                "batch_size": batch_size,
-                "max_new_tokens": max_new_tokens,
-                "chat": target.chat.to_json(),
-                "read_with": dict(prompt_set.read_with),
-                **({"left_out": layout.left_out} if layout.left_out else {}),
-            },
+            extra=_kept(target, prompt_set, statistics, batch_size=batch_size, max_new_tokens=max_new_tokens),
         ),
     )
+
+
+def _kept(target: Target, prompts: PromptSet, statistics: Sequence[MatrixStatistics], **how: int) -> dict[str, Any]:
+    """What else provenance keeps."""
+    remarks, left_out = _remarks(statistics), target.layout.left_out
+    return {
+        # so that nothing is ever verified on the prompts it was found with
+        "prompt_hashes": prompts.prompt_hashes,
+        # so that other scores can be made like these
+        **how,
+        "chat": target.chat.to_json(),
+        "read_with": dict(prompts.read_with),
+        **({"left_out": left_out} if left_out else {}),
+        **({"remarks": remarks} if remarks else {}),
+    }
+
+
+def _remarks(statistics: Sequence[MatrixStatistics]) -> list[str]:
+    """What a reader of the scores should mind."""
+    uncounted = [s for s in statistics if s.expert is not None and s.tokens is None and s.gradient_norm == 0]
+    if not (number := len({(s.stack, s.layer, s.expert) for s in uncounted})):
+        return []
+    return [f"{number} experts have no gradient at all: no token reached them, and their scores of zero say nothing"]
 
 
 def _check(method: str, objective: Objective | None, batch_size: int, prompts: PromptSet) -> None:
     if method not in METHODS:
         raise SafelocusError(f"method {method!r} is unknown; expected one of {', '.join(METHODS)}")
     if method in NEEDS_OBJECTIVE and objective is None:
-        raise SafelocusError(f"method {method!r} needs an objective: a Guard, Classifier, Refusal or your own callable")
+        raise SafelocusError(
+            f"method {method!r} needs an objective: a Guard, Classifier, Lexicon, Refusal or your own callable"
+        )
     if batch_size < 1:
         raise SafelocusError(f"batch size must be at least 1, found {batch_size}")
     if len(prompts) == 0:
@@ -378,7 +397,10 @@ def _input_norms(
             with norms.observing(target.model):
                 for text, answer in zip(texts, answers, strict=True):  # singly: without padding
                     teacher_force(target, [target.chat.encode_prompt(text)], [answer])
-    return {name: distributed.all_reduce_sum(square).sqrt() for name, square in norms.squares.items()}
+    for square in norms.squares.values():
+        distributed.all_reduce_sum(square)
+    norms.check_all_seen()
+    return {name: square.sqrt() for name, square in norms.squares.items()}
 
 
 def _to_score(method: str, layout: TensorLayout, raw: Tensor, weight: Tensor, sigmas: Tensor, seed: int) -> Tensor:

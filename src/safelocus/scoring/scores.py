@@ -21,7 +21,7 @@ from typing import Any, Literal, Self
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from safelocus import distributed
@@ -30,7 +30,7 @@ from safelocus.model.fingerprint import digest as tensor_digest
 from safelocus.model.layout import GRANULARITIES, Layout, Matrix, TensorMapping, canonical_name
 from safelocus.run.files import inside, read_json, replacing, require_intact, seal, write_json
 from safelocus.run.identity import Provenance, digest
-from safelocus.run.tensors import owned
+from safelocus.run.tensors import save_tensors
 from safelocus.scoring.statistics import MatrixStatistics, matrix_statistics
 from safelocus.selection.ratio import count_for_ratio
 from safelocus.selection.selection import Selection
@@ -120,7 +120,8 @@ class Scores(TensorMapping):
         Args:
             ratio: in (0, 1]; read as it is written in decimal.
             of: of all the model's parameters (as in the paper), or of those that may be selected.
-            which: "top", "bottom", or "random" without replacement (the controls, of exactly the same size).
+            which: "top", "bottom", or "random" without replacement (the controls, of exactly the same size unless
+                groups are taken).
             granularity: "weight", or whole groups: row, column, head, neuron, expert, matrix, layer. Groups
                 are taken by rank until the next would exceed K: `selection.k` then is K or less.
             reduce: rank groups by the "mean" or the "sum" of their scores.
@@ -128,12 +129,14 @@ class Scores(TensorMapping):
             where: select only from matrices for which this is true, e.g. `lambda m: m.component == "down"`.
 
         Returns:
-            Selection: ties are broken by tensor order, then flat index.
+            Selection: ties are broken by tensor order, then flat index. Where weights of score zero come into it, its
+                `provenance.extra["remarks"]` say so.
 
         Raises:
             SelectionError: a ratio that is out of range or larger than what is eligible, a group that does
                 not fit into K, or scores saved without tensors.
-            NumericalError: NaN, infinite or negative scores, naming the tensor; scores that are all zero.
+            NumericalError: NaN, infinite or negative scores, naming the tensor; scores that are all zero. Not for
+                "random", which looks at no scores but a group's.
 
         Example:
             >>> top = scores.select(ratio=0.01)                             # doctest: +SKIP
@@ -151,10 +154,7 @@ class Scores(TensorMapping):
                 "and keep the tensors (--save-scores)."
             )
         if which != "random" and self.statistics and not any(matrix.max for matrix in self.statistics):
-            raise NumericalError(
-                f"every {self.provenance.method} score of {self.provenance.model} is zero: nothing to select. Does the "
-                "objective depend on the weights, and do the answers end? Score with another one, or longer answers"
-            )
+            raise self._all_zero(self.provenance.model)
         candidates = self.tensors if where is None else _Restricted(self.tensors, self.layout, where)
         num_eligible = candidates.num_eligible if isinstance(candidates, _Restricted) else None
         k = count_for_ratio(self.layout, ratio, of=of, num_eligible=num_eligible)
@@ -162,20 +162,35 @@ class Scores(TensorMapping):
             picked = pick(candidates, k, which=which, seed=seed)
         else:
             picked = self._pick_groups(candidates, k, granularity, which, reduce, seed)
-        provenance = self.provenance
+        extra = dict(self.provenance.extra)
         if isinstance(candidates, _Restricted):
-            provenance = replace(provenance, extra={**provenance.extra, "where": candidates.describe()})
+            extra["where"] = candidates.describe()
+        if which != "random" and (num_zero := sum(int((value == 0).sum()) for value in picked.scores.values())):
+            if which == "top" and num_zero == picked.num_weights:
+                raise self._all_zero(f"the {k:,} weights that rank first")
+            extra["remarks"] = [
+                *extra.get("remarks", ()),
+                f"{num_zero:,} of the {picked.num_weights:,} weights selected have a score of zero, as all have of "
+                "an expert that no token reached",
+            ]
         return Selection(
             coordinates=picked.indices,
             scores=picked.scores,
             layout=self.layout,
-            provenance=provenance,
+            provenance=replace(self.provenance, extra=extra),
             which=which,
             granularity=granularity,
             ratio=float(ratio),
             of=of,
             num_requested=k,
             seed=seed if which == "random" else None,
+        )
+
+    def _all_zero(self, what: str | None) -> NumericalError:
+        return NumericalError(
+            f"every {self.provenance.method} score of {what} is zero: nothing to select. Does the objective depend on "
+            "the weights, do the answers end, and does a token reach these experts? Score with another one, longer "
+            "answers, or more prompts"
         )
 
     def _pick_groups(
@@ -230,8 +245,7 @@ class Scores(TensorMapping):
         shards = list(_shards(self.tensors, shard_bytes)) if tensors else []
         files = [f"scores-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
         for file, names in zip(files, shards, strict=True):
-            shard = {name: owned(distributed.whole(self.tensors[name]).detach().cpu()) for name in names}
-            save_file(shard, folder / file)
+            save_tensors({name: distributed.whole(self.tensors[name]).detach().cpu() for name in names}, folder / file)
         values = {
             "format": _FORMAT,
             "format_version": FORMAT_VERSION,

@@ -36,8 +36,8 @@ class MatrixStatistics:
         sigma: standard deviation of its weights.
         gradient_norm: Euclidean norm of the gradient of S; None where the method takes none.
         mean, max, quantiles: of the scores; quantiles by their name in `QUANTILES`.
-        tokens: routed to its expert while scoring; None elsewhere. Scores of an expert that no token
-            reached are zero and say nothing.
+        tokens: routed to its expert while scoring; None elsewhere, and where they are not counted (`RoutingCounter`).
+            Scores of an expert that no token reached are zero and say nothing.
     """
 
     matrix: str

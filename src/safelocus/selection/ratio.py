@@ -21,7 +21,7 @@ def count_for_ratio(
     `num_eligible` overrides the layout's where fewer weights may be selected. Raises SelectionError for
     a ratio outside (0, 1], for one that gives no weight, and for more weights than are eligible.
     """
-    exact = _exact(ratio)
+    exact = exact_ratio(ratio)
     if of not in ("model", "eligible"):
         raise SelectionError(f"ratio of {of!r}: expected 'model' (all parameters) or 'eligible'")
     num_eligible = layout.num_eligible if num_eligible is None else num_eligible
@@ -39,8 +39,8 @@ def count_for_ratio(
     return k
 
 
-def _exact(ratio: float | Fraction | Decimal) -> Fraction:
-    """The ratio as it is written in decimal."""
+def exact_ratio(ratio: float | Fraction | Decimal) -> Fraction:
+    """The ratio as it is written in decimal; SelectionError for what is none."""
     if isinstance(ratio, bool) or not isinstance(ratio, Real | Decimal):
         raise SelectionError(f"ratio must be a number in (0, 1], found {ratio!r}")
     if not isfinite(ratio):

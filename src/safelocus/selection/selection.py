@@ -218,7 +218,8 @@ class Selection(TensorMapping):
             found = check_made_for(own, Fingerprint.from_json(theirs), "one selection", allow_mismatch=allow_mismatch)
             if remarks := list(dict.fromkeys([*provenance.extra.get("remarks", ()), *found])):
                 provenance = replace(provenance, extra={**provenance.extra, "remarks": remarks})
-        same_scores = self.provenance == other.provenance and other.scores is not None
+        same_scores = _without_remarks(self.provenance) == _without_remarks(other.provenance)
+        same_scores = same_scores and other.scores is not None
         keeps_scores = self.scores is not None and (operation != "|" or same_scores)
         indices, scores = {}, {}
         for name in self.layout.tensors:
@@ -382,6 +383,10 @@ def _checked_scores(scores: dict[str, Tensor], indices: dict[str, Tensor]) -> di
     return {name: kept[name].detach().cpu().contiguous() for name in indices}
 
 
+def _without_remarks(provenance: Provenance) -> Provenance:
+    return replace(provenance, extra={**provenance.extra, "remarks": None})
+
+
 def _scores_of(selection: Selection, name: str) -> Tensor:
     assert selection.scores is not None
     return selection.scores.get(name, torch.empty(0, dtype=torch.float32))
@@ -398,16 +403,17 @@ def _is_in(ours: Tensor, theirs: Tensor) -> Tensor:
 def _check_same_tensors(a: Selection, b: Selection) -> None:
     if a.layout is b.layout:
         return
-    named = dict.fromkeys([*a.coordinates, *b.coordinates])
-    differing = [
-        name
-        for name in named
-        if name not in a.layout.tensors
-        or name not in b.layout.tensors
-        or a.layout.tensors[name].shape != b.layout.tensors[name].shape
-    ]
-    if differing:
+    named = (*a.coordinates, *b.coordinates)
+    check_same_shapes(
+        *({name: s.layout.tensors[name].shape for name in named if name in s.layout.tensors} for s in (a, b))
+    )
+
+
+def check_same_shapes(a: Mapping[str, Sequence[int]], b: Mapping[str, Sequence[int]]) -> None:
+    """Raise SelectionError, which lists names, unless both have the same tensors: name -> shape."""
+    named = dict.fromkeys([*a, *b])
+    if differing := [name for name in named if a.get(name) != b.get(name)]:
         raise SelectionError(
-            f"the selections belong to different models: {len(differing)} of {len(named)} tensors have no "
-            f"counterpart of the same shape: {some(differing)}"
+            f"they belong to different models: {len(differing)} of {len(named)} tensors have no counterpart of the "
+            f"same shape: {some(differing)}"
         )

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from safelocus import distributed
+from safelocus.errors import RunError
 from safelocus.evaluation import Evaluation, TargetResponder
 from safelocus.evaluation.divergence import Original, answered
 from safelocus.evaluation.measures import Measure
@@ -55,6 +57,7 @@ class Runner:
         early_stopping: keep the best look, and stop when more would not help (see `curve`).
         interpolate: keep the best on the straight line from the original weights to what was trained (see `curve`).
         sets: that are trained on, or calibrated with.
+        written: arm -> what its training leaves on disk besides.
         described: what is trained on and looked at, for provenance.
         remarks: what a reader should mind about the rows.
         checkpoint: folder for unfinished work; None keeps nothing.
@@ -75,6 +78,7 @@ class Runner:
     early_stopping: bool = False
     interpolate: bool = False
     sets: Sequence[PromptSet] = ()
+    written: Mapping[str, Path] = field(default_factory=dict)
     described: Mapping[str, Any] = field(default_factory=dict)
     remarks: Sequence[str] = ()
     checkpoint: Path | None = None
@@ -100,7 +104,8 @@ class Runner:
             "model": self.target.name, "fingerprint": fingerprint.id, "selection": selection.describe(),
             **self.described, "used": self._used(selection), "versions": versions(),
         }  # fmt: skip
-        return {"before": before, "trained": trained, "settings": self.settings, "provenance": made}
+        settings = replace(self.settings, learning_rate=self.rates[0]) if len(self.rates) == 1 else self.settings
+        return {"before": before, "trained": trained, "settings": settings, "provenance": made}
 
     def _used(self, selection: Selection) -> dict[str, list[str]]:
         """Where all came from that weights were found, trained or chosen with; hashes of what is measured with too."""
@@ -162,6 +167,7 @@ class Runner:
             checkpoints = Checkpoints(folder=folder, inputs={"the weights of the arm": arm.what})
             checkpoints.check()
             if (finished := Trial.load(folder)) is not None:
+                self._check_written(arm, folder)
                 return finished
         with self.make(arm, settings) as trainee:
             trial = self._fit(self.other_rows.get(arm.name, self.rows), trainee, settings, checkpoints)
@@ -172,6 +178,15 @@ class Runner:
             for unfinished in folder.glob("checkpoint-*"):
                 shutil.rmtree(unfinished)
         return trial
+
+    def _check_written(self, arm: Arm, folder: Path) -> None:
+        """Of a finished training, which is not repeated; the first process wrote it."""
+        place = self.written.get(arm.name)
+        if place is not None and not distributed.gather_objects(place.exists())[0]:
+            raise RunError(
+                f"{place}: is not there, and the training that makes it is finished ({folder}): it was not to be saved "
+                "then, or lies elsewhere. Remove that folder to train again"
+            )
 
     def _fit(
         self, rows: "Dataset", trainee: Trainee, settings: TrainingSettings, checkpoints: Checkpoints | None

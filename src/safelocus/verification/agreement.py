@@ -173,45 +173,30 @@ def stability(
     if seeds > 1 and not noisy:
         notes.append(f"{main} has no random relaxation: it gives the same scores for every seed.")
 
-    jobs: list[tuple[str, str, Objective, PromptSet]] = []  # (kind, label, objective, prompts): compared in pairs
+    jobs: list[tuple[str, str, Objective, PromptSet]] = []  # (kind, label, objective, prompts)
+    pairs: list[tuple[int, int]] = []  # numbers of jobs: halves of one split; seeds and objectives, every two
     for number in range(splits):
+        pairs.append((len(jobs), len(jobs) + 1))
         for half, part in zip("ab", _halves(prompts, seed=seed + number), strict=True):
             jobs.append(("prompts", f"split {number} half {half}", objective, part))
+    first = len(jobs)
     for number in range(seeds if noisy and seeds > 1 else 0):
         seeded: Any = replace(objective, gumbel_seed=number)  # type: ignore[type-var]
         jobs.append(("seeds", f"Gumbel seed {number}", seeded, prompts))
+    pairs += combinations(range(first, len(jobs)), 2)
     if len(objectives) > 1:
+        first = len(jobs)
         jobs += [("objectives", name, other, prompts) for name, other in objectives.items()]
-    pairs = [*_pairs([job[:2] for job in jobs])]
+        pairs += combinations(range(first, len(jobs)), 2)
     if not pairs:
         raise SelectionError("nothing to compare: give splits, seeds of an objective that has some, or two objectives")
     inputs = {"the model": target, "--prompts": prompts, "method": method}
     inputs |= {f"the objective {name}": each for name, each in objectives.items()}
     numbers = {"splits": splits, "seeds": seeds, "seed": seed, "batch_size": batch_size}
     claim(checkpoint, {**inputs, **numbers})
-    kept: list[Scores | Path] = []  # on disk, where there is a checkpoint: they are as large as the model
-    for number, (_, _, used, part) in enumerate(track(jobs, "scoring", enabled=progress)):
-        sums, finished = (
-            None if checkpoint is None else checkpoint / f"{what}-{number}" for what in ("sums", "scores")
-        )
-        if finished is None or not finished.is_dir():
-            scores = score(
-                target, part, objective=used, method=method, batch_size=batch_size, checkpoint=sums, progress=False
-            )  # fmt: skip
-            if finished is None or sums is None:
-                kept.append(replace(scores, tensors={n: t.cpu() for n, t in scores.tensors.items()}))
-                continue
-            scores.save(finished)
-            shutil.rmtree(sums)
-            del scores
-        kept.append(finished)
-    agreements = [
-        ScoreAgreement(kind=jobs[i][0], a=jobs[i][1], b=jobs[j][1], ratio=ratio, overlap=overlap, rho=rho)
-        for i, j in pairs
-        for ratio, overlap, rho in _agreements(kept[i], kept[j], ratios=ratios)
-    ]
+    kept = _scored(target, jobs, method, batch_size, checkpoint, progress)
     return Stability(
-        agreements=agreements,
+        agreements=list(_agreements([job[:2] for job in jobs], pairs, kept, ratios)),
         notes=tuple(notes),
         provenance={
             "model": target.name,
@@ -228,6 +213,30 @@ def stability(
     )
 
 
+def _scored(
+    target: Target, jobs: Sequence[tuple[str, str, Objective, PromptSet]], method: Method, batch_size: int,
+    checkpoint: Path | None, progress: bool,
+) -> list[Scores | Path]:  # fmt: skip
+    """On disk, where there is a checkpoint: they are as large as the model."""
+    kept: list[Scores | Path] = []
+    for number, (_, _, used, part) in enumerate(track(jobs, "scoring", enabled=progress)):
+        sums, finished = (
+            None if checkpoint is None else checkpoint / f"{what}-{number}" for what in ("sums", "scores")
+        )
+        if finished is None or not finished.is_dir():
+            scores = score(
+                target, part, objective=used, method=method, batch_size=batch_size, checkpoint=sums, progress=False
+            )  # fmt: skip
+            if finished is None or sums is None:
+                kept.append(replace(scores, tensors={n: t.cpu() for n, t in scores.tensors.items()}))
+                continue
+            scores.save(finished)
+            shutil.rmtree(sums)
+            del scores
+        kept.append(finished)
+    return kept
+
+
 def _halves(prompts: PromptSet, *, seed: int) -> tuple[PromptSet, PromptSet]:
     order = list(range(len(prompts)))
     random.Random(seed).shuffle(order)
@@ -239,20 +248,32 @@ def _halves(prompts: PromptSet, *, seed: int) -> tuple[PromptSet, PromptSet]:
     return first, second
 
 
-def _pairs(jobs: Sequence[tuple[str, str]]) -> Iterator[tuple[int, int]]:
-    """Numbers of jobs that are compared, by kind and label: halves of one split; seeds and objectives, every two."""
-    for (i, (kind, label)), (j, (other_kind, other_label)) in combinations(enumerate(jobs), 2):
-        if kind == other_kind and (kind != "prompts" or label.split()[1] == other_label.split()[1]):
-            yield i, j
-
-
 def _agreements(
-    *pair: Scores | Path, ratios: Sequence[float]
-) -> Iterator[tuple[float, Overlap, float | None]]:  # fmt: skip
-    a, b = (Scores.load(each) if isinstance(each, Path) else each for each in pair)
-    for ratio in ratios:
-        comparison = compare(a, b, ratio=ratio)
-        yield ratio, comparison.top.overall, comparison.correlation.rho
+    jobs: Sequence[tuple[str, str]],
+    pairs: Iterable[tuple[int, int]],
+    kept: Sequence[Scores | Path],
+    ratios: Sequence[float],
+) -> Iterator[ScoreAgreement]:
+    """Every pair at every ratio; two scores are held at most, and ranked once for all ratios.
+
+    Args:
+        jobs: kind and label of each of the scores.
+        pairs: numbers of jobs.
+    """
+    held: dict[int, Scores] = {}
+    for i, j in pairs:
+        held = {number: scores for number, scores in held.items() if number in (i, j)}
+        for number in {i, j} - set(held):
+            found = kept[number]
+            held[number] = Scores.load(found) if isinstance(found, Path) else found
+        rho = None
+        for place, ratio in enumerate(ratios):
+            if place == 0:
+                whole = compare(held[i], held[j], ratio=ratio)
+                overlap, rho = whole.top.overall, whole.correlation.rho
+            else:
+                overlap = compare(held[i].select(ratio), held[j].select(ratio)).overall
+            yield ScoreAgreement(kind=jobs[i][0], a=jobs[i][1], b=jobs[j][1], ratio=ratio, overlap=overlap, rho=rho)
 
 
 def _group(agreement: ScoreAgreement) -> str:

@@ -12,7 +12,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from safelocus.evaluation.measures import Measure
+from safelocus.evaluation.measures import Measure, is_measure
 from safelocus.verification.pooling import Outcomes, difference, level
 
 SELECTIONS = ("top", "bottom", "random")
@@ -224,12 +224,8 @@ class Cells:
 
 def observation(values: Mapping[str, Any]) -> Observation:
     """From a line of `cells.jsonl`."""
-    measures = {name: Measure.from_json(value) for name, value in values.items() if _is_measure(value)}
+    measures = {name: Measure.from_json(value) for name, value in values.items() if is_measure(value)}
     return Observation(measures=measures, outcomes=dict(values["outcomes"]))
-
-
-def _is_measure(value: Any) -> bool:
-    return isinstance(value, dict) and set(value) == {"value", "low", "high", "n"}
 
 
 def _numbers(outcomes: str) -> Outcomes:

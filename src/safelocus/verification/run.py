@@ -110,7 +110,7 @@ def verify(
     )
     notes = [
         *check_unseen(scorers, prompts, allow_seen=allow_seen),
-        *_check_made_for(scorers, target, allow_mismatch=allow_mismatch),
+        *check_scorers(scorers, target, allow_mismatch=allow_mismatch),
         *([target.layout.left_out] if target.layout.left_out else []),
     ]
     before = target.fingerprint()
@@ -186,7 +186,7 @@ def _disturbed(
     return cells
 
 
-def _check_made_for(scorers: Mapping[str, Scorer], target: Target, *, allow_mismatch: bool) -> Iterator[str]:
+def check_scorers(scorers: Mapping[str, Scorer], target: Target, *, allow_mismatch: bool) -> Iterator[str]:
     """Refuse what was made for another model; yields remarks where that is allowed."""
     for name, scorer in scorers.items():
         # made by hand or in memory it says nothing: `selection.require` still checks names and shapes
@@ -206,14 +206,13 @@ def check_unseen(scorers: Mapping[str, Scorer], prompts: PromptSet, *, allow_see
         if provenance.prompts_hash is None:
             continue
         used = provenance.extra.get("prompt_hashes")
-        if used is not None:
-            num_seen = len(hashes & set(used))
-        else:
+        if used is None:
             yield (
                 f"The scores of {name} do not say which prompts they were made with (an earlier version wrote them), "
                 "so some of these may be among them."
             )
             continue
+        num_seen = len(hashes & set(used))
         if num_seen and not allow_seen:
             raise PromptError(
                 f"{prompts.source}: {num_seen} of {len(prompts)} prompts were used to find the weights of {name}; "

@@ -85,16 +85,20 @@ class ChatFormat:
         """The text up to where the assistant starts. `system` replaces the format's own ("" for none).
 
         A prompt that brings a system message (`prompts.Prompt`) is rendered with that. `closed`: up to where an answer
-        that is given starts, which is outside of a thought.
+        that is given starts, which is outside of a thought. A prompt with a history needs a chat template.
         """
         for own in (getattr(prompt, "system", None), self.system):
             system = own if system is None else system
+        messages = messages_of(prompt, system)
         if system and not self.system_role:
-            prompt, system = f"{system}\n\n{prompt}", None
-        if self.template is not None:
-            text = fill(self.template, prompt, system)
+            _, first, *rest = messages
+            messages, system = [{**first, "content": f"{system}\n\n{first['content']}"}, *rest], None
+        if self.template is None:
+            text = self.chat_template.apply(messages) + self.opening
+        elif getattr(prompt, "history", ()):
+            raise PromptError("a plain template shows no earlier turns; use a tokenizer with a chat template")
         else:
-            text = self.chat_template.apply(messages_of(prompt, system)) + self.opening
+            text = fill(self.template, messages[-1]["content"], system)
         if closed or not self.closing:
             text = (text + self.closing).removesuffix(self.response_prefix)
         return text
@@ -122,13 +126,14 @@ class ChatFormat:
         A response that brings its thought along stands where the model would begin to think, if it is to. `end` adds
         the token that ends the turn, which training needs and scoring a truncated response does not.
         """
-        ending, thinks = self.ending, bool(self.closing) and split(response, markers=self.markers).thought is not None
+        ending, prefix = self.ending, self.response_prefix
+        thinks = bool(self.closing) and split(response, markers=self.markers).thought is not None
         if thinks:
-            ending = ending.removesuffix(self.closing)
+            ending, prefix = (ending + prefix).removesuffix(self.closing), ""
             if self.opened:
                 response = response.strip().removeprefix(self.opened[0]).lstrip()
         if not response.startswith(tuple(" \n\t")):
-            response = self.response_prefix + response if response else response
+            response = prefix + response if response else response
         ids = continuation(self.tokenizer, ending, response)
         if end:
             if not self.end_of_turn_ids:
@@ -150,19 +155,20 @@ class ChatFormat:
             return ()
         before = PLACEHOLDER.sub("", self.template[: self.template.index("{prompt}")])
         marker = before.strip().rpartition("\n")[2]
+        special = (token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special)
+        if marker.startswith(tuple(special)):
+            return (marker,)
         return (f"\n{marker}",) if marker else ()
 
     def identity(self) -> dict[str, object]:
         """All that the token ids of a conversation depend on."""
-        vocabulary = json.loads(self.tokenizer.backend_tokenizer.to_str())
-        tokenizer = {key: part for key, part in vocabulary.items() if key not in ("truncation", "padding")}
         # the parts follow from the template
         form = {key: value for key, value in vars(self).items() if key not in ("tokenizer", "system", "parts", "notes")}
         template = None if self.template is not None else self.tokenizer.get_chat_template()
         return {
             "system prompt": self.system,
             "chat template": digest([form, template]),
-            "tokenizer": digest(tokenizer),
+            "tokenizer": tokenizer_digest(self.tokenizer),
         }
 
     def to_json(self) -> dict[str, object]:
@@ -224,7 +230,8 @@ def _plain(
     if template.endswith((":", "{prompt}")):
         template += " "
     ending = template.rpartition("{prompt}")[2]
-    closing = way_out(ending)
+    opened, closing = left_open(ending), way_out(ending)
+    shown = ending if opened is None else ending.partition(opened[0])[0]
     prefix = _response_prefix(tokenizer, ending + closing)
     notes = ["plain template: the tokenizer has no chat template, or another was asked for"]
     if prefix:
@@ -235,12 +242,12 @@ def _plain(
         template=template,
         system=system,
         system_role="{system}" in template,
-        opened=left_open(ending),
+        opened=opened,
         closing=closing,
         response_prefix=prefix,
         ending=(ending + closing).removesuffix(prefix),
         leading_ids=_added_ids(tokenizer)[0],
-        end_of_turn_ids=_end_ids(tokenizer, "", generation_config),
+        end_of_turn_ids=_end_ids(tokenizer, _turn_end(tokenizer, shown), generation_config),
         notes=tuple(notes),
     )
 
@@ -314,6 +321,12 @@ def _ids(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:
     return ids
 
 
+def tokenizer_digest(tokenizer: "PreTrainedTokenizerBase") -> str:
+    """Of all that a text's token ids depend on."""
+    vocabulary = json.loads(tokenizer.backend_tokenizer.to_str())
+    return digest({key: part for key, part in vocabulary.items() if key not in ("truncation", "padding")})
+
+
 def continuation(tokenizer: "PreTrainedTokenizerBase", ending: str, text: str) -> list[int]:
     """Ids of `text` as it follows `ending`, whose own ids stay as they are.
 
@@ -353,6 +366,14 @@ def _added_ids(tokenizer: "PreTrainedTokenizerBase") -> tuple[tuple[int, ...], t
         if ids[start : (end := start + len(bare))] == bare:
             return tuple(ids[:start]), tuple(ids[end:])
     return (), ()
+
+
+def _turn_end(tokenizer: "PreTrainedTokenizerBase", ending: str) -> str:
+    """What ends the user's turn in a plain template, and so the assistant's: a special token right behind the prompt,
+    if another follows. One alone begins the answer ("[/INST]")."""
+    ids, marks = _ids(tokenizer, ending), tokenizer.added_tokens_decoder
+    special = [token for token in ids if token in marks and marks[token].special]
+    return marks[ids[0]].content if len(special) > 1 and ids[0] == special[0] else ""
 
 
 def _end_ids(

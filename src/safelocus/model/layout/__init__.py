@@ -46,9 +46,11 @@ _PREFIXES = re.compile(r"^(?:module\.)*(?:base_model\.model\.)?(?:module\.)*")
 # names that PEFT gives to what it adds; everything else below a `base_layer` is the model's own
 _ADAPTER = re.compile(
     r"(^|\.)(\w*lora_\w+|(loha|lokr|hada|ia3|p?vera|b?oft|psoft|hra|hira|bone|miss|fourierft|waveft|road|shira|c3a|"
-    r"ln_tuning|trainable_tokens|osf|deft|beft|frod|lily|peanut|adamss|delora|sparse|adaption)_\w+|"
-    r"modules_to_save|prompt_encoder)(\.|$)"
+    r"ln_tuning|trainable_tokens|osf|deft|beft|frod|lily|peanut|adamss|delora|sparse|adaption|supertuning|shadow)_\w+|"
+    r"modules_to_save|prompt_encoder|ranknum|poly_router)(\.|$)"
 )
+# what holds the model's own tensor where PEFT adds to it
+_HOLDERS = re.compile(r"\.(token_adapter|base_layer|original_module)(?=\.)")
 _UNKNOWN_RULE = Rule.parse("**", "unknown", where="unknown")
 _ADAPTER_RULE = Rule.parse("**", "adapter", where="adapters")
 
@@ -66,7 +68,7 @@ def canonical_name(name: str) -> str:
     """
     name = _PREFIXES.sub("", _WRAPPERS.sub("", name))
     # nested adapters differ only by their base_layer, so theirs is kept
-    return name if is_adapter(name) else name.replace(".base_layer", "").replace(".original_module", "")
+    return name if is_adapter(name) else _HOLDERS.sub("", name)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +93,11 @@ class Layout:
         config = getattr(model, "config", getattr(getattr(model, "module", None), "config", None))
         if config is None:
             raise LayoutError(f"{type(model).__name__} has no .config; expected a transformers model")
+        if any(getattr(each, "is_prompt_learning", False) for each in getattr(model, "peft_config", {}).values()):
+            raise LayoutError(
+                "the adapter learns prompts (prefix tuning, prompt tuning and the like), which change no weights and "
+                "take part in no score: take the model without it, model.get_base_model()"
+            )
         shapes, tied = _shapes(model)
         family = read_family(Path(file)) if file is not None else _by_model_type(config)
         if family is None:
@@ -269,7 +276,8 @@ def _by_names(
         elif len(unknown) < min(len(missing), len(shapes) // 2 + 1):
             closest, missing = family, unknown
     if not found and closest is not None and skip_unknown:
-        tensors, _ = _match(closest, shapes, closest.sizes_for(config), strict=False)
+        # strict: a known name with another shape is of another architecture, whose other tensors may mean other things
+        tensors, _ = _match(closest, shapes, closest.sizes_for(config))
         return closest, _skipping(tensors, shapes)
     if not found:
         sizes = closest.sizes_for(config) if closest else sizes_of(config)

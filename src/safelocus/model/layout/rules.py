@@ -149,7 +149,7 @@ class Rule:
             # "(out part)": interleaved one by one
             extents[[role for role, _ in axis].index("part")] = len(self.parts)
         known = math.prod(extent for extent in extents if extent is not None)
-        if None in extents and known and length % known == 0 and length:
+        if None in extents and known and length % known == 0:
             extents[extents.index(None)] = length // known
         whole = [extent for extent in extents if extent is not None]
         if len(whole) < len(extents) or math.prod(whole) != length:

@@ -87,7 +87,10 @@ def text_config(config: Any) -> Any:
 
 
 def sizes_of(config: Any) -> Sizes:
-    """The integers and booleans of a configuration (its text part), with the names that rules use."""
+    """The integers and booleans of a configuration (its text part), with the names that rules use.
+
+    Those of an encoder and a decoder with configurations of their own also as "encoder_heads", "decoder_heads", ...
+    """
     text = text_config(config)
     parts = [text, *filter(None, (getattr(text, name, None) for name in ("attn_config", "ffn_config")))]
     sizes = Sizes(
@@ -101,6 +104,9 @@ def sizes_of(config: Any) -> Sizes:
         sizes.setdefault("kv_heads", sizes["heads"])
         if "hidden" in sizes and sizes["heads"]:
             sizes.setdefault("head_dim", sizes["hidden"] // sizes["heads"])
+    for stack in ("encoder", "decoder"):  # with a configuration of its own
+        if hasattr(part := getattr(config, stack, None), "get_text_config"):
+            sizes |= {f"{stack}_{name}": size for name, size in sizes_of(part).items()}
     return sizes
 
 

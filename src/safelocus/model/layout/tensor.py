@@ -98,7 +98,7 @@ class TensorLayout:
 
     @property
     def eligible(self) -> bool:
-        return self.parts[0][0] in ELIGIBLE
+        return self.parts[0][0] in ELIGIBLE and self.num_weights > 0
 
     @property
     def part_axis(self) -> int | None:
@@ -126,7 +126,7 @@ class TensorLayout:
     @property
     def input_axis(self) -> int | None:
         """The axis of `shape` that runs over input units; None for a vector. What Wanda-like scores need."""
-        return self.source[self.column_axes[0]] if self.column_axes else None
+        return self.source[self.column_axes[-1]] if self.column_axes else None
 
     def extents(self, part: int) -> tuple[int, ...]:
         """Shape of one part in `view`: the part axis cut to the part's extent."""

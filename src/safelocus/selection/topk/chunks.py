@@ -92,12 +92,10 @@ class Picked:
     """Coordinates taken from a stream of tensors; tensors from which nothing was taken are left out.
 
     `indices`: name -> int64 [k of this tensor], flat, ascending. `scores`: name -> float32, aligned.
-    `num_groups`: how many groups were taken, where groups were ranked instead of weights.
     """
 
     indices: dict[str, Tensor]
     scores: dict[str, Tensor]
-    num_groups: int | None = None
 
     @property
     def num_weights(self) -> int:

@@ -37,7 +37,7 @@ def pick(
     if which == "random":
         scores = distributed.Each(distributed.whole, scores) if sharded else scores
         sizes = {name: count_eligible(scores[name], chunk_size=chunk_size) for name in scores}
-        return take(scores, random_k(sizes, k, seed=seed), chunk_size=chunk_size)
+        return _take(scores, random_k(sizes, k, seed=seed), sizes)
     if sharded:
         return pick_from_shards(scores, k, which, chunk_size)
     if (found := shortlist(scores, k, which=which, chunk_size=chunk_size)) is not None:
@@ -69,15 +69,12 @@ def count_eligible(scores: Tensor, *, chunk_size: int | None = None) -> int:
     return sum(int((chunk != -torch.inf).count_nonzero()) for _, chunk in slices(scores, chunk_size))
 
 
-def take(scores: Mapping[str, Tensor], ordinals: Mapping[str, Tensor], *, chunk_size: int | None = None) -> Picked:
+def _take(scores: Mapping[str, Tensor], ordinals: Mapping[str, Tensor], num_eligible: Mapping[str, int]) -> Picked:
     """Turn ordinals among the eligible elements (int64, ascending) into coordinates with their scores."""
     indices, values = {}, {}
     for name, ordinal in ordinals.items():
         flat = scores[name].detach().reshape(-1)
-        if count_eligible(flat, chunk_size=chunk_size) == flat.numel():
-            index = ordinal
-        else:
-            index = places(flat != -torch.inf).cpu()[ordinal]
+        index = ordinal if num_eligible[name] == flat.numel() else places(flat != -torch.inf).cpu()[ordinal]
         indices[name] = index
         values[name] = flat[index.to(flat.device)].cpu()
     return Picked(indices=indices, scores=values)
@@ -206,7 +203,7 @@ def pick_groups(
         index = torch.cat(found) if found else torch.empty(0, dtype=torch.int64)
         if index.numel():
             indices[name], values[name] = index, flat[index.to(flat.device)].cpu()
-    return Picked(indices=indices, scores=values, num_groups=int(chosen.sum()))
+    return Picked(indices=indices, scores=values)
 
 
 def _choose_groups(ranked_by: Tensor, sizes: Tensor, k: int, which: Which, seed: int) -> Tensor:
