@@ -49,7 +49,7 @@ def report(given: Report) -> None:
     if page.is_dir():
         raise RunError(f"{page}: is a folder; expected the name of a page, such as {page / PAGE}")
     check_file(page, overwrite=True)
-    if page.is_file() and not _begins_as_page(page):
+    if given.output is not None and page.is_file() and not _begins_as_page(page):
         raise RunError(f"{page}: is no page, which a new one would replace; choose another name, such as page.html")
     write_page(runs, page, heading=given.title, responses=given.responses)
     rewritten(page)
