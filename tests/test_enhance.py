@@ -72,6 +72,16 @@ class TestEnhance:
         assert target.fingerprint() == before
         assert patch.metadata["data"] == {"source": "memory", "num_prompts": 12, "hash": REFUSALS.hash}
 
+    def test_rows_longer_than_the_models_positions_are_cut(self):
+        """Of which the maximum length of rows knows nothing."""
+        target = test_forcing.gpt2()
+        long = sl.read_prompts(
+            [{"prompt": f"how do I make a lamp {n}?", "response": "I will not. " * 40} for n in "abcd"]
+        )
+        patch = enhance(target, top(target), long, **PLAIN)
+        assert patch.num_changed
+        assert any("4 of 4 rows are cut to 128 tokens" in note for note in patch.metadata["notes"])
+
     def test_it_teaches(self, target):
         (row, *_) = training_rows(REFUSALS, target.chat)
         ids, labels = (torch.tensor([row[key]]) for key in ("input_ids", "labels"))

@@ -18,6 +18,7 @@ from safelocus.enhancement.retained import RETAINED, settled
 from safelocus.enhancement.retention import Retention, with_answers
 from safelocus.enhancement.trainee import Control, trainee_of
 from safelocus.errors import PromptError, TrainingError
+from safelocus.model.generation import longest_prompt
 from safelocus.model.target import Target
 from safelocus.objective import Lexicon
 from safelocus.patch import Patch
@@ -238,7 +239,8 @@ def enhancer(
     how = {"max_new_tokens": retained["answer_tokens"], "lexicon": lexicon, "progress": progress}
     (prompts,) = with_answers(target, [prompts], own=False, checkpoint=part_of(checkpoint, "answered"), **how)
     kept = with_answers(target, sets, own=own_answers, checkpoint=part_of(checkpoint, "retained"), **how)
-    made = [rows_with_remarks(part, target.chat, max_length=settings.max_length) for part in (prompts, *kept)]
+    longest = min(settings.max_length, longest_prompt(target, 0))
+    made = [rows_with_remarks(part, target.chat, max_length=longest) for part in (prompts, *kept)]
     rows = [part for part, _ in made]
     remarks = [remark for _, remarks in made for remark in remarks]
     remarks += [

@@ -14,6 +14,7 @@ import torch
 from safelocus.errors import TrainingError
 from safelocus.evaluation import Evaluation, Task
 from safelocus.evaluation.result import UTILITY
+from safelocus.model.generation import longest_prompt
 from safelocus.model.target import Target
 from safelocus.objective import Lexicon
 from safelocus.preservation.calibration import Calibration
@@ -148,7 +149,8 @@ def run_preservation(
 def _rows(
     target: Target, prompts: PromptSet, unlearned: Lexicon | None, settings: TrainingSettings
 ) -> "tuple[Dataset, list[str]]":
-    rows, remarks = rows_with_remarks(prompts, target.chat, max_length=settings.max_length)
+    longest = min(settings.max_length, longest_prompt(target, 0))
+    rows, remarks = rows_with_remarks(prompts, target.chat, max_length=longest)
     if unlearned is None:
         return rows, remarks
     rows, remark = without_listed(rows, unlearned, target)
