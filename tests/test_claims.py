@@ -153,6 +153,9 @@ def test_noise_that_breaks_language_breaks_more_than_safety():
         (claim,) = verify_claims(made(rates, noises=(0.38,), prompts=60, perplexity=texts))
         assert claim.verdict == verdict
         assert f"perplexity times {perplexity / 4:.0f}" in claim.measured
+    texts = {**{key: [4.0] for key in CONTROLS}, ("esi", "top"): [40.0]}  # of too few prompts controls stay open
+    (claim,) = verify_claims(made(rates, noises=(0.38,), prompts=20, perplexity=texts))
+    assert claim.verdict == NOT_ONLY_SAFETY
 
 
 def test_a_model_that_refuses_nothing_can_lose_no_refusals():

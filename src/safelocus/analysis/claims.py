@@ -195,7 +195,7 @@ def breaking(effect: Effect, baseline: Interval) -> str:
         return UNDECIDED
     verdict = weakest(decide(beyond, _BREAKS) for beyond in (effect.beyond_random, effect.beyond_bottom))
     verdict = beside(verdict, [decide(fall, _BREAKS) for fall in (effect.random_fall, effect.bottom_fall)])
-    return NOT_ONLY_SAFETY if verdict == HOLDS and effect.is_general else verdict
+    return NOT_ONLY_SAFETY if verdict in (HOLDS, CONTROLS_OPEN) and effect.is_general else verdict
 
 
 def _broken(key: str, claim: str, found: Verification, effect: Effect) -> Claim:
