@@ -124,7 +124,7 @@ def evaluate(given: Evaluate) -> int:
     harmful = sources.read_sets(given.prompts, given.field, given.where, held_out=given.held_out, **of_each)
     harmless = sources.read_sets(given.harmless, given.harmless_field, given.harmless_where, **of_each)
     tasks = sources.read_tasks(given.task, **of_each)
-    texts = sources.read_sets([given.perplexity] if given.perplexity else None, with_responses=True, **of_each)
+    texts = sources.texts(given.perplexity, **of_each)
     judging: dict[str, Any] = {"description": given.guard_description, "endpoint": _endpoint(given)}
     sources.check_judges(given.judge or (), **judging, trust_remote_code=given.trust_remote_code)
     attack = _attack(given, [*harmful, *harmless])
@@ -176,14 +176,13 @@ def evaluate(given: Evaluate) -> int:
 def _check(given: Evaluate) -> None:
     """Refuse options that contradict one another, or are about what is not asked for."""
     from safelocus.errors import ModelError, PromptError
+    from safelocus.evaluation.run import check_asked
     from safelocus.evaluation.suites import check_suites
     from safelocus.model.target import load_config
 
     if (given.model is None) == (given.endpoint is None) or (given.endpoint is None) != (given.endpoint_model is None):
         raise ModelError("give either MODEL, or --endpoint URL with --endpoint-model NAME")
-    asked = (given.prompts, given.harmless, given.task, given.lm_eval, given.perplexity)
-    if not any(asked):
-        raise PromptError("nothing to evaluate on: give harmful or harmless prompts, tasks, or texts for perplexity")
+    check_asked(given.prompts, given.harmless, given.task, given.lm_eval, given.perplexity)
     if given.kl_to is not None:
         if not given.harmless:
             raise PromptError("--kl-to is measured along answers to harmless prompts; give some with --harmless")

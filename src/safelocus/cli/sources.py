@@ -39,6 +39,11 @@ def read_sets(
     return found if limit is None else [each.limit(limit, seed=seed) for each in found]
 
 
+def texts(source: str | None, limit: int | None, seed: int) -> "list[PromptSet]":
+    """Prompts with responses whose perplexity is measured, where some are given."""
+    return read_sets([source] if source else None, with_responses=True, limit=limit, seed=seed)
+
+
 def fitting(prompts: "PromptSet", target: "Target", max_new_tokens: int = 0, *, openings: bool = False) -> "PromptSet":
     """The prompts that the model has positions for; says how many were left out.
 
@@ -178,10 +183,10 @@ def _name_of(provenance: "Provenance", kind: str) -> str | None:
     return str(objective["name"]) if objective.get("kind") == kind and "name" in objective else None
 
 
-def judge_names(guard: str | None, lexicon: Path | None) -> list[str]:
-    """The guard and the lexicon as judges, where they are given."""
-    named = {"guard": guard, "lexicon": lexicon}
-    return [f"{kind}:{name}" for kind, name in named.items() if name is not None]
+def judge_names(guard: str | None, lexicon: Path | None, named: Sequence[str] = ()) -> list[str]:
+    """The guard and the lexicon as judges, where they are given, and between them those that are named."""
+    first = [] if guard is None else [f"guard:{guard}"]
+    return [*first, *named, *([] if lexicon is None else [f"lexicon:{lexicon}"])]
 
 
 def guard_among(judges: "Sequence[Judge]", name: str | None, description: Path | None) -> "Guard | None":
@@ -334,16 +339,20 @@ def check_unscored(prompts: str | None, harmful: "PromptSet", *, allow_seen: boo
 
 def judges_for(given: options.TrainOptions) -> "tuple[Judge, ...]":
     """Those named; else the guard and the lexicon that the weights are found with."""
-    names = given.judge or judge_names(given.guard, given.lexicon)
-    return tuple(load_judges(names, description=given.guard_description, of=given.guard, **given.guards))
+    names, described = _judging(given)
+    return tuple(load_judges(names, **described, **given.guards))
 
 
 def check_judges_for(given: options.TrainOptions) -> None:
     """`check_judges` of `judges_for`."""
-    check_judges(
-        given.judge or judge_names(given.guard, given.lexicon), description=given.guard_description, of=given.guard,
-        trust_remote_code=given.trust_remote_code,
-    )  # fmt: skip
+    names, described = _judging(given)
+    check_judges(names, **described, trust_remote_code=given.trust_remote_code)
+
+
+def _judging(given: options.TrainOptions) -> tuple[list[str], dict[str, Any]]:
+    """(the judges' names, which guard is described how)"""
+    described: dict[str, Any] = {"description": given.guard_description, "of": given.guard}
+    return given.judge or judge_names(given.guard, given.lexicon), described
 
 
 def runs_for_card(given: options.TrainOptions) -> "list[CardRun]":

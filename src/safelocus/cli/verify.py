@@ -86,9 +86,7 @@ def verify(given: Verify) -> None:
     mind(check_unseen(named, prompts, allow_seen=given.allow_seen))
     harmless = sources.harmless_prompts(given.harmless, given.limit, given.seed)
     tasks = sources.read_tasks(given.task, given.limit, given.seed)
-    texts = sources.read_sets(
-        [given.perplexity] if given.perplexity else None, with_responses=True, limit=given.limit, seed=given.seed
-    )
+    texts = sources.texts(given.perplexity, given.limit, given.seed)
     wanted = options.words(given.scorers, "--scorers", METHODS)
     sources.check_whole(given, {"--scorers wanda": "wanda" in wanted})
     ratios, noises = options.numbers(given.ratios, "--ratios"), options.numbers(given.noise, "--noise")
@@ -152,7 +150,7 @@ def _judging(given: Verify, provenance: "Provenance") -> tuple[Verify, list[str]
             given, guard=sources.guard_of(provenance), lexicon=sources.lexicon_of(provenance),
             guard_description=given.guard_description or locating.description_of(given.scores[0]),
         )  # fmt: skip
-    names = [*sources.judge_names(given.guard, None), *(given.judge or []), *sources.judge_names(None, given.lexicon)]
+    names = sources.judge_names(given.guard, given.lexicon, given.judge or ())
     described: dict[str, Any] = {"description": given.guard_description, "of": given.guard}
     sources.check_judges(names, **described, trust_remote_code=given.trust_remote_code)
     return given, names, described

@@ -115,8 +115,7 @@ def evaluate(
     inside = _inside(responder, wanted)
     if original is not None and not any(name == HARMLESS for name, _ in sets):
         raise PromptError("the divergence from an original is measured along answers to harmless prompts; give some")
-    if not (sets or tasks or inside):
-        raise PromptError("nothing to evaluate on: give harmful or harmless prompts, tasks, or texts for perplexity")
+    check_asked(sets, tasks, inside)
 
     check_suites(suites)
     inputs = {
@@ -196,6 +195,12 @@ def _check(
     for name, prompts in sets:
         if not prompts:
             raise PromptError(f"{prompts.source}: no {name} prompt is left to evaluate on")
+
+
+def check_asked(*asked: object) -> None:
+    """PromptError where nothing of it is there."""
+    if not any(asked):
+        raise PromptError("nothing to evaluate on: give harmful or harmless prompts, tasks, or texts for perplexity")
 
 
 def _inside(responder: Responder, wanted: Sequence[str]) -> Target | None:

@@ -85,8 +85,6 @@ def encode_rows(example: Example, chat: ChatFormat) -> tuple[list[dict[str, list
     rows: list[dict[str, list[int]]] = []
     learned, history = 0, list[tuple[str, str]]()
     for number, (request, response) in enumerate([(example.prompt, example.response or ""), *later]):
-        if number == 1 and system and not chat.system_role:  # it stands in front of the first request
-            history, system = [(f"{system}\n\n{example.prompt}", history[0][1])], ""
         try:
             prompt, answer = chat.encode_pair(
                 Prompt(request, history=tuple(history)), response, system=system,
