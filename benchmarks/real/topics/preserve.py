@@ -1,16 +1,19 @@
 """SPA: an arm per row, a table per task."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import cells
 import preserving
 from topics.card import card_run, cards
-from topics.outcomes import HEADINGS, Cell, numbers, outcomes, perplexity, rates, told
+from topics.outcomes import HEADINGS, SOURCES, Cell, numbers, outcomes, perplexity, rates, told
 
 from safelocus.analysis.acceptance import CardRun
 from safelocus.analysis.claims import kept_verdict
+from safelocus.analysis.words import interval
 from safelocus.report.grid import Grid
 from safelocus.verification.pooling import difference
+
+REFUSED = SOURCES[:5]
 
 
 def page() -> str | None:
@@ -47,10 +50,29 @@ def page() -> str | None:
                 f"prompts and seeds]; n: {numbers(before)}; single words: of AdvBench's answers, where "
                 "counted; the last column by AdvBench refusals",
             ).markdown(),
+            _apart(groups),
         ]  # fmt: skip
     if not parts:
         return None
     return "\n\n".join(["# SPA on a real model's aligned twin", told(preserving), *parts, *_cards(found)])
+
+
+PAIRS = (
+    ("esi-1", "unprotected"), ("esi-1", "random-10"), ("esi-10", "esi-1"), ("esi-10", "random-10"),
+    ("mixed-embedded", "esi-10"), ("esi-10-mixed-embedded", "mixed-embedded"), ("mixed-alarming", "mixed-embedded"),
+)  # fmt: skip
+
+
+def _apart(groups: Mapping[tuple[str, bool, float], list[Cell]]) -> str:
+    """What tells arms of full training apart."""
+    found = {arm: group for (arm, lora, _), group in groups.items() if not lora}
+    rows = tuple(
+        (first, second, *(interval(difference(*(outcomes(found[arm], s) for arm in (first, second)))) for s in REFUSED))
+        for first, second in PAIRS
+        if first in found and second in found
+    )
+    caption = "points refused more by the first than by the second, paired by prompt [95 % interval]"
+    return Grid(title="", headings=("first", "second", *HEADINGS[:5]), rows=rows, caption=caption).markdown()
 
 
 def _single_words(group: list[Cell]) -> str:
