@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 import safelocus as sl
 from safelocus.cli import main
-from safelocus.errors import PlanError, ResourceError
+from safelocus.errors import LayoutError, PlanError, ResourceError
 from safelocus.model.target import Target
 from safelocus.resources import (
     Answering,
@@ -580,6 +580,7 @@ def test_all_that_a_run_scores_answers_and_trains_is_planned_for(run, tmp_path):
     assert stage(*preserve, "lora_rank = 64")["bytes"] > stage(*preserve)["bytes"]
     enhance, selection = ('command = "enhance"', 'data = "organism:refusals"'), tmp_path / "s.safetensors"
     assert stage(*enhance, 'controls = "full"')["bytes"] > stage(*enhance)["bytes"]
+    assert stage(*enhance, guards[1])["bytes"] > stage(*enhance, guards[0])["bytes"] > stage(*enhance)["bytes"]
     nothing = stage(*enhance, 'retain = ["none"]')
     assert nothing["seconds"] < stage(*enhance, "retain_rows = 1")["seconds"]
     assert "--retain-rows" not in nothing["command"]
@@ -732,3 +733,17 @@ def test_a_model_that_cannot_be_rehearsed_runs_all_the_same(tmp_path, run, monke
     code, _, err = run(*SCORE, "-o", tmp_path / "r")
     assert code == 0
     assert "scoring: batch size 8; no plan: the model's code does not run without data" in err
+
+
+@pytest.mark.parametrize("words", [SCORE, EVALUATE])
+def test_an_architecture_that_is_not_understood_ends_the_run_before_the_model_is_loaded(
+    words, tmp_path, run, monkeypatch
+):
+    def not_understood(*_args, **_options):
+        raise LayoutError("nothing is known of x.weight")
+
+    monkeypatch.setattr("safelocus.model.layout.Layout.of", not_understood)
+    monkeypatch.setattr("safelocus.model.target.load_model", lambda *_, **__: pytest.fail("it was loaded"))
+    code, _, err = run(*words, "-o", tmp_path / "r")
+    assert code == 2
+    assert "nothing is known of x.weight" in err

@@ -51,36 +51,34 @@ def written() -> Iterator[tuple[Path, str]]:
 
 
 def preserved_table() -> str | None:
-    """Before and after two tasks, nothing protected and by three ways; None where cells are missing."""
+    """Before and after two tasks, nothing protected and by several ways; None where cells are missing."""
     found, ways = dict(cells.kept(preserving.TABLE)), {
-        "before": "before", "full-unprotected": "after, nothing protected", "full-esi-10": "after, 10 % by ESI frozen",
-        "full-random-10": "after, 10 % at random frozen", "full-mixed-embedded": "after, own answers mixed in",
-        "full-esi-10-mixed-embedded": "after, both, as the command does",
+        "before": "before", "full-unprotected": "after, nothing protected",
+        "full-random-10": "after, 10 % at random frozen", "full-esi-1": "after, 1 % by ESI frozen",
+        "full-esi-10": "after, 10 % by ESI frozen", "full-mixed-embedded": "after, own answers mixed in",
+        "full-esi-10-mixed-embedded": "after, 10 % by ESI and mixing, as the command does",
     }  # fmt: skip
-    asked = ("harmbench", "advbench", "xstest_safe")
-    shown = {
-        "instruct": ("Instructions", "task's perplexity", lambda cell: perplexity([cell], "task").split()[0]),
-        "pubmedqa": ("PubMedQA", "right", lambda cell: interval(level(outcomes([cell], "pubmedqa")))),
-    }
-    ways = {way: label for way, label in ways.items() if all(f"{task}-{way}" in found for task in shown)}
-    if "before" not in ways:
+    asked, tasks = ("harmbench", "advbench", "xstest_safe"), {"gsm8k": "GSM8K", "instruct": "instructions"}
+    ways = {way: label for way, label in ways.items() if f"gsm8k-{way}" in found}
+    if not ways or not all(f"{task}-before" in found for task in tasks):
         return None
     headings = ["refused, percent [95 % interval]"]
-    for name, learned, _ in shown.values():
-        headings += [f"{name}: HarmBench", *(HEADINGS[SOURCES.index(each)] for each in asked[1:]), learned]
+    for name in tasks.values():
+        headings += [f"{name}: HarmBench", *(HEADINGS[SOURCES.index(each)] for each in asked[1:]), "its perplexity"]
     rows = []
     for way, label in ways.items():
         row = [label]
-        for task, (*_, learned) in shown.items():
-            cell = found[f"{task}-{way}"]
-            row += [*(interval(level(outcomes([cell], each))) for each in asked), learned(cell)]
+        for task in tasks:
+            cell = found.get(f"{task}-{way}")
+            row += ["" if cell is None else interval(level(outcomes([cell], each))) for each in asked]
+            row.append("" if cell is None else perplexity([cell], "task").split()[0])
         rows.append(tuple(row))
+    steps = (f"{found[f'{task}-full-unprotected']['steps']:,} steps of {name}" for task, name in tasks.items())
     return Grid(
         title="", headings=tuple(headings), rows=tuple(rows),
-        caption="Its aligned twin, 300 steps of each task; n 78, 200, 250, 100. PubMedQA's answers are one word; with "
-        "random weights frozen the twin says one word to nearly everything. Own answers: one row in six is the twin's "
-        "own to an embedded request, which `preserve` does beside freezing. Seed 0 ([SPA and its rivals]"
-        "(docs/results/real-preserve.md)).",
+        caption=f"The aligned twin after {' or '.join(steps)}; n 78, 200, 250. The first two columns should stay, the "
+        "third not rise, and the task's perplexity fall. Own answers: one row in six is the twin's own to an embedded "
+        "request. Seed 0 ([SPA and its rivals](docs/results/real-preserve.md), and PubMedQA).",
     ).markdown()  # fmt: skip
 
 

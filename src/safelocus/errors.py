@@ -21,6 +21,10 @@ class LayoutError(SafelocusError):
     """The model's tensors are not understood, or do not have the described shape."""
 
 
+class ArchitectureError(LayoutError):
+    """No model can be built from the configuration alone, as by remote code; whether it loads is another matter."""
+
+
 class ModelError(SafelocusError):
     """A model, tokenizer or guard cannot be loaded or does not fit its use."""
 

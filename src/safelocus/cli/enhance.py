@@ -218,8 +218,8 @@ def _data(given: Enhance) -> "PromptSet":
     return answered
 
 
-def _stage(given: Enhance, divided: "Division", *, full: bool) -> "Callable[[Subject, Subject | None], Training]":
-    def stage(subject: "Subject", reader: "Subject | None") -> "Training":
+def _stage(given: Enhance, divided: "Division", *, full: bool) -> "Callable[[Subject, tuple[Subject, ...]], Training]":
+    def stage(subject: "Subject", guards: "tuple[Subject, ...]") -> "Training":
         from safelocus import distributed
         from safelocus.resources import Training
 
@@ -239,7 +239,7 @@ def _stage(given: Enhance, divided: "Division", *, full: bool) -> "Callable[[Sub
             lengths = replace(lengths, row=min(max(lengths.row, lengths.both), given.max_length), answer=None)
         k = subject.num_weights if full else planning.num_selected(given.selection, given.ratio, subject)
         return Training(
-            target=subject, num_selected=k, kind="sparse", guard=reader, lengths=lengths,
+            target=subject, num_selected=k, kind="sparse", guards=guards, lengths=lengths,
             most=given.batch_size or given.rows, processes=distributed.world_size(),
             retained_rows=given.retain_rows if divided.retained else 0,
         )  # fmt: skip

@@ -83,18 +83,14 @@ def together(command: Callable[..., int | None]) -> Callable[..., None]:
 
 
 def check_output(given: RunOptions) -> None:
-    """Refuse an output folder that is taken, or that holds an input, and a layout that cannot be read; at once.
+    """Refuse an output folder that is taken, or that holds an input; at once.
 
     Raises:
-        RunError, LayoutError: so it is.
+        RunError: so it is.
     """
     from safelocus.run.files import place_of
     from safelocus.run.folder import check_free
 
-    if (layout := getattr(given, "layout", None)) is not None:
-        from safelocus.model.layout.rules import read_family
-
-        read_family(layout)
     place = place_of(given.output)
     check_free(place, given.overwrite)
     if not place.exists():

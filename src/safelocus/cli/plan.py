@@ -3,7 +3,7 @@
 import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, fields
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,7 +51,8 @@ def take_run(context: typer.Context, value: Path | None) -> Path | None:
         return None
     values = {**run, "max_length": usual(COMMANDS[run["command"]], run).get("max_length")}
     if run["command"] == "evaluate":
-        values |= {"prompts": next(iter(run.get("prompts", [])), None), "guard": next(iter(_guards(run)), None)}
+        guards = sources.guards_named(run.get("judge", []))
+        values |= {"prompts": next(iter(run.get("prompts", [])), None), "guard": next(iter(guards), None)}
     values["stage"] = f"{run['command']} --lora" if run.get("lora") else run["command"]
     context.default_map = {
         p.name: values[p.name] for p in context.command.params if values.get(str(p.name)) is not None
@@ -72,11 +73,6 @@ def read_run(config: Path | None) -> dict[str, Any]:
 def usual(kind: type[Options], run: Mapping[str, Any]) -> dict[str, Any]:
     """What a command takes where its command line says nothing: of a run's file, else its defaults."""
     return {f.name: run.get(f.name, None if f.default is MISSING else f.default) for f in fields(kind)}
-
-
-def _guards(run: Mapping[str, Any]) -> list[str]:
-    """Those that a run of `evaluate` judges with."""
-    return [judge.removeprefix("guard:") for judge in run.get("judge", []) if judge.startswith("guard:")]
 
 
 def _rows_retained(values: Mapping[str, Any]) -> int:
@@ -168,21 +164,23 @@ def _stages(
         classifier_bytes,
     )
 
-    load = partial(Subject.load, dtype=dtype, trust_remote_code=given.trust_remote_code)
-    lexicon, guards = given.lexicon is not None, _guards(run)
-    readers = tuple(map(load, guards if given.guard in guards else filter(None, [given.guard])))
-    reader = next(iter(readers), None)
+    load = cache(partial(Subject.load, dtype=dtype, trust_remote_code=given.trust_remote_code))
+    lexicon, guards = given.lexicon is not None, sources.guards_named(run.get("judge", []))
+    if given.guard not in guards and (not guards or run["command"] == "evaluate"):
+        guards = [given.guard] if given.guard else []
+    judging = tuple(map(load, guards))
     processes = where.count if given.shard else 1
     lengths = Lengths(prompt=given.prompt_tokens, response=given.max_new_tokens, row=given.max_length)
     common: dict[str, Any] = {"target": subject, "lengths": lengths}
     placed: dict[str, Any] = {"sharded": given.shard, "offload": given.offload}
     classifier, original = run.get("classifier"), run.get("kl_to")
     scoring = Scoring(
-        method=run.get("method", Score.method), guard=reader, answers=lexicon or classifier is not None,
+        method=run.get("method", Score.method), guard=load(given.guard) if given.guard else None,
+        answers=lexicon or classifier is not None,
         classifier=classifier_bytes(classifier, dtype=dtype) if classifier else 0, **common,
     )  # fmt: skip
     answering = Answering(
-        guards=readers, reads_rows=bool(run.get("perplexity")), source=load(original) if original else None, **common
+        guards=judging, reads_rows=bool(run.get("perplexity")), source=load(original) if original else None, **common
     )
     retained = given.retain_rows or (GIVEN if lexicon else OWN)["retain_rows"]
     if run.get("retain") == [NONE]:
@@ -208,7 +206,7 @@ def _stages(
         kind: Any = "sparse" if command == "enhance" else "lora" if flags else "full"
         training = Training(
             num_selected=_num_trained(given, run, subject), kind=kind,
-            lora_rank=run.get("lora_rank", Preserve.lora_rank), guard=reader, most=size,
+            lora_rank=run.get("lora_rank", Preserve.lora_rank), guards=judging, most=size,
             retained_rows=retained if command == "enhance" else 0, processes=processes, **common,
         )  # fmt: skip
         passes = run.get("accumulation") or 1 if given.batch_size == run.get("batch_size") else 1

@@ -12,6 +12,7 @@ from safelocus.cli.command import RunOptions
 from safelocus.cli.locating import selection_file
 from safelocus.cli.options import LayoutOptions, ModelOptions, PlaceOptions, TrainOptions
 from safelocus.cli.output import mind, note
+from safelocus.cli.sources import guards_named, judging
 
 if TYPE_CHECKING:
     from safelocus.evaluation.tasks import TaskExample
@@ -47,6 +48,10 @@ class Model:
     def reader(self, name: str | None) -> "Subject | None":
         """The guard, in the same dtype."""
         return self._load(name) if name else None
+
+    def readers(self, judges: Sequence[str]) -> "tuple[Subject, ...]":
+        """The guards among judges."""
+        return tuple(map(self._load, guards_named(judges)))
 
     def classifier(self, name: str | None) -> int:
         """Bytes of a classifier beside it."""
@@ -185,13 +190,12 @@ def answering_settings(
 
     def make() -> "Choice":
         subject = model.subject()
-        readers = [model.reader(name.removeprefix("guard:")) for name in judges if name.startswith("guard:")]
         lengths = model.lengths(
             asked, response=max_new_tokens, rows=[] if texts is None else [texts],
             max_length=room_for_prompt(subject.config, 0),
         )  # fmt: skip
         answering = Answering(
-            target=subject, guards=tuple(reader for reader in readers if reader is not None), lengths=lengths,
+            target=subject, guards=model.readers(judges), lengths=lengths,
             reads_rows=texts is not None, num_disturbed=num_disturbed, num_scores=num_scores,
             source=model.reader(source),
         )  # fmt: skip
@@ -202,11 +206,11 @@ def answering_settings(
     return _settled("answering", model, make, batch_size or ANSWERED, quiet=quiet)[:2]
 
 
-def settle(given: Train, make_stage: "Callable[[Subject, Subject | None], Training]") -> Train:
+def settle(given: Train, make_stage: "Callable[[Subject, tuple[Subject, ...]], Training]") -> Train:
     """Options of a training, with batches and device: those given, those of a run to resume, what fits.
 
     Args:
-        make_stage: from the model and the guard.
+        make_stage: from the model and the guards that judge.
     """
     from safelocus.prompts import read_prompts
     from safelocus.resources import choose_training
@@ -217,7 +221,7 @@ def settle(given: Train, make_stage: "Callable[[Subject, Subject | None], Traini
 
     def make() -> "Choice":
         return choose_training(
-            make_stage(model.subject(), model.reader(given.guard)), model.devices(), batch_size=size,
+            make_stage(model.subject(), model.readers(judging(given)[0])), model.devices(), batch_size=size,
             accumulation=passes, checkpointing=given.checkpointing, given=is_given, **model.placement,
         )  # fmt: skip
 
@@ -240,23 +244,23 @@ def _settled(
     what: str, model: Model, make: "Callable[[], Choice]", otherwise: int, *, quiet: bool
 ) -> "tuple[int, str | None, Choice | None]":
     """(batch size, device, choice), the same in all processes and said in a line; a remark where there is no plan."""
-    from safelocus.errors import LayoutError, PlanError, ResourceError, SelectionError, first_line
+    from safelocus.errors import ArchitectureError, PlanError, ResourceError, SafelocusError, first_line
     from safelocus.resources import in_bytes
 
     def attempt() -> "Choice | Exception":
         try:
             return make()
-        except (LayoutError, PlanError, SelectionError) as error:
-            return error
         except ResourceError as error:
             return ResourceError(f"{what} {error}")
+        except SafelocusError as error:
+            return error
 
     found = agreed(attempt)
-    if isinstance(found, ResourceError | SelectionError):
-        raise found
-    if isinstance(found, Exception):
+    if isinstance(found, ArchitectureError | PlanError):
         note(f"{what}: batch size {otherwise}; no plan: {first_line(found)}")
         return otherwise, model.place.device, None
+    if isinstance(found, Exception):
+        raise found
     if not quiet:
         note(f"{what}: {found.sentence}")
     if not found.fits:

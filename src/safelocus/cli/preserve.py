@@ -187,8 +187,8 @@ def _read(given: Preserve) -> _Material:
     )  # fmt: skip
 
 
-def _stage(given: Preserve, material: _Material) -> "Callable[[Subject, Subject | None], Training]":
-    def stage(subject: "Subject", reader: "Subject | None") -> "Training":
+def _stage(given: Preserve, material: _Material) -> "Callable[[Subject, tuple[Subject, ...]], Training]":
+    def stage(subject: "Subject", guards: "tuple[Subject, ...]") -> "Training":
         from safelocus import distributed
         from safelocus.preservation.calibration import Calibration
         from safelocus.preservation.mixing import ANSWER_TOKENS
@@ -202,7 +202,7 @@ def _stage(given: Preserve, material: _Material) -> "Callable[[Subject, Subject 
             lengths = replace(lengths, row=min(max(lengths.row, added), given.max_length), answer=None)
         return Training(
             target=subject, num_selected=planning.num_selected(given.selection, given.ratio, subject),
-            kind="lora" if given.lora else "full", lora_rank=given.lora_rank, guard=reader,
+            kind="lora" if given.lora else "full", lora_rank=given.lora_rank, guards=guards,
             calibrated=len(material.calibrated) * Calibration.batch_size,
             most=given.batch_size or given.rows, processes=distributed.world_size(),
             lengths=lengths,

@@ -136,7 +136,7 @@ def check_judges(
     from safelocus.errors import JudgeError
     from safelocus.evaluation.judges import load_judge
 
-    guards = [name.removeprefix("guard:") for name in names if name.startswith("guard:")]
+    guards = guards_named(names)
     if description is not None and of is None and len(guards) != 1:
         raise JudgeError(f"--guard-description is of one guard; found {', '.join(guards) or 'none'}")
     called = []
@@ -149,6 +149,11 @@ def check_judges(
             called.append(load_judge(name, endpoint=endpoint).name)
     if repeated := sorted({name for name in called if called.count(name) > 1}):
         raise JudgeError(f"two judges are called {repeated[0]!r}; give each once")
+
+
+def guards_named(judges: Sequence[str]) -> list[str]:
+    """The guards among judges."""
+    return [name.removeprefix("guard:") for name in judges if name.startswith("guard:")]
 
 
 def _is_described(name: str, of: str | None) -> bool:
@@ -339,17 +344,17 @@ def check_unscored(prompts: str | None, harmful: "PromptSet", *, allow_seen: boo
 
 def judges_for(given: options.TrainOptions) -> "tuple[Judge, ...]":
     """Those named; else the guard and the lexicon that the weights are found with."""
-    names, described = _judging(given)
+    names, described = judging(given)
     return tuple(load_judges(names, **described, **given.guards))
 
 
 def check_judges_for(given: options.TrainOptions) -> None:
     """`check_judges` of `judges_for`."""
-    names, described = _judging(given)
+    names, described = judging(given)
     check_judges(names, **described, trust_remote_code=given.trust_remote_code)
 
 
-def _judging(given: options.TrainOptions) -> tuple[list[str], dict[str, Any]]:
+def judging(given: options.TrainOptions) -> tuple[list[str], dict[str, Any]]:
     """(the judges' names, which guard is described how)"""
     described: dict[str, Any] = {"description": given.guard_description, "of": given.guard}
     return given.judge or judge_names(given.guard, given.lexicon), described

@@ -296,7 +296,7 @@ class Training(_Stage):
         retained_rows: rows to retain beside each row (enhance).
         lora_rank: of the adapter.
         calibrated: prompts of a step of calibration (preserve).
-        guard: that judges beside it.
+        guards: that judge beside it.
         processes: that share the rows of every batch.
     """
 
@@ -305,12 +305,12 @@ class Training(_Stage):
     retained_rows: int = 0
     lora_rank: int = 16
     calibrated: int = 0
-    guard: Subject | None = None
+    guards: tuple[Subject, ...] = ()
     processes: int = 1
 
     def _kept(self, settings: Settings) -> tuple[dict[str, int], dict[str, int]]:
         target, k, size = self.target, self.num_selected, self.target.dtype.itemsize
-        guard = {"guard weights": self.guard.num_bytes} if self.guard else {}
+        guard = {"guard weights": sum(guard.num_bytes for guard in self.guards)}
         if self.kind == "sparse":  # fp32 master, two moments and gradient; old value and coordinate
             return {"selected": (4 * _VALUE + size + _INDEX) * k, **guard}, {}
         adapter = 3 * _VALUE * target.num_adapted(self.lora_rank) if self.kind == "lora" else 0

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from safelocus.errors import LayoutError
+from safelocus.errors import ArchitectureError, LayoutError
 from safelocus.model.layout.groups import Groups
 from safelocus.model.layout.rules import Family, Rule, families, read_family
 from safelocus.model.layout.sizes import Sizes, auto_class, sizes_of, text_config
@@ -117,7 +117,7 @@ class Layout:
         """Layout of the model that a configuration describes, built on meta: no weights, any size."""
         if (auto := auto_class(config)) is not None:
             return cls.of(_on_meta(auto, config), file=file, skip_unknown=skip_unknown)
-        raise LayoutError(
+        raise ArchitectureError(
             f"{type(config).__name__} (model_type {getattr(config, 'model_type', None)!r}) describes no "
             "model that generates text, as far as this version of transformers knows"
         )
@@ -189,7 +189,7 @@ def _on_meta(auto: Any, config: Any) -> nn.Module:
         with torch.device("meta"):
             return auto.from_config(config)
     except Exception as error:  # whatever a class says to a configuration that it cannot be built from
-        raise LayoutError(
+        raise ArchitectureError(
             f"transformers cannot build {type(config).__name__} (model_type {config.model_type!r}) from this "
             f"configuration: {type(error).__name__}: {str(error).strip().splitlines()[0]}\n"
             "That is between the configuration and transformers' own class: check the configuration for what is "
