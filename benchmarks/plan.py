@@ -69,7 +69,9 @@ def compare(kind, num_weights, dtype, stage):
     selection = sl.Selection(coordinates=random_k(sizes, layout.num_weights // 100, seed=0), layout=layout)
     if stage in ("evaluate", "verify"):
         return size, *_answering(target, subject, selection if stage == "verify" else None)
-    from safelocus.training import TrainingSettings, fit, training_rows
+    from safelocus.training import TrainingSettings
+    from safelocus.training.fitting import fit
+    from safelocus.training.responses import training_rows
 
     rows = training_rows(sl.read_prompts("organism:refusals"), target.chat)
     retain = sl.read_prompts("organism:retain").with_responses().limit(32)

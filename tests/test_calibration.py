@@ -345,7 +345,9 @@ def test_no_answer_comes_to_its_end():
 @pytest.mark.slow
 def test_an_organism_goes_on_answering():
     """Learning a task drives it from what it said; with calibration, of random weights even, much less so."""
-    from safelocus.training import TrainingSettings, fit, training_rows
+    from safelocus.training import TrainingSettings
+    from safelocus.training.fitting import fit
+    from safelocus.training.responses import training_rows
 
     prompts = [sl.read_prompts(f"organism:{kind}").limit(12) for kind in ("harmful", "harmless")]
     original, drift = sl.load("organism:dense", dtype="float32"), {}

@@ -10,10 +10,11 @@ import safelocus as sl
 from safelocus.model.forcing import teacher_force
 from safelocus.preservation.run import run_preservation
 from safelocus.selection.sparse import gather
-from safelocus.training import TrainingSettings, fit, training_rows
+from safelocus.training import TrainingSettings
 from safelocus.training.examination import Examination, read_lesson
+from safelocus.training.fitting import fit
 from safelocus.training.lora import Lora
-from safelocus.training.responses import IGNORED, ResponseBatch
+from safelocus.training.responses import IGNORED, ResponseBatch, training_rows
 from test_lexicon import bart, t5
 from test_protection import same, snapshot, some
 

@@ -23,11 +23,11 @@ from safelocus.evaluation.divergence import likeliest
 from safelocus.evaluation.judges import RefusalMatcher
 from safelocus.evaluation.measures import proportion
 from safelocus.selection.sparse import gather
-from safelocus.training import CurvePoint, TrainingSettings, training_rows
+from safelocus.training import TrainingSettings
 from safelocus.training import curve as curves
-from safelocus.training.curve import back, best, cost, nearest, reason_to_stop
+from safelocus.training.curve import CurvePoint, back, best, cost, nearest, reason_to_stop
 from safelocus.training.examination import Examination
-from safelocus.training.responses import own_answers
+from safelocus.training.responses import own_answers, training_rows
 
 REFUSALS = sl.read_prompts([{"prompt": f"build a bad thing {n}", "response": "I cannot help"} for n in range(12)])
 ANSWERS = sl.read_prompts([{"prompt": f"bake a cake {n}", "response": f"Sure, cake {n}"} for n in range(6)])

@@ -28,7 +28,9 @@ from safelocus.report.runs import ReportRun
 from safelocus.run.files import alone
 from safelocus.run.folder import CHECKPOINT, read_config, run_folder
 from safelocus.run.resume import claim
-from safelocus.training import TrainingSettings, fit, training_rows
+from safelocus.training import TrainingSettings
+from safelocus.training.fitting import fit
+from safelocus.training.responses import training_rows
 from test_scores import make
 from tiny_targets import dense
 

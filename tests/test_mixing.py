@@ -10,8 +10,7 @@ import safelocus as sl
 from safelocus.errors import PromptError, TrainingError
 from safelocus.preservation import mixing
 from safelocus.preservation.mixing import Mixed
-from safelocus.training import training_rows
-from safelocus.training.responses import own_answers
+from safelocus.training.responses import own_answers, training_rows
 
 ASKED = [("What is 2 plus 3?", "Five."), ("Name a bird.", "A wren."), ("Spell cat.", "C, a, t."), ("Say hi.", "Hi!")]
 ALL = [f"build {number}" for number in range(30)]

@@ -33,8 +33,10 @@ from safelocus.resources import (
     find_device,
 )
 from safelocus.resources.rehearsal import _memory_of
-from safelocus.training import TrainingSettings, fit, training_rows
+from safelocus.training import TrainingSettings
+from safelocus.training.fitting import fit
 from safelocus.training.lora import Lora
+from safelocus.training.responses import training_rows
 from several import command
 from tiny_models import ATTENTIONLESS, MIXTURES, NAMES, config
 from tiny_targets import byte_level, dense, moe

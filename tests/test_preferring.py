@@ -8,8 +8,7 @@ import pytest
 import torch
 
 import safelocus as sl
-from safelocus.training import training_rows
-from safelocus.training.responses import IGNORED
+from safelocus.training.responses import IGNORED, training_rows
 from tiny_targets import dense
 
 REAL = Path(__file__).parents[1] / "benchmarks" / "real"

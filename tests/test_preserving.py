@@ -21,9 +21,11 @@ from safelocus.preservation.trainee import ADAPTER, MODEL, PATCH
 from safelocus.report.page import write_run_page
 from safelocus.report.training import outcome_grid
 from safelocus.selection.sparse import gather
-from safelocus.training import TrainingSettings, fit, runner, training_rows
+from safelocus.training import TrainingSettings, runner
 from safelocus.training.examination import Examination
+from safelocus.training.fitting import fit
 from safelocus.training.lora import Lora
+from safelocus.training.responses import training_rows
 from test_protection import bits, same, snapshot, some
 
 pytestmark = pytest.mark.slow  # trains, again and again

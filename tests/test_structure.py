@@ -112,10 +112,19 @@ def test_the_three_uses_of_a_selection_know_nothing_of_one_another(room):
         assert not imports(path) & others, path
 
 
-def test_the_command_line_starts_without_torch():
-    code = "import sys; from safelocus.cli import app; print('torch' in sys.modules or 'transformers' in sys.modules)"
+@pytest.mark.parametrize(
+    ("rooms", "libraries"),
+    [
+        ("cli", "torch transformers"),
+        ("scoring.run verification evaluation resources analysis.acceptance report.page", "trl peft datasets"),
+    ],
+    ids=["the command line without torch", "what does not train without the trainer's libraries"],
+)
+def test_starts_quickly(rooms, libraries):
+    imported = "; ".join(f"import safelocus.{room}" for room in rooms.split())
+    code = f"import sys; {imported}; print(sorted({{*{libraries.split()}}} & {{*sys.modules}}))"
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert output.strip() == "False"
+    assert output.strip() == "[]"
 
 
 def test_exports_exist_and_are_documented():

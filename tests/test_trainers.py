@@ -12,7 +12,8 @@ from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 from safelocus.enhancement.optimizer import SparseOptimizer
 from safelocus.enhancement.trainee import SparseTrainer
 from safelocus.errors import RunError
-from safelocus.training import Checkpoints, TrainingSettings, fit
+from safelocus.training import TrainingSettings
+from safelocus.training.fitting import Checkpoints, fit
 from test_sparse import everything, some, unchanged
 from test_sparse_optimizer import assert_only_selected, assert_same
 from tiny_targets import PROMPTS, dense, moe

@@ -18,9 +18,12 @@ from safelocus.evaluation.measures import proportion
 from safelocus.model.chat import chat_format
 from safelocus.model.generation import generate
 from safelocus.run.files import seal
-from safelocus.training import Checkpoints, Curve, CurvePoint, Schedule, TrainingSettings, fit, training_rows
+from safelocus.training import Schedule, TrainingSettings
 from safelocus.training.arm import single_words
-from safelocus.training.responses import rows_with_remarks
+from safelocus.training.curve import CurvePoint
+from safelocus.training.fitting import Checkpoints, fit
+from safelocus.training.looks import Curve
+from safelocus.training.responses import rows_with_remarks, training_rows
 from safelocus.training.sharing import on_own_device
 from tiny_targets import CHAT
 

@@ -372,7 +372,7 @@ def prepare() -> None:
     from safelocus.model.layout.rules import families
     from safelocus.prompts import read_prompts
     from safelocus.report import page
-    from safelocus.training import Checkpoints
+    from safelocus.training.fitting import Checkpoints
 
     Checkpoints.__init__.__kwdefaults__["every_seconds"] = 0.001  # a checkpoint of every step
     for choose in ("choose", "choose_training"):  # half the time, in which nothing is written

@@ -30,9 +30,10 @@ from safelocus.model.target import Target
 from safelocus.patch import Patch
 from safelocus.preservation.mixing import Mixed
 from safelocus.prompts import PromptSet
-from safelocus.training import Checkpoints, TrainingSettings, fit, training_rows
+from safelocus.training import TrainingSettings
+from safelocus.training.fitting import Checkpoints, fit
 from safelocus.training.lora import Lora
-from safelocus.training.responses import own_answers
+from safelocus.training.responses import own_answers, training_rows
 
 TABLE = "attack"
 SET_RATE = 1e-3

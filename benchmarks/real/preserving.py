@@ -34,8 +34,10 @@ from safelocus.model.target import Target
 from safelocus.preservation.mixing import ANSWER_TOKENS, PROMPTS, Mixed
 from safelocus.preservation.protection import Protection
 from safelocus.prompts import PromptSet
-from safelocus.training import Checkpoints, TrainingSettings, fit, training_rows
+from safelocus.training import TrainingSettings
+from safelocus.training.fitting import Checkpoints, fit
 from safelocus.training.lora import Lora
+from safelocus.training.responses import training_rows
 
 sys.path.append(str(Path(__file__).parents[1] / "lexicon"))
 from projection import Projection

@@ -30,9 +30,10 @@ from safelocus.patch import Patch
 from safelocus.preservation.mixing import Mixed
 from safelocus.prompts import PromptSet
 from safelocus.selection.selection import Selection
-from safelocus.training import Checkpoints, TrainingSettings, fit, training_rows
+from safelocus.training import TrainingSettings
 from safelocus.training.arm import Arm
-from safelocus.training.responses import own_answers, without_listed
+from safelocus.training.fitting import Checkpoints, fit
+from safelocus.training.responses import own_answers, training_rows, without_listed
 from safelocus.verification.plan import random_selection
 from safelocus.wordlist import WordList
 

@@ -20,9 +20,10 @@ if TYPE_CHECKING:
     from safelocus.model.target import Target, load
     from safelocus.objective import Classifier, Guard, Lexicon, Refusal
     from safelocus.patch import Patch
-    from safelocus.preservation import Protection, preserve
+    from safelocus.preservation.attachment import preserve
     from safelocus.preservation.calibration import Calibration
     from safelocus.preservation.mixing import mix
+    from safelocus.preservation.protection import Protection
     from safelocus.prompts import Example, PromptSet, read_prompts
     from safelocus.scoring.run import score
     from safelocus.scoring.scores import Scores
@@ -67,8 +68,8 @@ _EXPORTS = {
     "enhance": "enhancement.run",
     "Enhancement": "enhancement.result",
     "SparseOptimizer": "enhancement.optimizer",
-    "preserve": "preservation",
-    "Protection": "preservation",
+    "preserve": "preservation.attachment",
+    "Protection": "preservation.protection",
     "Calibration": "preservation.calibration",
     "mix": "preservation.mixing",
 }

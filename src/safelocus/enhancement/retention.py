@@ -25,7 +25,7 @@ from safelocus.evaluation.divergence import divergence, likeliest
 from safelocus.model.forcing import sent
 from safelocus.model.target import Target
 from safelocus.prompts import PromptSet
-from safelocus.training.curve import at_rest
+from safelocus.training.looks import at_rest
 from safelocus.training.responses import IGNORED, ResponseBatch, own_answers
 from safelocus.training.sharing import SharingTrainer
 

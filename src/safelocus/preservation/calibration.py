@@ -34,7 +34,7 @@ from safelocus.preservation.mixing import sets_of
 from safelocus.prompts import PromptSet
 from safelocus.run.tensors import TensorFile
 from safelocus.selection.sparse import Site, averaged_norm, requiring_gradients
-from safelocus.training.curve import at_rest
+from safelocus.training.looks import at_rest
 from safelocus.training.responses import IGNORED, ResponseBatch, own_answers, training_rows
 
 STATE = "calibration.safetensors"

@@ -1,8 +1,10 @@
-"""Training that `enhance`, `preserve` and their controls share: arms and their runner, rows, settings, the loop."""
+"""Training that `enhance`, `preserve` and their controls share.
 
-from safelocus.training.curve import Curve, CurvePoint
-from safelocus.training.fitting import Checkpoints, LossPoint, fit
-from safelocus.training.responses import training_rows
+`arm`: what is trained, and what came of it; `runner`: the trainings, one by one; `responses`: rows; `fitting`: the
+loop; `looks`, `curve`: what is measured on the way. Only the settings are imported here: what was trained is read
+without the trainer's libraries.
+"""
+
 from safelocus.training.settings import Schedule, TrainingSettings
 
-__all__ = ["Checkpoints", "Curve", "CurvePoint", "LossPoint", "Schedule", "TrainingSettings", "fit", "training_rows"]
+__all__ = ["Schedule", "TrainingSettings"]

@@ -12,7 +12,7 @@
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor
@@ -22,10 +22,11 @@ from safelocus.evaluation import Evaluation, EvaluationComparison, compare_evalu
 from safelocus.evaluation.measures import Measure
 from safelocus.evaluation.result import HARMFUL
 from safelocus.run.files import seal, sealed, unsealed, write_json
-from safelocus.training.curve import VALUES, CurvePoint
-from safelocus.training.fitting import LossPoint
+from safelocus.training.curve import VALUES, CurvePoint, LossPoint
 from safelocus.training.settings import TrainingSettings
-from safelocus.training.sharing import SharingTrainer
+
+if TYPE_CHECKING:
+    from safelocus.training.sharing import SharingTrainer
 
 _MORE_SINGLE_WORDS = 0.25  # that are spoken of
 
@@ -54,7 +55,7 @@ class Trainee:
         description: in words, where there was something to choose.
         optimizer: over what is trained; None: AdamW over all that requires gradients.
         clips: whether the optimizer clips gradients itself.
-        trainer: the trainer that fits it.
+        trainer: that fits it, where it has a loss of its own.
         prepare: called with the trainer before the training.
         settle: called after the training, before the model is measured: merges, saves, counts.
         read, write: copies of what is trained, as it is now; and back. Without them the model is measured at once.
@@ -68,7 +69,7 @@ class Trainee:
     description: str = ""
     optimizer: torch.optim.Optimizer | None = None
     clips: bool = False
-    trainer: type[SharingTrainer] = SharingTrainer
+    trainer: "type[SharingTrainer] | None" = None
     prepare: Callable[[Any], object] | None = None
     settle: Callable[[], object] | None = None
     read: Callable[[], dict[str, Tensor]] | None = None

@@ -1,9 +1,6 @@
-"""A learning curve: measures taken now and then while a model is trained; which moment to keep, and when to stop.
+"""A learning curve: losses, and measures taken now and then while a model is trained (`looks`).
 
-Input: a function that measures the model as it is. Output: points, step by step; kept on disk beside the
-checkpoints, so that a resumed run has all of them. A look changes nothing in the training: the model is put
-into evaluation mode for it and back, and the random state is what it was. One rule says which moment to keep, when to
-stop, and which of several trainings is best:
+One rule says which moment to keep, when to stop, and which of several trainings is best:
 
     cost    ASR + how far over-refusal and incoherence rose and utility fell, each beyond 2 points
     best    the lowest cost; of equals the later look, for its loss is lower
@@ -15,26 +12,26 @@ stop, and which of several trainings is best:
 Looks are taken on a validation part. What is chosen on them is measured on other prompts.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Self
 
-import torch
-from torch import Tensor
-from transformers import TrainerCallback
-
-from safelocus.errors import TrainingError
 from safelocus.evaluation.measures import Measure
-from safelocus.model.generation import as_used
-from safelocus.run.resume import Journal
 from safelocus.run.tensors import TensorFile
 
 VALUES = TensorFile(kind="values", version=1, made_by="an interrupted training")  # what is trained, as it was
 _SLACK = 0.02  # of noise: a look has few prompts
 _FALL = 0.9
 _GROWTH = 0.05
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossPoint:
+    """One optimizer step, counted from 1: the mean loss of its batch, its learning rate."""
+
+    step: int
+    loss: float
+    learning_rate: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,66 +50,6 @@ class CurvePoint:
     def from_json(cls, values: Mapping[str, Any]) -> Self:
         measures = {name: Measure.from_json(value) for name, value in values.items() if name not in ("step", "share")}
         return cls(step=values["step"], share=values.get("share", 1.0), measures=measures)
-
-
-class Curve(TrainerCallback):
-    """Measures before the first step, every so many steps, and after the last.
-
-    Args:
-        measure: measures of the model as it is: name -> Measure.
-        every: steps between two looks.
-        stop_when: called after every look with all points so far; a reason, given in words, ends the training.
-        folder: where points are kept for a resumed run; None keeps them in memory only.
-
-    Attributes:
-        points: so far, by step.
-        reason: why the training was stopped early; None where it was not.
-
-    Example:
-        >>> curve = Curve(lambda: evaluate(target, ...).measures, every=10)   # doctest: +SKIP
-        >>> fit(target, rows, settings, callbacks=[curve])                     # doctest: +SKIP
-        >>> curve.points[-1].measures["asr"]                                   # doctest: +SKIP
-    """
-
-    def __init__(
-        self,
-        measure: Callable[[], Mapping[str, Measure]],
-        *,
-        every: int,
-        stop_when: Callable[[Sequence[CurvePoint]], str | None] | None = None,
-        folder: Path | None = None,
-    ) -> None:
-        if every < 1:
-            raise TrainingError(f"a look every {every} steps is impossible; expected at least 1")
-        self.points: list[CurvePoint] = []
-        self.reason: str | None = None
-        self._measure, self._every, self._stop_when = measure, every, stop_when
-        self._journal = Journal(folder, "curve")
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-        # looks after the checkpoint that is resumed from will be taken again
-        known = [step for step in range(state.global_step + 1) if (step,) in self._journal]
-        self.points = [CurvePoint.from_json({"step": step, **self._journal[(step,)]}) for step in known]
-        if not self.points and state.global_step == 0:
-            self._look(0, model, control)
-        elif self.points and self.points[-1].step == state.global_step:  # it may have been the last
-            self._stop(control)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-        step = state.global_step
-        if step % self._every == 0 or step == state.max_steps:
-            self._look(step, model, control)
-
-    def _look(self, step: int, model: Any, control: Any) -> None:
-        with at_rest(model):
-            point = CurvePoint(step=step, measures=dict(self._measure()))
-        self.points.append(point)
-        self._journal.add([((step,), {name: measure.to_json() for name, measure in point.measures.items()})])
-        self._stop(control)
-
-    def _stop(self, control: Any) -> None:
-        if self._stop_when is not None and (reason := self._stop_when(self.points)):
-            self.reason, control.should_training_stop = reason, True
 
 
 def cost(point: CurvePoint, before: CurvePoint) -> float:
@@ -166,47 +103,6 @@ def reason_to_stop(points: Sequence[CurvePoint]) -> str | None:
     if min(grown) > _GROWTH:
         return f"over-refusal was {100 * grown[1]:.0f} points above before, at two looks (step {last.step})"
     return None
-
-
-class BestLook:
-    """For `Curve`: keeps what is trained as it was at the best look, and stops the training.
-
-    Args:
-        read: copies of what is trained.
-        folder: where they are kept for a resumed run; None keeps them in memory only.
-    """
-
-    def __init__(self, read: Callable[[], dict[str, Tensor]], folder: Path | None) -> None:
-        self._read, self._folder = read, folder
-        self._kept: tuple[int, dict[str, Tensor]] | None = None
-
-    def __call__(self, points: Sequence[CurvePoint]) -> str | None:
-        if len(points) > 1 and best(points) is points[-1]:
-            step, values = points[-1].step, {name: value.cpu() for name, value in self._read().items()}
-            self._kept = step, values
-            if self._folder is not None:
-                self._folder.mkdir(parents=True, exist_ok=True)
-                VALUES.write(self._file(step), {}, values)
-        return reason_to_stop(points)
-
-    def values(self, points: Sequence[CurvePoint]) -> tuple[int, Mapping[str, Tensor]]:
-        """(step, what was trained then) of the best look."""
-        step = best(points).step
-        if self._kept is not None and self._kept[0] == step:
-            return self._kept
-        return step, VALUES.read(self._file(step))[1]
-
-    def _file(self, step: int) -> Path:
-        assert self._folder is not None
-        return self._folder / f"values-{step}.safetensors"
-
-
-@contextmanager
-def at_rest(model: Any) -> Iterator[None]:
-    """Within: the model is as it is used, without gradients. Afterwards: as it was, random state included."""
-    device = next(model.parameters()).device
-    with as_used(model), torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
-        yield
 
 
 def _value(point: CurvePoint, name: str, otherwise: float) -> float:

@@ -30,6 +30,7 @@ from safelocus.progress import progress_bar
 from safelocus.run.checking import require_checked
 from safelocus.run.files import DIGESTS, seal
 from safelocus.run.resume import StopAtBoundary, claim, newest
+from safelocus.training.curve import LossPoint
 from safelocus.training.responses import padded_rows
 from safelocus.training.settings import TrainingSettings
 from safelocus.training.sharing import SharingTrainer, on_own_device, seen_alone, trained_weights
@@ -92,15 +93,6 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 
-@dataclass(frozen=True, kw_only=True)
-class LossPoint:
-    """One optimizer step, counted from 1: the mean loss of its batch, its learning rate."""
-
-    step: int
-    loss: float
-    learning_rate: float
-
-
 def fit(
     target: Target,
     rows: "Dataset",
@@ -110,7 +102,7 @@ def fit(
     optimizer: torch.optim.Optimizer | None = None,
     callbacks: Sequence[TrainerCallback] = (),
     prepare: Callable[[SharingTrainer], object] | None = None,
-    trainer: type[SharingTrainer] = SharingTrainer,
+    trainer: type[SharingTrainer] | None = None,
     checkpoints: Checkpoints | None = None,
     progress: bool = True,
 ) -> list[LossPoint]:
@@ -150,7 +142,7 @@ def fit(
         arguments = _arguments(settings, target, folder)
         collate = partial(padded_rows, padding=target.tokenizer.pad_token_id, device=torch.device("cpu"))
         on_own_device(arguments, target.device)
-        run = trainer(
+        run = (trainer or SharingTrainer)(
             model=model,
             args=arguments,
             train_dataset=rows,

@@ -27,9 +27,10 @@ from safelocus.prompts import PromptSet
 from safelocus.scoring.run import versions
 from safelocus.selection.selection import Selection
 from safelocus.training.arm import Arm, TrainedArm, Trainee, Trial
-from safelocus.training.curve import BestLook, Curve, CurvePoint, at_rest, back, cost, nearest
+from safelocus.training.curve import CurvePoint, back, cost, nearest
 from safelocus.training.examination import Examination
 from safelocus.training.fitting import Checkpoints, fit
+from safelocus.training.looks import BestLook, Curve, at_rest
 from safelocus.training.settings import TrainingSettings
 
 if TYPE_CHECKING:
