@@ -21,11 +21,14 @@ from safelocus.resources.rehearsal import Rehearsal, Subject
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-@pytest.fixture
-def unrehearsed(monkeypatch):
-    """Whatever a command is asked for fits; what passes need, test_plan.py and test_cli.py rehearse."""
-    monkeypatch.setattr(Subject, "rehearse", lambda *_, **__: Rehearsal(peak=1 << 20, operations=1 << 20))
-    monkeypatch.setattr(Subject, "cache", lambda *_: 1 << 10)
+@pytest.fixture(scope="module", autouse=True)
+def unrehearsed(request):
+    """Whatever a command is asked for fits; modules with REHEARSES rehearse what passes need."""
+    with pytest.MonkeyPatch.context() as patched:
+        if not getattr(request.module, "REHEARSES", False):
+            patched.setattr(Subject, "rehearse", lambda *_, **__: Rehearsal(peak=1 << 20, operations=1 << 20))
+            patched.setattr(Subject, "cache", lambda *_: 1 << 10)
+        yield
 
 
 def pytest_runtest_setup():

@@ -17,8 +17,6 @@ from safelocus.model.target import Target
 from safelocus.run.resume import Journal
 from tiny_targets import PROMPTS, dense, moe
 
-pytestmark = pytest.mark.usefixtures("unrehearsed")
-
 
 class Echo:
     """Answers with what it was asked."""

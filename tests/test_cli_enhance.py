@@ -10,7 +10,7 @@ from safelocus.cli import main
 from safelocus.objective import Guard
 from safelocus.report.grid import Span
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("unrehearsed")]  # trains, again and again
+pytestmark = pytest.mark.slow  # trains, again and again
 
 SMALL = [
     "--steps", "2", "--batch-size", "2", "--retain-rows", "1", "--eval-every", "2", "--max-new-tokens", "12", "--limit",

@@ -12,8 +12,6 @@ from safelocus.cli import main
 from safelocus.cli.evaluate import _disagreement
 from safelocus.report.grid import Span
 
-pytestmark = pytest.mark.usefixtures("unrehearsed")
-
 QUICK = ["--limit", "12", "--max-new-tokens", "32"]
 EVALUATE = ["evaluate", "organism:dense", "--prompts", "organism:harmful-heldout", *QUICK]
 

@@ -14,8 +14,6 @@ from test_scoring_hybrids import target_of
 from test_wrappers import wrapper
 from tiny_targets import byte_level
 
-pytestmark = pytest.mark.usefixtures("unrehearsed")
-
 NAMES = (
     "qwen3_next", "lfm2", "granitemoehybrid", "nemotron_h", "gemma3n_text", "qwen2_5_vl",
     pytest.param("qwen3_5_text", marks=pytest.mark.long),  # the layers of qwen3_next

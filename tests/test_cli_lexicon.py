@@ -79,7 +79,6 @@ def test_evaluated(words, tmp_path, run):
     assert SECRET not in out + err
 
 
-@pytest.mark.usefixtures("unrehearsed")
 @pytest.mark.slow
 def test_trained_to_do_without(words, tmp_path, run):
     enhance = ["enhance", MODEL, "--lexicon", words, "-p", "organism:harmful", "--ratio", "0.01", *QUICK]
@@ -94,7 +93,6 @@ def test_trained_to_do_without(words, tmp_path, run):
     assert results["after"]["asr"]["value"] == 0
 
 
-@pytest.mark.usefixtures("unrehearsed")
 @pytest.mark.slow
 def test_it_answers_itself_where_the_data_has_no_answers(words, tmp_path, run):
     asked = tmp_path / "asked.jsonl"
@@ -116,7 +114,6 @@ def test_it_answers_itself_where_the_data_has_no_answers(words, tmp_path, run):
     assert "response" in err
 
 
-@pytest.mark.usefixtures("unrehearsed")
 @pytest.mark.slow
 def test_listed_words_of_a_task_are_not_learned(words, tmp_path, run):
     preserve = [
@@ -133,7 +130,6 @@ def test_listed_words_of_a_task_are_not_learned(words, tmp_path, run):
     assert results["provenance"]["unlearned"]["num_expressions"] == 2
 
 
-@pytest.mark.usefixtures("unrehearsed")
 @pytest.mark.slow
 def test_protected_while_a_task_is_learned(scored, words, tmp_path, run):
     code, _, err = run(

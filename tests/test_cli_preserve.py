@@ -15,8 +15,6 @@ from safelocus.selection.sparse import gather
 from test_protection import same
 from test_tasks import shared, write
 
-pytestmark = pytest.mark.usefixtures("unrehearsed")
-
 SMALL = ["--steps", "2", "--max-new-tokens", "12", "--limit", "6", "--batch-size", "4", "--dtype", "float32"]
 PLAIN = [*SMALL, "--mix", "none"]
 SETS = [

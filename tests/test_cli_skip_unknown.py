@@ -6,8 +6,6 @@ import pytest
 
 import safelocus as sl
 
-pytestmark = pytest.mark.usefixtures("unrehearsed")
-
 MLP_ALONE = """
 extends = "base"
 layers = "model.layers.{layer}."

@@ -12,8 +12,6 @@ from safelocus.cli.sources import read_artefact
 from safelocus.prompts import prompt_hash
 from safelocus.verification import Verification
 
-pytestmark = pytest.mark.usefixtures("unrehearsed")
-
 VERIFY = ["--noise", "2", "--seeds", "2", "--limit", "6", "--max-new-tokens", "16", "--dtype", "float32"]
 
 

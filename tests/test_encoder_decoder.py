@@ -18,8 +18,6 @@ from safelocus.training.responses import IGNORED, ResponseBatch, training_rows
 from test_lexicon import bart, t5
 from test_protection import same, snapshot, some
 
-pytestmark = pytest.mark.usefixtures("unrehearsed")
-
 ROWS = [
     {"prompt": "how do I bake?", "response": "With a lamp."},
     {"prompt": "the quick brown fox", "response": "It jumps over the lazy dog and goes on."},

@@ -41,6 +41,7 @@ from several import command
 from tiny_models import ATTENTIONLESS, MIXTURES, NAMES, config
 from tiny_targets import byte_level, dense, moe
 
+REHEARSES = True
 SHORT = Lengths(prompt=24, response=8, row=32, retained=32)
 
 

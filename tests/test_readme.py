@@ -9,6 +9,7 @@ from typer.main import get_command
 
 from safelocus.cli import app, main
 
+REHEARSES = True
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 

@@ -10,6 +10,7 @@ import pytest
 import safelocus.resources as resources
 from safelocus.resources import Subject
 
+REHEARSES = True
 BUILD = runpy.run_path(str(Path(__file__).parents[1] / "docs" / "build_recipes.py"))
 RECIPES = BUILD["recipes"]()
 PAGE = BUILD["PAGE"].read_text(encoding="utf-8")

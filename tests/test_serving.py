@@ -21,8 +21,6 @@ from test_protection import some
 from test_wrappers import wrapper
 from tiny_targets import byte_level
 
-pytestmark = pytest.mark.usefixtures("unrehearsed")
-
 QUICK = ["--steps", "2", "--max-new-tokens", "4", "--limit", "3", "--batch-size", "4", "--learning-rate", "1e-3"]
 BESIDE = {  # files that neither model nor tokenizer classes write
     "preprocessor_config.json": '{"image_mean": [0.5]}', "processor_config.json": '{"processor_class": "X"}',
