@@ -7,13 +7,14 @@ two cores can do), cut to 256 tokens (PubMedQA: 448), AdamW, the rate falling to
 arm and rate. Frozen: the top of ESI, found on the twin itself, or random weights; rescored: ESI is measured anew of the
 model in training after a third and two thirds of the steps, and what it then finds is frozen instead, as it is by then.
 Calibrated: the same weights, trained every 4th step on the twin's own answers to the prompts that found them and to
-embedded harmless ones. Rivals, nothing frozen: a gentle rate; mixed (1 row in 6 is one of these answers, the
-practitioner's remedy); mixed with embedded harmful requests in place of AdvBench's; the same with twice as many
-alarming but harmless ones, or with the first 8 tokens of each answer in place of 64 (brief); projected (each update
-loses what lowers S to first order, on 4 of the prompts that found the weights: A-GEM of the update, Chaudhry et al.
-2019); LoX (before training, 1.25 times the 6 largest singular components of what made the twin out of the original are
-added to it, Perin et al. 2025); SafeLoRA (after training, of each matrix what was learned is multiplied with C = V V^T
-/ |V|, V what made the twin, where the cosine of the two is below 0.35; Hsu et al. 2024).
+embedded harmless ones, at 1e-3, as the command does, or gently, at the task's own rate. Rivals, nothing frozen: a
+gentle rate; mixed (1 row in 6 is one of these answers, the practitioner's remedy); mixed with embedded harmful requests
+in place of AdvBench's; the same with twice as many alarming but harmless ones, or with the first 8 tokens of each
+answer in place of 64 (brief); projected (each update loses what lowers S to first order, on 4 of the prompts that found
+the weights: A-GEM of the update, Chaudhry et al. 2019); LoX (before training, 1.25 times the 6 largest singular
+components of what made the twin out of the original are added to it, Perin et al. 2025); SafeLoRA (after training, of
+each matrix what was learned is multiplied with C = V V^T / |V|, V what made the twin, where the cosine of the two is
+below 0.35; Hsu et al. 2024).
 """
 
 import sys
@@ -57,6 +58,7 @@ class Arm:
     method: str | None = None
     ratio: float = 0.1
     calibrated: bool = False
+    calibration_rate: float = 1e-3  # as the command's
     mixed: str = ""
     answer_tokens: int = ANSWER_TOKENS  # of what is mixed in
     rescored: bool = False
@@ -79,26 +81,32 @@ UNPROTECTED, ESI, RANDOM = (
 CALIBRATED, GENTLER = Arm(name="esi-10-calibrated", method="esi", calibrated=True), Arm(name="gentle", rate=GENTLE)
 BOTH = Arm(name="esi-10-mixed-embedded", method="esi", mixed="embedded")  # as the command does
 MIXED = Arm(name="mixed-embedded", mixed="embedded")
-FULL = (UNPROTECTED, ESI, BOTH, MIXED, RANDOM, CALIBRATED, GENTLER, Arm(name="esi-1", method="esi", ratio=0.01))
+FULL = (
+    UNPROTECTED, ESI, BOTH, MIXED, RANDOM, CALIBRATED, GENTLER,
+    *(Arm(name=f"{method}-1", method=method, ratio=0.01) for method in ("esi", "random")),
+    Arm(name="random-10-mixed-embedded", method="random", mixed="embedded"),
+)  # fmt: skip
 WITH_LORA = tuple(replace(arm, lora=True, rate=LORA_RATE) for arm in (UNPROTECTED, ESI, CALIBRATED))
 SHORT_LORA = tuple(
     replace(arm, lora=True, rate=LORA_RATE)
     for arm in (UNPROTECTED, ESI, Arm(name="mixed", mixed="advbench"), Arm(name="safelora", safelora=True))
 )
-SHORT = (
-    *FULL, Arm(name="random-10-calibrated", method="random", calibrated=True),
+SHORT = (*FULL, Arm(name="random-10-calibrated", method="random", calibrated=True))
+RIVALS = (
+    Arm(name="esi-10-calibrated-gently", method="esi", calibrated=True, calibration_rate=RATE),
     Arm(name="mixed", mixed="advbench"), Arm(name="lox", lox=True),
     Arm(name="esi-10-rescored", method="esi", rescored=True), Arm(name="projected", projected=True),
     Arm(name="esi-10-mixed", method="esi", mixed="advbench"),
     Arm(name="mixed-alarming", mixed="alarming"),
     Arm(name="mixed-brief", mixed="embedded", answer_tokens=8),
-    *(Arm(name=f"mixed-{kind}", mixed=kind, seed=seed) for seed in (1, 2) for kind in ("embedded", "alarming")),
+    *(replace(arm, seed=seed) for seed in (1, 2) for arm in (BOTH, UNPROTECTED, MIXED)),
+    Arm(name="mixed-alarming", mixed="alarming", seed=1),
 )  # fmt: skip
 PROJECTED_ON = 4  # prompts a step
 LOX_RANK, LOX_FACTOR = 6, 1.25
 SAFELORA_COSINE = 0.35
 PLAN = (
-    ("pubmedqa", 300, SHORT), ("instruct", 300, (*SHORT, *SHORT_LORA)), ("gsm8k", 1000, FULL),
+    ("pubmedqa", 300, SHORT), ("instruct", 300, (*SHORT, *RIVALS, *SHORT_LORA)), ("gsm8k", 1000, FULL),
     ("gsm8k", 1000, WITH_LORA),
 )  # fmt: skip
 
@@ -186,7 +194,9 @@ def learned(task: str, steps: int, arm: Arm, unfinished: Path) -> dict[str, Any]
     selection = None if arm.method is None else cells.selection(target, arm.method, arm.ratio)
     calibration = None
     if arm.calibrated:
-        calibration = sl.Calibration(target=target, prompts=shown(), max_new_tokens=64)
+        calibration = sl.Calibration(
+            target=target, prompts=shown(), max_new_tokens=64, learning_rate=arm.calibration_rate
+        )
     if arm.mixed:
         mixed = Mixed(prompts=shown(arm.mixed), seed=arm.seed, max_new_tokens=arm.answer_tokens)
         data = mixed.into(data, target, checkpoint=unfinished / "mixed")

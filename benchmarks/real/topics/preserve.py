@@ -58,8 +58,9 @@ def page() -> str | None:
 
 
 PAIRS = (
-    ("esi-1", "unprotected"), ("esi-1", "random-10"), ("esi-10", "esi-1"), ("esi-10", "random-10"),
-    ("mixed-embedded", "esi-10"), ("esi-10-mixed-embedded", "mixed-embedded"), ("mixed-alarming", "mixed-embedded"),
+    ("esi-1", "unprotected"), ("esi-1", "random-1"), ("esi-1", "random-10"), ("esi-10", "esi-1"),
+    ("esi-10", "random-10"), ("mixed-embedded", "esi-10"), ("esi-10-mixed-embedded", "mixed-embedded"),
+    ("esi-10-mixed-embedded", "random-10-mixed-embedded"), ("mixed-alarming", "mixed-embedded"),
 )  # fmt: skip
 
 
