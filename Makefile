@@ -22,8 +22,8 @@ model-aligned: $(READY)  ## train its aligned twin, on data sets beside the repo
 	$(BIN)/python benchmarks/real/aligning.py
 
 real: $(READY)  ## measure every table of the real model that is not there yet, then write its pages (many hours)
-	for table in locating verifying enhancing "enhancing --recipe contrast" "enhancing --recipe contrast-long" preserving \
-		attacking wording certifying pages; do set -- $$table; \
+	for table in locating verifying enhancing "enhancing --recipe contrast" "enhancing --recipe contrast-long" \
+		"enhancing --recipe ratios" preserving attacking wording certifying pages; do set -- $$table; \
 		$(BIN)/python benchmarks/real/$$1.py $${2:-} $${3:-} || exit; done
 
 test: $(READY)  ## every test but those of test-long and test-real

@@ -38,7 +38,7 @@ from safelocus.verification.plan import random_selection
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "docs" / "results" / "real"
 RUNS = ROOT / "runs" / "real"
-RATIOS = (0.01, 0.1)
+RATIOS = (0.001, 0.003, 0.01, 0.03, 0.1)
 APART = "esi apart"  # ESI by the gradient of S of harmful requests minus S of harmless ones
 JUDGE = RefusalMatcher()  # of every table: the one that judged the first cells
 

@@ -1,4 +1,4 @@
-"""SET on the real model: 1 % of the weights, by every method and at every rate; three recipes.
+"""SET on the real model: 1 % of the weights, by every method and at every rate; three recipes, and other ratios.
 
     python benchmarks/real/enhancing.py [--recipe contrast] [--share 0/2] [--only 'esi-*']
 
@@ -39,11 +39,12 @@ WAYS = {  # of training with contrast
     BACK: "on the straight line to the original, as far as 90 % of the validation part are still refused; the whole "
     "way is measured too",
 }
-VARIANTS = tuple(f"{method}{how}" for how in (*WAYS, f"{BRIEF}{BACK}") for method in ("esi", "random", "full"))
+RATIO = 0.01
+RATIOS = {f" {100 * ratio:g} percent": ratio for ratio in cells.RATIOS if ratio != RATIO}
+VARIANTS = tuple(f"{method}{how}" for how in (*WAYS, f"{BRIEF}{BACK}", *RATIOS) for method in ("esi", "random", "full"))
 SHOWN = (*METHODS, *VARIANTS)
 FLOOR = 0.9  # of the validation part: what is aimed at
 PAPER_RATE = 3e-5
-RATIO = 0.01
 SETTINGS = TrainingSettings(steps=100, schedule="linear")
 
 
@@ -109,6 +110,12 @@ RECIPES["contrast-long"] = replace(
 )  # fmt: skip
 
 
+RECIPES["ratios"] = replace(
+    RECIPES["plain"], table="ratios", before="enhance", rates=(1e-4,), paper=(), compared=(),
+    methods=tuple(f"{method}{ratio}" for ratio in RATIOS for method in METHODS[:2]),
+)  # fmt: skip
+
+
 def training(recipe: Recipe, rate: float, seed: int = 0) -> dict[str, Any]:
     """What `enhance` and `enhancer` are called with."""
     settings = replace(
@@ -125,8 +132,9 @@ def trained(recipe: Recipe, target: Target, method: str, rate: float, seed: int,
     if recipe.table == "contrast-long" and method == f"full{BACK}":
         return _twin(recipe, unfinished)
     how = training(recipe, rate, seed)
-    k, chosen = int(RATIO * target.layout.num_weights), method if method == cells.APART else method.partition(" ")[0]
-    what: Any = chosen if chosen in ("lora", "full") else cells.selection(target, chosen, RATIO, seed=seed)
+    chosen, space, way = method.partition(" ")
+    chosen, ratio = method if method == cells.APART else chosen, RATIOS.get(space + way, RATIO)
+    what: Any = chosen if chosen in ("lora", "full") else cells.selection(target, chosen, ratio, seed=seed)
     if method.endswith(INTERPOLATED):
         (harmful,), (harmless,) = sets.validation().values()
         looks = Examination(harmful=harmful, harmless=harmless, judges=(cells.JUDGE,), max_new_tokens=sets.NEW_TOKENS)
@@ -138,7 +146,7 @@ def trained(recipe: Recipe, target: Target, method: str, rate: float, seed: int,
     for name, strength in ((HELD, 20.0), (BRIEFLY, 1.0)):
         if method.endswith(name):
             how |= {"retain_kl": strength, "retain_weight": 0.0}
-    runner = enhancer(target, checkpoint=unfinished, num_weights=k, **how)
+    runner = enhancer(target, checkpoint=unfinished, num_weights=int(ratio * target.layout.num_weights), **how)
     if PREFERRED in method:
         answers = cells.RUNS / "answers"
         runner = preferring.preferring(runner, how["data"], how["retain"], how["answer_tokens"], answers)
@@ -175,7 +183,7 @@ def _twin(recipe: Recipe, unfinished: Path) -> dict[str, Any]:
 
 def _asked(recipe: Recipe) -> dict[str, Any]:
     """The contrast recipe is chosen by its validation part, the plain one by nothing."""
-    if recipe.table == "enhance":
+    if not recipe.how:
         return {}
     more = sets.validation()
     return {"harmful": [*sets.harmful(), *more["harmful"]], "harmless": [*sets.harmless(), *more["harmless"]]}

@@ -13,7 +13,7 @@ from pathlib import Path
 import cells
 import enhancing
 import preserving
-from topics import aligned, attack, avoid, certify, choice, claims, enhance, locate, preserve, verify
+from topics import aligned, attack, avoid, certify, choice, claims, enhance, locate, preserve, ratios, verify
 from topics.choice import SHOWN
 from topics.outcomes import HEADINGS, NAMES, PAGES, SOURCES, outcomes, perplexity
 
@@ -24,8 +24,8 @@ from safelocus.verification.pooling import level
 README_RATE = 1e-4
 TOPICS: dict[str, Callable[[], str | None]] = {
     "claims": claims.page, "map": locate.page, "aligned": aligned.page, "verify": verify.page,
-    **{recipe.table: partial(enhance.page, name) for name, recipe in enhancing.RECIPES.items()},
-    "preserve": preserve.page, "choice": choice.page, "attack": attack.page, "words": avoid.page,
+    **{recipe.table: partial(enhance.page, name) for name, recipe in enhancing.RECIPES.items() if name != "ratios"},
+    "ratios": ratios.page, "preserve": preserve.page, "choice": choice.page, "attack": attack.page, "words": avoid.page,
     "certify": certify.page,
 }  # fmt: skip
 
