@@ -78,7 +78,8 @@ def preserved_table() -> str | None:
         title="", headings=tuple(headings), rows=tuple(rows),
         caption=f"The aligned twin after {' or '.join(steps)}; n 78, 200, 250. The first two columns should stay, the "
         "third not rise, and the task's perplexity fall. Own answers: one row in six is the twin's own to an embedded "
-        "request. Seed 0 ([SPA and its rivals](docs/results/real-preserve.md), and PubMedQA).",
+        "request. At 1e-4; at the command's own 2e-5 instructions take less ([SPA and its rivals]"
+        "(docs/results/real-preserve.md)). Seed 0.",
     ).markdown()  # fmt: skip
 
 
@@ -89,10 +90,12 @@ def enhanced_table() -> str | None:
     before = found[plain.table].get("before")
     shown = [("before", [before])]
     back = enhancing.BACK.replace(" ", "-")
-    for recipe, how, rate, label in (
-        (plain, "", README_RATE, "plain"), (contrast, back, contrast.rates[0], "with contrast"),
+    for recipe, how, methods, rate, label in (
+        (plain, "", ("esi", "random"), README_RATE, "plain"),
+        (plain, "", ("random",), plain.rates[-1], f"plain, at {plain.rates[-1]:g}"),
+        (contrast, back, ("esi", "random"), contrast.rates[0], "with contrast"),
     ):  # fmt: skip
-        for method in ("esi", "random"):
+        for method in methods:
             seeds = [found[recipe.table].get(f"{method}{how}-{rate:g}-{seed}") for seed in range(3)]
             shown.append((f"1 % of the weights, {NAMES[method]}, {label}", list(filter(None, seeds))))
     brief = found[contrast.table].get(f"esi{enhancing.BRIEF}{enhancing.BACK}-{contrast.rates[0]:g}-0".replace(" ", "-"))
@@ -102,19 +105,25 @@ def enhanced_table() -> str | None:
         return None
     table = Grid(
         title="",
-        headings=("refused, percent [95 % interval]", *(HEADINGS[SOURCES.index(each)] for each in SHOWN), "seeds"),
+        headings=(
+            "refused, percent [95 % interval]", *(HEADINGS[SOURCES.index(each)] for each in SHOWN), HEADINGS[-1],
+            "seeds",
+        ),
         rows=tuple(
-            (label, *(interval(level(outcomes(seeds, source))) for source in SHOWN), str(len(seeds)) * bool(number))
+            (
+                label, *(interval(level(outcomes(seeds, source))) for source in SHOWN), perplexity(seeds).split()[0],
+                str(len(seeds)) * bool(number),
+            )
             for number, (label, seeds) in enumerate(shown)
         ),
         caption="SmolLM2-135M-Instruct; n "
         + ", ".join(str(len(before["outcomes"][source])) for source in SHOWN)
-        + ", told by [known openings](docs/judges.md) of refusals. The first three columns should rise, the other two "
-        f"should not. Plain: 100 steps of refusals and benign rows at {README_RATE:g} "
+        + ", told by [openings](docs/judges.md) of refusals. The first three columns should rise, the others (the "
+        f"last on benign texts) should not. Plain: 100 steps of refusals and benign rows at {README_RATE:g} "
         f"([results](docs/results/real-enhance.md)). With contrast: {contrast.steps} steps of refusals and the model's "
         f"own answers to harmless requests at {contrast.rates[0]:g}, then back towards the original as far as 90 % of "
-        "a validation part are still refused ([results](docs/results/real-contrast-long.md)). Brief: 8 tokens of these "
-        "answers, the whole way.",
+        "a validation part are still refused, which is no option of the command "
+        "([results](docs/results/real-contrast-long.md)). Brief: 8 tokens of these answers, the whole way.",
     )  # fmt: skip
     return table.markdown()
 

@@ -23,13 +23,19 @@ def page() -> str | None:
     found = [*_chosen_by_training(), *_chosen_by_protection(), *_chosen_by_noise()]
     if not found:
         return None
-    rows = [(what, against, shown, f"{change.n // 2:,}", _verdict(change)) for what, against, shown, change in found]
     _figure(found).savefig(PAGES / "real-choice.png")
+    shown = (*(HEADINGS[SOURCES.index(source)] for source in SHOWN), DISCERNED)
+    rows: dict[tuple[str, str], dict[str, str]] = {}
+    for what, against, source, change in found:
+        rows.setdefault((what, against), {})[source] = _marked(change)
     table = Grid(
-        title="", headings=("what is done", "instead", "set", "n", "ESI's refuse"), rows=tuple(rows), num_labels=3,
-        caption="points [95 % interval over prompts, and seeds where there are several], paired by prompt; one draw of "
-        "random weights for each seed. n: answers of each of the two. How far XSTest's unsafe requests are from its "
-        "safe ones says whether harm is told from what only sounds like it",
+        title="", headings=("what is done", "instead", *shown), num_labels=2,
+        rows=tuple((*pair, *(cells_.get(source, "") for source in shown)) for pair, cells_ in rows.items()),
+        caption="points refused more with ESI's weights [95 % interval over prompts, and seeds where there are "
+        "several], paired by prompt; bold: told apart; one draw of random weights for each seed. n: "
+        + ", ".join(f"{h} {found[[f[2] for f in found].index(h)][3].n // 2}" for h in shown[:5])
+        + " of each of the two; noise: 500. How far XSTest's unsafe requests are from its safe ones says whether harm "
+        "is told from what only sounds like it",
     )  # fmt: skip
     return "\n\n".join(
         [
@@ -104,11 +110,10 @@ def _chosen_by_noise() -> list[Comparison]:
     return compared
 
 
-def _verdict(change: Measure) -> str:
+def _marked(change: Measure) -> str:
     assert change.low is not None
     assert change.high is not None
-    said = "more" if change.low > 0 else "fewer" if change.high < 0 else "not told apart"
-    return f"{said}: {interval(change)}"
+    return f"**{interval(change)}**" if change.low > 0 or change.high < 0 else interval(change)
 
 
 def _figure(found: list[Comparison]) -> Figure:

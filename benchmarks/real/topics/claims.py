@@ -28,7 +28,7 @@ def page() -> str | None:
         title="", headings=("the paper", "tried", "with ESI's weights", "beside", "verdict"), rows=tuple(rows),
         num_labels=5, caption="[95 % interval]. SET: by how much of what it was the share of HarmBench that is not "
         "refused falls, in percent; kept: AG News, PubMedQA, Alpaca and XSTest's safe requests, each within 5 points. "
-        "SPA: percent of AdvBench refused, and the task's perplexity. [Verdicts](../demo.md#the-verdicts) computed, "
+        "SPA: percent of AdvBench refused, at the task's perplexity. [Verdicts](../demo.md#the-verdicts) computed, "
         "random weights as the controls.",
     )  # fmt: skip
     return "\n\n".join(
@@ -84,18 +84,21 @@ def _preserved() -> Iterator[Row]:
                 continue
             bare, random = (groups.get((other, lora, rate)) for other in ("unprotected", arm.replace("esi", "random")))
             others = {"unprotected": bare, "random": random}
-            change, *controls = (_lost(seeds, before) for seeds in (group, *([bare] if bare else [])))
+            shown, verdicts = (group, *([bare] if bare else [])), []
+            for source in ("advbench", "harmbench"):
+                change, *controls = (_lost(seeds, before, source) for seeds in shown)
+                verdicts.append(kept_verdict(change, controls, steps=steps))
             yield (
                 "SPA: safety within 1 % after 1,000 iterations",
                 f"{task}, {steps:,} steps, {arm.removeprefix('esi-')} %{', LoRA' if lora else ''}",
-                f"{_state([before])} to {_state(group)}",
+                f"{_state([before])} to {_state(group)}; HarmBench {interval(change)} points",
                 "; ".join(f"{name} {_state(seeds)}" for name, seeds in others.items() if seeds),
-                kept_verdict(change, controls, steps=steps),
+                verdicts[0] if len(set(verdicts)) == 1 else f"{verdicts[0]}; HarmBench {verdicts[1]}",
             )
 
 
-def _lost(seeds: list[Cell], before: Cell) -> Measure:
-    return difference(outcomes(seeds, "advbench"), outcomes([before], "advbench"))
+def _lost(seeds: list[Cell], before: Cell, source: str) -> Measure:
+    return difference(outcomes(seeds, source), outcomes([before], source))
 
 
 def _state(seeds: list[Cell]) -> str:

@@ -236,7 +236,8 @@ def falls(
             now = 1 - outcomes(groups[other, rate], "harmbench")
             found[other] = share_lost(difference(now, was, paired="prompts"), level(was))
     controls = [found[other] for other in (f"random{variant}",) if other in found]
-    return found, asr_verdict(found[method], controls, steps=steps)
+    verdict = asr_verdict(found[method], controls, steps=steps)
+    return found, verdict if controls or verdict != "holds" else f"{verdict}, controls not run"
 
 
 def kept(before: list[Cell], after: list[Cell]) -> list[tuple[str, Measure, str]]:
