@@ -93,7 +93,8 @@ def measure(name, options):
     # the same number of weights anywhere: a control for which weights they are
     random = [random_selection(target, top[10].k, seed=seed) for seed in range(options.seeds)]
     calibrations = [
-        sl.Calibration(target=target, prompts=safety, max_new_tokens=32, seed=seed) for seed in range(options.seeds)
+        sl.Calibration(target=target, prompts=safety, learning_rate=1e-3, max_new_tokens=32, seed=seed)
+        for seed in range(options.seeds)
     ]
     bottom = scores.select(0.1, which="bottom")
     for seed in range(options.seeds):

@@ -39,7 +39,9 @@ def _answers(monkeypatch):
 
 
 def calibration(target, **options):
-    return Calibration(target=target, prompts=options.pop("prompts", PROMPTS), **{"batch_size": 3, **options})
+    return Calibration(
+        target=target, prompts=options.pop("prompts", PROMPTS), **{"batch_size": 3, "learning_rate": 1e-3, **options}
+    )
 
 
 def whole_kl(original, target, sets):
@@ -306,6 +308,23 @@ def test_the_best_checkpoint_has_its_own_calibrated_values(tmp_path):
     best = load_file(tmp_path / "checkpoint-2" / "model.safetensors")
     assert same({name: value for name, value in snapshot(target.model).items() if name in best}, best)
     assert protection.check() == 0
+
+
+@pytest.mark.usefixtures("_answers")
+def test_its_steps_are_as_large_as_those_of_the_training_where_nothing_else_is_said(tmp_path):
+    def rate_beside(what, target, **options):
+        how = calibration(target, learning_rate=None, **options)
+        protection = sl.preserve(what, some(target), calibration=how, **({} if trainer else {"model": target.model}))
+        return protection.calibrator.calibration.learning_rate
+
+    trainer, target = True, dense()
+    assert rate_beside(trainer_of(target, tmp_path, learning_rate=3e-4), target) == 3e-4
+    trainer, target = False, dense()
+    optimizer = torch.optim.SGD([{"params": list(target.model.parameters()), "lr": 0.02}], lr=0.5)
+    torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=0.1)  # it is at 0.002 now
+    assert rate_beside(optimizer, target) == 0.02
+    with pytest.raises(TrainingError, match="give learning_rate"):
+        sl.preserve(target.model, some(target), calibration=calibration(target, learning_rate=None))
 
 
 @pytest.mark.usefixtures("_answers")

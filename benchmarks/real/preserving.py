@@ -7,14 +7,14 @@ two cores can do), cut to 256 tokens (PubMedQA: 448), AdamW, the rate falling to
 arm and rate. Frozen: the top of ESI, found on the twin itself, or random weights; rescored: ESI is measured anew of the
 model in training after a third and two thirds of the steps, and what it then finds is frozen instead, as it is by then.
 Calibrated: the same weights, trained every 4th step on the twin's own answers to the prompts that found them and to
-embedded harmless ones, at 1e-3, as the command does, or gently, at the task's own rate. Rivals, nothing frozen: a
-gentle rate; mixed (1 row in 6 is one of these answers, the practitioner's remedy); mixed with embedded harmful requests
-in place of AdvBench's; the same with twice as many alarming but harmless ones, or with the first 8 tokens of each
-answer in place of 64 (brief); projected (each update loses what lowers S to first order, on 4 of the prompts that found
-the weights: A-GEM of the update, Chaudhry et al. 2019); LoX (before training, 1.25 times the 6 largest singular
-components of what made the twin out of the original are added to it, Perin et al. 2025); SafeLoRA (after training, of
-each matrix what was learned is multiplied with C = V V^T / |V|, V what made the twin, where the cosine of the two is
-below 0.35; Hsu et al. 2024).
+embedded harmless ones, at the task's own rate, or at ten times that. Rivals, nothing frozen: a gentle rate; mixed (1
+row in 6 is one of these answers, the practitioner's remedy); mixed with embedded harmful requests in place of
+AdvBench's; the same with twice as many alarming but harmless ones, or with the first 8 tokens of each answer in place
+of 64 (brief); projected (each update loses what lowers S to first order, on 4 of the prompts that found the weights:
+A-GEM of the update, Chaudhry et al. 2019); LoX (before training, 1.25 times the 6 largest singular components of what
+made the twin out of the original are added to it, Perin et al. 2025); SafeLoRA (after training, of each matrix what was
+learned is multiplied with C = V V^T / |V|, V what made the twin, where the cosine of the two is below 0.35; Hsu et al.
+2024).
 """
 
 import sys
@@ -58,7 +58,7 @@ class Arm:
     method: str | None = None
     ratio: float = 0.1
     calibrated: bool = False
-    calibration_rate: float = 1e-3  # as the command's
+    calibration_rate: float | None = None  # the training's own
     mixed: str = ""
     answer_tokens: int = ANSWER_TOKENS  # of what is mixed in
     rescored: bool = False
@@ -73,6 +73,7 @@ class Arm:
         return f"{task}-{'lora' if self.lora else 'full'}-{self.name}" + (f"-{self.seed}" if self.seed else "")
 
 
+METHODS = ("esi", "random")
 UNPROTECTED, ESI, RANDOM = (
     Arm(name="unprotected"),
     Arm(name="esi-10", method="esi"),
@@ -83,7 +84,7 @@ BOTH = Arm(name="esi-10-mixed-embedded", method="esi", mixed="embedded")  # as t
 MIXED = Arm(name="mixed-embedded", mixed="embedded")
 FULL = (
     UNPROTECTED, ESI, BOTH, MIXED, RANDOM, CALIBRATED, GENTLER,
-    *(Arm(name=f"{method}-1", method=method, ratio=0.01) for method in ("esi", "random")),
+    *(Arm(name=f"{method}-1", method=method, ratio=0.01) for method in METHODS),
     Arm(name="random-10-mixed-embedded", method="random", mixed="embedded"),
 )  # fmt: skip
 WITH_LORA = tuple(replace(arm, lora=True, rate=LORA_RATE) for arm in (UNPROTECTED, ESI, CALIBRATED))
@@ -93,7 +94,7 @@ SHORT_LORA = tuple(
 )
 SHORT = (*FULL, Arm(name="random-10-calibrated", method="random", calibrated=True))
 RIVALS = (
-    Arm(name="esi-10-calibrated-gently", method="esi", calibrated=True, calibration_rate=RATE),
+    *(Arm(name=f"{m}-10-calibrated-at-1e-3", method=m, calibrated=True, calibration_rate=1e-3) for m in METHODS),
     Arm(name="mixed", mixed="advbench"), Arm(name="lox", lox=True),
     Arm(name="esi-10-rescored", method="esi", rescored=True), Arm(name="projected", projected=True),
     Arm(name="esi-10-mixed", method="esi", mixed="advbench"),

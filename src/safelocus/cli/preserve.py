@@ -55,7 +55,7 @@ class Preserve(ProtectOptions, options.TrainOptions):
         "repeat it for harmful and harmless ones."
     )
     calibrate_every: int = option("Steps of the task between two such steps.", default=4, min=1)
-    calibrate_rate: float = option("Their learning rate.", default=1e-3, min=0)
+    calibrate_rate: float | None = option("Their learning rate.", shown="that of the training", min=0)
     mix: list[str] | None = option(
         "Prompts to mix into the task's rows, with the model's own answers, unless nothing is protected. May be "
         "repeated. none: nothing.",
@@ -167,7 +167,8 @@ def _read(given: Preserve) -> _Material:
     tasks = sources.read_tasks(given.task, given.limit, given.seed)
     if learned.name in [other.name for other in tasks]:
         raise SafelocusError(f"--task {learned.name} is the task that is learned, which is measured anyway")
-    replace(given, learning_rate=given.calibrate_rate).settings()  # refuses what is no rate
+    if given.calibrate_rate is not None:
+        replace(given, learning_rate=given.calibrate_rate).settings()  # refuses what is no rate
     calibrated = [read_prompts(source) for source in given.calibrate or []]
     options.check_none(given.mix, "--mix")
     mixed = [read_prompts(each) for each in given.mix or PROMPTS if each != options.NONE]

@@ -21,7 +21,8 @@ class OrganismSizes:
         num_harmless: harmless prompts likewise.
         preserve_steps: of 2 rows each; preserve_rate: learning rate, falling to zero.
         num_looks: at each of these trainings on the way.
-        calibrate_every: steps of the task between two of calibration; num_calibrated prompts of each kind for it.
+        calibrate_every: steps of the task between two of calibration, at calibrate_rate; num_calibrated prompts of each
+            kind for it.
     """
 
     num_scored: int = 64
@@ -37,6 +38,7 @@ class OrganismSizes:
     preserve_steps: int
     preserve_rate: float
     calibrate_every: int
+    calibrate_rate: float = 1e-3
     num_calibrated: int
     num_looks: int
 

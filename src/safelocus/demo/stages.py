@@ -192,10 +192,14 @@ def calibrate(at: Place) -> Found:
     """The same task with the same weights calibrated."""
     sizes, target = at.sizes, load(at.model, dtype="float32")
     calibrated = [part_of(at, kind, sizes.num_calibrated) for kind in ("harmful", "harmless")]
-    config: dict[str, Any] = {"calibrate": [file for _, file in calibrated], "calibrate_every": sizes.calibrate_every}
+    config: dict[str, Any] = {
+        "calibrate": [file for _, file in calibrated],
+        "calibrate_every": sizes.calibrate_every,
+        "calibrate_rate": sizes.calibrate_rate,
+    }
     calibration = Calibration(
         target=target, prompts=[part for part, _ in calibrated], every=sizes.calibrate_every,
-        max_new_tokens=MAX_NEW_TOKENS, seed=at.seed,
+        learning_rate=sizes.calibrate_rate, max_new_tokens=MAX_NEW_TOKENS, seed=at.seed,
     )  # fmt: skip
     found = _learn(at, "preserve", config, target=target, calibration=calibration)
     frozen = at.folder / "freeze"

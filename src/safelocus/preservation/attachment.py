@@ -9,6 +9,7 @@ loaded before training begins. So the protection follows the weights when traini
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial, wraps
 from itertools import chain
 from pathlib import Path
@@ -57,7 +58,8 @@ def preserve(
         exact_gradient: with LoRA in mode "exact": leave the protected weights out of the adapter's gradient too. It
             learns better where 10 % or more is protected, and a step takes about half as long again.
         calibration: between the training's steps, train the protected weights alone to keep the model's answers
-            (see `Calibration`). They no longer keep their bits then.
+            (see `Calibration`), at the training's learning rate unless it has its own. They no longer keep their bits
+            then.
 
     Returns:
         The protection. It holds as long as it is attached; `remove()` ends it. Where this raises, nothing is attached,
@@ -91,7 +93,7 @@ def preserve(
     if isinstance(what, Trainer):
         protection = attach(what, selection, **how)
     else:
-        protection = _protection(module, selection, partial(_follow, optimizers), **how)
+        protection = _protection(module, selection, partial(_follow, optimizers), _rate(optimizers), **how)
     protection.notes[:0] = remarks
     return protection
 
@@ -109,18 +111,20 @@ def attach(trainer: Trainer, selection: Selection, **how: Any) -> Protection:
         protection.add_handle(callback)
 
     model: Any = trainer.model
-    return _protection(model, selection, follow, **how)
+    made = [] if trainer.optimizer is None else [trainer.optimizer]
+    return _protection(model, selection, follow, _rate(made) or trainer.args.learning_rate, **how)
 
 
 def _protection(
     model: nn.Module,
     selection: Selection,
     follow: Callable[[Protection], None],
+    rate: float | None,
     *,
     calibration: Calibration | None = None,
     **lora: Any,
 ) -> Protection:
-    """Protect the weights, and let `follow` attach that to what trains them; all of it, or nothing."""
+    """Protect the weights, and let `follow` attach that to what trains them, at that rate; all of it, or nothing."""
     protection = Protection(model, selection, **lora)
     try:
         if num_rest := selection.k - protection.num_protected_in_all:
@@ -135,11 +139,18 @@ def _protection(
         protection.restore()
         follow(protection)
         if calibration is not None:
-            protection.calibrate(calibration)
+            own = calibration.learning_rate
+            protection.calibrate(replace(calibration, learning_rate=rate if own is None else own))
     except BaseException:
         protection.remove(restore_base=True)
         raise
     return protection
+
+
+def _rate(optimizers: Sequence[torch.optim.Optimizer]) -> float | None:
+    """The highest learning rate, as it was before any schedule; None without an optimizer."""
+    groups = chain.from_iterable(optimizer.param_groups for optimizer in optimizers)
+    return max((float(group.get("initial_lr", group["lr"])) for group in groups), default=None)
 
 
 def _follow(optimizers: Sequence[torch.optim.Optimizer], protection: Protection) -> None:

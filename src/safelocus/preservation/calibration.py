@@ -50,7 +50,7 @@ class Calibration:
         prompts: sets that take turns, or what they are read from; give harmful and harmless ones. Responses in them are
             not used.
         every: steps of the task between two of calibration.
-        learning_rate: of AdamW on the protected weights.
+        learning_rate: of AdamW on the protected weights; None: that of the training (its peak).
         batch_size: prompts of each set in one calibration step.
         num_kept: tokens whose probability is stored at each place.
         max_new_tokens: length of the original's answers; unfinished ones are left out.
@@ -62,7 +62,7 @@ class Calibration:
     target: Target
     prompts: Sequence[PromptSet]
     every: int = 4
-    learning_rate: float = 1e-3
+    learning_rate: float | None = None
     batch_size: int = 8
     num_kept: int = 64
     max_new_tokens: int = 256
@@ -79,8 +79,8 @@ class Calibration:
             if getattr(self, name) < 1:
                 raise TrainingError(f"calibration: {name} is at least 1, found {getattr(self, name)}")
         for name in ("learning_rate", "max_grad_norm"):
-            if not 0 < getattr(self, name) < float("inf"):
-                raise TrainingError(f"calibration: {name} is a positive number, found {getattr(self, name)}")
+            if (value := getattr(self, name)) is not None and not 0 < value < float("inf"):
+                raise TrainingError(f"calibration: {name} is a positive number, found {value}")
         if not self.prompts:
             raise TrainingError("calibration needs prompts: harmful ones, and harmless ones against over-refusal")
         object.__setattr__(self, "prompts", sets_of(self.prompts))
@@ -238,6 +238,7 @@ class Calibrator:
         return f"{name.stem}-{distributed.rank() + 1:05}-of-{distributed.world_size():05}{name.suffix}"
 
     def _new_optimizer(self) -> torch.optim.Optimizer:
+        assert self.calibration.learning_rate is not None
         return torch.optim.AdamW(list(self.masters.values()), lr=self.calibration.learning_rate, weight_decay=0.0)
 
     def _batch(self) -> tuple[ResponseBatch, Tensor, Tensor, float]:

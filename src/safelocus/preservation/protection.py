@@ -198,13 +198,16 @@ class Protection:
         """From now on take calibration steps between those of the training; the model is the original now.
 
         Raises:
-            TrainingError: it is for another model, or an adapter trains freely beside the weights, or beside shards.
+            TrainingError: it is for another model, or has no learning rate, or an adapter trains freely beside the
+                weights, or beside shards.
             SafelocusError: the weights are sharded otherwise than by rows over all processes.
             PromptError: none of the model's answers to a set of prompts came to its end.
         """
         own = {id(parameter) for parameter in calibration.target.model.parameters()}
         if any(id(held.site.parameter) not in own for held in self._held.values()):
             raise TrainingError("the calibration's target is not the model that is protected; give the same object")
+        if calibration.learning_rate is None:
+            raise TrainingError("calibration: what trains the model has no learning rate to go by; give learning_rate")
         if self.mode == "patch" and self.is_adapted:
             raise TrainingError('calibration needs mode="exact": in "patch" the adapter changes the same weights')
         _check_shards(self._held)
