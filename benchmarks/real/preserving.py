@@ -57,7 +57,7 @@ class Arm:
     name: str
     method: str | None = None
     ratio: float = 0.1
-    calibrated: bool = False
+    calibrated: str = ""  # on whose harmful requests
     calibration_rate: float | None = None  # the training's own
     mixed: str = ""
     answer_tokens: int = ANSWER_TOKENS  # of what is mixed in
@@ -79,7 +79,10 @@ UNPROTECTED, ESI, RANDOM = (
     Arm(name="esi-10", method="esi"),
     Arm(name="random-10", method="random"),
 )
-CALIBRATED, GENTLER = Arm(name="esi-10-calibrated", method="esi", calibrated=True), Arm(name="gentle", rate=GENTLE)
+CALIBRATED, GENTLER = (
+    Arm(name="esi-10-calibrated", method="esi", calibrated="advbench"),
+    Arm(name="gentle", rate=GENTLE),
+)
 BOTH = Arm(name="esi-10-mixed-embedded", method="esi", mixed="embedded")  # as the command does
 MIXED = Arm(name="mixed-embedded", mixed="embedded")
 FULL = (
@@ -92,9 +95,10 @@ SHORT_LORA = tuple(
     replace(arm, lora=True, rate=LORA_RATE)
     for arm in (UNPROTECTED, ESI, Arm(name="mixed", mixed="advbench"), Arm(name="safelora", safelora=True))
 )
-SHORT = (*FULL, Arm(name="random-10-calibrated", method="random", calibrated=True))
+SHORT = (*FULL, Arm(name="random-10-calibrated", method="random", calibrated="advbench"))
 RIVALS = (
-    *(Arm(name=f"{m}-10-calibrated-at-1e-3", method=m, calibrated=True, calibration_rate=1e-3) for m in METHODS),
+    Arm(name="esi-10-calibrated-embedded", method="esi", calibrated="embedded"),
+    *(Arm(name=f"{m}-10-calibrated-at-1e-3", method=m, calibrated="advbench", calibration_rate=1e-3) for m in METHODS),
     Arm(name="mixed", mixed="advbench"), Arm(name="lox", lox=True),
     Arm(name="esi-10-rescored", method="esi", rescored=True), Arm(name="projected", projected=True),
     Arm(name="esi-10-mixed", method="esi", mixed="advbench"),
@@ -196,7 +200,7 @@ def learned(task: str, steps: int, arm: Arm, unfinished: Path) -> dict[str, Any]
     calibration = None
     if arm.calibrated:
         calibration = sl.Calibration(
-            target=target, prompts=shown(), max_new_tokens=64, learning_rate=arm.calibration_rate
+            target=target, prompts=shown(arm.calibrated), max_new_tokens=64, learning_rate=arm.calibration_rate
         )
     if arm.mixed:
         mixed = Mixed(prompts=shown(arm.mixed), seed=arm.seed, max_new_tokens=arm.answer_tokens)
