@@ -312,19 +312,19 @@ def test_the_best_checkpoint_has_its_own_calibrated_values(tmp_path):
 
 @pytest.mark.usefixtures("_answers")
 def test_its_steps_are_as_large_as_those_of_the_training_where_nothing_else_is_said(tmp_path):
-    def rate_beside(what, target, **options):
-        how = calibration(target, learning_rate=None, **options)
-        protection = sl.preserve(what, some(target), calibration=how, **({} if trainer else {"model": target.model}))
-        return protection.calibrator.calibration.learning_rate
+    def rate_beside(what, target, **model):
+        how = calibration(target, learning_rate=None)
+        return sl.preserve(what, some(target), calibration=how, **model).calibrator.calibration.learning_rate
 
-    trainer, target = True, dense()
+    target = dense()
     assert rate_beside(trainer_of(target, tmp_path, learning_rate=3e-4), target) == 3e-4
-    trainer, target = False, dense()
-    optimizer = torch.optim.SGD([{"params": list(target.model.parameters()), "lr": 0.02}], lr=0.5)
+    target = dense()
+    optimizer = torch.optim.AdamW([{"params": list(target.model.parameters()), "lr": 0.02}], lr=0.5)
     torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=0.1)  # it is at 0.002 now
-    assert rate_beside(optimizer, target) == 0.02
-    with pytest.raises(TrainingError, match="give learning_rate"):
-        sl.preserve(target.model, some(target), calibration=calibration(target, learning_rate=None))
+    assert rate_beside(optimizer, target, model=target.model) == 0.02
+    for what, model in ((target.model, {}), (torch.optim.SGD(target.model.parameters()), {"model": target.model})):
+        with pytest.raises(TrainingError, match="give learning_rate"):
+            rate_beside(what, target, **model)
 
 
 @pytest.mark.usefixtures("_answers")

@@ -111,8 +111,9 @@ def attach(trainer: Trainer, selection: Selection, **how: Any) -> Protection:
         protection.add_handle(callback)
 
     model: Any = trainer.model
-    made = [] if trainer.optimizer is None else [trainer.optimizer]
-    return _protection(model, selection, follow, _rate(made) or trainer.args.learning_rate, **how)
+    arguments, made = trainer.args, trainer.optimizer
+    to_be = arguments.learning_rate if "adam" in str(arguments.optim).lower() else None
+    return _protection(model, selection, follow, to_be if made is None else _rate([made]), **how)
 
 
 def _protection(
@@ -148,8 +149,9 @@ def _protection(
 
 
 def _rate(optimizers: Sequence[torch.optim.Optimizer]) -> float | None:
-    """The highest learning rate, as it was before any schedule; None without an optimizer."""
-    groups = chain.from_iterable(optimizer.param_groups for optimizer in optimizers)
+    """The highest learning rate of those of Adam's kind, as it was before any schedule; others mean other steps."""
+    alike = (optimizer for optimizer in optimizers if "adam" in type(optimizer).__name__.lower())
+    groups = chain.from_iterable(optimizer.param_groups for optimizer in alike)
     return max((float(group.get("initial_lr", group["lr"])) for group in groups), default=None)
 
 

@@ -50,7 +50,7 @@ class Calibration:
         prompts: sets that take turns, or what they are read from; give harmful and harmless ones. Responses in them are
             not used.
         every: steps of the task between two of calibration.
-        learning_rate: of AdamW on the protected weights; None: that of the training (its peak).
+        learning_rate: of AdamW on the protected weights; None: the peak of the training's, where that is AdamW's too.
         batch_size: prompts of each set in one calibration step.
         num_kept: tokens whose probability is stored at each place.
         max_new_tokens: length of the original's answers; unfinished ones are left out.

@@ -207,7 +207,10 @@ class Protection:
         if any(id(held.site.parameter) not in own for held in self._held.values()):
             raise TrainingError("the calibration's target is not the model that is protected; give the same object")
         if calibration.learning_rate is None:
-            raise TrainingError("calibration: what trains the model has no learning rate to go by; give learning_rate")
+            raise TrainingError(
+                "calibration takes AdamW's steps, at the rate of the AdamW that trains the model, but none is known to "
+                "do that: give learning_rate"
+            )
         if self.mode == "patch" and self.is_adapted:
             raise TrainingError('calibration needs mode="exact": in "patch" the adapter changes the same weights')
         _check_shards(self._held)
