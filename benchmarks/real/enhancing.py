@@ -116,6 +116,11 @@ RECIPES["ratios"] = replace(
 )  # fmt: skip
 
 
+def key(method: str, rate: float, seed: int) -> str:
+    """Of a cell."""
+    return f"{method.replace(' ', '-')}-{rate:g}-{seed}"
+
+
 def training(recipe: Recipe, rate: float, seed: int = 0) -> dict[str, Any]:
     """What `enhance` and `enhancer` are called with."""
     settings = replace(
@@ -202,7 +207,7 @@ def main() -> None:
     recipe, target = RECIPES[given.recipe], cells.subject("smollm2")
     work = {} if recipe.before else {"before": partial(untrained, recipe, target)}
     work |= {
-        f"{method.replace(' ', '-')}-{rate:g}-{seed}": partial(trained, recipe, target, method, rate, seed)
+        key(method, rate, seed): partial(trained, recipe, target, method, rate, seed)
         for method, rate, seed in recipe.plan()
     }
     cells.work(recipe.table, work, given.share, given.only)

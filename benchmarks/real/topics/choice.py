@@ -75,7 +75,13 @@ def _chosen_by_protection() -> list[Comparison]:
         if cell["arm"].startswith("esi"):
             rival = found.get(key.replace("esi", "random"))
             percent, _, kind = cell["arm"].removeprefix("esi-").partition("-")
-            how = ["SPA", cell["task"], f"{percent} %", *([kind.replace("-at-", " at ")] if kind else []), *(["LoRA"] if cell["lora"] else [])]
+            how = [
+                "SPA",
+                cell["task"],
+                f"{percent} %",
+                *([kind.replace("-at-", " at ")] if kind else []),
+                *(["LoRA"] if cell["lora"] else []),
+            ]
             compared += _pairs(", ".join(how), NAMES["random"], [cell], None if rival is None else [rival])
     return compared
 

@@ -54,8 +54,8 @@ def page(name: str) -> str | None:
         caption=f"percent refused, or answered right [95 % interval over prompts and seeds]; n: {numbers(before[0])}, "
         f"perplexity {len(before[0]['nats']['texts'])} texts",
     )  # fmt: skip
-    measured = {(method, rate, cell["seed"]) for (method, rate), group in groups.items() for cell in group}
-    missing = [each for each in recipe.plan() if each not in measured]
+    measured = dict(cells.kept(recipe.table))
+    missing = [each for each in recipe.plan() if enhancing.key(*each) not in measured]
     pictures = []
     if len(groups) > len({method for method, _ in groups}):  # a curve: some method at several rates
         _curves(recipe, before, groups).savefig(PAGES / f"real-{recipe.table}.png")
