@@ -35,8 +35,9 @@ def scored(tmp_path_factory):
     return folder
 
 
-def test_a_selection_becomes_a_patch(scored, tmp_path, run):
+def test_a_selection_becomes_a_patch(scored, tmp_path, run, monkeypatch):
     folder = tmp_path / "e"
+    monkeypatch.setattr("safelocus.cli.enhance.LARGE", 10**6)
     code, out, err = run(
         "enhance", "organism:dense-unaligned", "--selection", scored, *SETS, *SMALL, "--controls", "random,bottom",
         "-o", folder,
@@ -47,6 +48,7 @@ def test_a_selection_becomes_a_patch(scored, tmp_path, run):
         "before", "after", "controls", "curve.svg", "report.html",
     }  # fmt: skip
     assert "report.html" in err
+    assert "this one has 1,270,912; larger ones may want less: --sweep 3e-5,1e-4,3e-4" in err
     shown = check_run_page(folder).table("Before and after")
     results = json.loads((folder / "results.json").read_text())
     assert {"asr", "refusal", "over_refusal", "utility", "incoherent"} <= set(results["before"]) & set(results["after"])

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from safelocus.training.examination import Division
 
 MEASURED = "embedded:harmless-heldout"
+LARGE = 10**9  # weights, beyond which the default rate says nothing
 
 
 def _either(name: str) -> str:
@@ -130,6 +131,11 @@ def enhance(given: Enhance) -> None:
     given = planning.settle(given, _stage(given, divided, full="full" in wanted))
     with shared_run(given) as folder:
         target = given.load()
+        if target.layout.num_weights > LARGE and given.learning_rate == Enhance.learning_rate and not rates:
+            mind([
+                f"a rate of {given.learning_rate:g} suited models of up to 135 million weights, and this one has "
+                f"{target.layout.num_weights:,}; larger ones may want less: --sweep 3e-5,1e-4,3e-4, as their recipes do"
+            ])  # fmt: skip
         judges = sources.judges_for(given)
         located = locating.locate_for(given, target, folder, judges)
         harmful, selection = divided.examination.harmful, located.selection
