@@ -61,7 +61,7 @@ PAIRS = (
     ("esi-1", "unprotected"), ("esi-1", "random-1"), ("esi-1", "random-10"), ("esi-10", "esi-1"),
     ("esi-10", "random-10"), ("mixed-embedded", "esi-10"), ("esi-10-mixed-embedded", "mixed-embedded"),
     ("esi-10-mixed-embedded", "random-10-mixed-embedded"), ("esi-10-calibrated", "mixed"),
-    ("esi-10-calibrated", "mixed-embedded"),
+    ("esi-10-calibrated", "mixed-embedded"), ("esi-10-calibrated-embedded", "mixed-embedded"),
     ("esi-10-calibrated", "esi-10-calibrated-at-1e-3"), ("esi-10-calibrated", "random-10-calibrated"),
     ("mixed-alarming", "mixed-embedded"),
 )  # fmt: skip
