@@ -429,9 +429,10 @@ def test_a_protection_that_fails_leaves_nothing(failing, monkeypatch):
 
     before = hooks()
     if failing == "calibrate":
-        monkeypatch.setattr(sl.preservation.Protection, "calibrate", lambda *_: 1 / 0)
+        calibration = sl.Calibration(target=target, prompts=[sl.read_prompts(["some"])])
+        monkeypatch.setattr(sl.Protection, "calibrate", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            sl.preserve(model, selection, calibration="some")
+            sl.preserve(model, selection, calibration=calibration)
     else:
         stranger = torch.optim.SGD(dense(seed=1).model.parameters(), lr=1.0)
         with pytest.raises(TrainingError, match="not parameters of the given"):

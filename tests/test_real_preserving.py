@@ -31,7 +31,7 @@ def learned(scripts, monkeypatch, tmp_path):
             monkeypatch.setattr(preserving.cells, name, lambda *_, **__: {})
         return preserving.learned("task", 6, arm, tmp_path / "unfinished"), target
 
-    run.arms = {arm.name: arm for arm in preserving.SHORT}
+    run.arms = {arm.name: arm for arm in preserving.RIVALS}
     return run
 
 
