@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import compress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -69,7 +70,7 @@ def fitting(prompts: "PromptSet", target: "Target", max_new_tokens: int = 0, *, 
         )
     if not all(fits):
         note(f"left out {fits.count(False)} of {len(fits)} prompts: the model has no room for them and {beside}")
-    return replace(prompts, examples=tuple(e for e, fit in zip(prompts.examples, fits, strict=True) if fit))
+    return replace(prompts, examples=tuple(compress(prompts.examples, fits)))
 
 
 def harmless_prompts(source: str | None, limit: int | None, seed: int) -> "PromptSet | None":

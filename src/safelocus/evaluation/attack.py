@@ -16,6 +16,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib import resources
+from itertools import compress
 from typing import Any, Protocol
 
 import torch
@@ -289,7 +290,7 @@ def _fitting(target: Target, prompts: PromptSet) -> PromptSet:
     fits = Refusal().fits(target, prompts.texts)
     if not any(fits):
         raise PromptError(f"{prompts.source}: no prompt fits the positions of {target.name}; give shorter ones")
-    return replace(prompts, examples=tuple(e for e, fit in zip(prompts.examples, fits, strict=True) if fit))
+    return replace(prompts, examples=tuple(compress(prompts.examples, fits)))
 
 
 def _batches(target: Target, prompts: PromptSet, batch_size: int) -> Batches:

@@ -111,9 +111,11 @@ def attach(trainer: Trainer, selection: Selection, **how: Any) -> Protection:
         protection.add_handle(callback)
 
     model: Any = trainer.model
-    arguments, made = trainer.args, trainer.optimizer
-    to_be = arguments.learning_rate if "adam" in str(arguments.optim).lower() else None
-    return _protection(model, selection, follow, to_be if made is None else _rate([made]), **how)
+    if trainer.optimizer is not None:
+        rate = _rate([trainer.optimizer])
+    else:  # it is made when training begins
+        rate = trainer.args.learning_rate if _is_adam(str(trainer.args.optim)) else None
+    return _protection(model, selection, follow, rate, **how)
 
 
 def _protection(
@@ -140,8 +142,9 @@ def _protection(
         protection.restore()
         follow(protection)
         if calibration is not None:
-            own = calibration.learning_rate
-            protection.calibrate(replace(calibration, learning_rate=rate if own is None else own))
+            if calibration.learning_rate is None:
+                calibration = replace(calibration, learning_rate=rate)
+            protection.calibrate(calibration)
     except BaseException:
         protection.remove(restore_base=True)
         raise
@@ -150,9 +153,13 @@ def _protection(
 
 def _rate(optimizers: Sequence[torch.optim.Optimizer]) -> float | None:
     """The highest learning rate of those of Adam's kind, as it was before any schedule; others mean other steps."""
-    alike = (optimizer for optimizer in optimizers if "adam" in type(optimizer).__name__.lower())
+    alike = (optimizer for optimizer in optimizers if _is_adam(type(optimizer).__name__))
     groups = chain.from_iterable(optimizer.param_groups for optimizer in alike)
     return max((float(group.get("initial_lr", group["lr"])) for group in groups), default=None)
+
+
+def _is_adam(name: str) -> bool:
+    return "adam" in name.lower()
 
 
 def _follow(optimizers: Sequence[torch.optim.Optimizer], protection: Protection) -> None:
