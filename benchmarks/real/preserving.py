@@ -84,27 +84,31 @@ CALIBRATED, GENTLER = (
     Arm(name="gentle", rate=GENTLE),
 )
 BOTH = Arm(name="esi-10-mixed-embedded", method="esi", mixed="embedded")  # as the command does
+SHOWN_EMBEDDED = Arm(name="esi-10-calibrated-embedded", method="esi", calibrated="embedded")
 MIXED = Arm(name="mixed-embedded", mixed="embedded")
 FULL = (
-    UNPROTECTED, ESI, BOTH, MIXED, RANDOM, CALIBRATED, GENTLER,
+    UNPROTECTED, ESI, BOTH, SHOWN_EMBEDDED, MIXED, RANDOM, CALIBRATED, GENTLER,
     *(Arm(name=f"{method}-1", method=method, ratio=0.01) for method in METHODS),
     Arm(name="random-10-mixed-embedded", method="random", mixed="embedded"),
 )  # fmt: skip
-WITH_LORA = tuple(replace(arm, lora=True, rate=LORA_RATE) for arm in (UNPROTECTED, ESI, CALIBRATED))
+WITH_LORA = tuple(replace(arm, lora=True, rate=LORA_RATE) for arm in (UNPROTECTED, ESI, SHOWN_EMBEDDED))
 SHORT_LORA = tuple(
     replace(arm, lora=True, rate=LORA_RATE)
-    for arm in (UNPROTECTED, ESI, Arm(name="mixed", mixed="advbench"), Arm(name="safelora", safelora=True))
-)
+    for arm in (
+        UNPROTECTED, ESI, SHOWN_EMBEDDED, BOTH,
+        Arm(name="mixed", mixed="advbench"), Arm(name="safelora", safelora=True),
+    )
+)  # fmt: skip
 SHORT = (*FULL, Arm(name="random-10-calibrated", method="random", calibrated="advbench"))
 RIVALS = (
-    Arm(name="esi-10-calibrated-embedded", method="esi", calibrated="embedded"),
+    Arm(name="random-10-calibrated-embedded", method="random", calibrated="embedded"),
     *(Arm(name=f"{m}-10-calibrated-at-1e-3", method=m, calibrated="advbench", calibration_rate=1e-3) for m in METHODS),
     Arm(name="mixed", mixed="advbench"), Arm(name="lox", lox=True),
     Arm(name="esi-10-rescored", method="esi", rescored=True), Arm(name="projected", projected=True),
     Arm(name="esi-10-mixed", method="esi", mixed="advbench"),
     Arm(name="mixed-alarming", mixed="alarming"),
     Arm(name="mixed-brief", mixed="embedded", answer_tokens=8),
-    *(replace(arm, seed=seed) for seed in (1, 2) for arm in (BOTH, UNPROTECTED, MIXED)),
+    *(replace(arm, seed=seed) for seed in (1, 2) for arm in (SHOWN_EMBEDDED, BOTH, UNPROTECTED, MIXED)),
     Arm(name="mixed-alarming", mixed="alarming", seed=1),
 )  # fmt: skip
 PROJECTED_ON = 4  # prompts a step
