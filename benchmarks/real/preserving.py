@@ -6,15 +6,15 @@ GSM8K for 1,000 steps (all weights, and LoRA of rank 8), PubMedQA and plain inst
 two cores can do), cut to 256 tokens (PubMedQA: 448), AdamW, the rate falling to zero along a line. One cell per task,
 arm and rate. Frozen: the top of ESI, found on the twin itself, or random weights; rescored: ESI is measured anew of the
 model in training after a third and two thirds of the steps, and what it then finds is frozen instead, as it is by then.
-Calibrated: the same weights, trained every 4th step on the twin's own answers to the prompts that found them and to
-embedded harmless ones, at the task's own rate, or at ten times that. Rivals, nothing frozen: a gentle rate; mixed (1
-row in 6 is one of these answers, the practitioner's remedy); mixed with embedded harmful requests in place of
-AdvBench's; the same with twice as many alarming but harmless ones, or with the first 8 tokens of each answer in place
-of 64 (brief); projected (each update loses what lowers S to first order, on 4 of the prompts that found the weights:
-A-GEM of the update, Chaudhry et al. 2019); LoX (before training, 1.25 times the 6 largest singular components of what
-made the twin out of the original are added to it, Perin et al. 2025); SafeLoRA (after training, of each matrix what was
-learned is multiplied with C = V V^T / |V|, V what made the twin, where the cosine of the two is below 0.35; Hsu et al.
-2024).
+Calibrated: the same weights, trained every 4th step on the twin's own answers of up to 64 tokens to the prompts that
+found them and to embedded harmless ones, at the task's own rate, or at ten times that; embedded: to embedded harmful
+ones; cut: longer answers are cut there. Rivals, nothing frozen: a gentle rate; mixed (1 row in 6 is one of these
+answers, the practitioner's remedy); mixed with embedded harmful requests in place of AdvBench's; the same with twice as
+many alarming but harmless ones, or with the first 8 tokens of each answer in place of 64 (brief); projected (each
+update loses what lowers S to first order, on 4 of the prompts that found the weights: A-GEM of the update, Chaudhry et
+al. 2019); LoX (before training, 1.25 times the 6 largest singular components of what made the twin out of the original
+are added to it, Perin et al. 2025); SafeLoRA (after training, of each matrix what was learned is multiplied with C = V
+V^T / |V|, V what made the twin, where the cosine of the two is below 0.35; Hsu et al. 2024).
 """
 
 import sys
@@ -38,7 +38,7 @@ from safelocus.prompts import PromptSet
 from safelocus.training import TrainingSettings
 from safelocus.training.fitting import Checkpoints, fit
 from safelocus.training.lora import Lora
-from safelocus.training.responses import training_rows
+from safelocus.training.responses import own_answers, training_rows
 
 sys.path.append(str(Path(__file__).parents[1] / "lexicon"))
 from projection import Projection
@@ -58,6 +58,7 @@ class Arm:
     method: str | None = None
     ratio: float = 0.1
     calibrated: str = ""  # on whose harmful requests
+    cut: bool = False  # answers to them of over ANSWER_TOKENS; else these are left out
     calibration_rate: float | None = None  # the training's own
     mixed: str = ""
     answer_tokens: int = ANSWER_TOKENS  # of what is mixed in
@@ -84,31 +85,32 @@ CALIBRATED, GENTLER = (
     Arm(name="gentle", rate=GENTLE),
 )
 BOTH = Arm(name="esi-10-mixed-embedded", method="esi", mixed="embedded")  # as the command does
-SHOWN_EMBEDDED = Arm(name="esi-10-calibrated-embedded", method="esi", calibrated="embedded")
+SHOWN = Arm(name="esi-10-calibrated-embedded-cut", method="esi", calibrated="embedded", cut=True)
 MIXED = Arm(name="mixed-embedded", mixed="embedded")
 FULL = (
-    UNPROTECTED, ESI, BOTH, SHOWN_EMBEDDED, MIXED, RANDOM, CALIBRATED, GENTLER,
+    UNPROTECTED, ESI, BOTH, SHOWN, MIXED, RANDOM, CALIBRATED, GENTLER,
     *(Arm(name=f"{method}-1", method=method, ratio=0.01) for method in METHODS),
     Arm(name="random-10-mixed-embedded", method="random", mixed="embedded"),
 )  # fmt: skip
-WITH_LORA = tuple(replace(arm, lora=True, rate=LORA_RATE) for arm in (UNPROTECTED, ESI, SHOWN_EMBEDDED))
+WITH_LORA = tuple(replace(arm, lora=True, rate=LORA_RATE) for arm in (UNPROTECTED, ESI, SHOWN))
 SHORT_LORA = tuple(
     replace(arm, lora=True, rate=LORA_RATE)
     for arm in (
-        UNPROTECTED, ESI, SHOWN_EMBEDDED, BOTH,
+        UNPROTECTED, ESI, SHOWN, BOTH,
         Arm(name="mixed", mixed="advbench"), Arm(name="safelora", safelora=True),
     )
 )  # fmt: skip
 SHORT = (*FULL, Arm(name="random-10-calibrated", method="random", calibrated="advbench"))
 RIVALS = (
-    Arm(name="random-10-calibrated-embedded", method="random", calibrated="embedded"),
+    Arm(name="esi-10-calibrated-embedded", method="esi", calibrated="embedded"),
+    replace(SHOWN, name="random-10-calibrated-embedded-cut", method="random"),
     *(Arm(name=f"{m}-10-calibrated-at-1e-3", method=m, calibrated="advbench", calibration_rate=1e-3) for m in METHODS),
     Arm(name="mixed", mixed="advbench"), Arm(name="lox", lox=True),
     Arm(name="esi-10-rescored", method="esi", rescored=True), Arm(name="projected", projected=True),
     Arm(name="esi-10-mixed", method="esi", mixed="advbench"),
     Arm(name="mixed-alarming", mixed="alarming"),
     Arm(name="mixed-brief", mixed="embedded", answer_tokens=8),
-    *(replace(arm, seed=seed) for seed in (1, 2) for arm in (SHOWN_EMBEDDED, BOTH, UNPROTECTED, MIXED)),
+    *(replace(arm, seed=seed) for seed in (1, 2) for arm in (SHOWN, BOTH, UNPROTECTED, MIXED)),
     Arm(name="mixed-alarming", mixed="alarming", seed=1),
 )  # fmt: skip
 PROJECTED_ON = 4  # prompts a step
@@ -203,9 +205,10 @@ def learned(task: str, steps: int, arm: Arm, unfinished: Path) -> dict[str, Any]
     selection = None if arm.method is None else cells.selection(target, arm.method, arm.ratio)
     calibration = None
     if arm.calibrated:
-        calibration = sl.Calibration(
-            target=target, prompts=shown(arm.calibrated), max_new_tokens=64, learning_rate=arm.calibration_rate
-        )
+        prompts = shown(arm.calibrated)
+        if not arm.cut:
+            prompts = [own_answers(target, part, max_new_tokens=ANSWER_TOKENS) for part in prompts]
+        calibration = sl.Calibration(target=target, prompts=prompts, learning_rate=arm.calibration_rate)
     if arm.mixed:
         mixed = Mixed(prompts=shown(arm.mixed), seed=arm.seed, max_new_tokens=arm.answer_tokens)
         data = mixed.into(data, target, checkpoint=unfinished / "mixed")

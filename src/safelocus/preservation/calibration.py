@@ -30,7 +30,7 @@ from safelocus import distributed
 from safelocus.errors import NumericalError, TrainingError
 from safelocus.evaluation.divergence import divergence, likeliest
 from safelocus.model.target import Target
-from safelocus.preservation.mixing import sets_of
+from safelocus.preservation.mixing import ANSWER_TOKENS, PROMPTS, sets_of
 from safelocus.prompts import PromptSet
 from safelocus.run.tensors import TensorFile
 from safelocus.selection.sparse import Site, averaged_norm, requiring_gradients
@@ -47,25 +47,25 @@ class Calibration:
 
     Attributes:
         target: the model that is trained, with its tokenizer.
-        prompts: sets that take turns, or what they are read from; give harmful and harmless ones. Responses in them are
-            not used.
+        prompts: sets that take turns, or what they are read from; give harmful and harmless ones, as the embedded ones
+            are. Responses in them are not used.
         every: steps of the task between two of calibration.
         learning_rate: of AdamW on the protected weights; None: the peak of the training's, where that is AdamW's too.
         batch_size: prompts of each set in one calibration step.
         num_kept: tokens whose probability is stored at each place.
-        max_new_tokens: length of the original's answers; unfinished ones are left out.
+        max_new_tokens: length of the original's answers; longer ones are cut, and teach no end.
         max_length: tokens of prompt and answer.
         max_grad_norm: the gradient on the protected weights is clipped to this norm.
         seed: of the order of the prompts.
     """
 
     target: Target
-    prompts: Sequence[PromptSet]
+    prompts: Sequence[PromptSet | str | Path] = PROMPTS
     every: int = 4
     learning_rate: float | None = None
     batch_size: int = 8
     num_kept: int = 64
-    max_new_tokens: int = 256
+    max_new_tokens: int = ANSWER_TOKENS
     max_length: int = 1024
     max_grad_norm: float = 1.0
     seed: int = 0
@@ -106,7 +106,7 @@ def references(calibration: Calibration, *, progress: bool = True) -> list[list[
     """Per set, what the model as it is now answers, and how likely each token is to it. On the CPU.
 
     Raises:
-        PromptError: no answer to a set's prompts came to its end.
+        PromptError: no answer to a set's prompts says anything.
     """
     with at_rest(calibration.target.model):
         return [_references(calibration, prompts, progress) for prompts in calibration.prompts]
@@ -114,7 +114,7 @@ def references(calibration: Calibration, *, progress: bool = True) -> list[list[
 
 def _references(calibration: Calibration, prompts: PromptSet, progress: bool) -> list[Reference]:
     target, found = calibration.target, []
-    answered = own_answers(target, prompts, max_new_tokens=calibration.max_new_tokens, progress=progress)
+    answered = own_answers(target, prompts, max_new_tokens=calibration.max_new_tokens, cut=True, progress=progress)
     rows = list(training_rows(answered, target.chat, max_length=calibration.max_length))
     for start in range(0, len(rows), calibration.batch_size):
         part = rows[start : start + calibration.batch_size]
