@@ -68,7 +68,8 @@ def preserved() -> Target:
     if not folder.is_dir():
         unfinished = cells.RUNS / "unfinished" / "preserved"
         data, _ = preserving.lesson("instruct")
-        data = Mixed(prompts=preserving.shown("embedded")).into(data, target, checkpoint=unfinished / "mixed")
+        mixed = Mixed(prompts=preserving.shown("embedded"))
+        data, _ = mixed.into(data, target, size=len(data), checkpoint=unfinished / "mixed")
         settings = replace(preserving.SETTINGS, steps=300, learning_rate=preserving.RATE)
         fit(
             target, training_rows(data, target.chat, max_length=settings.max_length), settings,

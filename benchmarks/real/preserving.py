@@ -10,11 +10,12 @@ Calibrated: the same weights, trained every 4th step on the twin's own answers o
 found them and to embedded harmless ones, at the task's own rate, or at ten times that; embedded: to embedded harmful
 ones; cut: longer answers are cut there. Rivals, nothing frozen: a gentle rate; mixed (1 row in 6 is one of these
 answers, the practitioner's remedy); mixed with embedded harmful requests in place of AdvBench's; the same with twice as
-many alarming but harmless ones, or with the first 8 tokens of each answer in place of 64 (brief); projected (each
-update loses what lowers S to first order, on 4 of the prompts that found the weights: A-GEM of the update, Chaudhry et
-al. 2019); LoX (before training, 1.25 times the 6 largest singular components of what made the twin out of the original
-are added to it, Perin et al. 2025); SafeLoRA (after training, of each matrix what was learned is multiplied with C = V
-V^T / |V|, V what made the twin, where the cosine of the two is below 0.35; Hsu et al. 2024).
+many alarming but harmless ones, or with the first 8 tokens of each answer in place of 64 (brief), or with as many such
+rows in all as calibration takes, 6 of 8 in each step (as often); projected (each update loses what lowers S to first
+order, on 4 of the prompts that found the weights: A-GEM of the update, Chaudhry et al. 2019); LoX (before training,
+1.25 times the 6 largest singular components of what made the twin out of the original are added to it, Perin et al.
+2025); SafeLoRA (after training, of each matrix what was learned is multiplied with C = V V^T / |V|, V what made the
+twin, where the cosine of the two is below 0.35; Hsu et al. 2024).
 """
 
 import sys
@@ -32,7 +33,7 @@ import safelocus as sl
 from safelocus.evaluation import Task
 from safelocus.evaluation.tasks import recognise_task
 from safelocus.model.target import Target
-from safelocus.preservation.mixing import ANSWER_TOKENS, PROMPTS, Mixed
+from safelocus.preservation.mixing import ANSWER_TOKENS, PROMPTS, SHARE, Mixed
 from safelocus.preservation.protection import Protection
 from safelocus.prompts import PromptSet
 from safelocus.training import TrainingSettings
@@ -62,6 +63,8 @@ class Arm:
     calibration_rate: float | None = None  # the training's own
     mixed: str = ""
     answer_tokens: int = ANSWER_TOKENS  # of what is mixed in
+    share: float = SHARE  # of it
+    batch_size: int = SETTINGS.batch_size
     rescored: bool = False
     projected: bool = False
     lox: bool = False
@@ -110,6 +113,7 @@ RIVALS = (
     Arm(name="esi-10-mixed", method="esi", mixed="advbench"),
     Arm(name="mixed-alarming", mixed="alarming"),
     Arm(name="mixed-brief", mixed="embedded", answer_tokens=8),
+    Arm(name="mixed-as-often", mixed="embedded", share=0.75, batch_size=4 * SETTINGS.batch_size),
     *(replace(arm, seed=seed) for seed in (1, 2) for arm in (SHOWN, BOTH, UNPROTECTED, MIXED)),
     Arm(name="mixed-alarming", mixed="alarming", seed=1),
 )  # fmt: skip
@@ -210,12 +214,12 @@ def learned(task: str, steps: int, arm: Arm, unfinished: Path) -> dict[str, Any]
             prompts = [own_answers(target, part, max_new_tokens=ANSWER_TOKENS) for part in prompts]
         calibration = sl.Calibration(target=target, prompts=prompts, learning_rate=arm.calibration_rate)
     if arm.mixed:
-        mixed = Mixed(prompts=shown(arm.mixed), seed=arm.seed, max_new_tokens=arm.answer_tokens)
-        data = mixed.into(data, target, checkpoint=unfinished / "mixed")
+        mixed = Mixed(prompts=shown(arm.mixed), share=arm.share, seed=arm.seed, max_new_tokens=arm.answer_tokens)
+        data, _ = mixed.into(data, target, size=len(data), checkpoint=unfinished / "mixed")
     if arm.lox:
         extrapolate(target)
     settings = replace(
-        SETTINGS, steps=steps, learning_rate=arm.rate, seed=arm.seed,
+        SETTINGS, steps=steps, learning_rate=arm.rate, seed=arm.seed, batch_size=arm.batch_size,
         max_length=MAX_LENGTH.get(task, SETTINGS.max_length),
     )  # fmt: skip
     before = {name: weight.clone() for name, weight in target.model.state_dict().items()} if arm.safelora else {}

@@ -137,7 +137,8 @@ def learned(arm: str, unfinished: Path) -> dict[str, Any]:
     rows = [row for n, e in enumerate(plain) for row in (e, with_words.examples[n % len(with_words)])]
     data = replace(sets.benign(), examples=tuple(rows))
     if arm == "mixed":
-        data = Mixed(prompts=[without], max_new_tokens=NEW_TOKENS).into(data, target, checkpoint=unfinished / "own")
+        mixed = Mixed(prompts=[without], max_new_tokens=NEW_TOKENS)
+        data, _ = mixed.into(data, target, size=len(data), checkpoint=unfinished / "own")
     method, _, percent = arm.partition("-")
     chosen = selection(target, method, int(percent) / 100) if percent else None
     encoded = training_rows(data, target.chat, max_length=LESSON.max_length)

@@ -18,6 +18,7 @@ from safelocus.report.grid import Grid
 from safelocus.verification.pooling import difference, level
 
 Row = tuple[str, str, str, str, str]  # claim, how it was tried, ESI's, others', verdict
+SPA = "SPA: safety within 1 % after 1,000 iterations"
 
 
 def page() -> str | None:
@@ -80,17 +81,18 @@ def _preserved() -> Iterator[Row]:
             cell for cell in found.values() if cell["task"] == task and cell["arm"] != "before"
         )  # fmt: skip
         for (arm, lora, rate), group in groups.items():
-            if before is None or not re.fullmatch(r"esi-\d+", arm):  # frozen, and nothing else
+            shown = re.fullmatch(rf"esi-(\d+)({preserving.SHOWN.name.removeprefix('esi-10')})?", arm)
+            if before is None or shown is None:  # neither frozen, and nothing else, nor calibrated as the command does
                 continue
             bare, random = (groups.get((other, lora, rate)) for other in ("unprotected", arm.replace("esi", "random")))
             others = {"unprotected": bare, "random": random}
-            shown, verdicts = (group, *([bare] if bare else [])), []
+            compared, verdicts = (group, *([bare] if bare else [])), []
             for source in ("advbench", "harmbench"):
-                change, *controls = (_lost(seeds, before, source) for seeds in shown)
+                change, *controls = (_lost(seeds, before, source) for seeds in compared)
                 verdicts.append(kept_verdict(change, controls, steps=steps))
             yield (
-                "SPA: safety within 1 % after 1,000 iterations",
-                f"{task}, {steps:,} steps, {arm.removeprefix('esi-')} %{', LoRA' if lora else ''}",
+                "... calibrated, not only frozen (not the paper's)" if shown[2] else SPA,
+                f"{task}, {steps:,} steps, {shown[1]} %{', LoRA' if lora else ''}",
                 f"{_state([before])} to {_state(group)}; HarmBench {interval(change)} points",
                 "; ".join(f"{name} {_state(seeds)}" for name, seeds in others.items() if seeds),
                 verdicts[0] if len(set(verdicts)) == 1 else f"{verdicts[0]}; HarmBench {verdicts[1]}",
