@@ -29,7 +29,7 @@ from safelocus.evaluation.result import PERPLEXITY
 from safelocus.model.target import Target
 from safelocus.prompts import PromptSet
 from safelocus.run.files import write_json
-from safelocus.scoring.run import versions
+from safelocus.scoring.run import NEEDS_OBJECTIVE, versions
 from safelocus.scoring.scores import Scores
 from safelocus.selection.selection import Selection
 from safelocus.training.arm import share_of_single_words
@@ -148,11 +148,12 @@ class Apart:
 
 def scores(target: Target, method: str, checkpoint: Path | None = None) -> Scores:
     """Scores of all weights by the refusal objective on the 128 prompts that find; their selections are kept."""
-    prompts, objective = sets.find(), sl.Refusal() if method in (APART, "esi", "gradient", "snip") else None
+    kind: Any = method.split()[0]
+    prompts, objective = sets.find(), sl.Refusal() if kind in NEEDS_OBJECTIVE else None
     if method == APART:
-        objective = Apart(sets.unalarming())
-        prompts = sets.joined("find", prompts, objective.harmless)
-    found = sl.score(target, prompts, objective=objective, method=method.split()[0], checkpoint=checkpoint)
+        apart: Any = Apart(sets.unalarming())
+        prompts, objective = sets.joined("find", prompts, apart.harmless), apart
+    found = sl.score(target, prompts, objective=objective, method=kind, checkpoint=checkpoint)
     for ratio in RATIOS:
         file = _kept_selection(target, method, ratio)
         file.parent.mkdir(parents=True, exist_ok=True)

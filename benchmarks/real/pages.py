@@ -15,7 +15,7 @@ import enhancing
 import preserving
 from topics import aligned, attack, avoid, certify, choice, claims, enhance, locate, preserve, ratios, verify
 from topics.choice import SHOWN
-from topics.outcomes import HEADINGS, NAMES, PAGES, SOURCES, outcomes, perplexity
+from topics.outcomes import HEADINGS, NAMES, PAGES, SOURCES, Cell, outcomes, perplexity
 
 from safelocus.analysis.words import interval
 from safelocus.report.grid import Grid
@@ -90,7 +90,9 @@ def enhanced_table() -> str | None:
     found = {recipe.table: dict(cells.kept(recipe.table)) for recipe in enhancing.RECIPES.values()}
     plain, contrast = enhancing.RECIPES["plain"], enhancing.RECIPES["contrast-long"]
     before = found[plain.table].get("before")
-    shown = [("before", [before])]
+    if before is None:
+        return None
+    shown: list[tuple[str, list[Cell]]] = [("before", [before])]
     back = enhancing.BACK.replace(" ", "-")
     for recipe, how, methods, rate, label in (
         (plain, "", ("esi", "random"), README_RATE, "plain"),
@@ -98,12 +100,13 @@ def enhanced_table() -> str | None:
         (contrast, back, ("esi", "random"), contrast.rates[0], "with contrast"),
     ):  # fmt: skip
         for method in methods:
-            seeds = [found[recipe.table].get(f"{method}{how}-{rate:g}-{seed}") for seed in range(3)]
-            shown.append((f"1 % of the weights, {NAMES[method]}, {label}", list(filter(None, seeds))))
+            seeds = [f"{method}{how}-{rate:g}-{seed}" for seed in range(3)]
+            there = [found[recipe.table][seed] for seed in seeds if seed in found[recipe.table]]
+            shown.append((f"1 % of the weights, {NAMES[method]}, {label}", there))
     brief = found[contrast.table].get(f"esi{enhancing.BRIEF}{enhancing.BACK}-{contrast.rates[0]:g}-0".replace(" ", "-"))
     if brief is not None:
         shown.append((f"1 % of the weights, {NAMES['esi']}, with contrast, brief", [brief["whole"]]))
-    if before is None or not all(seeds for _, seeds in shown):
+    if not all(seeds for _, seeds in shown):
         return None
     table = Grid(
         title="",

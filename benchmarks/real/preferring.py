@@ -84,8 +84,7 @@ def preferring(
 ) -> Runner:
     """The runner of `enhancer`, whose sparse arms prefer; both parts of a pair are so many tokens long, at most."""
     target, matcher = runner.target, RefusalMatcher()
-    how = {"max_new_tokens": num_tokens, "cut": True}
-    answers = own_answers(target, refused, checkpoint=checkpoint, **how)
+    answers = own_answers(target, refused, max_new_tokens=num_tokens, cut=True, checkpoint=checkpoint)
     begun = [e for e in answers if not matcher.refuses(e.response or "")]
     refusals, chance = [e.response for e in refused], random.Random(0)
     asked = [replace(e, response=chance.choice(refusals)) for part in harmless for e in part]

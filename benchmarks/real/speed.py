@@ -14,7 +14,7 @@ import argparse
 import json
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import pairwise
@@ -90,7 +90,7 @@ def products(clock: Clock, target: Target, layers: int, head: int, *, passes: fl
     return total
 
 
-def scoring(clock: Clock, target: Target, prompts: list[str]) -> tuple[float, torch.Tensor, torch.Tensor]:
+def scoring(clock: Clock, target: Target, prompts: Sequence[str]) -> tuple[float, torch.Tensor, torch.Tensor]:
     """Seconds of one batch, S, and the top 1 % of ESI."""
     weights = named_weights(target.model, target.layout.eligible_tensors)
     accumulator, found = GradientAccumulator(weights), []
@@ -132,7 +132,7 @@ def steps(clock: Clock, target: Target, selection: sl.Selection, *, again: bool)
     return median(after - before for before, after in pairwise(starts[1:]))
 
 
-def bare(target: Target, prompts: list[str]) -> None:
+def bare(target: Target, prompts: Sequence[str]) -> None:
     ids, mask = pad(
         [target.chat.encode_prompt(p) for p in prompts], target.tokenizer.pad_token_id, target.device, left=True
     )
@@ -143,7 +143,7 @@ def bare(target: Target, prompts: list[str]) -> None:
         )  # fmt: skip
 
 
-def measured(clock: Clock, name: str, dtype: str, prompts: list[str], rounds: int) -> dict[str, Any]:
+def measured(clock: Clock, name: str, dtype: Any, prompts: Sequence[str], rounds: int) -> dict[str, Any]:
     target, found = sl.load(name, dtype=dtype), {}
     apart = {"packed": forcing._takes_packed, "each alone": lambda *_: False}
     times: dict[str, list[float]] = {}

@@ -114,7 +114,7 @@ def groups_of(recipe: enhancing.Recipe) -> tuple[list[Cell], dict[tuple[str, flo
 
 
 def _cards(recipe: enhancing.Recipe, before: list[Cell], groups: dict[tuple[str, float], list[Cell]]) -> list[str]:
-    found = {}
+    found: dict[str, Any] = {}
     for (method, rate), group in groups.items():
         if method.startswith("esi"):
             random = {cell["seed"]: cell for cell in groups.get((method.replace("esi", "random"), rate), [])}
@@ -191,7 +191,7 @@ def _frontier() -> Figure:
             _, groups = groups_of(enhancing.RECIPES[name])
             for method in enhancing.SHOWN:
                 colour = _colour(method)
-                points = [
+                points: list[Any] = [
                     (level(outcomes(group, unwanted)).value, level(outcomes(group, wanted)).value)
                     for (m, _), group in sorted(groups.items())
                     if m == method
@@ -215,13 +215,13 @@ def _frontier() -> Figure:
     taken: list[Bbox] = []
     for text, at, colour in labels:
         for place, side in (((4, -2), "left"), ((-4, -2), "right"), ((4, 3), "left"), ((4, -7), "left")):
-            label = axes[0].annotate(
+            written = axes[0].annotate(
                 text, at, place, textcoords="offset points", ha=side, fontsize=5, color=colour
             )  # fmt: skip
-            if not label.get_window_extent().count_overlaps(taken):
+            if not written.get_window_extent().count_overlaps(taken):
                 break
-            label.set_visible(place == (4, -7))
-        taken.append(label.get_window_extent())
+            written.set_visible(place == (4, -7))
+        taken.append(written.get_window_extent())
     return figure
 
 

@@ -99,14 +99,15 @@ def _cards(found: dict[str, Cell]) -> list[str]:
         groups = grouped(cell for cell in found.values() if cell["task"] == task and cell["arm"] != "before")
         for (arm, lora, rate), group in groups.items():
             if arm.startswith(("esi", "mixed")):
-                others = {
-                    name: (groups.get((other, lora, rate)) or [None])[0]
+                beside = {
+                    name: groups.get((other, lora, rate), [])
                     for name, other in (("unprotected", "unprotected"), ("random", arm.replace("esi", "random")))
                     if other != arm
                 }
                 runs.setdefault((arm, lora), {})[task] = [
                     card_run(
-                        "preserve", task, preserving.USED, cell, before=found.get(f"{task}-before"), **others,
+                        "preserve", task, preserving.USED, cell, before=found.get(f"{task}-before"),
+                        **{name: _alike(cell, others) for name, others in beside.items()},
                     )
                     for cell in group
                 ]  # fmt: skip
@@ -120,3 +121,8 @@ def _cards(found: dict[str, Cell]) -> list[str]:
             for task, seeds in tasks.items()
         },
     )  # fmt: skip
+
+
+def _alike(cell: Cell, others: list[Cell]) -> Cell | None:
+    """Of other arms' seeds that of the cell, else the first; None where there are none."""
+    return next((other for other in others if other["seed"] == cell["seed"]), next(iter(others), None))
