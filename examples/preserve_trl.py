@@ -1,9 +1,9 @@
-"""Fine-tune a chat model on a new task with TRL; its safety weights stay as they are, and rows of its own answers
-come among the task's (--mix). Three lines do that.
+"""Fine-tune a chat model on a new task with TRL, which does not train its safety weights: they are calibrated to keep
+what the model said before, or keep their bits (--freeze). Two lines do that.
 
     safelocus score organism:dense --prompts organism:harmful --guard organism:guard -o runs/scores
     safelocus select runs/scores --ratio 0.01 -o runs/safety.safetensors
-    python examples/preserve_trl.py --selection runs/safety.safetensors -o runs/protected [--mix] [--lora]
+    python examples/preserve_trl.py --selection runs/safety.safetensors -o runs/protected [--freeze] [--lora]
 
 Without --selection it is the same training unprotected: compare both with `safelocus evaluate`.
 """
@@ -20,7 +20,7 @@ parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.R
 parser.add_argument("--model", default="organism:dense")
 parser.add_argument("--data", default="organism:task")
 parser.add_argument("--selection")
-parser.add_argument("--mix", action="store_true")
+parser.add_argument("--freeze", action="store_true")
 parser.add_argument("--lora", action="store_true")
 parser.add_argument("--steps", type=int, default=100)
 parser.add_argument("-o", "--output", required=True)
@@ -36,8 +36,6 @@ rows = Dataset.from_list(
         for x in sl.read_prompts(options.data)
     ]
 )
-if options.mix:
-    rows = sl.mix(rows, target)  # <- one row in six is what the model says itself, to embedded prompts
 trainer = SFTTrainer(
     model=target.model,
     processing_class=target.tokenizer,
@@ -56,7 +54,8 @@ trainer = SFTTrainer(
 
 if options.selection:
     selection = sl.Selection.load(options.selection)  # <- which weights carry safety
-    protection = sl.preserve(trainer, selection)  # <- they keep their values
+    calibration = None if options.freeze else sl.Calibration(target=target)  # on embedded prompts
+    protection = sl.preserve(trainer, selection, calibration=calibration)  # <- the task does not train them
 
 trainer.train()
 

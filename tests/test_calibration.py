@@ -1,5 +1,6 @@
 """Calibration: small steps on the protected weights, and on nothing else, towards what the original model said."""
 
+from collections import defaultdict
 from dataclasses import replace
 from itertools import count
 from types import SimpleNamespace
@@ -15,6 +16,7 @@ from transformers import Trainer, TrainingArguments
 import safelocus as sl
 from safelocus.errors import NumericalError, PromptError, TrainingError
 from safelocus.evaluation.divergence import divergence
+from safelocus.evaluation.responding import Reply
 from safelocus.preservation import calibration as module
 from safelocus.preservation.calibration import STATE, Calibration, references
 from safelocus.selection.sparse import gather
@@ -355,10 +357,19 @@ def test_what_cannot_be_calibrated():
         protection.calibrate(calibration(target))
 
 
-def test_no_answer_comes_to_its_end():
+def test_answers_that_do_not_end_are_cut_and_teach_no_end():
+    target = dense()  # which never ends
+    found = [each for part in references(calibration(target, max_new_tokens=2), progress=False) for each in part]
+    assert len(found) == sum(map(len, PROMPTS))
+    said = [target.tokenizer.decode(row["input_ids"][-len(each.tokens) :]) for each in found if (row := each.row)]
+    assert all(each.row["input_ids"][-1] != target.tokenizer.eos_token_id for each in found), said
+
+
+def test_nothing_is_said(monkeypatch):
     target = dense()
-    with pytest.raises(PromptError, match="none of the model's own answers"):
-        sl.preserve(target, some(target), calibration=calibration(target, max_new_tokens=2))
+    monkeypatch.setattr("safelocus.training.responses.collect", lambda *_, **__: defaultdict(lambda: Reply(text=None)))
+    with pytest.raises(PromptError, match="none of the model's own answers to 5 prompts says anything"):
+        sl.preserve(target, some(target), calibration=calibration(target))
 
 
 @pytest.mark.slow

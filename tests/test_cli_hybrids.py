@@ -55,8 +55,10 @@ def test_score_verify_enhance_preserve_patch_and_report(name: str, tmp_path: Pat
     assert after.fingerprint().differences(before.fingerprint()) == []
     changed = sl.load(tmp_path / "patched").fingerprint().differences(before.fingerprint())
     assert changed
-    command("preserve", where, *training, "--mix", "none", "-o", tmp_path / "p")
-    command("preserve", where, *training, "--mix", "none", "--lora", "-o", tmp_path / "l")
+    command("preserve", where, *training, "--calibrate", "none", "-o", tmp_path / "p")
+    (asked := tmp_path / "asked.txt").write_text("how to bake a cake\nhow to pick a lock\n")
+    calibrated = ("--calibrate", asked, "--calibrate-every", "1")
+    command("preserve", where, *training, *calibrated, "--lora", "-o", tmp_path / "l")
     kept = sl.Selection.load(selection)
     full = dict(sl.load(tmp_path / "p" / "model").model.named_parameters())
     for tensor, indices in kept.items():

@@ -118,7 +118,7 @@ def test_it_answers_itself_where_the_data_has_no_answers(words, tmp_path, run):
 def test_listed_words_of_a_task_are_not_learned(words, tmp_path, run):
     preserve = [
         "preserve", MODEL, "-p", "organism:harmful", "--harmful", "organism:harmful-heldout", "--data",
-        "organism:task", "--steps", "2", "--batch-size", "2", *QUICK, "--mix", "none", "--mask-listed",
+        "organism:task", "--steps", "2", "--batch-size", "2", *QUICK, "--calibrate", "none", "--mask-listed",
     ]  # fmt: skip
     code, _, err = run(*preserve, "--refusal", "-o", tmp_path / "q")
     assert code == 2
@@ -135,7 +135,7 @@ def test_protected_while_a_task_is_learned(scored, words, tmp_path, run):
     code, _, err = run(
         "preserve", "organism:dense", "--lexicon", words, "-p", "organism:harmful", "--harmful",
         "organism:harmful-heldout", "--data", "organism:task", "--steps", "2",
-        "--batch-size", "2", *QUICK, "--mix", "none", "-o", tmp_path / "p",
+        "--batch-size", "2", *QUICK, "--calibrate", "none", "-o", tmp_path / "p",
     )  # fmt: skip
     assert code == 0, err
     assert judges(tmp_path / "p" / "after") == [f"lexicon {words}"]

@@ -10,13 +10,14 @@ from safetensors.torch import load_file
 import safelocus as sl
 from pages import check_run_page
 from safelocus.cli import main
+from safelocus.preservation.mixing import ANSWER_TOKENS, PROMPTS
 from safelocus.preservation.trainee import PATCH
 from safelocus.selection.sparse import gather
 from test_protection import same
 from test_tasks import shared, write
 
 SMALL = ["--steps", "2", "--max-new-tokens", "12", "--limit", "6", "--batch-size", "4", "--dtype", "float32"]
-PLAIN = [*SMALL, "--mix", "none"]
+PLAIN = [*SMALL, "--calibrate", "none"]
 SETS = [
     "--data", "organism:task", "--task-heldout", "organism:task-heldout", "--harmful", "organism:harmful-heldout",
     "--harmless", "organism:harmless-heldout",
@@ -43,10 +44,29 @@ def few(tmp_path):
     return write(tmp_path / "harmless.jsonl", rows)
 
 
-def test_a_task_is_learned_and_the_bits_stay(scored, tmp_path, run):
+def test_what_is_embedded_is_calibrated_on_unless_it_is_told_otherwise(scored, tmp_path, run):
+    folder = tmp_path / "p"
+    code, _, err = run(
+        "preserve", "organism:dense", "--selection", scored, *SETS[:6], "--harmless", "embedded:alarming", *SMALL,
+        "--calibrate-every", "2", "-o", folder,
+    )  # fmt: skip
+    assert code == 0, err
+    results = json.loads((folder / "results.json").read_text())
+    assert results["after"]["num_changed"] is None
+    calibration, whole = results["provenance"]["calibration"], sl.read_prompts("embedded:alarming")
+    assert [part["source"] for part in calibration["prompts"]] == list(PROMPTS)
+    assert calibration["max_new_tokens"] == ANSWER_TOKENS
+    assert calibration["learning_rate"] is None  # the training's
+    assert f"embedded:refusals (71), embedded:ordinary (99), embedded:alarming ({len(whole) - 6})" in err
+    assert "--calibrate none leaves them their bits" in err
+    assert (folder / "run.toml").read_text().count("calibrate") == 1  # what was not given is taken anew
+
+
+def test_a_task_is_learned_and_the_bits_stay(scored, few, tmp_path, run):
     folder = tmp_path / "p"
     code, out, err = run(
-        "preserve", "organism:dense", "--selection", scored, *SETS, *SMALL, "--unprotected", "--controls", "random",
+        "preserve", "organism:dense", "--selection", scored, *SETS, *PLAIN, "--mix", few, "--unprotected", "--controls",
+        "random",
         "--task", "organism:utility", "--eval-every", "1", "--look", "4", "-o", folder,
     )  # fmt: skip
     assert code == 0, err
@@ -79,12 +99,8 @@ def test_a_task_is_learned_and_the_bits_stay(scored, tmp_path, run):
     lost = results["after"]["refusal"]["value"] - results["unprotected"]["refusal"]["value"]
     assert card["reliability"]["numbers"]["effect"]["value"] == pytest.approx(lost)
     assert {"beyond random", "task learned beyond unprotected"} == set(card["mechanism"]["numbers"])
-    mixed = [f"embedded:{name}" for name in ("refusals", "ordinary", "alarming")]  # unless it is told otherwise
-    assert [part["source"] for part in results["provenance"]["mixed"]["prompts"]] == mixed
-    assert "no --mix" in err
-    assert "embedded:refusals (71)" in err
+    assert [part["source"] for part in results["provenance"]["mixed"]["prompts"]] == [str(few)]
     assert any("rows are the model's own answers" in note for note in results["notes"])
-    assert (folder / "run.toml").read_text().count("mix") == 1  # its share; what was not given is taken anew
 
 
 @pytest.mark.slow
@@ -145,13 +161,14 @@ def test_everything_at_once(few, tmp_path, run):
         ([*REFUSAL, "--harmful", "organism:harmful"], "are among those to find the weights with"),
         ([*REFUSAL, "--calibrate", "organism:harmful-heldout"], "are also among those to measure with"),
         ([*REFUSAL, "--mix", "organism:harmless", "--mix-share", "1"], "above 0 and at most 0.9"),
-        ([*REFUSAL, "--mix", "none", "--mix", "organism:harmless"], "expected one or the other"),
-        ([*REFUSAL, "--mix", "none", "--mix-share", "0.3"], "with --mix none there are none"),
+        ([*REFUSAL, "--calibrate", "none", "--calibrate", "organism:harmless"], "expected one or the other"),
+        ([*REFUSAL, "--mix-share", "0.3"], "--mix-share is for rows that are mixed in (--mix)"),
         ([*REFUSAL, "--mix", "organism:harmful-heldout"], "are also among those to measure with"),
         ([*REFUSAL, "--lora", "--lora-mode", "patch", "--calibrate", "organism:harmful"], "needs --lora-mode exact"),
         ([*REFUSAL, "--lora", "--save-dtype", "bfloat16"], "with --lora give --merge too"),
         ([*REFUSAL, "--lora-rank", "4", "--merge"], "--lora-rank, --merge are for an adapter (--lora)"),
-        ([*REFUSAL, "--calibrate-every", "2"], "--calibrate-every is for --calibrate"),
+        ([*PLAIN, *REFUSAL, "--calibrate-every", "2"], "--calibrate-every is for calibration (--calibrate)"),
+        ([*REFUSAL, "--lora", "--lora-mode", "patch", "--calibrate-rate", "1"], "is for calibration (--calibrate)"),
         ([*REFUSAL, "--judge", "nobody"], "no judge 'nobody'"),
         ([*REFUSAL, "--calibrate", "organism:harmful", "--calibrate-rate", "0"], "learning_rate is a positive"),
     ],
@@ -189,7 +206,7 @@ def test_all_prompts_are_used_to_find_the_weights(tmp_path, run):
 @pytest.mark.slow
 def test_ctrl_c_and_the_same_command_give_the_same_model(scored, few, tmp_path, run, interrupt):
     command = [
-        "preserve", "organism:dense", "--selection", str(scored), *SETS, *PLAIN, "--steps", "5", "--eval-every", "1",
+        "preserve", "organism:dense", "--selection", str(scored), *SETS, *SMALL, "--steps", "5", "--eval-every", "1",
         "--look", "2", "--calibrate", str(few), "--calibrate-every", "2", "--max-new-tokens", "32", "-o",
     ]  # fmt: skip
     interrupt("transformers.Trainer.training_step", *command, tmp_path / "run", at=3)

@@ -20,7 +20,7 @@ ENHANCE = [
 ]  # fmt: skip
 PRESERVE = [
     "preserve", *MODEL, "--data", "organism:task", "--task-heldout", "organism:task-heldout", *REFUSAL, *TRAINING,
-    "--mix", "none",
+    "--calibrate", "none",
 ]  # fmt: skip
 
 
@@ -137,7 +137,6 @@ def test_calibration_on_shards(tmp_path, run):
     arguments = [
         "preserve", "organism:dense", "--dtype", "float32", "--limit", "3", "--data", "organism:task", *REFUSAL,
         "--task-heldout", "organism:task-heldout", *TRAINING, "--calibrate", prompts, "--calibrate-every", "1",
-        "--mix", "none",
         "--max-new-tokens", "24", "--allow-seen",
     ]  # fmt: skip
     alone, many, printed = alone_and_together(tmp_path, run, 2, arguments, "--shard")

@@ -151,7 +151,7 @@ def test_every_command(make, tmp_path, run):
         "patch": ["apply", tmp_path / "e" / "safety.patch.safetensors", model, "-o", tmp_path / "patched"],
         "evaluate": [tmp_path / "patched", "-p", "organism:harmful", *quick, "-o", tmp_path / "a"],
         "preserve": [
-            model, "--selection", tmp_path / "s", "--data", "organism:task", "--mix", "none", *train, "-o",
+            model, "--selection", tmp_path / "s", "--data", "organism:task", "--calibrate", "none", *train, "-o",
             tmp_path / "p",
         ],
     }  # fmt: skip

@@ -26,16 +26,18 @@ def selection():
 
 
 def preserve_with_trl(monkeypatch, tmp_path, selection):
-    """Protected, the selected weights keep their values, with an adapter too; otherwise they do not."""
+    """Frozen, the selected weights keep their values, with an adapter too; otherwise they do not."""
     selection.save(tmp_path / "safety.safetensors")
     protected = ["--selection", tmp_path / "safety.safetensors"]
-    for kind, options in {"kept": [*protected, "--mix"], "adapted": [*protected, "--lora"], "plain": []}.items():
-        example(monkeypatch, "preserve_trl.py", "-o", tmp_path / kind, "--steps", 3, *options)
+    frozen = [*protected, "--freeze"]
+    kinds = {"kept": frozen, "adapted": [*frozen, "--lora"], "calibrated": protected, "plain": []}
+    for kind, options in kinds.items():
+        example(monkeypatch, "preserve_trl.py", "-o", tmp_path / kind, "--steps", 4, *options)
     values = gather(sl.load("organism:dense", dtype="float32").model, selection)
-    for kind in ("kept", "adapted", "plain"):
+    for kind in kinds:
         found = gather(sl.load(tmp_path / kind).model, selection)
         same = [torch.equal(found[name], value) for name, value in values.items()]
-        assert not any(same) if kind == "plain" else all(same), kind
+        assert all(same) if kind in ("kept", "adapted") else not any(same), kind
 
 
 RUN = {"preserve_trl.py": preserve_with_trl}

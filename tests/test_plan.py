@@ -281,7 +281,11 @@ def test_a_calibration_is_counted(subject, kind):
     needs = plain.need(one), calibrated.need(one), calibrated.need(replace(one, checkpointing=True))
     assert needs[1].standing == {**needs[0].standing, "calibrated": (12 + subject.dtype.itemsize) * 12000}
     assert needs[1].phases["calibration"] > needs[2].phases["calibration"] > needs[0].phases["step"]
-    assert plain.seconds(one, find_device("80GB"), 10) == calibrated.seconds(one, find_device("80GB"), 10)
+    times = [
+        replace(calibrated, calibrated_every=every).seconds(one, find_device("80GB"), 10) for every in (1, 4, 10**9)
+    ]
+    assert times == sorted(times, reverse=True)
+    assert times[-1] == pytest.approx(plain.seconds(one, find_device("80GB"), 10))
 
 
 def test_what_is_short_is_said_where_it_is_the_hosts_memory(subject):

@@ -21,7 +21,10 @@ from test_protection import some
 from test_wrappers import wrapper
 from tiny_targets import byte_level
 
-QUICK = ["--steps", "2", "--max-new-tokens", "4", "--limit", "3", "--batch-size", "4", "--learning-rate", "1e-3"]
+QUICK = [
+    "--steps", "2", "--max-new-tokens", "4", "--limit", "3", "--batch-size", "4", "--learning-rate", "1e-3",
+    "--calibrate", "none",
+]  # fmt: skip
 BESIDE = {  # files that neither model nor tokenizer classes write
     "preprocessor_config.json": '{"image_mean": [0.5]}', "processor_config.json": '{"processor_class": "X"}',
     "special_tokens_map.json": '{ "eos_token" : "<|end|>" }', "LICENSE": "free",
@@ -56,7 +59,7 @@ def original(request, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("how", [[], ["--lora", "--lora-rank", "2", "--merge"]])
 def test_a_preserved_folder_has_the_originals_files(original, how, tmp_path, run):
-    code, out, err = run("preserve", original, *REFUSAL, *SETS, *QUICK, "--mix", "none", *how, "-o", tmp_path / "p")
+    code, out, err = run("preserve", original, *REFUSAL, *SETS, *QUICK, *how, "-o", tmp_path / "p")
     assert code == 0, err
     assert "trained and measured in float32 and are saved in bfloat16" in out + err
     before, after = contents(original), contents(tmp_path / "p" / MODEL)
@@ -81,7 +84,7 @@ def test_a_preserved_folder_has_the_originals_files(original, how, tmp_path, run
 @pytest.mark.slow
 def test_a_model_is_saved_in_another_type_where_that_is_asked_for(original, tmp_path, run):
     asked = ["--save-dtype", "float32"]
-    code, out, err = run("preserve", original, *REFUSAL, *SETS, *QUICK, "--mix", "none", *asked, "-o", tmp_path / "p")
+    code, out, err = run("preserve", original, *REFUSAL, *SETS, *QUICK, *asked, "-o", tmp_path / "p")
     assert code == 0, err
     assert "are saved in" not in out + err
     before, after = contents(original), contents(tmp_path / "p" / MODEL)
@@ -101,7 +104,7 @@ def test_a_model_is_saved_in_another_type_where_that_is_asked_for(original, tmp_
 @pytest.mark.slow
 def test_an_adapter_comes_with_the_originals_tokenizer(original, tmp_path, run):
     code, _, err = run(
-        "preserve", original, *REFUSAL, *SETS, *QUICK, "--mix", "none", "--lora", "--lora-rank", "2", "-o",
+        "preserve", original, *REFUSAL, *SETS, *QUICK, "--lora", "--lora-rank", "2", "-o",
         tmp_path / "p",
     )  # fmt: skip
     assert code == 0, err

@@ -94,8 +94,8 @@ def commands(folder: Path) -> list[Command]:
     model = ["organism:dense-unaligned", *trained]
     apply = ["patch", "apply", str(patch), "organism:dense", "--json"]
 
-    preserve = ["preserve", *model, "--data", small_data("task", folder, 60), "--judge", "refusal", "--mix", "none",
-                *_MEASURED, *_SMALL, "-o", "{work}/out"]  # fmt: skip
+    preserve = ["preserve", *model, "--data", small_data("task", folder, 60), "--judge", "refusal",
+                "--calibrate", "none", *_MEASURED, *_SMALL, "-o", "{work}/out"]  # fmt: skip
 
     def with_model(work: Path) -> None:
         from safelocus.organism import resolve_model

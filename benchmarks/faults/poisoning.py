@@ -78,7 +78,7 @@ def commands(folder: Path) -> list[Command]:
         ),
         Command(
             name="preserve",
-            arguments=["preserve", *trained, "--data", small_data("task", folder, 60), "--mix", "none"],
+            arguments=["preserve", *trained, "--data", small_data("task", folder, 60), "--calibrate", "none"],
         ),
         Command(
             name="evaluate",

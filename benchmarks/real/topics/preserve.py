@@ -125,4 +125,5 @@ def _cards(found: dict[str, Cell]) -> list[str]:
 
 def _alike(cell: Cell, others: list[Cell]) -> Cell | None:
     """Of other arms' seeds that of the cell, else the first; None where there are none."""
-    return next((other for other in others if other["seed"] == cell["seed"]), next(iter(others), None))
+    seed = cell["settings"]["seed"]
+    return next((other for other in others if other["settings"]["seed"] == seed), next(iter(others), None))

@@ -207,7 +207,9 @@ def _stages(
         training = Training(
             num_selected=_num_trained(given, run, subject), kind=kind,
             lora_rank=run.get("lora_rank", Preserve.lora_rank), guards=judging, most=size,
-            retained_rows=retained if command == "enhance" else 0, processes=processes, **common,
+            retained_rows=retained if command == "enhance" else 0, processes=processes,
+            calibrated=_num_calibrated(run) if command == "preserve" else 0,
+            calibrated_every=run.get("calibrate_every", Preserve.calibrate_every), **common,
         )  # fmt: skip
         passes = run.get("accumulation") or 1 if given.batch_size == run.get("batch_size") else 1
         choice = partial(
@@ -295,6 +297,16 @@ def _num_trained(given: PlanOptions, run: Mapping[str, Any], subject: "Subject")
         selection = None
     is_full = "full" in words(run.get("controls"))
     return subject.num_weights if is_full else planning.num_selected(selection, given.ratio, subject)
+
+
+def _num_calibrated(run: Mapping[str, Any]) -> int:
+    """Prompts of a step of calibration, as `preserve` takes them."""
+    from safelocus.preservation.calibration import Calibration
+    from safelocus.preservation.mixing import PROMPTS
+
+    if run.get("calibrate") is None and run.get("lora_mode") == "patch":
+        return 0
+    return Calibration.batch_size * sum(each != NONE for each in run.get("calibrate") or PROMPTS)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -51,15 +51,15 @@ class Preserve(ProtectOptions, options.TrainOptions):
         "Keep the effective weights while training (exact), or correct them afterwards (patch).", default="exact"
     )
     calibrate: list[str] | None = option(
-        "Prompts whose answers the protected weights are calibrated to keep, by small steps of their own: "
-        "repeat it for harmful and harmless ones."
+        "Prompts, harmful and harmless ones, whose answers by the model as it was the protected weights are trained to "
+        "keep, by small steps of their own. May be repeated. none: they keep their bits.",
+        shown="embedded:refusals, embedded:ordinary, embedded:alarming",
     )
     calibrate_every: int = option("Steps of the task between two such steps.", default=4, min=1)
     calibrate_rate: float | None = option("Their learning rate.", shown="that of the training", min=0)
     mix: list[str] | None = option(
         "Prompts to mix into the task's rows, with the model's own answers, unless nothing is protected. May be "
-        "repeated. none: nothing.",
-        shown="embedded:refusals, embedded:ordinary, embedded:alarming",
+        "repeated."
     )
     mix_share: float = option("Their share of all rows.", default=1 / 6, shown="1/6")
     mask_listed: bool = flag("With --lexicon: where the task's answers say a listed expression, it is not learned.")
@@ -93,10 +93,15 @@ def preserve(given: Preserve) -> None:
         given = replace(given, learning_rate=2e-4 if given.lora else 2e-5)
     of_adapter = ("lora_rank", "lora_alpha", "lora_modules", "lora_mode", "merge")
     options.only_with(given, "an adapter (--lora)", given.lora, *of_adapter)
-    options.only_with(given, "--calibrate", bool(given.calibrate), "calibrate_every", "calibrate_rate")
+    options.check_none(given.calibrate, "--calibrate")
+    if given.calibrate is None and given.lora_mode == "patch":
+        given = replace(given, calibrate=[options.NONE])
+    is_calibrated = given.calibrate != [options.NONE]
+    options.only_with(given, "calibration (--calibrate)", is_calibrated, "calibrate_every", "calibrate_rate")
+    options.only_with(given, "rows that are mixed in (--mix)", bool(given.mix), "mix_share")
     if given.mask_listed and given.lexicon is None:
         raise SafelocusError("--mask-listed needs the list of expressions: --lexicon FILE")
-    if given.calibrate and given.lora and given.lora_mode == "patch":
+    if is_calibrated and given.lora_mode == "patch":
         raise SafelocusError("--calibrate needs --lora-mode exact: in patch the adapter changes the same weights")
     if given.save_dtype and given.lora and not given.merge:
         raise SafelocusError("--save-dtype is the type of a model that is saved; with --lora give --merge too")
@@ -117,8 +122,8 @@ def preserve(given: Preserve) -> None:
         found = run_preservation(
             target, located.selection, material.rows, material.learned, examination=examination,
             controls={name: located.control_later(target, name, seed=given.seed) for name in wanted},
-            lora=adapter if given.lora else None, calibration=_calibration(given, material, target),
-            mixed=_mixed(given, material, examination, target),
+            lora=adapter if given.lora else None, calibration=_calibration(given, material, examination, target),
+            mixed=_mixed(given, material, target),
             unlearned=sources.lexicon_for(given) if given.mask_listed else None, settings=given.settings(),
             every=given.eval_every, folder=folder, checkpoint=folder / CHECKPOINT, notes=remarks,
             progress=not given.json, **given.part(ProtectOptions),
@@ -169,16 +174,13 @@ def _read(given: Preserve) -> _Material:
         raise SafelocusError(f"--task {learned.name} is the task that is learned, which is measured anyway")
     if given.calibrate_rate is not None:
         replace(given, learning_rate=given.calibrate_rate).settings()  # refuses what is no rate
-    calibrated = [read_prompts(source) for source in given.calibrate or []]
-    options.check_none(given.mix, "--mix")
-    mixed = [read_prompts(each) for each in given.mix or PROMPTS if each != options.NONE]
+    calibrated = [read_prompts(each) for each in given.calibrate or PROMPTS if each != options.NONE]
+    mixed = [read_prompts(each) for each in given.mix or []]
     if mixed:
         Mixed(prompts=mixed, share=given.mix_share)  # refuses what is no share
-    if not mixed and given.mix_share != Preserve.mix_share:
-        raise SafelocusError(f"--mix-share is the share of mixed-in rows; with --mix {options.NONE} there are none")
     if harmful is not None:
         examination = Examination(harmful=harmful, harmless=harmless)
-        trained = [rows, *calibrated, *(mixed if given.mix else ())]
+        trained = [rows, *mixed, *(calibrated if given.calibrate else ())]
         check_apart(examination, trained, allow_seen=given.allow_seen)
         sources.check_unscored(given.prompts, harmful, allow_seen=given.allow_seen)
     elif not given.allow_seen:
@@ -204,7 +206,7 @@ def _stage(given: Preserve, material: _Material) -> "Callable[[Subject, tuple[Su
         return Training(
             target=subject, num_selected=planning.num_selected(given.selection, given.ratio, subject),
             kind="lora" if given.lora else "full", lora_rank=given.lora_rank, guards=guards,
-            calibrated=len(material.calibrated) * Calibration.batch_size,
+            calibrated=len(material.calibrated) * Calibration.batch_size, calibrated_every=given.calibrate_every,
             most=given.batch_size or given.rows, processes=distributed.world_size(),
             lengths=lengths,
         )  # fmt: skip
@@ -235,34 +237,42 @@ def _examination(
     return examination, remarks
 
 
-def _mixed(given: Preserve, material: _Material, examination: "Examination", target: "Target") -> "Mixed | None":
-    """What is mixed in: as given, else what is embedded, but for what is measured with."""
-    from safelocus.preservation.mixing import ANSWER_TOKENS, Mixed
+def _calibration(
+    given: Preserve, material: _Material, examination: "Examination", target: "Target"
+) -> "Calibration | None":
+    """On what is given, else on what is embedded, but for what is measured with."""
+    from safelocus.preservation.calibration import Calibration
 
-    prompts = material.mixed
-    if given.mix is None:
+    prompts = material.calibrated
+    if prompts and given.calibrate is None:
         for part in filter(None, (examination.harmful, examination.harmless)):
             prompts = [each.without(part) for each in prompts]
         sets = ", ".join(f"{each.source} ({len(each)})" for each in prompts)
         note(
-            f"no --mix: the model's own answers to some of {sets} come among the task's rows, and are generated first; "
-            f"--mix {options.NONE} for none of it"
+            f"no --calibrate: the protected weights are trained to keep the model's own answers to {sets}, which are "
+            f"generated first; --calibrate {options.NONE} leaves them their bits"
         )
         if gone := [each.source for each in prompts if not len(each)]:
-            mind([f"nothing of {', '.join(gone)} is mixed in: all of it is measured with; give others (--mix)"])
+            mind([f"nothing of {', '.join(gone)} is calibrated on: all of it is measured with (--calibrate: others)"])
         prompts = [each for each in prompts if len(each)]
-    thinks = target.chat.thinking or target.chat.opened is not None  # its answer comes after a thought
-    tokens = max(ANSWER_TOKENS, given.max_new_tokens) if thinks else ANSWER_TOKENS
-    how: dict[str, Any] = {"share": given.mix_share, "max_new_tokens": tokens, "seed": given.seed}
-    return Mixed(prompts=prompts, **how) if prompts else None
-
-
-def _calibration(given: Preserve, material: _Material, target: "Target") -> "Calibration | None":
-    from safelocus.preservation.calibration import Calibration
-
-    if not material.calibrated:
+    if not prompts:
         return None
     return Calibration(
-        target=target, prompts=material.calibrated, every=given.calibrate_every, learning_rate=given.calibrate_rate,
-        max_new_tokens=given.max_new_tokens, max_length=given.max_length, seed=given.seed,
+        target=target, prompts=prompts, every=given.calibrate_every, learning_rate=given.calibrate_rate,
+        max_new_tokens=_tokens(given, target), max_length=given.max_length, seed=given.seed,
     )  # fmt: skip
+
+
+def _mixed(given: Preserve, material: _Material, target: "Target") -> "Mixed | None":
+    from safelocus.preservation.mixing import Mixed
+
+    how: dict[str, Any] = {"share": given.mix_share, "max_new_tokens": _tokens(given, target), "seed": given.seed}
+    return Mixed(prompts=material.mixed, **how) if material.mixed else None
+
+
+def _tokens(given: Preserve, target: "Target") -> int:
+    """Of the model's own answers, which come after a thought where it thinks."""
+    from safelocus.preservation.mixing import ANSWER_TOKENS
+
+    thinks = target.chat.thinking or target.chat.opened is not None
+    return max(ANSWER_TOKENS, given.max_new_tokens) if thinks else ANSWER_TOKENS

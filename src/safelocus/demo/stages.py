@@ -256,7 +256,7 @@ def _learn(
     with at.run(
         name, command="preserve", model=at.model, selection=str(at.final / name / SELECTION), guard=GUARD, data=TASK[0],
         task_heldout=TASK[1], harmful=harmful, harmless=harmless_file, limit=sizes.num_harmful,
-        eval_every=every, look=LOOK, mix=["none"], **training, **config,
+        eval_every=every, look=LOOK, **training, **{"calibrate": ["none"], **config},
     ) as folder:  # fmt: skip
         found = run_preservation(
             target or load(at.model, dtype="float32"), held, prompts, task.limit(sizes.num_harmful, seed=at.seed),

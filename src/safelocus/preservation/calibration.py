@@ -30,7 +30,7 @@ from safelocus import distributed
 from safelocus.errors import NumericalError, TrainingError
 from safelocus.evaluation.divergence import divergence, likeliest
 from safelocus.model.target import Target
-from safelocus.preservation.mixing import ANSWER_TOKENS, PROMPTS, sets_of
+from safelocus.preservation.mixing import ANSWER_TOKENS, embedded, sets_of
 from safelocus.prompts import PromptSet
 from safelocus.run.tensors import TensorFile
 from safelocus.selection.sparse import Site, averaged_norm, requiring_gradients
@@ -60,7 +60,7 @@ class Calibration:
     """
 
     target: Target
-    prompts: Sequence[PromptSet | str | Path] = PROMPTS
+    prompts: Sequence[PromptSet] = field(default_factory=embedded)
     every: int = 4
     learning_rate: float | None = None
     batch_size: int = 8

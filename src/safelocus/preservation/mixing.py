@@ -1,7 +1,7 @@
 """Mixing: rows of the model's own answers among a task's rows, so that it goes on answering as it did.
 
-The practitioner's remedy, which needs no weights to be found and goes with whatever trains the model; on a real model
-it kept more refusals than freezing or calibrating (docs/results/real-preserve.md).
+The practitioner's remedy, which needs no weights to be found and goes with whatever trains the model
+(docs/results/real-preserve.md).
 
     Mixed   prompts and a share, for `run_preservation`
     mix     the same for a data set that a trainer takes
@@ -180,6 +180,11 @@ def mix(
         nothing["chat_template_kwargs"] = rows[0]["chat_template_kwargs"]
     added = Dataset.from_list([nothing | write(example) for example in said], features=rows.features)
     return concatenate_datasets([rows, added]).shuffle(seed=seed).with_format(**shown)
+
+
+def embedded() -> tuple[PromptSet, ...]:
+    """The sets that come with the package, harmful and harmless."""
+    return sets_of(PROMPTS)
 
 
 def sets_of(prompts: Sequence[PromptSet | str | Path] | PromptSet | str | Path) -> tuple[PromptSet, ...]:

@@ -127,7 +127,7 @@ def run_preservation(
         remarks.append(
             f"{len(mixture) - len(data)} of {len(rows)} rows are the model's own answers to {sources}"
             f"{', but in the unprotected arm' if unprotected else ''}; what they do is not told apart from what "
-            "holding weights does (--mix none leaves them out)"
+            "holding weights does"
         )
     asked = [*sets[1:], *([data] if task.source == data.source else [])]
     remarks += [*lacking, *examination.only_first, *(said for part in asked if (said := part.only_first))]

@@ -38,6 +38,7 @@ class Lengths:
         row: of a training row.
         answer: of it, those with a loss; None: all.
         retained: of a row to retain; None: as `row`.
+        own: of the model's own answers that it is calibrated on.
     """
 
     prompt: int = 64
@@ -45,6 +46,7 @@ class Lengths:
     row: int = 512
     answer: int | None = None
     retained: int | None = None
+    own: int = 64
 
     @property
     def both(self) -> int:
@@ -295,7 +297,7 @@ class Training(_Stage):
         kind: "sparse" (enhance), "full" or "lora" (preserve).
         retained_rows: rows to retain beside each row (enhance).
         lora_rank: of the adapter.
-        calibrated: prompts of a step of calibration (preserve).
+        calibrated: prompts of a step of calibration, which comes after so many of the training (preserve).
         guards: that judge beside it.
         processes: that share the rows of every batch.
     """
@@ -305,6 +307,7 @@ class Training(_Stage):
     retained_rows: int = 0
     lora_rank: int = 16
     calibrated: int = 0
+    calibrated_every: int = 4
     guards: tuple[Subject, ...] = ()
     processes: int = 1
 
@@ -339,9 +342,10 @@ class Training(_Stage):
         )  # fmt: skip
         phases = {"step": Phase(*step), "looks": Phase(self._generation(_LOOKED_AT).peak)}
         if own := -(-self.calibrated // self.processes):  # the gradients of the task are gone by then
-            said = Pass(own, lengths.both, own * lengths.response)
+            said = Pass(own, lengths.prompt + lengths.own, own * lengths.own)
             asked = self.target.rehearse(said, trained="eligible", checkpointing=settings.checkpointing, rank=rank)
-            phases["calibration"] = Phase(asked.peak)
+            passes_between = self.calibrated_every * settings.accumulation
+            phases["calibration"] = Phase(asked.peak, round(asked.operations / passes_between))
         return phases
 
     def _batches(self, settings: Settings, number: int) -> float:
