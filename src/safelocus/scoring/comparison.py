@@ -9,7 +9,7 @@ Input: two `Selection`s or two `Scores` of models with the same tensors (sibling
 `SelectionComparison` or `ScoreComparison` of plain numbers.
 """
 
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from math import gcd
 from typing import Any, overload
@@ -17,9 +17,10 @@ from typing import Any, overload
 import numpy as np
 import torch
 from scipy import stats
+from torch import Tensor
 
 from safelocus.errors import SelectionError
-from safelocus.model.layout import Layout, Matrix
+from safelocus.model.layout import Layout, Matrix, TensorLayout
 from safelocus.scoring.scores import Scores
 from safelocus.selection.selection import Selection, check_same_shapes
 
@@ -183,11 +184,12 @@ def _compare_scores(a: Scores, b: Scores, ratio: float, max_ranked: int) -> Scor
     _check_same_layout(a.layout, b.layout)
     top = _compare_selections(a.select(ratio), b.select(ratio))
     stride = _stride(a.layout, max_ranked)
-    ranked_a, ranked_b, component = _sample(a, b, stride)
+    ranked_a, ranked_b = (_ranked(scores, a.layout, stride) for scores in (a, b))
     names = list(dict.fromkeys(m.component for m in a.layout.matrices if m.eligible))
     sizes = {
         name: sum(m.num_weights for m in a.layout.matrices if m.component == name and m.eligible) for name in names
     }
+    component = _components(a.layout, names, stride)
     return ScoreComparison(
         a={key: value for key, value in a.provenance.to_json().items() if key != "fingerprint"},
         b={key: value for key, value in b.provenance.to_json().items() if key != "fingerprint"},
@@ -201,6 +203,18 @@ def _compare_scores(a: Scores, b: Scores, ratio: float, max_ranked: int) -> Scor
     )
 
 
+def correlate(a: Scores, b: Scores) -> Correlation:
+    """Of all weights together: what `compare` says of that, without the components.
+
+    Raises:
+        SelectionError: as for `compare`.
+    """
+    _check_same_layout(a.layout, b.layout)
+    stride = _stride(a.layout, _MAX_RANKED)
+    ranked_a, ranked_b = (_ranked(scores, a.layout, stride) for scores in (a, b))
+    return _correlate(ranked_a, ranked_b, a.layout.num_eligible, stride)
+
+
 def _stride(layout: Layout, max_ranked: int) -> int:
     """The smallest stride that is small enough a sample and shares no factor with any dimension."""
     stride = max(1, -(-layout.num_eligible // max_ranked))
@@ -210,21 +224,32 @@ def _stride(layout: Layout, max_ranked: int) -> int:
     return stride
 
 
-def _sample(a: Scores, b: Scores, stride: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Every `stride`-th eligible weight over all tensors: scores of a, of b, and component numbers."""
-    names = list(dict.fromkeys(m.component for m in a.layout.matrices if m.eligible))
-    values: tuple[list[np.ndarray], list[np.ndarray], list[np.ndarray]] = ([], [], [])
+def _sampled(layout: Layout, stride: int) -> Iterator[tuple[TensorLayout, Tensor]]:
+    """Every `stride`-th eligible weight over all tensors: (tensor, flat indices)."""
     start = 0  # of the next tensor's first sampled weight, within that tensor
-    for name in a.layout.eligible_tensors:
-        tensor = a.layout.tensors[name]
+    for name in layout.eligible_tensors:
+        tensor = layout.tensors[name]
         flat_index = torch.arange(start, max(start, tensor.num_weights), stride)
         start = start + flat_index.numel() * stride - tensor.num_weights
+        yield tensor, flat_index
+
+
+def _ranked(scores: Scores, layout: Layout, stride: int) -> np.ndarray:
+    """The sampled scores, in the order of this layout."""
+    found = []
+    for tensor, flat_index in _sampled(layout, stride):
+        flat = scores[tensor.name].detach().reshape(-1)
+        found.append(flat[flat_index.to(flat.device)].cpu().numpy())
+    return np.concatenate(found)
+
+
+def _components(layout: Layout, names: list[str], stride: int) -> np.ndarray:
+    """The place in `names` of each sampled weight's component."""
+    found = []
+    for tensor, flat_index in _sampled(layout, stride):
         of_matrix = torch.tensor([names.index(matrix.component) for matrix in tensor.matrices], dtype=torch.int8)
-        for scores, found in ((a, values[0]), (b, values[1])):
-            flat = scores.tensors[name].detach().reshape(-1)
-            found.append(flat[flat_index.to(flat.device)].cpu().numpy())
-        values[2].append(of_matrix[tensor.matrix_of(flat_index)].numpy())
-    return np.concatenate(values[0]), np.concatenate(values[1]), np.concatenate(values[2])
+        found.append(of_matrix[tensor.matrix_of(flat_index)].numpy())
+    return np.concatenate(found)
 
 
 def _correlate(a: np.ndarray, b: np.ndarray, num_weights: int, stride: int) -> Correlation:

@@ -26,7 +26,7 @@ from safelocus.progress import track
 from safelocus.prompts import PromptSet, read_prompts
 from safelocus.run.files import read_json, seal, write_json
 from safelocus.run.resume import claim
-from safelocus.scoring.comparison import Overlap, compare
+from safelocus.scoring.comparison import Overlap, compare, correlate
 from safelocus.scoring.run import Method, score
 from safelocus.scoring.scores import Scores
 from safelocus.selection.ratio import count_for_ratio
@@ -52,7 +52,7 @@ class ScoreAgreement:
     rho: float | None
 
     def to_json(self) -> dict[str, Any]:
-        return {**asdict(self), "overlap": asdict(self.overlap)}
+        return asdict(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -266,13 +266,9 @@ def _agreements(
         for number in {i, j} - set(held):
             found = kept[number]
             held[number] = Scores.load(found) if isinstance(found, Path) else found
-        rho = None
-        for place, ratio in enumerate(ratios):
-            if place == 0:
-                whole = compare(held[i], held[j], ratio=ratio)
-                overlap, rho = whole.top.overall, whole.correlation.rho
-            else:
-                overlap = compare(held[i].select(ratio), held[j].select(ratio)).overall
+        rho = correlate(held[i], held[j]).rho
+        for ratio in ratios:
+            overlap = compare(held[i].select(ratio), held[j].select(ratio)).overall
             yield ScoreAgreement(kind=jobs[i][0], a=jobs[i][1], b=jobs[j][1], ratio=ratio, overlap=overlap, rho=rho)
 
 
