@@ -106,6 +106,11 @@ def merged(mapping: Mapping[Any, T]) -> dict[Any, T]:
     return {key: value for part in gather_objects(dict(mapping)) for key, value in part.items()}
 
 
+def united(items: Iterable[T]) -> list[T]:
+    """Every process's items, each once, in their order; the same in all."""
+    return list(dict.fromkeys(item for part in gather_objects(list(items)) for item in part))
+
+
 def check_same(inputs: Mapping[str, Any]) -> None:
     """Raise RunError unless all processes were given the same inputs."""
     given = gather_objects(dict(inputs))

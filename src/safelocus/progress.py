@@ -1,6 +1,6 @@
 """One way to show progress: a bar on the error stream, silent where it is off or nobody looks."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Sized
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -40,9 +40,14 @@ def track(
     start: int = 0,
     unit: Callable[[T], int] = lambda _: 1,
 ) -> Iterator[T]:
-    """Yield `items[start:]` under a progress bar; `unit` says how much each counts (a batch: its prompts)."""
+    """Yield `items[start:]` under a progress bar; `unit` says how much each counts (a batch: `size_of`)."""
     units = [unit(item) for item in items]
     with progress_bar(description, sum(units), enabled=enabled, start=sum(units[:start])) as advance:
         for item, size in zip(items[start:], units[start:], strict=True):
             yield item
             advance(size)
+
+
+def size_of(batch: Sized | None) -> int:
+    """`unit` for batches; those that only keep in step with other processes are None, and count nothing."""
+    return len(batch or ())

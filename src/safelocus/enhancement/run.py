@@ -215,7 +215,7 @@ def enhancer(
             "how far to go back (interpolate) is chosen by a validation part; give one: "
             "validation=sl.Examination(harmful=..., harmless=...)"
         )
-    prompts, sets = _read(data), _sets(retain)
+    prompts, sets = read_prompts(data), _sets(retain)
     retained = settled(
         {
             "retain_kl": retain_kl, "retain_weight": retain_weight, "retain_rows": retain_rows,
@@ -289,19 +289,15 @@ def _patch(runner: Runner, selection: Selection, trial: Trial) -> Patch:
     return Patch.of(runner.target, selection, new=trial.values, metadata=made)
 
 
-def _read(source: Source) -> PromptSet:
-    return source if isinstance(source, PromptSet) else read_prompts(source)
-
-
 def _sets(source: Source | Sequence[PromptSet | str | Path] | None) -> list[PromptSet]:
     """One set or several; a PromptSet is a sequence too, but not of sets."""
     if source is None:
         return []
     if isinstance(source, list | tuple) and all(isinstance(part, PromptSet | str | Path) for part in source):
         try:
-            return [_read(part) for part in source]
+            return [read_prompts(part) for part in source]
         except PromptError as error:
             raise PromptError(
                 f"{error} (A list of texts names sets to retain; give prompts as read_prompts([...]))"
             ) from error
-    return [_read(source)]
+    return [read_prompts(source)]

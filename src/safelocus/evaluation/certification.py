@@ -19,7 +19,7 @@ error shared out among the prompts.
 import hashlib
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import combinations, islice
 from math import comb, inf
 from pathlib import Path
@@ -274,8 +274,7 @@ class Certification:
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON."""
-        one = {name: measure and measure.to_json() for name, measure in vars(self).items() if "flagged" in name}
-        return {**vars(self), "certified": [measure.to_json() for measure in self.certified], **one}
+        return asdict(self)
 
 
 def certify_erasing(

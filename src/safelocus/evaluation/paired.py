@@ -6,7 +6,7 @@ left out of that measure. Differences are second minus first.
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from safelocus.errors import RunError
@@ -33,13 +33,7 @@ class EvaluationComparison:
     notes: list[str] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
-        return {
-            "differences": {name: difference.to_json() for name, difference in self.differences.items()},
-            "num_pairs": self.num_pairs,
-            "num_only_first": self.num_only_first,
-            "num_only_second": self.num_only_second,
-            "notes": self.notes,
-        }
+        return asdict(self)
 
 
 def compare_evaluations(first: Evaluation, second: Evaluation, *, seed: int = 0) -> EvaluationComparison:

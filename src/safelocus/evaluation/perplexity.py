@@ -15,7 +15,7 @@ from safelocus import distributed
 from safelocus.model.forcing import Forced, batches_by_length, teacher_force
 from safelocus.model.generation import longest_prompt
 from safelocus.model.target import Target
-from safelocus.progress import track
+from safelocus.progress import size_of, track
 from safelocus.prompts import PromptSet
 
 T = TypeVar("T")
@@ -60,7 +60,7 @@ def along(
     batches = [[fitting[i] for i in batch] for batch in batches_by_length(lengths, batch_size)]
     own = distributed.share(batches, in_step=target.is_sharded)
     here: dict[int, T] = {}
-    for share in track(own, "reading", enabled=progress and distributed.is_main(), unit=lambda b: len(b or ())):
+    for share in track(own, "reading", enabled=progress and distributed.is_main(), unit=size_of):
         batch = batches[-1] if share is None else share  # through a sharded model all pass together
         forced = teacher_force(target, [pairs[i][0] for i in batch], [pairs[i][1] for i in batch])
         here |= zip(batch, read(forced, batch), strict=True)

@@ -19,7 +19,7 @@ from safelocus.model.forcing import batches_by_length
 from safelocus.model.generation import NO_NUMBER, generate_from, longest_prompt
 from safelocus.model.target import Target
 from safelocus.model.thought import UNFINISHED, split
-from safelocus.progress import track
+from safelocus.progress import size_of, track
 from safelocus.run.resume import Journal, Key
 
 
@@ -259,7 +259,7 @@ def collect(
     answering = innermost(responder)
     in_step = isinstance(answering, TargetResponder) and answering.target.is_sharded
     own = distributed.share([batch for batch in remaining if batch], in_step=in_step)
-    for batch in track(own, "answering", enabled=progress and distributed.is_main(), unit=_size):
+    for batch in track(own, "answering", enabled=progress and distributed.is_main(), unit=size_of):
         if batch is None:  # through a sharded model all pass together: along with the others, for nothing
             _respond(responder, batches[-1][-1:])
             continue
@@ -279,10 +279,6 @@ def _told_apart(reply: Reply) -> Reply:
     if not found.finished:
         return replace(reply, text=None, failure=UNFINISHED, thought=found.thought)
     return replace(reply, text=reply.text[found.start :].strip(), thought=found.thought)
-
-
-def _size(batch: Sequence[Request] | None) -> int:
-    return len(batch or ())
 
 
 def _respond(responder: Responder, batch: Sequence[Request]) -> list[Reply]:

@@ -74,7 +74,7 @@ class GradientAccumulator:
             finite = torch.stack([flags[name] for name in names]).tolist()
             bad += [name for name, is_finite in zip(names, finite, strict=True) if not is_finite]
         if self.is_sharded:  # what one process sees in its rows ends the run on all of them
-            bad = list(dict.fromkeys(name for part in distributed.gather_objects(bad) for name in part))
+            bad = distributed.united(bad)
         if bad:
             raise NumericalError(
                 f"gradients of {len(bad)} tensors are NaN or infinite in {batch}, first of them {bad[0]}. "

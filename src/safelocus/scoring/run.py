@@ -35,7 +35,7 @@ from safelocus.model.generation import as_used, generate
 from safelocus.model.layout.tensor import TensorLayout
 from safelocus.model.target import Target, check_device, is_exhausted
 from safelocus.objective import Objective, describe
-from safelocus.progress import track
+from safelocus.progress import size_of, track
 from safelocus.prompts import PromptSet, read_prompts
 from safelocus.run.identity import Identity
 from safelocus.run.resume import Snapshots, StopAtBoundary, claim
@@ -94,7 +94,7 @@ def score(
         >>> scores.select(ratio=0.01).k
         12709
     """
-    prompt_set = prompts if isinstance(prompts, PromptSet) else read_prompts(prompts)
+    prompt_set = read_prompts(prompts)
     _check(method, objective, batch_size, prompt_set)
     check_device(accumulate_on, "accumulate_on")
     layout = target.layout
@@ -285,7 +285,7 @@ def _accumulate(
         ) as boundary,
     ):
         shown = progress and distributed.is_main()
-        for number, batch in enumerate(track(own, "scoring", enabled=shown, start=done, unit=_size), start=done):
+        for number, batch in enumerate(track(own, "scoring", enabled=shown, start=done, unit=size_of), start=done):
             where = _where(batches, number, in_step=in_step)
             if batch is None:
                 _keep_step(target, texts[batches[-1][-1]], objective, routing)
@@ -302,10 +302,6 @@ def _accumulate(
             distributed.all_reduce_sum(total)
     values = distributed.merged(values)
     return [values[i] for i in range(len(texts))]
-
-
-def _size(batch: list[int] | None) -> int:
-    return len(batch or ())
 
 
 def _where(batches: Sequence[list[int]], number: int, *, in_step: bool) -> str:
@@ -390,7 +386,7 @@ def _input_norms(
     """||X_j|| of every weight's input over prompts and the target's own answers, broadcastable to the weight."""
     norms = InputNorms(weights, target.layout.tensors)
     own = distributed.share(_by_length(target, prompts.texts, batch_size))
-    for batch in track(own, "scoring", enabled=progress and distributed.is_main(), unit=_size):
+    for batch in track(own, "scoring", enabled=progress and distributed.is_main(), unit=size_of):
         texts = [prompts.texts[i] for i in batch or ()]
         with torch.no_grad():
             answers = [list(r.ids) for r in generate(target, texts, max_new_tokens=max_new_tokens)]

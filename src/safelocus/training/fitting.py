@@ -269,8 +269,8 @@ class _Watch(TrainerCallback):
 def _check_finite(model: Any) -> None:
     """What the last step made of the weights no later loss would show. All processes find the same."""
     trained = trained_weights(model)
-    bad = [name for name, weight in trained.items() if not bool(distributed.local(weight.detach()).isfinite().all())]
-    if bad := list(dict.fromkeys(name for part in distributed.gather_objects(bad) for name in part)):
+    own = [name for name, weight in trained.items() if not bool(distributed.local(weight.detach()).isfinite().all())]
+    if bad := distributed.united(own):
         raise NumericalError(
             f"{len(bad)} of the trained tensors hold NaN or infinity, first of them {bad[0]}: training diverged. "
             "Lower the learning rate, or train in bf16 or fp32, not fp16"
