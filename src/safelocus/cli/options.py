@@ -123,7 +123,7 @@ class PromptOptions(FieldOptions):
 
         found = read_prompts(self.prompts, field=self.field, where=conditions(self.where))
         kept, left_out = found.split(held_out) if held_out else (found, None)
-        return kept if self.limit is None else kept.limit(self.limit), left_out
+        return kept.limit(self.limit), left_out
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,6 +142,11 @@ class DescriptionOption(Options):
 @dataclass(frozen=True, kw_only=True)
 class GuardOptions(DescriptionOption):
     guard: str | None = option("Guard model: folder, hub id or organism:guard.")
+
+    @property
+    def described(self) -> dict[str, Any]:
+        """Which guard is described how, for `load_judges`."""
+        return {"description": self.guard_description, "of": self.guard}
 
 
 @dataclass(frozen=True, kw_only=True)

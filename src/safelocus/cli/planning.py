@@ -221,7 +221,7 @@ def settle(given: Train, make_stage: "Callable[[Subject, tuple[Subject, ...]], T
 
     def make() -> "Choice":
         return choose_training(
-            make_stage(model.subject(), model.readers(judging(given)[0])), model.devices(), batch_size=size,
+            make_stage(model.subject(), model.readers(judging(given))), model.devices(), batch_size=size,
             accumulation=passes, checkpointing=given.checkpointing, given=is_given, **model.placement,
         )  # fmt: skip
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from itertools import compress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +26,6 @@ def read_sets(
     where: list[str] | None = None,
     *,
     held_out: float = 0.0,
-    with_responses: bool = False,
     limit: int | None = None,
     seed: int = 0,
 ) -> "list[PromptSet]":
@@ -36,13 +34,14 @@ def read_sets(
 
     found = [read_prompts(source, field=field, where=options.conditions(where)) for source in sources or []]
     found = [each.split(held_out)[1] for each in found] if held_out else found
-    found = [each.with_responses() for each in found] if with_responses else found
-    return found if limit is None else [each.limit(limit, seed=seed) for each in found]
+    return [each.limit(limit, seed=seed) for each in found]
 
 
 def texts(source: str | None, limit: int | None, seed: int) -> "list[PromptSet]":
     """Prompts with responses whose perplexity is measured, where some are given."""
-    return read_sets([source] if source else None, with_responses=True, limit=limit, seed=seed)
+    from safelocus.prompts import read_prompts
+
+    return [read_prompts(source).with_responses().limit(limit, seed=seed)] if source else []
 
 
 def fitting(prompts: "PromptSet", target: "Target", max_new_tokens: int = 0, *, openings: bool = False) -> "PromptSet":
@@ -55,27 +54,27 @@ def fitting(prompts: "PromptSet", target: "Target", max_new_tokens: int = 0, *, 
     Raises:
         PromptError: none is left.
     """
-    from safelocus.errors import PromptError
     from safelocus.model.generation import longest_prompt
     from safelocus.objective import Refusal
+    from safelocus.prompts import only
 
     room, chat = longest_prompt(target, max_new_tokens), target.chat
     fits = [len(chat.encode_prompt(text)) <= room for text in prompts.texts]
     if openings:
         fits = [each and also for each, also in zip(fits, Refusal().fits(target, prompts.texts), strict=True)]
     beside = f"{max_new_tokens} new tokens" if max_new_tokens else "the refusal openings" if openings else "nothing"
-    if not any(fits):
-        raise PromptError(
-            f"{prompts.source}: no prompt fits; {target.name} has positions for {room} tokens and {beside}"
-        )
+    otherwise = f"{prompts.source}: no prompt fits; {target.name} has positions for {room} tokens and {beside}"
+    found = only(prompts, fits, otherwise=otherwise)
     if not all(fits):
         note(f"left out {fits.count(False)} of {len(fits)} prompts: the model has no room for them and {beside}")
-    return replace(prompts, examples=tuple(compress(prompts.examples, fits)))
+    return found
 
 
 def harmless_prompts(source: str | None, limit: int | None, seed: int) -> "PromptSet | None":
     """The prompts that should be answered, where some are given."""
-    return next(iter(read_sets([source] if source else None, limit=limit, seed=seed)), None)
+    from safelocus.prompts import read_prompts
+
+    return read_prompts(source).limit(limit, seed=seed) if source else None
 
 
 def read_tasks(sources: list[str] | None, limit: int | None, seed: int) -> "list[Task]":
@@ -93,7 +92,7 @@ def read_tasks(sources: list[str] | None, limit: int | None, seed: int) -> "list
             task = replace(task, name=task.source)
             if task.name in [other.name for other in tasks]:
                 raise SafelocusError(f"--task {text}: given twice; leave one out")
-        tasks.append(task if limit is None else task.limit(limit, seed=seed))
+        tasks.append(task.limit(limit, seed=seed))
     return tasks
 
 
@@ -291,7 +290,7 @@ def unscored_prompts(
         PromptError: nothing is left, or the source is not known.
     """
     from safelocus.errors import PromptError
-    from safelocus.prompts import prompt_hash, read_prompts
+    from safelocus.prompts import only, prompt_hash, read_prompts
 
     if source is not None:
         return read_prompts(source, field=field, where=where)
@@ -308,13 +307,11 @@ def unscored_prompts(
     if allow_seen:
         return prompts
     seen = set(used)
-    left = tuple(example for example in prompts.examples if prompt_hash(example.prompt) not in seen)
-    if not left:
-        raise PromptError(
-            f"{provenance.prompts}: all {len(prompts)} prompts were used to find these weights; give others to "
-            f"measure with ({option}), or leave some out next time (score --held-out 0.5)"
-        )
-    return replace(prompts, examples=left)
+    return only(
+        prompts, (prompt_hash(each) not in seen for each in prompts.texts),
+        otherwise=f"{provenance.prompts}: all {len(prompts)} prompts were used to find these weights; give others to "
+        f"measure with ({option}), or leave some out next time (score --held-out 0.5)",
+    )  # fmt: skip
 
 
 def check_whole(place: options.PlaceOptions, given: Mapping[str, bool]) -> None:
@@ -345,20 +342,17 @@ def check_unscored(prompts: str | None, harmful: "PromptSet", *, allow_seen: boo
 
 def judges_for(given: options.TrainOptions) -> "tuple[Judge, ...]":
     """Those named; else the guard and the lexicon that the weights are found with."""
-    names, described = judging(given)
-    return tuple(load_judges(names, **described, **given.guards))
+    return tuple(load_judges(judging(given), **given.described, **given.guards))
 
 
 def check_judges_for(given: options.TrainOptions) -> None:
     """`check_judges` of `judges_for`."""
-    names, described = judging(given)
-    check_judges(names, **described, trust_remote_code=given.trust_remote_code)
+    check_judges(judging(given), **given.described, trust_remote_code=given.trust_remote_code)
 
 
-def judging(given: options.TrainOptions) -> tuple[list[str], dict[str, Any]]:
-    """(the judges' names, which guard is described how)"""
-    described: dict[str, Any] = {"description": given.guard_description, "of": given.guard}
-    return given.judge or judge_names(given.guard, given.lexicon), described
+def judging(given: options.TrainOptions) -> list[str]:
+    """The judges' names."""
+    return given.judge or judge_names(given.guard, given.lexicon)
 
 
 def runs_for_card(given: options.TrainOptions) -> "list[CardRun]":

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from safelocus.cli import locating, options, planning, sources
 from safelocus.cli.command import RunOptions, command, option
@@ -81,8 +81,7 @@ def verify(given: Verify) -> None:
     prompts = sources.unscored_prompts(
         given.prompts, provenance, field=given.field, where=options.conditions(given.where),
         allow_seen=given.allow_seen,
-    )  # fmt: skip
-    prompts = prompts if given.limit is None else prompts.limit(given.limit, seed=given.seed)
+    ).limit(given.limit, seed=given.seed)  # fmt: skip
     mind(check_unseen(named, prompts, allow_seen=given.allow_seen))
     harmless = sources.harmless_prompts(given.harmless, given.limit, given.seed)
     tasks = sources.read_tasks(given.task, given.limit, given.seed)
@@ -99,7 +98,7 @@ def verify(given: Verify) -> None:
             method, provenance, given.scores[0], guard=given.guard, guard_description=given.guard_description,
             trust_remote_code=given.trust_remote_code,
         )  # fmt: skip
-    given, asked, described = _judging(given, provenance)
+    given, asked = _judging(given, provenance)
     given = planning.resumed(given, "batch_size")
     batch_size, device = planning.answering_settings(
         planning.Model.of(given), [prompts, *([harmless] if harmless else []), *tasks],
@@ -115,7 +114,7 @@ def verify(given: Verify) -> None:
         source = None
         if given.transplant_from is not None:
             source = replace(given, model=given.transplant_from, revision=None).load()
-        judges = sources.load_judges(asked, **described, **given.guards)
+        judges = sources.load_judges(asked, **given.described, **given.guards)
         if not given.json:
             note(prompts.describe())
         for method in missing:
@@ -143,17 +142,16 @@ def verify(given: Verify) -> None:
         )  # fmt: skip
 
 
-def _judging(given: Verify, provenance: "Provenance") -> tuple[Verify, list[str], dict[str, Any]]:
-    """(options with the scores' own judges where none are given, the judges' names, how the guard is described)"""
+def _judging(given: Verify, provenance: "Provenance") -> tuple[Verify, list[str]]:
+    """(options with the scores' own judges where none are given, the judges' names)"""
     if not (given.judge or given.guard or given.lexicon):
         given = replace(
             given, guard=sources.guard_of(provenance), lexicon=sources.lexicon_of(provenance),
             guard_description=given.guard_description or locating.description_of(given.scores[0]),
         )  # fmt: skip
     names = sources.judge_names(given.guard, given.lexicon, given.judge or ())
-    described: dict[str, Any] = {"description": given.guard_description, "of": given.guard}
-    sources.check_judges(names, **described, trust_remote_code=given.trust_remote_code)
-    return given, names, described
+    sources.check_judges(names, **given.described, trust_remote_code=given.trust_remote_code)
+    return given, names
 
 
 def _num_disturbed(artefact: "Scores | Selection", ratios: Sequence[float]) -> int:

@@ -16,7 +16,6 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib import resources
-from itertools import compress
 from typing import Any, Protocol
 
 import torch
@@ -29,7 +28,7 @@ from safelocus.model.layout import canonical_name
 from safelocus.model.target import Target
 from safelocus.objective import Refusal
 from safelocus.progress import track
-from safelocus.prompts import PromptSet
+from safelocus.prompts import PromptSet, only
 from safelocus.run.identity import digest
 
 Batches = list[list[list[int]]]  # of prompts as token ids
@@ -287,10 +286,8 @@ def _attention_outputs(target: Target) -> list[nn.Module]:
 
 
 def _fitting(target: Target, prompts: PromptSet) -> PromptSet:
-    fits = Refusal().fits(target, prompts.texts)
-    if not any(fits):
-        raise PromptError(f"{prompts.source}: no prompt fits the positions of {target.name}; give shorter ones")
-    return replace(prompts, examples=tuple(compress(prompts.examples, fits)))
+    otherwise = f"{prompts.source}: no prompt fits the positions of {target.name}; give shorter ones"
+    return only(prompts, Refusal().fits(target, prompts.texts), otherwise=otherwise)
 
 
 def _batches(target: Target, prompts: PromptSet, batch_size: int) -> Batches:

@@ -14,7 +14,6 @@ Errors are `PromptError`s.
 """
 
 import json
-import random
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -23,7 +22,7 @@ from typing import Any
 
 from safelocus.errors import PromptError
 from safelocus.evaluation.matching import MATCHES, Match, extract, is_right, parse_number
-from safelocus.prompts import Example, PromptSet, normalise, prompt_hash, read_prompts, rows_where
+from safelocus.prompts import Example, PromptSet, limited, normalise, prompt_hash, read_prompts, rows_where
 from safelocus.prompts.sources import READERS, read_cells, read_file
 from safelocus.run.identity import digest
 
@@ -76,14 +75,9 @@ class Task(Sequence[TaskExample]):
             return replace(self, examples=self.examples[index])
         return self.examples[index]
 
-    def limit(self, num: int, seed: int | None = None) -> "Task":
-        """At most `num` examples: the first ones, or with a `seed` a random sample in the source's order."""
-        if num < 1:
-            raise PromptError(f"expected a limit of at least one question, found {num}.")
-        if seed is None or num >= len(self):
-            return replace(self, examples=self.examples[:num])
-        chosen = sorted(random.Random(seed).sample(range(len(self)), num))
-        return replace(self, examples=tuple(self.examples[index] for index in chosen))
+    def limit(self, num: int | None, seed: int | None = None) -> "Task":
+        """At most `num` examples (None: all): the first, or with a `seed` a random sample, in the source's order."""
+        return replace(self, examples=limited(self.examples, num, seed, "question"))
 
     def grade(self, example: TaskExample, response: str) -> tuple[str | None, bool]:
         """(what the response answered, or None where that cannot be told; whether it is right)."""

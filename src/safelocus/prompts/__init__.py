@@ -18,8 +18,9 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import compress
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, TypeVar, overload
 
 from safelocus.errors import PromptError
 from safelocus.prompts.fields import Example, Prompt, as_text, read_row, resolve_columns
@@ -27,6 +28,8 @@ from safelocus.prompts.sources import Row, from_objects, origin, parse_hub, read
 from safelocus.run.identity import digest
 
 __all__ = ["Example", "Prompt", "PromptSet", "normalise", "origin", "prompt_hash", "read_prompts"]
+
+T = TypeVar("T")
 
 
 def normalise(prompt: str) -> str:
@@ -44,6 +47,26 @@ def normalise(prompt: str) -> str:
 def prompt_hash(prompt: str) -> str:
     """16 hexadecimal digits of a prompt's normal form."""
     return _digest(normalise(prompt))[:8].hex()
+
+
+def limited(examples: tuple[T, ...], num: int | None, seed: int | None, what: str) -> tuple[T, ...]:
+    """What `PromptSet.limit` leaves of examples; `what` each is, for a PromptError where the limit is none."""
+    if num is None:
+        return examples
+    if num < 1:
+        raise PromptError(f"expected a limit of at least one {what}, found {num}.")
+    if seed is None or num >= len(examples):
+        return examples[:num]
+    chosen = sorted(random.Random(seed).sample(range(len(examples)), num))
+    return tuple(examples[index] for index in chosen)
+
+
+def only(prompts: "PromptSet", flags: Iterable[bool], *, otherwise: str) -> "PromptSet":
+    """The prompts whose flag is true; a PromptError of these words where there are none."""
+    examples = tuple(compress(prompts.examples, flags))
+    if not examples:
+        raise PromptError(otherwise)
+    return replace(prompts, examples=examples)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,14 +140,9 @@ class PromptSet(Sequence[Example]):
             )
         return replace(self, examples=tuple(sides[0])), replace(self, examples=tuple(sides[1]))
 
-    def limit(self, num: int, seed: int | None = None) -> "PromptSet":
-        """At most `num` examples: the first ones, or with a `seed` a random sample in the source's order."""
-        if num < 1:
-            raise PromptError(f"expected a limit of at least one prompt, found {num}.")
-        if seed is None or num >= len(self):
-            return self[:num]
-        chosen = sorted(random.Random(seed).sample(range(len(self)), num))
-        return replace(self, examples=tuple(self.examples[index] for index in chosen))
+    def limit(self, num: int | None, seed: int | None = None) -> "PromptSet":
+        """At most `num` examples (None: all): the first, or with a `seed` a random sample, in the source's order."""
+        return replace(self, examples=limited(self.examples, num, seed, "prompt"))
 
     def where(self, **conditions: str) -> "PromptSet":
         """The examples whose fields have these values (case aside): `prompts.where(label="safe")`."""

@@ -76,8 +76,8 @@ class Examination:
             "judges": [judge.describe() for judge in self.judges],
         }
 
-    def smaller(self, num: int, seed: int) -> "Examination":
-        """With so many prompts and questions of each kind, at most."""
+    def smaller(self, num: int | None, seed: int) -> "Examination":
+        """With so many prompts and questions of each kind, at most; None: with all."""
         return replace(
             self,
             harmful=self.harmful.limit(num, seed=seed),
@@ -93,7 +93,7 @@ class Examination:
     @property
     def only_first(self) -> list[str]:
         """What its sets of prompts hold that is not asked, in sentences."""
-        sets = [self.harmful, *([] if self.harmless is None else [self.harmless])]
+        sets = (part for part in self.parts if isinstance(part, PromptSet))
         return [said for prompts in sets if (said := prompts.only_first)]
 
     @property
@@ -185,16 +185,13 @@ def divide(
             tasks=tuple(task.limit(look, seed=seed) for task in validation_tasks), batch_size=batch_size,
             max_new_tokens=max_new_tokens,
         )  # fmt: skip
-    if limit is not None:
-        harmful = harmful.limit(limit, seed=seed)
-        harmless = None if harmless is None else harmless.limit(limit, seed=seed)
-        tasks = [task.limit(limit, seed=seed) for task in tasks]
+    examination = Examination(
+        harmful=harmful, harmless=harmless, tasks=tuple(tasks), batch_size=batch_size, max_new_tokens=max_new_tokens
+    )
     return Division(
         data=data,
         retained=tuple(rest),
-        examination=Examination(
-            harmful=harmful, harmless=harmless, tasks=tuple(tasks), batch_size=batch_size, max_new_tokens=max_new_tokens
-        ),
+        examination=examination.smaller(limit, seed),
         validation=looks,
         remarks=tuple(remarks),
     )
