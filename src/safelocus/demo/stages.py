@@ -4,7 +4,6 @@ Each uses the library's own verbs and leaves run folders like those of the comma
 repeats them. Input: a `Place`. Output: a `Found`: tables, sentences, and the paper's claims beside what was measured.
 """
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
@@ -32,7 +31,7 @@ from safelocus.report.page import SELECTION, write_map, write_outcome
 from safelocus.report.runs import ReportRun
 from safelocus.report.training import effect, outcome_grid
 from safelocus.report.verification import settings_grid
-from safelocus.run.files import write_text
+from safelocus.run.files import write_lines
 from safelocus.run.folder import CHECKPOINT, run_folder
 from safelocus.scoring.run import score
 from safelocus.scoring.scores import Scores
@@ -294,6 +293,5 @@ def part_of(at: Place, kind: str, num: int, *, prefix: str = "organism") -> tupl
     """Some prompts of an embedded set, and the file in which they are kept, so that a command can read the same."""
     prompts, file = read_prompts(f"{prefix}:{kind}").limit(num, seed=at.seed), f"prompts/{kind}.jsonl"
     (at.folder / "prompts").mkdir(exist_ok=True, parents=True)
-    rows = [json.dumps({"prompt": prompt}, ensure_ascii=False) + "\n" for prompt in prompts.texts]
-    write_text(at.folder / file, "".join(rows))
+    write_lines(at.folder / file, [{"prompt": prompt} for prompt in prompts.texts])
     return prompts, str(at.final / file)

@@ -17,7 +17,6 @@ stands in two harmful files counts once in the pooled figures.
 All measures are computed from `rows`, so a loaded evaluation can be cut in other ways (`Evaluation.by`).
 """
 
-import json
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -30,7 +29,7 @@ from safelocus.errors import RunError
 from safelocus.evaluation.judges.verdict import Verdict
 from safelocus.evaluation.measures import Measure, cohens_kappa, is_measure, mean, proportion, rate
 from safelocus.prompts import normalise
-from safelocus.run.files import read_json, read_text, reading, seal, write_json, write_text
+from safelocus.run.files import read_json, read_lines, reading, seal, write_json, write_lines
 
 Row = dict[str, Any]
 Identity = tuple[str, ...]
@@ -123,8 +122,7 @@ class Evaluation:
 
     def save(self, folder: Path) -> None:
         """Write `results.json` and `responses.jsonl`."""
-        lines = "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in self.rows)
-        write_text(folder / "responses.jsonl", lines)
+        write_lines(folder / "responses.jsonl", self.rows)
         write_json(folder / "results.json", self.to_json())
         seal(folder, ["responses.jsonl", "results.json"])
 
@@ -139,10 +137,9 @@ class Evaluation:
             results = read_json(folder / "results.json")
             if not isinstance(results, dict) or not {"judges", "counts", "provenance"} <= set(results):
                 raise RunError(f"{folder}: results.json is not that of an evaluation; expected a run of `evaluate`")
-            # not splitlines: a response may hold other line separators
             return cls(
                 measures={name: Measure.from_json(value) for name, value in results.items() if is_measure(value)},
-                rows=[json.loads(line) for line in read_text(folder / "responses.jsonl").split("\n") if line],
+                rows=read_lines(folder / "responses.jsonl"),
                 judges=results["judges"],
                 agreement=results["agreement"],
                 provenance=results["provenance"],

@@ -30,7 +30,7 @@ from safelocus.model.fingerprint import Fingerprint, dtype_name
 from safelocus.model.forcing import Forced, pad, sent, teacher_force
 from safelocus.model.generation import Response, generate
 from safelocus.objective.transfer import GuardReading, Transfer, Variant
-from safelocus.run.files import read_text, sealed, unsealed, write_text
+from safelocus.run.files import read_lines, sealed, unsealed, write_lines
 
 if TYPE_CHECKING:
     from safelocus.model.target import Target
@@ -336,7 +336,7 @@ class AnswerLog:
         """
         batches: dict[Any, list[dict[str, Any]]] = {}
         if self._path.is_file():
-            batches[None] = [json.loads(line) for line in read_text(self._path).split("\n") if line]
+            batches[None] = read_lines(self._path)
         for line in self._batches.read_bytes().split(b"\n") if self._batches.is_file() else ():
             with suppress(json.JSONDecodeError, UnicodeDecodeError):  # cut off by a crash: the batch was repeated
                 json.loads(line)
@@ -346,7 +346,7 @@ class AnswerLog:
         found = {(row["prompt"], row.get("system")): row for each in rounds for rows in each for row in rows}
         answers = list(found.values())
         if distributed.is_main() and answers:
-            write_text(self._path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in answers))
+            write_lines(self._path, answers)
         distributed.barrier()
         self._batches.unlink(missing_ok=True)
         return answers

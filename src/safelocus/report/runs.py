@@ -14,7 +14,7 @@ from typing import Any, Self
 from safelocus.analysis.map import SafetyMap
 from safelocus.analysis.patterns import Pattern, patterns
 from safelocus.errors import RunError
-from safelocus.run.files import inside, read_json, read_text, reading
+from safelocus.run.files import inside, read_json, read_lines, read_text, reading
 from safelocus.run.folder import read_config
 from safelocus.run.identity import Provenance
 from safelocus.selection.selection import Selection
@@ -128,14 +128,12 @@ class ReportRun:
     @cached_property
     def against(self) -> dict[str, Any] | None:
         """What changed since another evaluation (`against.json`); None where none was named."""
-        found = _lines(self.folder / "against.json", self.command, whole=True)
-        return found[0] if found else None
+        return next(iter(_lines(self.folder / "against.json", self.command, whole=True)), None)
 
     @cached_property
     def certificates(self) -> dict[str, Any] | None:
         """What was certified (`certificates.json`); None where that was not asked for."""
-        found = _lines(self.folder / "certificates.json", self.command, whole=True)
-        return found[0] if found else None
+        return next(iter(_lines(self.folder / "certificates.json", self.command, whole=True)), None)
 
     @cached_property
     def responses(self) -> dict[str, list[dict[str, Any]]]:
@@ -162,9 +160,7 @@ def _lines(file: Path, command: str, *, whole: bool = False) -> list[dict[str, A
     if not file.is_file():
         return []
     try:
-        text = read_text(file)
-        # not splitlines: a response may hold other line separators
-        rows = [json.loads(line) for line in ([text] if whole else text.split("\n")) if line]
+        rows = [json.loads(read_text(file))] if whole else read_lines(file)
     except json.JSONDecodeError as error:
         raise RunError(f"{file}: damaged ({error}); run `{command}` again") from error
     return [row for row in rows if isinstance(row, dict)]

@@ -1,8 +1,8 @@
 """Files that notice what happened to them: what is written has a digest of its bytes, compared with it when it is read.
 
-    seal, read_text, read_json    a folder's `digests.json`: name -> digest of every file in it
-    sealed, unsealed              a JSON value beside its own: what an unfinished run keeps
-    TensorFile                    see `tensors`: one safetensors file with its own in its header
+    seal, read_text, read_json, read_lines    a folder's `digests.json`: name -> digest of every file in it
+    sealed, unsealed                          a JSON value beside its own: what an unfinished run keeps
+    TensorFile                                see `tensors`: one safetensors file with its own in its header
 
 All are 128 bits of xxh3, as quick as memory: they notice damage and careless edits. They are no signatures: whoever
 means to deceive can write new ones.
@@ -62,6 +62,17 @@ def read_json(path: Path) -> Any:
         return json.loads(read_text(path))
     except (json.JSONDecodeError, RecursionError) as error:
         raise RunError(f"{path}: not valid JSON ({error}); copy it again, or make it again") from error
+
+
+def write_lines(path: Path, rows: Iterable[Any]) -> None:
+    """Write JSON lines under a temporary name and rename it."""
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows))
+
+
+def read_lines(path: Path) -> list[Any]:
+    """JSON values, one on each line; as `read_text`, and json.JSONDecodeError for what is not JSON."""
+    # not splitlines: texts may hold other line separators
+    return [json.loads(line) for line in read_text(path).split("\n") if line]
 
 
 @contextmanager

@@ -4,13 +4,12 @@ On disk: `results.json` (`baseline`, `cells`, `pooled`, `rankings`, `verdicts`, 
 which holds the outcome of every prompt in every cell: "1", "0", or "-" where it could not be told.
 """
 
-import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
-from safelocus.run.files import read_json, read_text, reading, seal, write_json, write_text
+from safelocus.run.files import read_json, read_lines, reading, seal, write_json, write_lines
 from safelocus.verification.cells import Cell, Cells, observation
 from safelocus.verification.ranking import Rank, rank
 from safelocus.verification.verdict import VerificationVerdict, verdict_of
@@ -65,7 +64,7 @@ class Verification(Cells):
             {"baseline": {**self.baseline.to_json(), "outcomes": self.baseline.outcomes}},
             *(c.to_line() for c in self.cells),
         ]
-        write_text(folder / "cells.jsonl", "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows))
+        write_lines(folder / "cells.jsonl", rows)
         write_json(folder / "results.json", self.to_json())
         seal(folder, ["cells.jsonl", "results.json"])
 
@@ -75,7 +74,7 @@ class Verification(Cells):
         folder = Path(folder)
         with reading(folder, "verify"):
             results = read_json(folder / "results.json")
-            first, *rows = map(json.loads, read_text(folder / "cells.jsonl").splitlines())
+            first, *rows = read_lines(folder / "cells.jsonl")
             return cls(
                 baseline=observation(first["baseline"]),
                 cells=[Cell.from_line(row) for row in rows],
