@@ -26,6 +26,7 @@ Input: pattern tests, a `Verification`, and evaluations before and after. Output
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any, Protocol, Self
 
 from safelocus.analysis import words
@@ -52,6 +53,7 @@ _SAFETY_KEPT = 0.01
 _TASK_SHORT = 0.1  # of the gain without protection
 _POORER = 0.975  # share of the permutations that must be as rich as what is not enriched, or richer
 _NOTHING = 0.1  # a rate below which nothing can be lost, or was learned
+_level = partial(interval, ends=False)
 
 
 class Interval(Protocol):
@@ -203,10 +205,10 @@ def _broken(key: str, claim: str, found: Verification, effect: Effect) -> Claim:
     numbers = {"refusals lost beyond random": effect.beyond_random, "beyond bottom": effect.beyond_bottom}
     pooled = {which: found.pool(which, effect.scorer, setting) for which in ("top", "random", "bottom")}
     level = {which: entry.measures for which, entry in pooled.items() if entry is not None}
-    others = ", ".join(f"{which} {_percent(level[which][SAFETY])}" for which in ("random", "bottom") if which in level)
-    said = f"{setting.noise:g} sigma: refusal {_percent(before[SAFETY])} to {interval(level['top'][SAFETY])} ({others})"
+    others = ", ".join(f"{which} {_level(level[which][SAFETY])}" for which in ("random", "bottom") if which in level)
+    said = f"{setting.noise:g} sigma: refusal {_level(before[SAFETY])} to {interval(level['top'][SAFETY])} ({others})"
     if "utility" in found.measure_names:
-        said += f", utility {_percent(before['utility'])} to {interval(level['top']['utility'])}"
+        said += f", utility {_level(before['utility'])} to {interval(level['top']['utility'])}"
     if effect.perplexity is not None:
         said += ", perplexity " + (f"times {value:.2g}" if (value := effect.perplexity.value) else "no number")
     return Claim(
@@ -238,7 +240,7 @@ def enhance_claims(
     }
     said = f"ASR {_change(before, after, 'asr')}"
     for kind, control in controls.items():
-        said += f", {words.kind_label(kind)} {_percent(control.measures.get('asr'))}"
+        said += f", {words.kind_label(kind)} {_level(control.measures.get('asr'))}"
     kept = {"utility": changes.get("utility"), "harmless prompts answered": _negative(changes.get("over_refusal"))}
     claim, utility = "... and performance is kept", f"utility {_change(before, after, 'utility')}, n "
     utility += f"{_n(changes.get('utility'))}; "
@@ -341,7 +343,7 @@ def _kept(
     others = {kind: compare_evaluations(before, each).differences.get(SAFETY) for kind, each in controls.items()}
     said = f"refusal {_change(before, after, SAFETY)}"
     for kind, control in controls.items():
-        said += f", {kind} {_percent(control.measures.get(SAFETY))}"
+        said += f", {kind} {_level(control.measures.get(SAFETY))}"
     return Claim(
         key=key, stage="preserve", claim=claim, verdict=kept_verdict(change, others.values(), steps=steps),
         measured=f"{said}; n {_n(change)}, {steps:,} steps",
@@ -356,7 +358,7 @@ def _learned(before: Evaluation, protected: Evaluation, unprotected: Evaluation,
     right = [rate(each.values()) for each in answers]
     return Claim(
         key="spa-task", stage="preserve", claim="... and the task is learned", verdict=learned_verdict(short, gain),
-        measured=f"{_percent(right[0])} to {interval(right[1])} right, unprotected {_percent(right[2])}; n {short.n}",
+        measured=f"{_level(right[0])} to {interval(right[1])} right, unprotected {_level(right[2])}; n {short.n}",
         numbers={"task, calibrated minus unprotected": _json(short), "gain without protection": _json(gain)},
         threshold=-_TASK_SHORT * (gain.value or 0.0),
     )  # fmt: skip
@@ -383,11 +385,7 @@ def _negative(change: Difference | None) -> Measure | None:
 
 def _change(before: Evaluation, after: Evaluation, name: str) -> str:
     """ "100 to 4 [1,9]"."""
-    return f"{_percent(before.measures.get(name))} to {interval(after.measures.get(name))}"
-
-
-def _percent(measure: Interval | None) -> str:
-    return words.UNKNOWN if measure is None or measure.value is None else f"{100 * measure.value:.0f}"
+    return f"{_level(before.measures.get(name))} to {interval(after.measures.get(name))}"
 
 
 def _n(found: Interval | None) -> int:

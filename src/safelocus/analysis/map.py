@@ -230,6 +230,11 @@ def safety_map(scores: Scores | None, selection: Selection) -> SafetyMap:
     )
 
 
+def enrichment_of(regions: Sequence[Region]) -> float:
+    """Of regions taken together."""
+    return sum(region.share for region in regions) / sum(region.expected for region in regions)
+
+
 def relative_depths(layers: Iterable[LayerKey]) -> dict[LayerKey, float]:
     """Where the middle of each layer lies in its stack: 0 at the first layer's input, 1 at the last one's output."""
     stacks: dict[str | None, set[int]] = {}

@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from safelocus.analysis.map import ComponentKey, LayerKey, Region, SafetyMap
+from safelocus.analysis.map import ComponentKey, LayerKey, Region, SafetyMap, enrichment_of
 
 TIMES = "\N{MULTIPLICATION SIGN}"
 UNKNOWN = "\N{EN DASH}"  # in tables
@@ -52,20 +52,24 @@ def times(enrichment: float) -> str:
     return f"{enrichment:.1f}{TIMES}" if enrichment < 9.95 else f"{enrichment:.0f}{TIMES}"
 
 
-def interval(measure: Any) -> str:
-    """A measure, a difference or either's JSON in percent: "67 [51,83]"; a dash where it is unknown."""
+def interval(measure: Any, *, ends: bool = True) -> str:
+    """A measure, a difference or either's JSON in percent: "67 [51,83]"; a dash where it is unknown.
+
+    Args:
+        ends: with the interval; else "67".
+    """
     values = measure if measure is None or isinstance(measure, Mapping) else measure.to_json()
     if values is None or values["value"] is None:
         return UNKNOWN
     shown = f"{100 * values['value']:.0f}"
-    if values["low"] is not None and values["high"] is not None:
+    if ends and values["low"] is not None and values["high"] is not None:
         shown += f" [{100 * values['low']:.0f},{100 * values['high']:.0f}]"
     return re.sub(r"-0(?![0-9])", "0", shown)
 
 
-def in_words(measure: Any) -> str:
-    """ "67 % [51, 83]"; a dash where it is unknown."""
-    value, bracket, rest = interval(measure).partition(" [")
+def in_words(measure: Any, *, ends: bool = True) -> str:
+    """ "67 % [51, 83]", or "67 %"; a dash where it is unknown."""
+    value, bracket, rest = interval(measure, ends=ends).partition(" [")
     return value if value == UNKNOWN else f"{value} %{bracket}{rest.replace(',', ', ')}"
 
 
@@ -168,7 +172,7 @@ def _enriched(located: SafetyMap) -> str:
     if component.enrichment >= _EVEN:
         label = component_label(component.component_key)
         found.append(f"{label} matrices ({times(component.enrichment)} what their size would give)")
-    if (run := _enriched_layers(located.layers)) and (enrichment := _enrichment(run)) >= _EVEN:
+    if (run := _enriched_layers(located.layers)) and (enrichment := enrichment_of(run)) >= _EVEN:
         found.append(f"{_run_label(run)} ({times(enrichment)})")
     if not found:
         return f"It is spread evenly: no component and no layer holds {_EVEN:g}{TIMES} what its size would give."
@@ -190,7 +194,7 @@ def _enriched_layers(layers: Sequence[Region]) -> list[Region]:
     ):
         last += 1
     run = list(layers[first : last + 1])
-    return run if _enrichment(run) >= _EVEN else [layers[best]]
+    return run if enrichment_of(run) >= _EVEN else [layers[best]]
 
 
 def _run_label(run: Sequence[Region]) -> str:
@@ -225,10 +229,6 @@ def _part(located: SafetyMap) -> str:
 
 def _ratio(ratio: float) -> str:
     return f"{100 * ratio:.4g} %"  # as it was asked for, not rounded
-
-
-def _enrichment(regions: Sequence[Region]) -> float:
-    return sum(region.share for region in regions) / sum(region.expected for region in regions)
 
 
 def _and(words: Sequence[str]) -> str:

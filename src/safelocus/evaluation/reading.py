@@ -41,16 +41,14 @@ class WordsRead:
     Attributes:
         answer: number of the answer.
         code: of the feature; `spell` makes it readable.
-        place: of the feature's first word in `words`; -1 for what is no word.
+        place: of the feature's first word among those of the answer; -1 for what is no word.
         length: of the feature's run; 0 for what is no word.
-        words: of each answer, as they stand there.
     """
 
     answer: Array
     code: Array
     place: Array
     length: Array
-    words: list[list[str]]
 
 
 @cache
@@ -164,7 +162,7 @@ def read(answers: Sequence[tuple[list[str], list[int]]], *, has_phrase: Sequence
         *_runs(seen, "anywhere", first_place=0),
     ]
     answer, code, place, length = np.concatenate(parts, axis=1)
-    return WordsRead(answer=answer, code=code, place=place, length=length, words=[words for words, _ in answers])
+    return WordsRead(answer=answer, code=code, place=place, length=length)
 
 
 def _runs(seen: Sequence[Sequence[int]], zone: str, *, first_place: int) -> list[Array]:

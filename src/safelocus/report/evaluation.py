@@ -38,7 +38,7 @@ def evaluation_sections(run: ReportRun) -> list[Section]:
             what=f"How {_model(results)} behaves",
             summary=[_summary(results)],
             tiles=[
-                (f"{100 * measure['value']:.0f} %", f"{label} (n = {measure['n']:,})")
+                (in_words(measure, ends=False), f"{label} (n = {measure['n']:,})")
                 for name, label in _TILES.items()
                 if (measure := proportions_in(results).get(name)) is not None
             ],

@@ -1,11 +1,11 @@
 """A map as tables and charts: layers, components, experts, concentration, the fullest matrices, and inside of each."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from safelocus.analysis import words
 from safelocus.analysis.density import densities
-from safelocus.analysis.map import LayerKey, Region, SafetyMap
+from safelocus.analysis.map import LayerKey, Region, SafetyMap, enrichment_of
 from safelocus.analysis.patterns import Pattern
 from safelocus.analysis.words import UNKNOWN, count, percent, share_percent, times
 from safelocus.report import colours
@@ -382,12 +382,11 @@ def _bands(layers: Sequence[LayerKey], max_rows: int) -> list[list[LayerKey]]:
     return bands
 
 
-def _tint(regions: Iterable[Region], limit: int) -> str:
+def _tint(regions: Sequence[Region], limit: int) -> str:
     """Enrichment of regions taken together."""
-    found = list(regions)
-    if not found:
+    if not regions:
         return UNKNOWN
-    enrichment = sum(region.share for region in found) / sum(region.expected for region in found)
+    enrichment = enrichment_of(regions)
     return Tint(times(enrichment), colours.position(enrichment, limit))
 
 

@@ -7,10 +7,11 @@ weights that were used. What is missing is left out, and named.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from safelocus.analysis.map import safety_map
-from safelocus.analysis.words import UNKNOWN, capital, count, in_words, kind_label
+from safelocus.analysis.words import UNKNOWN, capital, count, in_words, interval, kind_label
 from safelocus.report.blocks import Lines, Part, Section
 from safelocus.report.grid import Grid
 from safelocus.report.maps import selection_parts
@@ -75,7 +76,7 @@ def sweep_grid(results: Results) -> Grid | None:
     )  # fmt: skip
     labels = [_kind_of(entry) if number in firsts else "" for number, entry in enumerate(entries)]
     rows = tuple((label, *row[1:]) for label, row in zip(labels, grid.rows, strict=True))
-    return Grid(title=grid.title, headings=grid.headings, rows=rows, caption=grid.caption, sections=grid.sections)
+    return replace(grid, rows=rows)
 
 
 def _way(shares: Sequence[Any]) -> dict[str, list[str]]:
@@ -125,7 +126,7 @@ def training_sections(run: ReportRun) -> list[Section]:
             title=run.name, what=f"{'Fine-tuning' if protected else 'Enhancing'} {model}",
             summary=_summary(states, after),
             tiles=[
-                (f"{100 * first[name]['value']:.0f} → {100 * second[name]['value']:.0f} %", words)
+                (f"{interval(first[name], ends=False)} → {in_words(second[name], ends=False)}", words)
                 for name, words in _CLAUSES[:4]
                 if name in first and name in second
             ],
@@ -141,7 +142,7 @@ def _summary(states: Results, after: str) -> list[str]:
     said = []
     for name, words in _CLAUSES:
         if name in first and name in second:
-            before = f"{100 * first[name]['value']:.0f} %"
+            before = in_words(first[name], ends=False)
             clause = f"{capital(words)} went from {before} to {in_words(second[name])}"
             said.append(clause + (f"; without protection to {in_words(other[name])}." if name in other else "."))
     return said

@@ -19,14 +19,11 @@ from safelocus.report.grid import Grid
 from safelocus.report.runs import ReportRun
 
 TITLES = {"dense": "Dense", "moe": "Mixture of experts"}
-_COLOURS = {
-    judged.HOLDS: "bold green", judged.NOT_ONLY_SAFETY: "bold yellow", judged.CONTROLS_OPEN: "bold yellow",
-    judged.SO_DO_CONTROLS: "bold yellow", judged.UNDECIDED: "bold cyan", judged.NOT_SEEN: "bold red",
-}  # fmt: skip
 _TONES = {
     judged.HOLDS: "good", judged.NOT_ONLY_SAFETY: "mixed", judged.CONTROLS_OPEN: "mixed",
     judged.SO_DO_CONTROLS: "mixed", judged.UNDECIDED: "open", judged.NOT_SEEN: "bad",
 }  # fmt: skip
+_STYLES = {"good": "bold green", "mixed": "bold yellow", "open": "bold cyan", "bad": "bold red"}  # of a terminal
 _STAGES = {"locate": "Locate", "verify": "Verify", "enhance": "Enhance (SET)", "preserve": "Preserve (SPA)"}
 _TITLE = "The paper's claims, and what was just measured"
 _NOTE = "percent [95 % interval]; holds: all of the interval is beyond the claim's threshold"
@@ -155,4 +152,4 @@ def _rows(claims: Mapping[str, Sequence[Claim]]) -> list[list[Claim | None]]:
 def _cell(claim: Claim | None) -> Text:
     if claim is None:
         return Text("no such claim", style="dim")
-    return Text.assemble((claim.verdict, _COLOURS[claim.verdict]), f": {claim.measured}")
+    return Text.assemble((claim.verdict, _STYLES[_TONES[claim.verdict]]), f": {claim.measured}")

@@ -235,9 +235,9 @@ def _brief(found: Verification, verdict: VerificationVerdict) -> str:
         before = found.baseline.measures.get(name)
         if before is not None and top is not None:
             control = f" (as many random weights: {in_words(random)})" if random is not None else ""
-            went = (
-                "can no longer be told" if top.value is None else f"go from {_percent(before.value)} to {in_words(top)}"
-            )
+            went = f"go from {in_words(before, ends=False)} to {in_words(top)}"
+            if top.value is None:
+                went = "can no longer be told"
             said.append(f"{words} {went}{control}")
     if effect.perplexity is not None:
         control = f" (as many random weights: {_times(effect.random_perplexity)})" if effect.random_perplexity else ""
@@ -253,17 +253,13 @@ def _tiles(found: Verification) -> list[tuple[str, str]]:
         return []
     pooled = {which: found.pool(which, effect.scorer, effect.setting) for which in _SELECTIONS}
     return [
-        (_percent(before.value), "of harmful prompts refused, undisturbed"),
+        (in_words(before, ends=False), "of harmful prompts refused, undisturbed"),
         *(
-            (_percent(refused.value), f"with the {which} weights disturbed ({effect.setting})")
+            (in_words(refused, ends=False), f"with the {which} weights disturbed ({effect.setting})")
             for which, entry in pooled.items()
             if entry is not None and (refused := entry.measures.get("refusal")) is not None
         ),
     ]
-
-
-def _percent(value: float | None) -> str:
-    return UNKNOWN if value is None else f"{100 * value:.0f} %"
 
 
 def _curves(found: Verification, scorer: str) -> Part:

@@ -24,7 +24,7 @@ from safelocus.errors import RunError, SafelocusError
 
 _PREFIX = "safelocus."
 _ZEROS = "0" * 32
-_DIGEST = re.compile(rb'"safelocus\.(\w+)":"\{\\"xxh3_128\\": \\"([0-9a-f]{32})\\"')  # JSON within JSON
+_DIGEST = re.compile(rb'"safelocus\.\w+":"\{\\"xxh3_128\\": \\"([0-9a-f]{32})\\"')  # JSON within JSON
 _MAX_HEADER = 100_000_000  # that of safetensors
 _BLOCK = 1 << 22
 
@@ -108,9 +108,8 @@ class TensorFile:
 
 @dataclass(frozen=True, kw_only=True)
 class OwnDigest:
-    """Of a file: its kind, the digest in it, where that is, and what it should be."""
+    """Of a file: the digest in it, where that is, and what it should be."""
 
-    kind: str
     expected: str
     place: int
     found: str
@@ -123,13 +122,13 @@ def own_digest(path: Path) -> OwnDigest | None:
         match = _DIGEST.search(file.read(length))
         if match is None:
             return None
-        place = 8 + match.start(2)
+        place = 8 + match.start(1)
         file.seek(0)
         found = xxhash.xxh3_128(file.read(place) + _ZEROS.encode())
         file.seek(place + len(_ZEROS))
         while block := file.read(_BLOCK):
             found.update(block)
-    return OwnDigest(kind=match[1].decode(), expected=match[2].decode(), place=place, found=found.hexdigest())
+    return OwnDigest(expected=match[1].decode(), place=place, found=found.hexdigest())
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
