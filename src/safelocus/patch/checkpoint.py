@@ -115,7 +115,7 @@ class Checkpoint:
             with torch.device("meta"):
                 model = auto.from_config(config)
         except ValueError as error:
-            raise ModelError(f"{name}: transformers cannot build this model: {str(error).splitlines()[0]}") from error
+            raise ModelError(f"{name}: transformers cannot build this model: {first_line(error)}") from error
         return cls(
             name=str(name),
             folder=folder,

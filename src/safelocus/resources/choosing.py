@@ -99,11 +99,10 @@ def choose(
     can_move = isinstance(stage, Scoring) and not device.is_cpu
     most = min(most, _LARGEST_ON_CPU if isinstance(stage, Scoring) and device.is_cpu else LARGEST)
     sizes = [batch_size] if batch_size else [most, *(1 << n for n in range(5, -1, -1) if 1 << n < most)]
-    counts = [device.count] if sharded else [1] if offload else sorted({1, device.count})
     sums = [False, True] if can_move and accumulate_on is None else [can_move and accumulate_on == "cpu"]
     places = [
-        Settings(batch_size=1, count=count, sums_on_cpu=on_cpu, sharded=sharded, offload=offload and not device.is_cpu)
-        for count in counts
+        replace(place, sums_on_cpu=on_cpu)
+        for place in _places(device, sharded=sharded, offload=offload)
         for on_cpu in sums
     ]
     few = min(_FEW, sizes[0])
@@ -134,17 +133,22 @@ def choose_training(
         DoesNotFit: nothing fits; or, with all settings given, the weights alone do not.
     """
     divisors = [1] if given else [2**n for n in range(12) if batch_size % 2**n == 0]
-    counts = [device.count] if sharded else [1] if offload else sorted({1, device.count})
     ways = [
-        Settings(
-            batch_size=batch_size // divisor, accumulation=accumulation * divisor, checkpointing=twice, count=count,
-            sharded=sharded, offload=offload and not device.is_cpu,
+        replace(
+            place, batch_size=batch_size // divisor, accumulation=accumulation * divisor, checkpointing=twice,
         )
-        for count in counts
+        for place in _places(device, sharded=sharded, offload=offload)
         for divisor in divisors
         for twice in ((False, True) if checkpointing is None and divisor == 1 else (checkpointing is not False,))
     ]  # fmt: skip
     return _first(training, device, ways, given=given)
+
+
+def _places(device: Device, *, sharded: bool, offload: bool) -> list[Settings]:
+    """Where the model can lie, one prompt or row at a time: where others are not asked for, on one device or on all."""
+    counts = [device.count] if sharded else [1] if offload else sorted({1, device.count})
+    on_host = offload and not device.is_cpu
+    return [Settings(batch_size=1, count=count, sharded=sharded, offload=on_host) for count in counts]
 
 
 def _first(

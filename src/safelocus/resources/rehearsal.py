@@ -381,7 +381,7 @@ def _errors() -> Iterator[None]:
         yield
     except _FAILURES as error:
         raise PlanError(
-            f"the model's code does not run without data ({type(error).__name__}: {str(error).splitlines()[0]:.200}), "
+            f"the model's code does not run without data ({type(error).__name__}: {first_line(error):.200}), "
             "so its memory cannot be told. Give the settings yourself: --batch-size"
         ) from error
     finally:

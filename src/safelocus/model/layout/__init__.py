@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from safelocus.errors import ArchitectureError, LayoutError
+from safelocus.errors import ArchitectureError, LayoutError, first_line
 from safelocus.model.layout.groups import Groups
 from safelocus.model.layout.rules import Family, Rule, families, read_family
 from safelocus.model.layout.sizes import Sizes, auto_class, sizes_of, text_config
@@ -191,7 +191,7 @@ def _on_meta(auto: Any, config: Any) -> nn.Module:
     except Exception as error:  # whatever a class says to a configuration that it cannot be built from
         raise ArchitectureError(
             f"transformers cannot build {type(config).__name__} (model_type {config.model_type!r}) from this "
-            f"configuration: {type(error).__name__}: {str(error).strip().splitlines()[0]}\n"
+            f"configuration: {type(error).__name__}: {first_line(error)}\n"
             "That is between the configuration and transformers' own class: check the configuration for what is "
             "missing in it, and whether the model's card asks for another version or for further packages."
         ) from error
