@@ -5,13 +5,12 @@ order, another file and prompts that only one of them has; a pair in which eithe
 left out of that measure. Differences are second minus first.
 """
 
-import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from safelocus.errors import RunError
 from safelocus.evaluation.measures import Difference, mean, paired_difference
-from safelocus.evaluation.result import PERPLEXITY, Evaluation, Identity, identity_of, outcomes
+from safelocus.evaluation.result import PERPLEXITY, Evaluation, Identity, identity_of, outcomes, perplexity_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,8 +133,4 @@ def _perplexity_ratio(first: Evaluation, second: Evaluation, seed: int) -> Diffe
         {(identity_of(r), r["response"]): r["nll"] for r in e.rows if r["set"] == PERPLEXITY} for e in (first, second)
     )
     changes = [b[key] - a[key] for key in a if a[key] is not None and b.get(key) is not None]
-    if not changes:
-        return None
-    nats = mean(changes, seed=seed)
-    value, low, high = (None if x is None else math.exp(min(x, 700.0)) for x in (nats.value, nats.low, nats.high))
-    return Difference(value=value, low=low, high=high, n=nats.n, p=None)
+    return Difference(**perplexity_of(mean(changes, seed=seed)).to_json(), p=None) if changes else None

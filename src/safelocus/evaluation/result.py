@@ -237,17 +237,14 @@ def measures_of(rows: Sequence[Row], judge_names: Sequence[str], *, seed: int = 
     found = {name: rate(values.values()) for name, values in outcomes(rows, judge_names).items()}
     # a text, or a prompt, that occurs in two sets counts once
     if texts := {(identity_of(row), row["response"]): row["nll"] for row in rows if row["set"] == PERPLEXITY}:
-        found["perplexity"] = _perplexity([*texts.values()], seed)
+        found["perplexity"] = perplexity_of(mean([*texts.values()], seed=seed))  # however long, each weighs the same
     if kl := {identity_of(row): row["kl"] for row in rows if "kl" in row}:
         found["kl"] = mean([*kl.values()], seed=seed)
     return found
 
 
-def _perplexity(values: Sequence[float | None], seed: int) -> Measure:
-    """exp of the mean over responses of nats per token: every response weighs the same, however long."""
-    nats = mean(values, seed=seed)
-
-    def exp(value: float | None) -> float | None:
-        return None if value is None else math.exp(min(value, 700.0))  # beyond that there is no float
-
-    return Measure(value=exp(nats.value), low=exp(nats.low), high=exp(nats.high), n=nats.n)
+def perplexity_of(nats: Measure) -> Measure:
+    """exp of a mean of nats per token, and of the ends of its interval."""
+    ends = (nats.value, nats.low, nats.high)
+    value, low, high = (None if x is None else math.exp(min(x, 700.0)) for x in ends)  # beyond that there is no float
+    return Measure(value=value, low=low, high=high, n=nats.n)

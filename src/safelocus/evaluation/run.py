@@ -112,11 +112,10 @@ def evaluate(
     judges = tuple(judges) or (reader,)
     _check(responder, sets, tasks, judges)
     wanted = [*suites, *(["perplexity"] if texts else []), *(["the divergence from an original"] if original else [])]
-    inside = _inside(responder, wanted)
+    opened = inside(responder, wanted[0]).target if wanted else None  # what needs more of a model than answers
     if original is not None and not any(name == HARMLESS for name, _ in sets):
         raise PromptError("the divergence from an original is measured along answers to harmless prompts; give some")
-    check_asked(sets, tasks, inside)
-
+    check_asked(sets, tasks, opened)
     check_suites(suites)
     inputs = {
         "the harmful prompts": [prompts for name, prompts in sets if name == HARMFUL],
@@ -137,13 +136,13 @@ def evaluate(
     verdicts = Journal(checkpoint, "verdicts")
     for judge in judges:
         _add_verdicts(rows, judge, verdicts, batch_size=batch_size, progress=progress)
-    if inside is not None and original is not None:
+    if opened is not None and original is not None:
         if isinstance(original, Target):
             rows, original = _asked(original, rows, items, judges, checkpoint, batch_size, progress)
-        _add_divergence(rows, inside, original, batch_size, progress)
-    if inside is not None:
-        rows += [row for part in texts for row in _perplexity_rows(inside, part, batch_size, progress)]
-    found, of_suites = run_suites(inside, suites, batch_size=batch_size, seed=seed) if inside and suites else ([], [])
+        _add_divergence(rows, opened, original, batch_size, progress)
+    if opened is not None:
+        rows += [row for part in texts for row in _perplexity_rows(opened, part, batch_size, progress)]
+    found, of_suites = run_suites(opened, suites, batch_size=batch_size, seed=seed) if opened and suites else ([], [])
     rows += found
     return Evaluation(
         measures=measures_of(rows, names, seed=seed),
@@ -201,13 +200,6 @@ def check_asked(*asked: object) -> None:
     """PromptError where nothing of it is there."""
     if not any(asked):
         raise PromptError("nothing to evaluate on: give harmful or harmless prompts, tasks, or texts for perplexity")
-
-
-def _inside(responder: Responder, wanted: Sequence[str]) -> Target | None:
-    """The model itself, for what needs more of it than answers; None where nothing does."""
-    if not wanted:
-        return None
-    return inside(responder, wanted[0]).target
 
 
 @dataclass(frozen=True, kw_only=True)
