@@ -8,12 +8,10 @@ from dataclasses import replace
 from shlex import join
 from typing import Any
 
-from safelocus.analysis.claims import enhance_claims, locate_claims
 from safelocus.analysis.map import safety_map
-from safelocus.analysis.patterns import patterns
-from safelocus.analysis.words import count, summary_lines
+from safelocus.analysis.words import count
 from safelocus.demo.sizes import ChatSizes
-from safelocus.demo.stages import RATIO, Found, Place, part_of
+from safelocus.demo.stages import RATIO, Found, Place, enhanced, mapped, part_of
 from safelocus.enhancement.result import PATCH
 from safelocus.enhancement.run import run_enhancement
 from safelocus.errors import RunError
@@ -23,9 +21,7 @@ from safelocus.objective import Refusal
 from safelocus.patch import Patch
 from safelocus.prompts import read_prompts
 from safelocus.report.grid import Grid
-from safelocus.report.maps import experts_grid, layers_grid, patterns_grid
 from safelocus.report.page import SELECTION, write_map, write_outcome
-from safelocus.report.training import effect, outcome_grid
 from safelocus.run.folder import CHECKPOINT
 from safelocus.scoring.run import score
 from safelocus.selection.selection import Selection
@@ -51,12 +47,7 @@ def locate(at: Place[ChatSizes]) -> Found:
         selection.save(folder / SELECTION)
         located = safety_map(scores, selection)
         write_map(folder, [(at.model, located)], place=at.final / "score")
-    tested = patterns(located)
-    tables = [layers_grid(located), experts_grid(located), patterns_grid({at.model: tested})]
-    return Found(
-        claims=locate_claims(tested), tables=[table for table in tables if table is not None],
-        lines=[*summary_lines(located), f"As pictures: {at.final / 'score'}/*.svg"],
-    )  # fmt: skip
+    return mapped(at.model, located, f"As pictures: {at.final / 'score'}/*.svg")
 
 
 def enhance(at: Place[ChatSizes]) -> Found:
@@ -81,11 +72,7 @@ def enhance(at: Place[ChatSizes]) -> Found:
             seed=at.seed, checkpoint=folder / CHECKPOINT, progress=at.progress, **training,
         )  # fmt: skip
         write_outcome(found, folder, selection=selection, place=at.final / "enhance")
-    return Found(
-        claims=enhance_claims(found.before, found.after, {}, steps=sizes.steps),
-        tables=[outcome_grid(found.to_json())],
-        lines=[effect(found.to_json())],
-    )
+    return enhanced(found)
 
 
 def apply(at: Place[ChatSizes]) -> Found:

@@ -15,6 +15,7 @@ from safelocus.analysis.claims import Claim, enhance_claims, locate_claims, pres
 from safelocus.analysis.map import SafetyMap, safety_map
 from safelocus.analysis.patterns import patterns
 from safelocus.analysis.words import summary_lines
+from safelocus.enhancement.result import Enhancement
 from safelocus.enhancement.run import run_enhancement
 from safelocus.evaluation import Evaluation
 from safelocus.evaluation.judges import GuardJudge
@@ -110,13 +111,17 @@ def guard() -> Guard:
 
 def locate(at: Place) -> Found:
     """ESI of every weight of the aligned organism, its map, and the pattern tests."""
-    located = _score(at, at.model, "score")
+    return mapped(at.model, _score(at, at.model, "score"))
+
+
+def mapped(model: str, located: SafetyMap, *more: str) -> Found:
+    """What a map says, and more sentences."""
     tested = patterns(located)
-    tables = [layers_grid(located), experts_grid(located), patterns_grid({at.model: tested})]
+    tables = [layers_grid(located), experts_grid(located), patterns_grid({model: tested})]
     return Found(
         claims=locate_claims(tested),
         tables=[table for table in tables if table is not None],
-        lines=summary_lines(located),
+        lines=[*summary_lines(located), *more],
     )
 
 
@@ -170,11 +175,16 @@ def enhance(at: Place) -> Found:
             checkpoint=folder / CHECKPOINT, progress=at.progress, **training,
         )  # fmt: skip
         write_outcome(found, folder, selection=selection, place=at.final / "enhance", pictures=False)
-    controls = {kind: trained.after for kind, trained in found.controls.items()}
+    return enhanced(found)
+
+
+def enhanced(found: Enhancement) -> Found:
+    """What the training of the top weights, and of others, did."""
+    controls, told = {kind: trained.after for kind, trained in found.controls.items()}, found.to_json()
     return Found(
-        claims=enhance_claims(found.before, found.after, controls, steps=sizes.enhance_steps),
-        tables=[outcome_grid(found.to_json())],
-        lines=[effect(found.to_json())],
+        claims=enhance_claims(found.before, found.after, controls, steps=found.settings.steps),
+        tables=[outcome_grid(told)],
+        lines=[effect(told)],
     )
 
 
