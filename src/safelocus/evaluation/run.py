@@ -106,21 +106,20 @@ def evaluate(
     responder = TargetResponder(target=target) if isinstance(target, Target) else target
     tasks = (tasks,) if isinstance(tasks, Task) else tuple(tasks)
     texts = _prompt_sets(perplexity)
-    sets = [(HARMFUL, prompts) for prompts in _prompt_sets(harmful)]
-    sets += [(HARMLESS, prompts) for prompts in _prompt_sets(harmless)]
+    harmful, harmless = _prompt_sets(harmful), _prompt_sets(harmless)
+    sets = [*((HARMFUL, prompts) for prompts in harmful), *((HARMLESS, prompts) for prompts in harmless)]
     reader = _reader(judges)
     judges = tuple(judges) or (reader,)
     _check(responder, sets, tasks, judges)
     wanted = [*suites, *(["perplexity"] if texts else []), *(["the divergence from an original"] if original else [])]
     opened = inside(responder, wanted[0]).target if wanted else None  # what needs more of a model than answers
-    if original is not None and not any(name == HARMLESS for name, _ in sets):
+    if original is not None and not harmless:
         raise PromptError("the divergence from an original is measured along answers to harmless prompts; give some")
     check_asked(sets, tasks, opened)
     check_suites(suites)
     inputs = {
-        "the harmful prompts": [prompts for name, prompts in sets if name == HARMFUL],
-        "the harmless prompts": [prompts for name, prompts in sets if name == HARMLESS], "the tasks": tasks,
-        "the texts": texts, "the original": original and original.identity(), "batch_size": batch_size,
+        "the harmful prompts": harmful, "the harmless prompts": harmless, "the tasks": tasks, "the texts": texts,
+        "the original": original and original.identity(), "batch_size": batch_size,
         "max_new_tokens": max_new_tokens, "seed": seed,
     }  # fmt: skip
     names = [judge.name for judge in judges]

@@ -136,7 +136,7 @@ class Patch(PatchValues):
         """How many of them differ from before; None without the old values."""
         if self.old is None:
             return None
-        return sum(int((bits(self.new[name]) != bits(self.old[name])).count_nonzero()) for name in self.new)
+        return sum(_num_differing(self.new[name], old) for name, old in self.old.items())
 
     @property
     def dtypes(self) -> list[torch.dtype]:

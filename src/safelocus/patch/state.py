@@ -120,9 +120,9 @@ def with_values(tensor: Tensor, index: Tensor, values: Tensor) -> Tensor:
     return copy
 
 
-def digests(fingerprint: Fingerprint | None, name: str) -> tuple[torch.dtype, str] | None:
+def digests(fingerprint: Fingerprint, name: str) -> tuple[torch.dtype, str] | None:
     """(dtype, digest) of a tensor; None where the fingerprint does not have it."""
-    if fingerprint is None or name not in fingerprint.tensors:
+    if name not in fingerprint.tensors:
         return None
     _, dtype, value = fingerprint.tensors[name]
     return getattr(torch, dtype), value

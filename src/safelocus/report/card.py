@@ -3,14 +3,12 @@
 import json
 import shlex
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 from safelocus.analysis.words import count
 from safelocus.enhancement.result import PATCH
 from safelocus.inert import code, line, markdown
 from safelocus.report.training import effect, outcome_grid
-from safelocus.run.files import write_text
 
 _LIMITS = (
     "Training on few weights brings back refusals that the model has in it; it does not teach a model that never "
@@ -20,13 +18,8 @@ _LIMITS = (
 )
 
 
-def write_card(results: Mapping[str, Any], path: Path) -> None:
-    """Write the card of an enhancement's `results.json`."""
-    write_text(path, card(results))
-
-
 def card(results: Mapping[str, Any]) -> str:
-    """The card's Markdown."""
+    """The Markdown of the card of an enhancement's `results.json`."""
     made, k = results["provenance"], count(results["patch"]["k"])
     model, dtype = line(str(made.get("model", "model"))), made["dtype"]
     in_shell, in_python = (quote(model) for quote in (shlex.quote, json.dumps))

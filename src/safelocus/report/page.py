@@ -23,7 +23,7 @@ from safelocus.inert import inert
 from safelocus.preservation.result import Preservation
 from safelocus.report import colours
 from safelocus.report.blocks import Chart, Matrices, Section, Verdicts
-from safelocus.report.card import write_card
+from safelocus.report.card import card
 from safelocus.report.comparison import comparison_parts
 from safelocus.report.drawing import svg, write_picture
 from safelocus.report.evaluation import evaluation_sections
@@ -81,7 +81,7 @@ def write_outcome(
     if selection is not None:
         selection.save(folder / SELECTION)
     if isinstance(found, Enhancement):
-        write_card(found.to_json(), folder / "README.md")
+        write_text(folder / "README.md", card(found.to_json()))
     return write_run_page(folder, place=place) if pictures else []
 
 
