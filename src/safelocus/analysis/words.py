@@ -52,14 +52,19 @@ def times(enrichment: float) -> str:
     return f"{enrichment:.1f}{TIMES}" if enrichment < 9.95 else f"{enrichment:.0f}{TIMES}"
 
 
+def numbers_of(measure: Any) -> Mapping[str, Any]:
+    """The JSON of a measure or a difference, given as either's JSON or itself; empty where it is unknown."""
+    values = measure if measure is None or isinstance(measure, Mapping) else measure.to_json()
+    return {} if values is None or values["value"] is None else values
+
+
 def interval(measure: Any, *, ends: bool = True) -> str:
     """A measure, a difference or either's JSON in percent: "67 [51,83]"; a dash where it is unknown.
 
     Args:
         ends: with the interval; else "67".
     """
-    values = measure if measure is None or isinstance(measure, Mapping) else measure.to_json()
-    if values is None or values["value"] is None:
+    if not (values := numbers_of(measure)):
         return UNKNOWN
     shown = f"{100 * values['value']:.0f}"
     if ends and values["low"] is not None and values["high"] is not None:

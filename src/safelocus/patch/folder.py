@@ -37,7 +37,7 @@ from safelocus.patch.checkpoint import INDEX, OTHER_WEIGHTS, Checkpoint, Stored,
 from safelocus.patch.patch import Patch
 from safelocus.patch.state import Goal, Outcome, examine
 from safelocus.progress import track
-from safelocus.run.files import alone, replacing
+from safelocus.run.files import alone, renamed_to, replacing
 from safelocus.run.tensors import save_tensors
 
 # what turns text, pictures and sound into inputs, as transformers and others name it
@@ -131,12 +131,12 @@ def retype(folder: Path, dtype: torch.dtype) -> None:
     """Give all weights in a model's folder another dtype, and have its configuration say so."""
     sizes = 0
     for file in weight_files(folder):
-        path, temporary = folder / file, folder / f".{Path(file).name}.tmp"
+        path = folder / file
         with safe_open(path, framework="pt") as opened:
             metadata = opened.metadata()
         tensors = {name: v.to(dtype) if v.is_floating_point() else v for name, v in load_file(path).items()}
-        save_tensors(tensors, temporary, metadata)
-        os.replace(temporary, path)
+        with renamed_to(path) as temporary:
+            save_tensors(tensors, temporary, metadata)
         sizes += sum(value.nbytes for value in tensors.values())
     declare_dtype(folder, dtype)
     if (path := folder / INDEX).is_file():

@@ -11,7 +11,7 @@ from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
-from safelocus.analysis.words import interval
+from safelocus.analysis.words import interval, numbers_of
 from safelocus.inert import markdown
 from safelocus.report import colours
 
@@ -44,8 +44,7 @@ class Span(str):
     def __new__(cls, measure: Any, *, is_change: bool = False) -> Self:
         """Of a measure, a difference, or either's JSON; None is unknown. A paired difference is known by its p."""
         made = super().__new__(cls, interval(measure))
-        values = measure if measure is None or isinstance(measure, Mapping) else measure.to_json()
-        made.numbers = values if values is not None and values["value"] is not None else {}
+        made.numbers = numbers_of(measure)
         made.is_change = is_change or "p" in made.numbers
         return made
 

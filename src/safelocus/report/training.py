@@ -124,7 +124,7 @@ def training_sections(run: ReportRun) -> list[Section]:
     return [
         Section(
             title=run.name, what=f"{'Fine-tuning' if protected else 'Enhancing'} {model}",
-            summary=_summary(states, after),
+            summary=_summary(first, second, proportions_in(states.get("unprotected"))),
             tiles=[
                 (f"{interval(first[name], ends=False)} → {in_words(second[name], ends=False)}", words)
                 for name, words in _CLAUSES[:4]
@@ -135,10 +135,8 @@ def training_sections(run: ReportRun) -> list[Section]:
     ]  # fmt: skip
 
 
-def _summary(states: Results, after: str) -> list[str]:
-    """A sentence per measure."""
-    first, second = (proportions_in(states.get(name)) for name in ("before", after))
-    other = proportions_in(states.get("unprotected"))
+def _summary(first: Results, second: Results, other: Results) -> list[str]:
+    """A sentence per measure, from before and after; and from training without protection, as far as there is any."""
     said = []
     for name, words in _CLAUSES:
         if name in first and name in second:

@@ -33,10 +33,17 @@ def write_json(path: Path, value: Any) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write UTF-8 text under a temporary name and rename it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with renamed_to(path) as temporary:
         # lone surrogates, which models and JSON can bring, are no UTF-8: they are written as JSON escapes them
         temporary.write_bytes(text.encode("utf-8", "backslashreplace"))
+
+
+@contextmanager
+def renamed_to(path: Path) -> Iterator[Path]:
+    """Within: a file beside the one to be, to write, which takes its place at the end, whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

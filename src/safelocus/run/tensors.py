@@ -7,7 +7,6 @@ is. Written under a temporary name in the same folder and renamed: a reader sees
 """
 
 import json
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from safelocus.errors import RunError, SafelocusError
+from safelocus.run.files import renamed_to
 
 _PREFIX = "safelocus."
 _ZEROS = "0" * 32
@@ -52,19 +52,16 @@ class TensorFile:
             text = json.dumps(values, allow_nan=False)
         except (TypeError, ValueError) as error:
             raise self.error(f"what a {self.kind} says of itself must be plain JSON values: {error}") from error
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
-            save_tensors(tensors, temporary, {_PREFIX + self.kind: text})
-            with temporary.open("r+b") as file:
-                found = own_digest(temporary)
-                assert found is not None
-                file.seek(found.place)
-                file.write(found.found.encode())
-            os.replace(temporary, path)
+            with renamed_to(path) as temporary:
+                save_tensors(tensors, temporary, {_PREFIX + self.kind: text})
+                with temporary.open("r+b") as file:
+                    found = own_digest(temporary)
+                    assert found is not None
+                    file.seek(found.place)
+                    file.write(found.found.encode())
         except (OSError, SafetensorError) as error:
             raise self.error(f"{path}: cannot be written ({error}). Choose another place.") from error
-        finally:
-            temporary.unlink(missing_ok=True)
 
     def read(self, path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """(header, tensors) of a whole, unchanged file."""
