@@ -162,12 +162,12 @@ def _read(given: Preserve) -> _Material:
     from safelocus.training.examination import Examination, check_apart, read_lesson
 
     rows, learned = read_lesson(given.data, held_out=given.task_heldout)
-    learned = learned if given.limit is None else learned.limit(given.limit, seed=given.seed)
+    learned = learned.limit(given.limit, seed=given.seed)
     harmful = None if given.harmful is None else read_prompts(given.harmful)
     if harmful is None and given.selection is not None:  # refuses a source that has none left
         provenance = Selection.load(locating.selection_file(given.selection)).provenance
         harmful = sources.unscored_prompts(None, provenance, allow_seen=given.allow_seen, option="--harmful")
-        harmful = harmful if given.limit is None else harmful.limit(given.limit, seed=given.seed)
+        harmful = harmful.limit(given.limit, seed=given.seed)
     harmless = sources.harmless_prompts(given.harmless, given.limit, given.seed)
     tasks = sources.read_tasks(given.task, given.limit, given.seed)
     if learned.name in [other.name for other in tasks]:
@@ -224,7 +224,7 @@ def _examination(
     harmful = material.harmful or sources.unscored_prompts(
         None, selection.provenance, allow_seen=given.allow_seen, option="--harmful"
     )  # fmt: skip
-    harmful = harmful if given.limit is None else harmful.limit(given.limit, seed=given.seed)
+    harmful = harmful.limit(given.limit, seed=given.seed)
     remarks = [*check_unseen({"the selection": selection}, harmful, allow_seen=given.allow_seen)]
     if selection.layout.left_out:
         remarks.append(selection.layout.left_out)
@@ -272,7 +272,7 @@ def _mixed(given: Preserve, material: _Material, target: "Target") -> "Mixed | N
 
 def _tokens(given: Preserve, target: "Target") -> int:
     """Of the model's own answers, which come after a thought where it thinks."""
+    from safelocus.evaluation.responding import TargetResponder, thinks
     from safelocus.preservation.mixing import ANSWER_TOKENS
 
-    thinks = target.chat.thinking or target.chat.opened is not None
-    return max(ANSWER_TOKENS, given.max_new_tokens) if thinks else ANSWER_TOKENS
+    return max(ANSWER_TOKENS, given.max_new_tokens) if thinks(TargetResponder(target=target)) else ANSWER_TOKENS
