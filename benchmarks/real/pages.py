@@ -56,8 +56,8 @@ def preserved_table() -> str | None:
         "before": "before", "full-unprotected": "after, nothing protected",
         "full-random-10": "after, 10 % at random frozen", "full-esi-1": "after, 1 % by ESI frozen",
         "full-esi-10": "after, 10 % by ESI frozen", "full-mixed-embedded": "after, own answers mixed in",
-        "full-esi-10-mixed-embedded": "after, 10 % by ESI and mixing, as the command does",
-        "full-esi-10-calibrated-embedded": "after, 10 % by ESI calibrated",
+        "full-esi-10-mixed-embedded": "after, 10 % by ESI frozen, and own answers mixed in",
+        f"full-{preserving.SHOWN.name}": "after, 10 % by ESI calibrated, as the command does",
     }  # fmt: skip
     asked, tasks = ("harmbench", "advbench", "xstest_safe"), {"gsm8k": "GSM8K", "instruct": "instructions"}
     ways = {way: label for way, label in ways.items() if any(f"{task}-{way}" in found for task in tasks)}
@@ -79,7 +79,7 @@ def preserved_table() -> str | None:
         title="", headings=tuple(headings), rows=tuple(rows),
         caption=f"The aligned twin after {' or '.join(steps)}; n 78, 200, 250. The first two columns should stay, the "
         "third not rise, and the task's perplexity fall. Own answers: one row in six is the twin's own to an embedded "
-        "request; calibrated: the frozen weights alone are trained on such answers, every 4th step (`--calibrate`). At "
+        "request; calibrated: these weights alone are trained to keep such answers, every 4th step. At "
         "1e-4; at the command's own 2e-5 instructions take less ([SPA and its rivals]"
         "(docs/results/real-preserve.md)). Seed 0.",
     ).markdown()  # fmt: skip

@@ -63,6 +63,8 @@ PAIRS = (
     ("esi-10-mixed-embedded", "random-10-mixed-embedded"), ("esi-10-calibrated", "mixed"),
     ("esi-10-calibrated", "mixed-embedded"), ("esi-10-calibrated-embedded", "mixed-embedded"),
     ("esi-10-calibrated", "esi-10-calibrated-at-1e-3"), ("esi-10-calibrated", "random-10-calibrated"),
+    (preserving.SHOWN.name, "esi-10"), (preserving.SHOWN.name, "mixed-embedded"),
+    (preserving.SHOWN.name, "esi-10-mixed-embedded"), (preserving.SHOWN.name, "esi-10-calibrated-embedded"),
     ("mixed-alarming", "mixed-embedded"),
 )  # fmt: skip
 
