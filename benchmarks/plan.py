@@ -106,7 +106,7 @@ def compare(kind, num_weights, dtype, stage):
     else:
         from safelocus.training.lora import Lora
 
-        model = Lora().wrap(target.model) if form == "lora" else target.model
+        model = Lora().wrap(target.model, target.layout) if form == "lora" else target.model
         peak = _allocating(
             lambda: fit(
                 target, rows, settings, model=model, progress=False,
