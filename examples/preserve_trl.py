@@ -1,8 +1,8 @@
-"""Fine-tune a chat model on a new task with TRL, which does not train its safety weights: they are calibrated to keep
-what the model said before, or keep their bits (--freeze). Two lines do that.
+"""Fine-tune a chat model on a new task with TRL. The task does not train its safety weights: they are calibrated to
+keep what the model said before, or keep their bits (--freeze). Two lines do that.
 
     safelocus score organism:dense --prompts organism:harmful --guard organism:guard -o runs/scores
-    safelocus select runs/scores --ratio 0.01 -o runs/safety.safetensors
+    safelocus select runs/scores --ratio 0.1 -o runs/safety.safetensors
     python examples/preserve_trl.py --selection runs/safety.safetensors -o runs/protected [--freeze] [--lora]
 
 Without --selection it is the same training unprotected: compare both with `safelocus evaluate`.

@@ -12,6 +12,7 @@ from pages import check_run_page
 from safelocus.cli import main
 from safelocus.preservation.mixing import ANSWER_TOKENS, PROMPTS
 from safelocus.preservation.trainee import PATCH
+from safelocus.selection.ratio import count_for_ratio
 from safelocus.selection.sparse import gather
 from test_protection import same
 from test_tasks import shared, write
@@ -44,15 +45,16 @@ def few(tmp_path):
     return write(tmp_path / "harmless.jsonl", rows)
 
 
-def test_what_is_embedded_is_calibrated_on_unless_it_is_told_otherwise(scored, tmp_path, run):
+def test_a_tenth_is_calibrated_on_what_is_embedded_unless_it_is_told_otherwise(few, tmp_path, run):
     folder = tmp_path / "p"
     code, _, err = run(
-        "preserve", "organism:dense", "--selection", scored, *SETS[:6], "--harmless", "embedded:alarming", *SMALL,
-        "--calibrate-every", "2", "-o", folder,
+        "preserve", "organism:dense", "--refusal", "--prompts", few, *SETS[:6], "--harmless", "embedded:alarming",
+        *SMALL, "--calibrate-every", "2", "-o", folder,
     )  # fmt: skip
     assert code == 0, err
     results = json.loads((folder / "results.json").read_text())
     assert results["after"]["num_changed"] is None
+    assert results["after"]["num_protected"] == count_for_ratio(sl.load("organism:dense").layout, 0.1)
     calibration, whole = results["provenance"]["calibration"], sl.read_prompts("embedded:alarming")
     assert [part["source"] for part in calibration["prompts"]] == list(PROMPTS)
     assert calibration["max_new_tokens"] == ANSWER_TOKENS

@@ -288,6 +288,13 @@ def test_a_calibration_is_counted(subject, kind):
     assert times[-1] == pytest.approx(plain.seconds(one, find_device("80GB"), 10))
 
 
+@pytest.mark.parametrize(("stage", "usual"), [("enhance", "0.01"), ("preserve", "0.1"), ("preserve --lora", "0.1")])
+def test_every_stage_has_its_usual_ratio(stage, usual, run):
+    command = ["plan", "organism:dense", "--stage", stage, "--device", "80GB", "--json"]
+    needs = [json.loads(run(*command, *more)[1])["stages"] for more in ([], ["-r", usual], ["-r", "0.2"])]
+    assert needs[0] == needs[1] != needs[2]
+
+
 def test_what_is_short_is_said_where_it_is_the_hosts_memory(subject):
     preserve = Training(target=subject, num_selected=12000, kind="full", lengths=SHORT, most=8)
     with pytest.raises(

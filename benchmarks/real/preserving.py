@@ -87,8 +87,8 @@ CALIBRATED, GENTLER = (
     Arm(name="esi-10-calibrated", method="esi", calibrated="advbench"),
     Arm(name="gentle", rate=GENTLE),
 )
-BOTH = Arm(name="esi-10-mixed-embedded", method="esi", mixed="embedded")  # as the command does
-SHOWN = Arm(name="esi-10-calibrated-embedded-cut", method="esi", calibrated="embedded", cut=True)
+BOTH = Arm(name="esi-10-mixed-embedded", method="esi", mixed="embedded")
+SHOWN = Arm(name="esi-10-calibrated-embedded-cut", method="esi", calibrated="embedded", cut=True)  # as the command does
 MIXED = Arm(name="mixed-embedded", mixed="embedded")
 FULL = (
     UNPROTECTED, ESI, BOTH, SHOWN, MIXED, RANDOM, CALIBRATED, GENTLER,

@@ -243,7 +243,7 @@ def _stage(given: Enhance, divided: "Division", *, full: bool) -> "Callable[[Sub
             lengths = replace(lengths, retained=max(lengths.retained or 0, lengths.both))
         if not divided.data.is_answered:
             lengths = replace(lengths, row=min(max(lengths.row, lengths.both), given.max_length), answer=None)
-        k = subject.num_weights if full else planning.num_selected(given.selection, given.ratio, subject)
+        k = subject.num_weights if full else planning.num_selected(given.selection, given.share, subject)
         return Training(
             target=subject, num_selected=k, kind="sparse", guards=guards, lengths=lengths,
             most=given.batch_size or given.rows, processes=distributed.world_size(),

@@ -119,7 +119,8 @@ def locate_for(given: options.TrainOptions, target: "Target", folder: Path, judg
     return locate(
         target, batch_size=given.score_batch_size or 8, max_new_tokens=given.max_new_tokens,
         checkpoint=folder / CHECKPOINT / "scores", progress=not given.json, load=given.guards,
-        reader=guard_among(judges, given.guard, given.guard_description), **given.part(options.LocateOptions),
+        reader=guard_among(judges, given.guard, given.guard_description),
+        **given.part(options.LocateOptions) | {"ratio": given.share},
     )  # fmt: skip
 
 
@@ -130,7 +131,7 @@ def locate(
     guard: str | None = None,
     guard_description: Path | None = None,
     prompts: str | None = None,
-    ratio: float | None = None,
+    ratio: float = 0.01,
     batch_size: int = 8,
     max_new_tokens: int = 256,
     checkpoint: Path | None = None,
@@ -169,7 +170,6 @@ def locate(
 
         return Located(selection=found, scores=like)
     assert prompts is not None
-    share = 0.01 if ratio is None else ratio
     objective = make_objective(
         guard=guard, guard_description=guard_description, load=load, reader=reader, max_new_tokens=max_new_tokens,
         **objective_options,
@@ -186,12 +186,12 @@ def locate(
         )  # fmt: skip
 
     if checkpoint is None:
-        return Located(selection=scores("esi").select(share), scores=scores)
-    inputs = {"--prompts": prompt_set, "the objective": objective, "--ratio": share, "--score-batch-size": batch_size}
+        return Located(selection=scores("esi").select(ratio), scores=scores)
+    inputs = {"--prompts": prompt_set, "the objective": objective, "--ratio": ratio, "--score-batch-size": batch_size}
     claim(checkpoint, {"the model": target, **inputs, "--max-new-tokens": max_new_tokens})
     file = checkpoint / "selection.safetensors"
     if not distributed.in_all(file.is_file()):
-        scores("esi").select(share).save(file)
+        scores("esi").select(ratio).save(file)
     return Located(selection=Selection.load(file), scores=scores)
 
 

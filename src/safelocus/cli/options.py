@@ -184,6 +184,12 @@ class LocateOptions(ObjectiveOptions):
     )
     prompts: str | None = option("Harmful prompts to find the weights with.", "-p")
     ratio: float | None = option("Share of the weights to select, in (0, 1].", "-r", shown="0.01")
+    usual_ratio: ClassVar[float] = 0.01
+
+    @property
+    def share(self) -> float:
+        """Of the weights to select."""
+        return self.usual_ratio if self.ratio is None else self.ratio
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,7 +22,6 @@ from safelocus.cli.options import (
     ModelArgument,
     OffloadOption,
     PromptOptions,
-    RatioOption,
     words,
 )
 from safelocus.cli.output import note, print_json, results
@@ -85,7 +84,7 @@ def _rows_retained(values: Mapping[str, Any]) -> int:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PlanOptions(ModelArgument, RatioOption, AnswerOption, OffloadOption, DtypeOption, HubOptions, ConfigOptions):
+class PlanOptions(ModelArgument, AnswerOption, OffloadOption, DtypeOption, HubOptions, ConfigOptions):
     config: Path | None = option(
         "Plan the run of this run.toml or recipe, of score, evaluate, enhance or preserve.",
         is_eager=True, callback=take_run,
@@ -94,6 +93,7 @@ class PlanOptions(ModelArgument, RatioOption, AnswerOption, OffloadOption, Dtype
     device: str | None = option(
         "cpu, cuda:0, auto (this machine); H200, RTX 4090, 24GB, 2x80GB, ... (any).", shown="what models are loaded to"
     )
+    ratio: float | None = option("Share of the weights to select, in (0, 1].", "-r", shown="0.01; preserve: 0.1")
     guard: str | None = option("Guard to score and judge with.", shown="reader")
     lexicon: Path | None = option("Expressions to score and judge with.")
     prompts: str | None = option("Prompts to score with, counted.", "-p", shown="128")
@@ -205,7 +205,7 @@ def _stages(
         size, times = given.batch_size or options.rows, given.steps or options.steps
         kind: Any = "sparse" if command == "enhance" else "lora" if flags else "full"
         training = Training(
-            num_selected=_num_trained(given, run, subject), kind=kind,
+            num_selected=_num_trained(given, run, subject, options.usual_ratio), kind=kind,
             lora_rank=run.get("lora_rank", Preserve.lora_rank), guards=judging, most=size,
             retained_rows=retained if command == "enhance" else 0, processes=processes,
             calibrated=_num_calibrated(run) if command == "preserve" else 0,
@@ -289,14 +289,15 @@ def _number(given: PlanOptions, run: Mapping[str, Any], command: str) -> int:
     return sum(map(len, (*sets, *harmless, *sources.read_tasks(asked["task"], **of_each)))) or 128
 
 
-def _num_trained(given: PlanOptions, run: Mapping[str, Any], subject: "Subject") -> int:
+def _num_trained(given: PlanOptions, run: Mapping[str, Any], subject: "Subject", usual: float) -> int:
     """K, or more where a control trains more."""
+    ratio = usual if given.ratio is None else given.ratio
     selection = Path(run["selection"]).expanduser() if run.get("selection") else None
     if selection is not None and not selection.exists():
-        note(f"{selection}: not there yet; the plan is of {given.ratio:.3g} of the weights")
+        note(f"{selection}: not there yet; the plan is of {ratio:.3g} of the weights")
         selection = None
     is_full = "full" in words(run.get("controls"))
-    return subject.num_weights if is_full else planning.num_selected(selection, given.ratio, subject)
+    return subject.num_weights if is_full else planning.num_selected(selection, ratio, subject)
 
 
 def _num_calibrated(run: Mapping[str, Any]) -> int:

@@ -278,11 +278,11 @@ def resumed(given: Run, *names: str) -> Run:
     return replace(given, **settled)
 
 
-def num_selected(selection: Path | None, ratio: float | None, subject: "Subject") -> int:
+def num_selected(selection: Path | None, ratio: float, subject: "Subject") -> int:
     """K of a selection file, or of a selection to be made."""
     from safelocus.selection.ratio import count_for_ratio
     from safelocus.selection.selection import Selection
 
     if selection is None:
-        return count_for_ratio(subject.layout, 0.01 if ratio is None else ratio)
+        return count_for_ratio(subject.layout, ratio)
     return Selection.load(selection_file(selection)).k

@@ -35,7 +35,9 @@ class ProtectOptions(options.AllowOptions):
 @dataclass(frozen=True, kw_only=True)
 class Preserve(ProtectOptions, options.TrainOptions):
     rows: ClassVar[int] = 16
+    usual_ratio: ClassVar[float] = 0.1
 
+    ratio: float | None = option("Share of the weights to select, in (0, 1].", "-r", shown="0.1")
     data: str = option("The task: prompts with responses. File, hub id, organism:NAME.", "-d")
     task_heldout: str | None = option(
         "Questions that tell whether the task was learned.", shown="a tenth of --data that is not trained on"
@@ -51,15 +53,15 @@ class Preserve(ProtectOptions, options.TrainOptions):
         "Keep the effective weights while training (exact), or correct them afterwards (patch).", default="exact"
     )
     calibrate: list[str] | None = option(
-        "Prompts, harmful and harmless ones, whose answers by the model as it was the protected weights are trained to "
-        "keep, by small steps of their own. May be repeated. none: they keep their bits.",
+        "Harmful and harmless prompts: between the task's steps the protected weights are trained to keep what the "
+        "original model answers to them. May be repeated. none: the weights are frozen, bit for bit.",
         shown="embedded:refusals, embedded:ordinary, embedded:alarming",
     )
     calibrate_every: int = option("Steps of the task between two such steps.", default=4, min=1)
     calibrate_rate: float | None = option("Their learning rate.", shown="that of the training", min=0)
     mix: list[str] | None = option(
-        "Prompts to mix into the task's rows, with the model's own answers, unless nothing is protected. May be "
-        "repeated."
+        "Prompts to mix into the task's rows, with the model's own answers, in every arm but the unprotected one. May "
+        "be repeated."
     )
     mix_share: float = option("Their share of all rows.", default=1 / 6, shown="1/6")
     mask_listed: bool = flag("With --lexicon: where the task's answers say a listed expression, it is not learned.")
@@ -204,7 +206,7 @@ def _stage(given: Preserve, material: _Material) -> "Callable[[Subject, tuple[Su
             added = model.lengths([e for part in material.mixed for e in part], response=ANSWER_TOKENS).both
             lengths = replace(lengths, row=min(max(lengths.row, added), given.max_length), answer=None)
         return Training(
-            target=subject, num_selected=planning.num_selected(given.selection, given.ratio, subject),
+            target=subject, num_selected=planning.num_selected(given.selection, given.share, subject),
             kind="lora" if given.lora else "full", lora_rank=given.lora_rank, guards=guards,
             calibrated=len(material.calibrated) * Calibration.batch_size, calibrated_every=given.calibrate_every,
             most=given.batch_size or given.rows, processes=distributed.world_size(),

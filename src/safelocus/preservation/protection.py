@@ -201,7 +201,7 @@ class Protection:
             TrainingError: it is for another model, or has no learning rate, or an adapter trains freely beside the
                 weights, or beside shards.
             SafelocusError: the weights are sharded otherwise than by rows over all processes.
-            PromptError: none of the model's answers to a set of prompts came to its end.
+            PromptError: no answer to a set's prompts says anything.
         """
         own = {id(parameter) for parameter in calibration.target.model.parameters()}
         if any(id(held.site.parameter) not in own for held in self._held.values()):
@@ -335,8 +335,8 @@ class Protection:
     def patch(self) -> Patch:
         """The correction that belongs to the adapter when it is shipped unmerged.
 
-        Base + patch + adapter have the protected weights of the base, to half a unit in the last place of its
-        dtype. Save it beside the adapter; load the base, apply it, then load the adapter.
+        Base + patch + adapter have the protected weights as they are kept, those of the base or calibrated ones, to half
+        a unit in the last place of its dtype. Save it beside the adapter; load the base, apply it, then load the adapter.
 
         Raises:
             TrainingError: no adapter changes the selected weights, or they are sharded.
