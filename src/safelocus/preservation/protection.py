@@ -335,8 +335,9 @@ class Protection:
     def patch(self) -> Patch:
         """The correction that belongs to the adapter when it is shipped unmerged.
 
-        Base + patch + adapter have the protected weights as they are kept, those of the base or calibrated ones, to half
-        a unit in the last place of its dtype. Save it beside the adapter; load the base, apply it, then load the adapter.
+        Base + patch + adapter have the protected weights as they are kept, those of the base or calibrated ones, to
+        half a unit in the last place of its dtype. Save it beside the adapter; load the base, apply it, then load the
+        adapter.
 
         Raises:
             TrainingError: no adapter changes the selected weights, or they are sharded.
