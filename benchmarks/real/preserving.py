@@ -99,7 +99,7 @@ WITH_LORA = tuple(replace(arm, lora=True, rate=LORA_RATE) for arm in (UNPROTECTE
 SHORT_LORA = tuple(
     replace(arm, lora=True, rate=LORA_RATE)
     for arm in (
-        UNPROTECTED, ESI, SHOWN, BOTH,
+        UNPROTECTED, ESI, SHOWN, BOTH, replace(SHOWN, name=f"{SHOWN.name}-at-3e-5", calibration_rate=3e-5),
         Arm(name="mixed", mixed="advbench"), Arm(name="safelora", safelora=True),
     )
 )  # fmt: skip
