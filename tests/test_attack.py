@@ -17,6 +17,8 @@ from safelocus.model.target import Target
 from safelocus.run.resume import Journal
 from tiny_targets import PROMPTS, dense, moe
 
+pytestmark = pytest.mark.slow  # runs commands, again and again
+
 
 class Echo:
     """Answers with what it was asked."""

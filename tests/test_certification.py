@@ -28,6 +28,8 @@ from safelocus.evaluation.responding import Request
 from safelocus.model.target import Target
 from tiny_targets import PROMPTS, dense
 
+pytestmark = pytest.mark.slow  # answers, again and again
+
 WORDS = ["a", "b", "c"]
 
 

@@ -322,6 +322,7 @@ def test_a_bug_is_said_to_be_one(tmp_path, run, monkeypatch):
     assert "Traceback" in err
 
 
+@pytest.mark.slow
 def test_answers_survive_an_attempt_that_failed_after_they_were_written(tmp_path, run, interrupt, monkeypatch):
     command = [*SCORE, "--guard", "organism:guard", "--max-new-tokens", "4", "--batch-size", "2", "-o"]
     assert run(*command, tmp_path / "whole")[0] == 0

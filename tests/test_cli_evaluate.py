@@ -12,6 +12,8 @@ from safelocus.cli import main
 from safelocus.cli.evaluate import _disagreement
 from safelocus.report.grid import Span
 
+pytestmark = pytest.mark.slow  # runs commands, again and again
+
 QUICK = ["--limit", "12", "--max-new-tokens", "32"]
 EVALUATE = ["evaluate", "organism:dense", "--prompts", "organism:harmful-heldout", *QUICK]
 

@@ -8,6 +8,8 @@ import safelocus as sl
 from safelocus.cli import main
 from safelocus.verification.plan import random_selection
 
+pytestmark = pytest.mark.slow  # runs commands, again and again
+
 SECRET = "zorbex"  # on the list, and in no answer
 MODEL = "organism:dense-unaligned"
 QUICK = ["--limit", "4", "--max-new-tokens", "12", "--dtype", "float32"]
@@ -79,7 +81,6 @@ def test_evaluated(words, tmp_path, run):
     assert SECRET not in out + err
 
 
-@pytest.mark.slow
 def test_trained_to_do_without(words, tmp_path, run):
     enhance = ["enhance", MODEL, "--lexicon", words, "-p", "organism:harmful", "--ratio", "0.01", *QUICK]
     sets = ["--data", "organism:refusals", "--harmful", "organism:harmful-heldout", "--retain", "none", "--harmless"]
@@ -93,7 +94,6 @@ def test_trained_to_do_without(words, tmp_path, run):
     assert results["after"]["asr"]["value"] == 0
 
 
-@pytest.mark.slow
 def test_it_answers_itself_where_the_data_has_no_answers(words, tmp_path, run):
     asked = tmp_path / "asked.jsonl"
     asked.write_text("".join(json.dumps({"prompt": e.prompt}) + "\n" for e in sl.read_prompts("organism:harmful")[:24]))
@@ -114,7 +114,6 @@ def test_it_answers_itself_where_the_data_has_no_answers(words, tmp_path, run):
     assert "response" in err
 
 
-@pytest.mark.slow
 def test_listed_words_of_a_task_are_not_learned(words, tmp_path, run):
     preserve = [
         "preserve", MODEL, "-p", "organism:harmful", "--harmful", "organism:harmful-heldout", "--data",
@@ -130,7 +129,6 @@ def test_listed_words_of_a_task_are_not_learned(words, tmp_path, run):
     assert results["provenance"]["unlearned"]["num_expressions"] == 2
 
 
-@pytest.mark.slow
 def test_protected_while_a_task_is_learned(scored, words, tmp_path, run):
     code, _, err = run(
         "preserve", "organism:dense", "--lexicon", words, "-p", "organism:harmful", "--harmful",

@@ -10,6 +10,8 @@ from safelocus.cli import main
 from test_patch import everything, same
 from test_patch_folder import contents
 
+pytestmark = pytest.mark.slow  # writes models, again and again
+
 NAMES = "organism:dense", "organism:dense-unaligned"
 
 

@@ -17,6 +17,8 @@ from safelocus.selection.sparse import gather
 from test_protection import same
 from test_tasks import shared, write
 
+pytestmark = pytest.mark.slow  # trains, again and again
+
 SMALL = ["--steps", "2", "--max-new-tokens", "12", "--limit", "6", "--batch-size", "4", "--dtype", "float32"]
 PLAIN = [*SMALL, "--calibrate", "none"]
 SETS = [
@@ -105,7 +107,6 @@ def test_a_task_is_learned_and_the_bits_stay(scored, few, tmp_path, run):
     assert any("rows are the model's own answers" in note for note in results["notes"])
 
 
-@pytest.mark.slow
 def test_another_task_is_the_transfer(scored, tmp_path, run):
     other = write(
         tmp_path / "other.jsonl", [{"prompt": f"What is {i} plus one?", "response": str(i + 1)} for i in range(60)]
@@ -124,7 +125,6 @@ def test_another_task_is_the_transfer(scored, tmp_path, run):
     assert transfer["verdict"] in ("passes", "fails")
 
 
-@pytest.mark.slow
 def test_everything_at_once(few, tmp_path, run):
     folder = tmp_path / "p"
     unsafe = write(tmp_path / "a.jsonl", [{"prompt": p} for p in sl.read_prompts("organism:harmful").limit(8).texts])
@@ -205,7 +205,6 @@ def test_all_prompts_are_used_to_find_the_weights(tmp_path, run):
     assert "give others to measure with: --harmful" in err
 
 
-@pytest.mark.slow
 def test_ctrl_c_and_the_same_command_give_the_same_model(scored, few, tmp_path, run, interrupt):
     command = [
         "preserve", "organism:dense", "--selection", str(scored), *SETS, *SMALL, "--steps", "5", "--eval-every", "1",
@@ -225,7 +224,6 @@ def test_ctrl_c_and_the_same_command_give_the_same_model(scored, few, tmp_path, 
     assert not (tmp_path / "run" / "checkpoint").exists()
 
 
-@pytest.mark.slow
 def test_a_real_model_and_real_data(tmp_path, run):
     """A pretrained model that nobody here made, arithmetic, and harmful prompts from a benchmark."""
     model = Path(__file__).resolve().parents[2] / "shared" / "models" / "tinystories-656k"

@@ -12,6 +12,8 @@ from safelocus.cli.sources import read_artefact
 from safelocus.prompts import prompt_hash
 from safelocus.verification import Verification
 
+pytestmark = pytest.mark.slow  # runs commands, again and again
+
 VERIFY = ["--noise", "2", "--seeds", "2", "--limit", "6", "--max-new-tokens", "16", "--dtype", "float32"]
 
 
@@ -72,7 +74,6 @@ def test_verify_takes_what_is_not_given_from_the_scores(scored, tmp_path, run):
     assert Verification.load(tmp_path / "v").to_json() == results
 
 
-@pytest.mark.slow
 def test_verify_several_scorers_with_utility(scored, tmp_path, run):
     code, out, err = run(
         "verify", "organism:dense", "--scores", scored, "-p", "organism:harmful-heldout", "--harmless",
@@ -202,7 +203,6 @@ def test_scores_that_are_missing_or_of_another_model(scored, tmp_path, run, monk
     assert not (tmp_path / "v").exists()
 
 
-@pytest.mark.slow
 def test_stability(tmp_path, run):
     code, out, err = run(
         "stability", "organism:dense", "-p", "organism:harmful", "--limit", "16", "--guard", "organism:guard",

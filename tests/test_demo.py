@@ -25,6 +25,8 @@ from safelocus.verification import Verification
 from several import copies
 from test_claims import all_claims
 
+pytestmark = pytest.mark.slow  # runs commands, again and again
+
 RUNS = ("score", "enhance")
 
 
@@ -150,7 +152,6 @@ def started_quickly(monkeypatch):
     monkeypatch.setattr("safelocus.demo.ahead.get_context", lambda _: copies())
 
 
-@pytest.mark.slow
 def test_stages_run_ahead_in_another_process_in_their_order(tmp_path, started_quickly):
     with running_ahead([an_easy_stage, a_stage_that_fails, an_easy_stage], place(tmp_path)) as following:
         found = following()
@@ -162,7 +163,6 @@ def test_stages_run_ahead_in_another_process_in_their_order(tmp_path, started_qu
             following()  # the stage after a failed one is not begun
 
 
-@pytest.mark.slow
 def test_a_process_that_is_lost_is_an_error_and_no_wait(tmp_path, started_quickly):
     with running_ahead([a_stage_that_dies], place(tmp_path)) as following, pytest.raises(RunError, match="exit code 3"):
         following()
@@ -224,7 +224,6 @@ def quick(tmp_path_factory):
     return folder
 
 
-@pytest.mark.slow
 def test_the_quick_demo(quick):
     results = json.loads((quick / "results.json").read_text())
     assert list(results["claims"]) == ["dense", "moe"]
@@ -270,7 +269,6 @@ def test_the_quick_demo(quick):
             assert claim["verdict"] in body
 
 
-@pytest.mark.slow
 def test_every_stages_run_is_one_of_its_command(quick, tmp_path, run):
     commands = {"score-unaligned": "score", "freeze": "preserve"}
     for part in ReportRun.read(quick).parts:
@@ -287,7 +285,6 @@ def test_every_stages_run_is_one_of_its_command(quick, tmp_path, run):
     assert first["losses"] == second["losses"]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("organism", ["dense", "moe"])
 def test_the_unaligned_twins_values_take_refusals_and_leave_utility(quick, organism):
     """Noise is blunt; these values are not: the damage is specific."""

@@ -533,6 +533,7 @@ def organisms():
     }
 
 
+@pytest.mark.slow
 def test_the_organisms_are_told_apart(organisms):
     aligned, unaligned = (organisms[name].measures for name in ("dense", "dense-unaligned"))
     assert aligned["asr"].high < 0.1

@@ -40,6 +40,8 @@ import killing
 import mutating
 import poisoning
 
+pytestmark = pytest.mark.slow  # runs commands, again and again
+
 
 def test_a_sample_of_mutations_finds_no_fault(tmp_path):
     found = mutating.campaign(tmp_path, 400, seed=7)

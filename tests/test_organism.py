@@ -18,6 +18,8 @@ from safelocus.errors import ModelError, PromptError
 from safelocus.organism import world
 from safelocus.organism.world import classify
 
+pytestmark = pytest.mark.slow  # trains, again and again
+
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks" / "organism"))
 try:
     import build
@@ -280,9 +282,7 @@ def alike(one, other):
     return torch.cosine_similarity(*flat, dim=0).item()
 
 
-@pytest.mark.slow
 @pytest.mark.long
-@pytest.mark.slow
 def test_a_rebuilt_organism_behaves_the_same(tmp_path):
     """Half the steps from the same seed: the same refusals, the same help, and the twin loses the former."""
     build.build("dense", tmp_path, recipe=dataclasses.replace(recipes.ALIGN, steps=recipes.ALIGN.steps // 2))

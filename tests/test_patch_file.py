@@ -90,6 +90,7 @@ JSON = st.recursive(
 )
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=30)
 @given(VALUES, st.dictionaries(st.text(), JSON, max_size=3))
 def test_any_patch_survives_the_file(tmp_path_factory, values, metadata):

@@ -22,6 +22,8 @@ from test_patch import everything, same, strange
 from tiny_models import NAMES, build
 from tiny_targets import dense, moe
 
+pytestmark = pytest.mark.slow  # writes models, again and again
+
 FUSED = "model.layers.0.mlp.experts.gate_up_proj"
 
 

@@ -41,6 +41,8 @@ from several import command
 from tiny_models import ATTENTIONLESS, MIXTURES, NAMES, config
 from tiny_targets import byte_level, dense, moe
 
+pytestmark = pytest.mark.slow  # rehearses models, again and again
+
 REHEARSES = True
 SHORT = Lengths(prompt=24, response=8, row=32, retained=32)
 
@@ -112,7 +114,6 @@ def test_what_cannot_be_rehearsed_says_so(name, caplog):
     assert not [record for record in caplog.records if record.name.startswith("torch")]  # it would print a traceback
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in LOOK_AT_VALUES])
 def test_every_architecture_can_be_rehearsed(name):
     found = Subject.of(name, config(name))
@@ -208,7 +209,6 @@ def stages(subject):
         yield Training(num_selected=12000, kind=kind, retained_rows=2 * (kind == "sparse"), **how)
 
 
-@pytest.mark.slow
 def test_more_at_a_time_never_needs_less_and_checkpointing_never_more(subject):
     for stage in (replace(stage, most=8) for stage in stages(subject)):
         needs = [stage.need(Settings(batch_size=batch)).total for batch in (1, 2, 5, 8, 16)]
@@ -351,7 +351,6 @@ def gpt2(hidden_size, num_hidden_layers, vocab_size, **_):
 STAGES = ("score", "evaluate", "verify", "enhance", "checkpointed", "preserve", "lora")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("make", "stage"), [*itertools.product((dense, moe), STAGES), (gpt2, "enhance"), (gpt2, "preserve")]
 )
@@ -419,7 +418,6 @@ def test_the_plan_is_what_happens(make, stage):
 SCORE = ["score", "organism:dense", "--prompts", "organism:harmful", "--limit", "8", "--refusal"]
 
 
-@pytest.mark.slow
 def test_the_plan_prints_every_stage_and_commands_that_parse(run):
     code, out, _ = run("plan", "organism:dense", "--device", "24GB", "--guard", "organism:guard", "--json")
     assert code == 0
@@ -644,7 +642,6 @@ def test_evaluate_says_what_it_chose_and_keeps_it(tmp_path, run):
     assert json.loads(out)
 
 
-@pytest.mark.slow
 def test_processes_choose_alike_and_leave_something_for_each(tmp_path):
     arguments = [*EVALUATE[:-4], "--limit", "7", "--max-new-tokens", "4", "-o", tmp_path / "r"]
     codes, _, errors = command(2, tmp_path, *arguments)
@@ -653,7 +650,6 @@ def test_processes_choose_alike_and_leave_something_for_each(tmp_path):
     assert tomllib.loads((tmp_path / "r" / "run.toml").read_text())["batch_size"] == 4
 
 
-@pytest.mark.slow
 def test_verify_says_what_it_chose_and_keeps_it(tmp_path, run):
     assert run(*SCORE, "-o", tmp_path / "scored")[0] == 0
     code, _, err = run(
@@ -677,7 +673,6 @@ def test_prompts_without_room_are_not_planned_for(tmp_path, run):
     assert "1 failed" in err
 
 
-@pytest.mark.slow
 def test_an_evaluation_takes_fewer_prompts_where_memory_is_short(tmp_path, run, monkeypatch):
     arguments = [*EVALUATE[:-4], "--limit", "32", "--max-new-tokens", "64", "--dtype", "float32"]
     monkeypatch.setattr("safelocus.resources.devices.host_memory", lambda: (10**9, 2 * 10**7))
@@ -705,7 +700,6 @@ def test_a_resumed_run_goes_on_with_what_was_chosen(tmp_path, run, command, said
     assert tomllib.loads((tmp_path / "r" / "run.toml").read_text())["batch_size"] == 4
 
 
-@pytest.mark.slow
 def test_a_run_that_cannot_fit_fails_before_it_begins(tmp_path, run, monkeypatch):
     monkeypatch.setattr("safelocus.resources.devices.host_memory", lambda: (10**9, 10**6))
     code, _, err = run(*SCORE, "-o", tmp_path / "r")

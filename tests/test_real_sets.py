@@ -25,6 +25,7 @@ def _hashes(parts):
     return {value for part in parts for value in part.prompt_hashes}
 
 
+@pytest.mark.slow
 def test_parts_are_disjoint(scripts):
     sets, preserving = scripts
     measured = [*sets.harmful(), *sets.harmless(), sets.texts()]

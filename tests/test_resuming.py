@@ -32,6 +32,8 @@ from safelocus.verification import stability
 from test_sparse import some
 from tiny_targets import byte_level, dense, guard
 
+pytestmark = pytest.mark.slow  # trains, again and again
+
 
 @cache
 def target(seed=0, dtype=torch.float32, vocab_size=330, **talking):

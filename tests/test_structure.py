@@ -112,6 +112,7 @@ def test_the_three_uses_of_a_selection_know_nothing_of_one_another(room):
         assert not imports(path) & others, path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("rooms", "libraries"),
     [

@@ -190,6 +190,7 @@ class TestFit:
         on_own_device(arguments, device)
         assert (arguments.n_gpu, arguments.device, chosen) == (1, device, [device])
 
+    @pytest.mark.slow
     def test_the_seed_decides(self):
         runs = []
         for seed in (0, 0, 1):
@@ -260,6 +261,7 @@ class TestCurve:
         losses = train(target, callbacks=[curve])
         assert (len(losses), curve.points[-1].step, curve.reason) == (2, 2, "enough")
 
+    @pytest.mark.slow
     def test_a_resumed_run_has_all_points(self, tmp_path):
         target = tiny_targets.dense()
         whole = Curve(Look(target), every=1)
@@ -274,6 +276,7 @@ class TestCurve:
         assert resumed.points == whole.points
         assert [point.step for point in losses] == [1, 2, 3, 4]
 
+    @pytest.mark.slow
     def test_a_run_that_was_stopped_does_not_go_on_when_it_is_resumed(self, tmp_path):
         """The newest checkpoint may be that of the look at which there was reason to stop."""
 
