@@ -25,7 +25,7 @@ from safelocus.cli.options import (
     words,
 )
 from safelocus.cli.output import note, print_json, results
-from safelocus.cli.preserve import Preserve
+from safelocus.cli.preserve import Preserve, calibrated_on
 from safelocus.cli.score import Score
 from safelocus.enhancement.retained import GIVEN, OWN, RETAINED, settled
 from safelocus.run.folder import read_config
@@ -303,11 +303,8 @@ def _num_trained(given: PlanOptions, run: Mapping[str, Any], subject: "Subject",
 def _num_calibrated(run: Mapping[str, Any]) -> int:
     """Prompts of a step of calibration, as `preserve` takes them."""
     from safelocus.preservation.calibration import Calibration
-    from safelocus.preservation.mixing import PROMPTS
 
-    if run.get("calibrate") is None and run.get("lora_mode") == "patch":
-        return 0
-    return Calibration.batch_size * sum(each != NONE for each in run.get("calibrate") or PROMPTS)
+    return Calibration.batch_size * len(calibrated_on(run.get("calibrate"), run.get("lora_mode")))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -96,9 +96,7 @@ def preserve(given: Preserve) -> None:
     of_adapter = ("lora_rank", "lora_alpha", "lora_modules", "lora_mode", "merge")
     options.only_with(given, "an adapter (--lora)", given.lora, *of_adapter)
     options.check_none(given.calibrate, "--calibrate")
-    if given.calibrate is None and given.lora_mode == "patch":
-        given = replace(given, calibrate=[options.NONE])
-    is_calibrated = given.calibrate != [options.NONE]
+    is_calibrated = bool(calibrated_on(given.calibrate, given.lora_mode))
     options.only_with(given, "calibration (--calibrate)", is_calibrated, "calibrate_every", "calibrate_rate")
     options.only_with(given, "rows that are mixed in (--mix)", bool(given.mix), "mix_share")
     if given.mask_listed and given.lexicon is None:
@@ -143,6 +141,14 @@ def preserve(given: Preserve) -> None:
         )  # fmt: skip
 
 
+def calibrated_on(calibrate: list[str] | None, lora_mode: str | None) -> list[str]:
+    """Sources of prompts, from what the options say: what is embedded, unless an adapter is corrected afterwards."""
+    from safelocus.preservation.mixing import PROMPTS
+
+    usual = () if lora_mode == "patch" else PROMPTS
+    return [each for each in calibrate or usual if each != options.NONE]
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Material:
     """What is learned, kept and measured; harmful prompts are None where they are those that found the weights."""
@@ -158,7 +164,7 @@ class _Material:
 
 def _read(given: Preserve) -> _Material:
     from safelocus.errors import SafelocusError
-    from safelocus.preservation.mixing import PROMPTS, Mixed
+    from safelocus.preservation.mixing import Mixed
     from safelocus.prompts import read_prompts
     from safelocus.selection.selection import Selection
     from safelocus.training.examination import Examination, check_apart, read_lesson
@@ -176,7 +182,7 @@ def _read(given: Preserve) -> _Material:
         raise SafelocusError(f"--task {learned.name} is the task that is learned, which is measured anyway")
     if given.calibrate_rate is not None:
         replace(given, learning_rate=given.calibrate_rate).settings()  # refuses what is no rate
-    calibrated = [read_prompts(each) for each in given.calibrate or PROMPTS if each != options.NONE]
+    calibrated = [read_prompts(each) for each in calibrated_on(given.calibrate, given.lora_mode)]
     mixed = [read_prompts(each) for each in given.mix or []]
     if mixed:
         Mixed(prompts=mixed, share=given.mix_share)  # refuses what is no share
