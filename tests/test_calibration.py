@@ -148,7 +148,7 @@ class TestSteps:
             [first, second], selection, model=target.model, calibration=calibration(target, every=2)
         )
         counted = []
-        with mock.patch.object(protection, "calibrate_if_due", side_effect=lambda: counted.append(step)):
+        with mock.patch.object(protection, "calibrate_if_due", side_effect=lambda _: counted.append(step)):
             for step in range(6):
                 first.step()
                 if step not in resting:
@@ -327,6 +327,48 @@ def test_its_steps_are_as_large_as_those_of_the_training_where_nothing_else_is_s
     for what, model in ((target.model, {}), (torch.optim.SGD(target.model.parameters()), {"model": target.model})):
         with pytest.raises(TrainingError, match="give learning_rate"):
             rate_beside(what, target, **model)
+
+
+@pytest.mark.usefixtures("_answers")
+@pytest.mark.parametrize("scheduled", [True, False])
+@pytest.mark.parametrize("own_rate", [None, 1e-3])
+def test_its_rate_rises_and_falls_as_the_trainings_does(scheduled, own_rate, tmp_path):
+    def taken(protection):
+        """The rates of its steps."""
+        found, step = [], protection.calibrator.step
+        protection.calibrator.step = lambda *how: (
+            step(*how), found.append(protection.calibrator._optimizer.param_groups[0]["lr"])
+        )[0]  # fmt: skip
+        return found
+
+    how = {"every": 1, "learning_rate": own_rate, "scheduled": scheduled}
+    peak, shares = own_rate or 4e-3, [0.5, 1.0, 2 / 3, 1 / 3] if scheduled else [1.0] * 4
+    target = dense()
+    run = trainer_of(target, tmp_path, max_steps=4, learning_rate=4e-3, warmup_steps=2, lr_scheduler_type="linear")
+    rates = taken(sl.preserve(run, some(target), calibration=calibration(target, **how)))
+    run.train()
+    assert rates == pytest.approx([peak * share for share in ([0.0, 0.5, 1.0, 0.5] if scheduled else shares)])
+
+    target = dense()
+    optimizer = torch.optim.AdamW(target.model.parameters(), lr=4e-3)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, shares.__getitem__)
+    protection = sl.preserve(optimizer, some(target), model=target.model, calibration=calibration(target, **how))
+    rates = taken(protection)
+    for _ in shares[:-1]:
+        optimizer.step()
+        schedule.step()
+    assert rates == pytest.approx([peak * share for share in shares[:-1]])
+
+    target = dense()
+    optimizer = torch.optim.AdamW(target.model.parameters(), lr=1.0)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=4e-3, total_steps=10)
+    protection = sl.preserve(optimizer, some(target), model=target.model, calibration=calibration(target, **how))
+    rates, expected = taken(protection), []
+    for _ in range(9):
+        expected.append(peak * (schedule.get_last_lr()[0] / 4e-3 if scheduled else 1.0))
+        optimizer.step()
+        schedule.step()
+    assert rates == pytest.approx(expected)
 
 
 @pytest.mark.usefixtures("_answers")

@@ -61,6 +61,7 @@ class Arm:
     calibrated: str = ""  # on whose harmful requests
     cut: bool = False  # answers to them of over ANSWER_TOKENS; else these are left out
     calibration_rate: float | None = None  # the training's own
+    scheduled: bool = False  # and falling with it
     mixed: str = ""
     answer_tokens: int = ANSWER_TOKENS  # of what is mixed in
     share: float = SHARE  # of it
@@ -89,6 +90,7 @@ CALIBRATED, GENTLER = (
 )
 BOTH = Arm(name="esi-10-mixed-embedded", method="esi", mixed="embedded")
 SHOWN = Arm(name="esi-10-calibrated-embedded-cut", method="esi", calibrated="embedded", cut=True)  # as the command does
+SCHEDULED = replace(SHOWN, name=f"{SHOWN.name}-scheduled", scheduled=True)
 MIXED = Arm(name="mixed-embedded", mixed="embedded")
 FULL = (
     UNPROTECTED, ESI, BOTH, SHOWN, MIXED, RANDOM, CALIBRATED, GENTLER,
@@ -99,14 +101,14 @@ WITH_LORA = tuple(replace(arm, lora=True, rate=LORA_RATE) for arm in (UNPROTECTE
 SHORT_LORA = tuple(
     replace(arm, lora=True, rate=LORA_RATE)
     for arm in (
-        UNPROTECTED, ESI, SHOWN, BOTH, replace(SHOWN, name=f"{SHOWN.name}-at-3e-5", calibration_rate=3e-5),
+        UNPROTECTED, ESI, SHOWN, BOTH, replace(SCHEDULED, name=f"{SCHEDULED.name}-at-3e-5", calibration_rate=3e-5),
         Arm(name="mixed", mixed="advbench"), Arm(name="safelora", safelora=True),
     )
 )  # fmt: skip
 SHORT = (*FULL, Arm(name="random-10-calibrated", method="random", calibrated="advbench"))
 RIVALS = (
     Arm(name="esi-10-calibrated-embedded", method="esi", calibrated="embedded"),
-    replace(SHOWN, name="random-10-calibrated-embedded-cut", method="random"),
+    SCHEDULED, replace(SHOWN, name="random-10-calibrated-embedded-cut", method="random"),
     *(Arm(name=f"{m}-10-calibrated-at-1e-3", method=m, calibrated="advbench", calibration_rate=1e-3) for m in METHODS),
     Arm(name="mixed", mixed="advbench"), Arm(name="lox", lox=True),
     Arm(name="esi-10-rescored", method="esi", rescored=True), Arm(name="projected", projected=True),
@@ -212,7 +214,9 @@ def learned(task: str, steps: int, arm: Arm, unfinished: Path) -> dict[str, Any]
         prompts = shown(arm.calibrated)
         if not arm.cut:
             prompts = [own_answers(target, part, max_new_tokens=ANSWER_TOKENS) for part in prompts]
-        calibration = sl.Calibration(target=target, prompts=prompts, learning_rate=arm.calibration_rate)
+        calibration = sl.Calibration(
+            target=target, prompts=prompts, learning_rate=arm.calibration_rate, scheduled=arm.scheduled
+        )
     if arm.mixed:
         mixed = Mixed(prompts=shown(arm.mixed), share=arm.share, seed=arm.seed, max_new_tokens=arm.answer_tokens)
         data, _ = mixed.into(data, target, size=len(data), checkpoint=unfinished / "mixed")

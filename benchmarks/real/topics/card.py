@@ -3,17 +3,15 @@
 import math
 from collections.abc import Iterable
 
-from topics.outcomes import (
-    SOURCES,
-    Cell,
-)
+from topics.outcomes import SOURCES, Cell
 
-from safelocus.analysis.acceptance import CardRun, Conduct, criteria
+from safelocus.analysis.acceptance import NOT_MEASURED, CardRun, Conduct, Criterion, criteria
+from safelocus.analysis.words import interval
 from safelocus.report.grid import Grid
 
 CARD = (
     "How each is decided: [the acceptance card](../demo.md#the-acceptance-card). Points [95 % interval]; passes: all "
-    "of the interval says so; fails: it was not shown."
+    "of the interval says so; fails: it was not shown; a number without a verdict is of one seed."
 )
 
 
@@ -41,10 +39,21 @@ def card_run(kind: str, lesson: str, used: Iterable[str], after: Cell, **others:
 
 def cards(heading: str, found: dict[str, tuple[list[CardRun], list[CardRun]]]) -> list[str]:
     """A card per row of the table: (the seeds of one training, runs that learned other tasks) by its name."""
-    rows = [
-        (label if number == 0 else "", each.asked, each.verdict, each.measured)
-        for label, (runs, elsewhere) in found.items()
-        for number, each in enumerate(criteria(runs, elsewhere))
-    ]
-    table = Grid(title="", headings=(heading, "question", "verdict", "measured"), rows=tuple(rows), num_labels=4)
-    return ["## The acceptance card", CARD, table.markdown()] if rows else []
+    answers = {label: criteria(*runs) for label, runs in found.items()}
+    if not answers:
+        return []
+    asked = [each.asked for each in next(iter(answers.values()))]
+    rows = tuple((label, *map(_said, card)) for label, card in answers.items())
+    used = sorted(set().union(*(run.used for runs, _ in found.values() for run in runs)))
+    table = Grid(
+        title="", headings=(heading, *asked), rows=rows, num_labels=len(asked) + 1,
+        caption=f"found, trained and chosen with: {', '.join(used)}",
+    )  # fmt: skip
+    return ["## The acceptance card", CARD, table.markdown()]
+
+
+def _said(criterion: Criterion) -> str:
+    """The verdict, where there is one, and the numbers."""
+    numbers = ", ".join(f"{name} {interval(each)}" for name, each in criterion.numbers.items())
+    verdict = "" if criterion.verdict == NOT_MEASURED else criterion.verdict
+    return " ".join(filter(None, (verdict, numbers)))

@@ -8,7 +8,7 @@ A trainer makes its optimizer late, and may wrap, move or shard the model first;
 loaded before training begins. So the protection follows the weights when training begins, and restores them then.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial, wraps
 from itertools import chain
@@ -152,10 +152,25 @@ def _protection(
 
 
 def _rate(optimizers: Sequence[torch.optim.Optimizer]) -> float | None:
-    """The highest learning rate of those of Adam's kind, as it was before any schedule; others mean other steps."""
+    """The highest peak of the learning rates of those of Adam's kind; others mean other steps."""
     alike = (optimizer for optimizer in optimizers if _is_adam(type(optimizer).__name__))
-    groups = chain.from_iterable(optimizer.param_groups for optimizer in alike)
-    return max((float(group.get("initial_lr", group["lr"])) for group in groups), default=None)
+    return max((_peak(group) for group in _groups(alike)), default=None)
+
+
+def _share(optimizers: Sequence[Any]) -> float:
+    """Of their peak that the learning rates have now: 1 where no schedule is known."""
+    groups = [group for group in _groups(optimizers) if isinstance(group["lr"], int | float | torch.Tensor)]
+    peak = max(map(_peak, groups), default=0.0)
+    return max(float(group["lr"]) for group in groups) / peak if peak else 1.0
+
+
+def _peak(group: Mapping[str, Any]) -> float:
+    """Schedulers write down where they start from, and one-cycle ones where they go up to."""
+    return float(group.get("max_lr", group.get("initial_lr", group["lr"])))
+
+
+def _groups(optimizers: Iterable[Any]) -> list[dict[str, Any]]:
+    return list(chain.from_iterable(optimizer.param_groups for optimizer in optimizers))
 
 
 def _is_adam(name: str) -> bool:
@@ -167,7 +182,7 @@ def _follow(optimizers: Sequence[torch.optim.Optimizer], protection: Protection)
     if not optimizers:
         return
     _check_trained_by(optimizers, protection)
-    hook = _AfterStep(protection, len(optimizers))
+    hook = _AfterStep(protection, optimizers)
     for optimizer in optimizers:
         protection.add_handle(optimizer.register_step_post_hook(hook))
         for after in _after_switches(optimizer, protection):
@@ -181,6 +196,7 @@ class ProtectionCallback(TrainerCallback):
         self._protection = protection
         self._trainer = trainer
         self._resumed_from = Path()
+        self._share = 1.0
         self._resuming = _After(trainer, "_load_optimizer_and_scheduler", self._note)  # called whatever loads weights
         self._switches: list[_After] = []
 
@@ -195,11 +211,12 @@ class ProtectionCallback(TrainerCallback):
             self._take_up(self._resumed_from)
         self._protection.restore()
 
-    def on_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, *, optimizer: Any = None, **_: Any) -> None:
+        self._share = _share([optimizer] if hasattr(optimizer, "param_groups") else [])
         self._protection.restore()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self._protection.calibrate_if_due()  # the gradients are gone by now: it takes their memory
+        self._protection.calibrate_if_due(self._share)  # the gradients are gone by now: it takes their memory
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         calibrator = self._protection.calibrator
@@ -257,19 +274,19 @@ class _AfterStep:
     A step of the training is over when every optimizer has taken its own, or when one takes its next.
     """
 
-    def __init__(self, protection: Protection, num_optimizers: int) -> None:
-        self._protection, self._num_optimizers = protection, num_optimizers
+    def __init__(self, protection: Protection, optimizers: Sequence[torch.optim.Optimizer]) -> None:
+        self._protection, self._optimizers = protection, optimizers
         self._stepped: set[int] = set()
 
     def __call__(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         self._protection.restore()
         is_next = id(optimizer) in self._stepped
         self._stepped = {id(optimizer)} if is_next else {*self._stepped, id(optimizer)}
-        is_whole = len(self._stepped) == self._num_optimizers
+        is_whole = len(self._stepped) == len(self._optimizers)
         if is_whole:
             self._stepped = set()
         if is_next or is_whole:
-            self._protection.calibrate_if_due()
+            self._protection.calibrate_if_due(_share(self._optimizers))
 
 
 def _optimizers(what: Any) -> list[torch.optim.Optimizer]:

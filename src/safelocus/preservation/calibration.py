@@ -50,7 +50,8 @@ class Calibration:
         prompts: sets that take turns, or what they are read from; give harmful and harmless ones, as the embedded ones
             are. Responses in them are not used.
         every: steps of the task between two of calibration.
-        learning_rate: of AdamW on the protected weights; None: the peak of the training's, where that is AdamW's too.
+        learning_rate: of AdamW on the protected weights, its peak; None: the training's, where that is AdamW's too.
+        scheduled: it rises and falls as the training's does; else it stays at its peak.
         batch_size: prompts of each set in one calibration step.
         num_kept: tokens whose probability is stored at each place.
         max_new_tokens: length of the original's answers; longer ones are cut, and teach no end.
@@ -63,6 +64,7 @@ class Calibration:
     prompts: Sequence[PromptSet] = field(default_factory=embedded)
     every: int = 4
     learning_rate: float | None = None
+    scheduled: bool = True
     batch_size: int = 8
     num_kept: int = 64
     max_new_tokens: int = ANSWER_TOKENS
@@ -160,20 +162,21 @@ class Calibrator:
         self._steps += 1
         return self._steps % self.calibration.every == 0
 
-    def step(self, sites: Mapping[str, Site]) -> dict[str, Tensor]:
+    def step(self, sites: Mapping[str, Site], share: float = 1.0) -> dict[str, Tensor]:
         """One calibration step, which all processes take together: name -> new values [k].
 
         Args:
             sites: name -> where the protected weights are.
+            share: of its peak that the training's rate has now.
 
         Raises:
             NumericalError: the gradient is NaN or infinite, in whichever process.
         """
         model = self.calibration.target.model
-        batch, tokens, log_probs, share = self._batch()
+        batch, tokens, log_probs, weight = self._batch()
         held = [site.parameter for site in sites.values()]  # the base weights of an adapter do not by themselves
         with at_rest(model), _checkpointing(model), torch.enable_grad(), requiring_gradients(model, held):
-            loss = share * divergence(batch.logits(model), tokens, log_probs)
+            loss = weight * divergence(batch.logits(model), tokens, log_probs)
             gradients = _gradients(loss, sites)
         self.last = distributed.all_reduce_sum(loss.detach()) / distributed.world_size()
         for name, gradient in gradients.items():
@@ -182,6 +185,8 @@ class Calibrator:
         if not torch.isfinite(norm):
             raise NumericalError("the gradient of a calibration step is NaN or infinite: the training diverged")
         clip_grads_with_norm_(self.masters.values(), self.calibration.max_grad_norm, norm)
+        for group in self._optimizer.param_groups:
+            group["lr"] = self._peak * (share if self.calibration.scheduled else 1.0)
         self._optimizer.step()
         self._optimizer.zero_grad()
         return {name: master.detach() for name, master in self.masters.items()}
@@ -237,9 +242,13 @@ class Calibrator:
         name = Path(STATE)
         return f"{name.stem}-{distributed.rank() + 1:05}-of-{distributed.world_size():05}{name.suffix}"
 
-    def _new_optimizer(self) -> torch.optim.Optimizer:
+    @property
+    def _peak(self) -> float:
         assert self.calibration.learning_rate is not None
-        return torch.optim.AdamW(list(self.masters.values()), lr=self.calibration.learning_rate, weight_decay=0.0)
+        return self.calibration.learning_rate
+
+    def _new_optimizer(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(list(self.masters.values()), lr=self._peak, weight_decay=0.0)
 
     def _batch(self) -> tuple[ResponseBatch, Tensor, Tensor, float]:
         """This process's part of the prompts of this step, and the weight of its mean in the mean of all.
@@ -251,11 +260,11 @@ class Calibrator:
         chosen = [part[i] for part in self.sets for i in torch.randperm(len(part), generator=generator)[:size].tolist()]
         device, own = target.device, distributed.share(chosen)
         # gradients are averaged over the processes; one without prompts goes along with the first, which counts nothing
-        share = distributed.world_size() * _num_tokens(own) / _num_tokens(chosen)
+        weight = distributed.world_size() * _num_tokens(own) / _num_tokens(chosen)
         own = own or chosen[:1]
         batch = batch_of([reference.row for reference in own], target)
         tokens = torch.cat([reference.tokens for reference in own]).to(device)
-        return batch, tokens, torch.cat([reference.log_probs for reference in own]).to(device), share
+        return batch, tokens, torch.cat([reference.log_probs for reference in own]).to(device), weight
 
 
 def _gradients(loss: Tensor, sites: Mapping[str, Site]) -> dict[str, Tensor]:

@@ -221,15 +221,19 @@ class Protection:
             is_sharded=any(held.site.position is not None for held in self._held.values()),
         )  # fmt: skip
 
-    def after_step(self) -> None:
-        """What a loop of your own calls after each step of the training: restores, and calibrates when it is time."""
-        self.restore()
-        self.calibrate_if_due()
+    def after_step(self, share: float = 1.0) -> None:
+        """What a loop of your own calls after each step of the training: restores, and calibrates when it is time.
 
-    def calibrate_if_due(self) -> None:
-        """Count a step of the training, and take one of calibration every so many."""
+        Args:
+            share: of its peak that the training's learning rate had in this step.
+        """
+        self.restore()
+        self.calibrate_if_due(share)
+
+    def calibrate_if_due(self, share: float = 1.0) -> None:
+        """Count a step of the training, and take one of calibration every so many; `share` as for `after_step`."""
         if self.calibrator is not None and self.calibrator.count_step():
-            self.keep(self.calibrator.step({name: held.site for name, held in self._held.items()}))
+            self.keep(self.calibrator.step({name: held.site for name, held in self._held.items()}, share))
 
     def keep(self, values: Mapping[str, Tensor]) -> None:
         """Keep other values from now on: name -> [k of this tensor], any dtype.
