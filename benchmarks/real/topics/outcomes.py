@@ -31,12 +31,29 @@ def outcomes(found: Sequence[Cell], source: str) -> np.ndarray:
 
 def perplexity(found: Sequence[Cell], source: str = "texts") -> str:
     """exp of the mean nats per token: "12.3 [11.8,12.9]"; over texts, of several seeds the mean of each."""
-    nats = np.nanmean(np.array([cell["nats"][source] for cell in found], float), axis=0)
-    measure = mean([float(value) for value in nats])
+    measure = mean(_nats(found, source).tolist())
     assert measure.value is not None
     assert measure.low is not None
     assert measure.high is not None
     return f"{math.exp(measure.value):.2f} [{math.exp(measure.low):.2f},{math.exp(measure.high):.2f}]"
+
+
+def learned(found: Sequence[Cell], bare: Sequence[Cell], before: Cell, than: Sequence[Cell] | None = None) -> Measure:
+    """Of the task (the fall of its log perplexity), as a share of what training alone, `bare`, learns; by text.
+
+    Args:
+        than: how much more than these.
+    """
+    own, alone, first, other = (
+        _nats(cells, "task") for cells in (found, bare, [before], bare if than is None else than)
+    )
+    return mean(((than is None) + (other - own) / np.mean(first - alone)).tolist())
+
+
+def _nats(found: Sequence[Cell], source: str) -> np.ndarray:
+    """[texts], per token; of several seeds their mean."""
+    nats: np.ndarray = np.nanmean(np.array([cell["nats"][source] for cell in found], float), axis=0)
+    return nats
 
 
 def rates(found: Sequence[Cell]) -> list[str]:

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 import cells
 import preserving
 from topics.card import card_run, cards
-from topics.outcomes import HEADINGS, SOURCES, Cell, numbers, outcomes, perplexity, rates, told
+from topics.outcomes import HEADINGS, SOURCES, Cell, learned, numbers, outcomes, perplexity, rates, told
 
 from safelocus.analysis.acceptance import CardRun
 from safelocus.analysis.claims import kept_verdict
@@ -26,7 +26,7 @@ def page() -> str | None:
             continue
         groups = grouped(arms)
         bare = {(lora, rate): group for (arm, lora, rate), group in groups.items() if arm == "unprotected"}
-        rows = [("before", "", "", "", *rates([before]), "", perplexity([before]), perplexity([before], "task"), "")]
+        rows = [("before", "", "", "", *rates([before]), "", perplexity([before]), *_task([before], before, None), "")]
         for (arm, lora, rate), group in groups.items():
             alike = [bare[lora, rate]] if arm != "unprotected" and (lora, rate) in bare else []
             change, *controls = (
@@ -35,22 +35,24 @@ def page() -> str | None:
             rows.append(
                 (
                     arm + (", LoRA" if lora else ""), f"{rate:g}", str(len(group)), f"{group[0]['num_protected']:,}",
-                    *rates(group), _single_words(group), perplexity(group), perplexity(group, "task"),
+                    *rates(group), _single_words(group), perplexity(group),
+                    *_task(group, before, bare.get((lora, rate), bare.get((lora, preserving.RATE)))),
                     kept_verdict(change, controls, steps=group[0]["steps"]),
                 )
             )  # fmt: skip
         headings = (
             "arm", "rate", "seeds", "protected", *HEADINGS[:-1], "single words", HEADINGS[-1], "task's perplexity",
-            "safety within 1 %",
+            "task learned", "safety within 1 %",
         )  # fmt: skip
         parts += [
             f"## {task}: {arms[0]['steps']:,} steps",
             Grid(
                 title="", headings=headings, rows=tuple(rows), caption=f"percent refused, or right [95 % interval over "
                 f"prompts and seeds]; n: {numbers(before)}; single words: of AdvBench's answers, where "
-                "counted; the last column by AdvBench refusals",
+                "counted; task learned: of the unprotected run's fall of log perplexity, of LoRA its own; the last "
+                "column by AdvBench refusals",
             ).markdown(),
-            _apart(groups),
+            _apart(groups, before),
         ]  # fmt: skip
     if not parts:
         return None
@@ -64,21 +66,35 @@ PAIRS = (
     ("esi-10-calibrated", "mixed-embedded"), ("esi-10-calibrated-embedded", "mixed-embedded"),
     ("esi-10-calibrated", "esi-10-calibrated-at-1e-3"), ("esi-10-calibrated", "random-10-calibrated"),
     (preserving.SHOWN.name, "esi-10"), (preserving.SHOWN.name, "mixed-embedded"),
+    (preserving.SHOWN.name, "mixed-as-often"),
     (preserving.SHOWN.name, "esi-10-mixed-embedded"), (preserving.SHOWN.name, "esi-10-calibrated-embedded"),
     ("mixed-alarming", "mixed-embedded"),
 )  # fmt: skip
 
 
-def _apart(groups: Mapping[tuple[str, bool, float], list[Cell]]) -> str:
+def _apart(groups: Mapping[tuple[str, bool, float], list[Cell]], before: Cell) -> str:
     """What tells arms of full training apart."""
     found = {arm: group for (arm, lora, _), group in groups.items() if not lora}
     rows = tuple(
-        (first, second, *(interval(difference(*(outcomes(found[arm], s) for arm in (first, second)))) for s in REFUSED))
-        for first, second in PAIRS
-        if first in found and second in found
+        (
+            *pair, *(interval(difference(*(outcomes(found[arm], source) for arm in pair))) for source in REFUSED),
+            interval(learned(found[pair[0]], found["unprotected"], before, than=found[pair[1]])),
+        )
+        for pair in PAIRS
+        if all(arm in found for arm in ("unprotected", *pair))
+    )  # fmt: skip
+    caption = (
+        "points refused, and learned of the task, more by the first than by the second, paired by prompt [95 % "
+        "interval]"
     )
-    caption = "points refused more by the first than by the second, paired by prompt [95 % interval]"
-    return Grid(title="", headings=("first", "second", *HEADINGS[:5]), rows=rows, caption=caption).markdown()
+    headings = ("first", "second", *HEADINGS[:5], "task learned")
+    return Grid(title="", headings=headings, rows=rows, caption=caption).markdown()
+
+
+def _task(group: list[Cell], before: Cell, bare: list[Cell] | None) -> tuple[str, str]:
+    """The task's perplexity, and how much of what training alone learns was learned."""
+    share = "" if bare is None or bare is group else interval(learned(group, bare, before))
+    return perplexity(group, "task").split()[0], share
 
 
 def _single_words(group: list[Cell]) -> str:
