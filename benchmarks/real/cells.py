@@ -29,7 +29,8 @@ from safelocus.evaluation.result import PERPLEXITY
 from safelocus.model.target import Target
 from safelocus.prompts import PromptSet
 from safelocus.run.files import write_json
-from safelocus.scoring.run import NEEDS_OBJECTIVE, versions
+from safelocus.run.identity import versions
+from safelocus.scoring.run import NEEDS_OBJECTIVE
 from safelocus.scoring.scores import Scores
 from safelocus.selection.selection import Selection
 from safelocus.training.arm import share_of_single_words

@@ -23,15 +23,14 @@ from safelocus.model.target import Target
 from safelocus.objective import Lexicon
 from safelocus.patch import Patch
 from safelocus.prompts import PromptSet, read_prompts
-from safelocus.run.identity import Identity
-from safelocus.run.resume import claim
-from safelocus.scoring.run import versions
+from safelocus.run.identity import Identity, versions
+from safelocus.run.resume import claim, part_of
 from safelocus.selection.selection import Selection
 from safelocus.training import TrainingSettings
 from safelocus.training.arm import Arm, Trial, single_words
 from safelocus.training.examination import Examination, check_apart, facts
 from safelocus.training.responses import rows_with_remarks
-from safelocus.training.runner import Runner, check_made_for, part_of
+from safelocus.training.runner import Runner, check_made_for
 
 Source = PromptSet | str | Path | Iterable[object]
 

@@ -42,9 +42,8 @@ from safelocus.evaluation.tasks import Task, TaskExample
 from safelocus.model.generation import NO_NUMBER
 from safelocus.model.target import Target
 from safelocus.prompts import Example, PromptSet, read_prompts
-from safelocus.run.identity import Identity
+from safelocus.run.identity import Identity, versions
 from safelocus.run.resume import Journal, claim
-from safelocus.scoring.run import versions
 
 Prompts = PromptSet | Sequence[PromptSet] | Sequence[str]
 

@@ -22,14 +22,14 @@ from safelocus.preservation.mixing import Mixed
 from safelocus.preservation.result import PROTECTED, UNPROTECTED, Preservation, measures_of
 from safelocus.preservation.trainee import ADAPTER, DTYPES, MODEL, check_adapter, learner
 from safelocus.prompts import PromptSet
-from safelocus.run.resume import claim
+from safelocus.run.resume import claim, part_of
 from safelocus.selection.selection import Selection
 from safelocus.training import TrainingSettings
 from safelocus.training.arm import single_words
 from safelocus.training.examination import Examination, check_apart, facts
 from safelocus.training.lora import Lora
 from safelocus.training.responses import rows_with_remarks, without_listed
-from safelocus.training.runner import Runner, check_made_for, part_of
+from safelocus.training.runner import Runner, check_made_for
 
 if TYPE_CHECKING:
     from datasets import Dataset

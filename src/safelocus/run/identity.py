@@ -11,6 +11,7 @@ two identities is named down to the part: "the responses of --data", "the system
 `Provenance` is what scores, and whatever is made from them, say of where they come from.
 """
 
+import importlib.metadata
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
@@ -146,3 +147,8 @@ class Provenance:
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Self:
         return cls(**values)
+
+
+def versions() -> dict[str, str]:
+    """Versions of what the numbers depend on."""
+    return {package: importlib.metadata.version(package) for package in ("safelocus", "torch", "transformers")}

@@ -200,3 +200,8 @@ class StopAtBoundary:
         if self._asked:
             raise KeyboardInterrupt
         self._asked = True
+
+
+def part_of(folder: Path | None, name: str) -> Path | None:
+    """A folder within another, where there is one."""
+    return None if folder is None else folder / name

@@ -17,7 +17,6 @@ process. Copies of the model are scored each for itself; through a sharded model
 Input: a target, prompts and an objective. Output: frozen `Scores`.
 """
 
-import importlib.metadata
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -37,7 +36,7 @@ from safelocus.model.target import Target, check_device, is_exhausted
 from safelocus.objective import Objective, describe
 from safelocus.progress import size_of, track
 from safelocus.prompts import PromptSet, read_prompts
-from safelocus.run.identity import Identity
+from safelocus.run.identity import Identity, versions
 from safelocus.run.resume import Snapshots, StopAtBoundary, claim
 from safelocus.scoring.gradients import GradientAccumulator, named_weights
 from safelocus.scoring.observing import InputNorms, RoutingCounter
@@ -240,11 +239,6 @@ def sigma(layout: TensorLayout, tensor: Tensor) -> Tensor:
     if not bool(torch.isfinite(result).all()):
         raise NumericalError(f"{layout.name}: the weights hold NaN or infinity; the checkpoint is damaged")
     return result
-
-
-def versions() -> dict[str, str]:
-    """Versions of what the numbers depend on."""
-    return {package: importlib.metadata.version(package) for package in ("safelocus", "torch", "transformers")}
 
 
 def _accumulate(

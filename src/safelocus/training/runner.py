@@ -24,7 +24,8 @@ from safelocus.evaluation.result import HARMLESS
 from safelocus.evaluation.surprise import with_surprising
 from safelocus.model.target import Target
 from safelocus.prompts import PromptSet
-from safelocus.scoring.run import versions
+from safelocus.run.identity import versions
+from safelocus.run.resume import part_of
 from safelocus.selection.selection import Selection
 from safelocus.training.arm import Arm, TrainedArm, Trainee, Trial
 from safelocus.training.curve import CurvePoint, back, cost, nearest
@@ -277,11 +278,6 @@ def check_made_for(target: Target, selection: Selection, *, allow_mismatch: bool
     """
     own = target.fingerprint(like=selection.provenance.fingerprint)
     return selection.check(own, allow_mismatch=allow_mismatch)
-
-
-def part_of(folder: Path | None, name: str) -> Path | None:
-    """A folder within another, where there is one."""
-    return None if folder is None else folder / name
 
 
 def _choose(trials: Sequence[Trial]) -> int:
