@@ -108,7 +108,8 @@ SHORT_LORA = tuple(
 SHORT = (*FULL, Arm(name="random-10-calibrated", method="random", calibrated="advbench"))
 RIVALS = (
     Arm(name="esi-10-calibrated-embedded", method="esi", calibrated="embedded"),
-    SCHEDULED, replace(SHOWN, name="random-10-calibrated-embedded-cut", method="random"),
+    SCHEDULED, replace(SCHEDULED, name=f"random-10{SCHEDULED.name.removeprefix('esi-10')}", method="random"),
+    replace(SHOWN, name="random-10-calibrated-embedded-cut", method="random"),
     *(Arm(name=f"{m}-10-calibrated-at-1e-3", method=m, calibrated="advbench", calibration_rate=1e-3) for m in METHODS),
     Arm(name="mixed", mixed="advbench"), Arm(name="lox", lox=True),
     Arm(name="esi-10-rescored", method="esi", rescored=True), Arm(name="projected", projected=True),
