@@ -321,6 +321,10 @@ def test_its_steps_are_as_large_as_those_of_the_training_where_nothing_else_is_s
     target = dense()
     assert rate_beside(trainer_of(target, tmp_path, learning_rate=3e-4), target) == 3e-4
     target = dense()
+    adapted = get_peft_model(target.model, LoraConfig(r=4, target_modules="all-linear"))
+    beneath = rate_beside(trainer_of(SimpleNamespace(model=adapted), tmp_path, learning_rate=3e-4), target)
+    assert beneath == pytest.approx(3e-5)
+    target = dense()
     optimizer = torch.optim.AdamW([{"params": list(target.model.parameters()), "lr": 0.02}], lr=0.5)
     torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=0.1)  # it is at 0.002 now
     assert rate_beside(optimizer, target, model=target.model) == 0.02

@@ -58,6 +58,7 @@ def preserved_table() -> str | None:
         "full-esi-10": "after, 10 % by ESI frozen", "full-mixed-embedded": "after, own answers mixed in",
         "full-esi-10-mixed-embedded": "after, 10 % by ESI frozen, and own answers mixed in",
         f"full-{preserving.SHOWN.name}": "after, 10 % by ESI calibrated, as the command does",
+        f"full-{preserving.AT_PEAK.name}": "the same, at the peak of the training's rate throughout",
     }  # fmt: skip
     asked, tasks = ("harmbench", "advbench", "xstest_safe"), {"gsm8k": "GSM8K", "instruct": "instructions"}
     ways = {way: label for way, label in ways.items() if any(f"{task}-{way}" in found for task in tasks)}

@@ -8,14 +8,15 @@ arm and rate. Frozen: the top of ESI, found on the twin itself, or random weight
 model in training after a third and two thirds of the steps, and what it then finds is frozen instead, as it is by then.
 Calibrated: the same weights, trained every 4th step on the twin's own answers of up to 64 tokens to the prompts that
 found them and to embedded harmless ones, at the task's own rate, or at ten times that; embedded: to embedded harmful
-ones; cut: longer answers are cut there. Rivals, nothing frozen: a gentle rate; mixed (1 row in 6 is one of these
-answers, the practitioner's remedy); mixed with embedded harmful requests in place of AdvBench's; the same with twice as
-many alarming but harmless ones, or with the first 8 tokens of each answer in place of 64 (brief), or with as many such
-rows in all as calibration takes, 6 of 8 in each step (as often); projected (each update loses what lowers S to first
-order, on 4 of the prompts that found the weights: A-GEM of the update, Chaudhry et al. 2019); LoX (before training,
-1.25 times the 6 largest singular components of what made the twin out of the original are added to it, Perin et al.
-2025); SafeLoRA (after training, of each matrix what was learned is multiplied with C = V V^T / |V|, V what made the
-twin, where the cosine of the two is below 0.35; Hsu et al. 2024).
+ones; cut: longer answers are cut there; scheduled: that rate falls as the task's does, and else stays at its peak.
+Rivals, nothing frozen: a gentle rate; mixed (1 row in 6 is one of these answers, the practitioner's remedy); mixed with
+embedded harmful requests in place of AdvBench's; the same with twice as many alarming but harmless ones, or with the
+first 8 tokens of each answer in place of 64 (brief), or with as many such rows in all as calibration takes, 6 of 8 in
+each step (as often); projected (each update loses what lowers S to first order, on 4 of the prompts that found the
+weights: A-GEM of the update, Chaudhry et al. 2019); LoX (before training, 1.25 times the 6 largest singular components
+of what made the twin out of the original are added to it, Perin et al. 2025); SafeLoRA (after training, of each matrix
+what was learned is multiplied with C = V V^T / |V|, V what made the twin, where the cosine of the two is below 0.35;
+Hsu et al. 2024).
 """
 
 import sys
@@ -60,7 +61,7 @@ class Arm:
     ratio: float = 0.1
     calibrated: str = ""  # on whose harmful requests
     cut: bool = False  # answers to them of over ANSWER_TOKENS; else these are left out
-    calibration_rate: float | None = None  # the training's own
+    calibration_rate: float | None = None  # the training's own, of an adapter a tenth
     scheduled: bool = False  # and falling with it
     mixed: str = ""
     answer_tokens: int = ANSWER_TOKENS  # of what is mixed in
@@ -89,8 +90,8 @@ CALIBRATED, GENTLER = (
     Arm(name="gentle", rate=GENTLE),
 )
 BOTH = Arm(name="esi-10-mixed-embedded", method="esi", mixed="embedded")
-SHOWN = Arm(name="esi-10-calibrated-embedded-cut", method="esi", calibrated="embedded", cut=True)  # as the command does
-SCHEDULED = replace(SHOWN, name=f"{SHOWN.name}-scheduled", scheduled=True)
+AT_PEAK = Arm(name="esi-10-calibrated-embedded-cut", method="esi", calibrated="embedded", cut=True)
+SHOWN = replace(AT_PEAK, name=f"{AT_PEAK.name}-scheduled", scheduled=True)  # as the command does
 MIXED = Arm(name="mixed-embedded", mixed="embedded")
 FULL = (
     UNPROTECTED, ESI, BOTH, SHOWN, MIXED, RANDOM, CALIBRATED, GENTLER,
@@ -101,15 +102,14 @@ WITH_LORA = tuple(replace(arm, lora=True, rate=LORA_RATE) for arm in (UNPROTECTE
 SHORT_LORA = tuple(
     replace(arm, lora=True, rate=LORA_RATE)
     for arm in (
-        UNPROTECTED, ESI, SHOWN, BOTH, replace(SCHEDULED, name=f"{SCHEDULED.name}-at-3e-5", calibration_rate=3e-5),
+        UNPROTECTED, ESI, SHOWN, BOTH, replace(AT_PEAK, calibration_rate=LORA_RATE),
         Arm(name="mixed", mixed="advbench"), Arm(name="safelora", safelora=True),
     )
 )  # fmt: skip
 SHORT = (*FULL, Arm(name="random-10-calibrated", method="random", calibrated="advbench"))
 RIVALS = (
     Arm(name="esi-10-calibrated-embedded", method="esi", calibrated="embedded"),
-    SCHEDULED, replace(SCHEDULED, name=f"random-10{SCHEDULED.name.removeprefix('esi-10')}", method="random"),
-    replace(SHOWN, name="random-10-calibrated-embedded-cut", method="random"),
+    AT_PEAK, replace(SHOWN, name=f"random-10{SHOWN.name.removeprefix('esi-10')}", method="random"),
     *(Arm(name=f"{m}-10-calibrated-at-1e-3", method=m, calibrated="advbench", calibration_rate=1e-3) for m in METHODS),
     Arm(name="mixed", mixed="advbench"), Arm(name="lox", lox=True),
     Arm(name="esi-10-rescored", method="esi", rescored=True), Arm(name="projected", projected=True),
@@ -124,7 +124,7 @@ PROJECTED_ON = 4  # prompts a step
 LOX_RANK, LOX_FACTOR = 6, 1.25
 SAFELORA_COSINE = 0.35
 PLAN = (
-    ("pubmedqa", 300, SHORT), ("instruct", 300, (*SHORT, *RIVALS, *SHORT_LORA)), ("gsm8k", 1000, FULL),
+    ("pubmedqa", 300, SHORT), ("instruct", 300, (*SHORT, *RIVALS, *SHORT_LORA)), ("gsm8k", 1000, (*FULL, AT_PEAK)),
     ("gsm8k", 1000, WITH_LORA),
 )  # fmt: skip
 

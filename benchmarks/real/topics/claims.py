@@ -81,7 +81,7 @@ def _preserved() -> Iterator[Row]:
             cell for cell in found.values() if cell["task"] == task and cell["arm"] != "before"
         )  # fmt: skip
         for (arm, lora, rate), group in groups.items():
-            shown = re.fullmatch(rf"esi-(\d+)({preserving.SHOWN.name.removeprefix('esi-10')})?", arm)
+            shown = re.fullmatch(rf"esi-(\d+)({preserving.AT_PEAK.name.removeprefix('esi-10')})?(-scheduled)?", arm)
             if before is None or shown is None:  # neither frozen, and nothing else, nor calibrated as the command does
                 continue
             bare, random = (groups.get((other, lora, rate)) for other in ("unprotected", arm.replace("esi", "random")))
@@ -92,7 +92,8 @@ def _preserved() -> Iterator[Row]:
                 verdicts.append(kept_verdict(change, controls, steps=steps))
             yield (
                 "... calibrated, not only frozen (not the paper's)" if shown[2] else SPA,
-                f"{task}, {steps:,} steps, {shown[1]} %{', LoRA' if lora else ''}",
+                f"{task}, {steps:,} steps, {shown[1]} %{', LoRA' if lora else ''}"
+                + (", at the peak of the rate" if shown[2] and not shown[3] else ""),
                 f"{_state([before])} to {_state(group)}; HarmBench {interval(change)} points",
                 "; ".join(f"{name} {_state(seeds)}" for name, seeds in others.items() if seeds),
                 verdicts[0] if len(set(verdicts)) == 1 else f"{verdicts[0]}; HarmBench {verdicts[1]}",

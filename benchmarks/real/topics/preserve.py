@@ -66,8 +66,11 @@ PAIRS = (
     ("esi-10-calibrated", "mixed-embedded"), ("esi-10-calibrated-embedded", "mixed-embedded"),
     ("esi-10-calibrated", "esi-10-calibrated-at-1e-3"), ("esi-10-calibrated", "random-10-calibrated"),
     (preserving.SHOWN.name, "esi-10"), (preserving.SHOWN.name, "mixed-embedded"),
-    (preserving.SHOWN.name, "mixed-as-often"),
-    (preserving.SHOWN.name, "esi-10-mixed-embedded"), (preserving.SHOWN.name, "esi-10-calibrated-embedded"),
+    (preserving.SHOWN.name, "mixed-as-often"), (preserving.SHOWN.name, preserving.AT_PEAK.name),
+    (preserving.SHOWN.name, preserving.SHOWN.name.replace("esi", "random")),
+    (preserving.SHOWN.name, "esi-10-mixed-embedded"),
+    *((preserving.AT_PEAK.name, other) for other in ("esi-10", "mixed-embedded", "esi-10-mixed-embedded")),
+    (preserving.AT_PEAK.name, "mixed-as-often"), (preserving.AT_PEAK.name, "esi-10-calibrated-embedded"),
     ("mixed-alarming", "mixed-embedded"),
 )  # fmt: skip
 

@@ -58,7 +58,9 @@ class Preserve(ProtectOptions, options.TrainOptions):
         shown="embedded:refusals, embedded:ordinary, embedded:alarming",
     )
     calibrate_every: int = option("Steps of the task between two such steps.", default=4, min=1)
-    calibrate_rate: float | None = option("Their learning rate.", shown="that of the training", min=0)
+    calibrate_rate: float | None = option(
+        "Their learning rate.", shown="that of the training; with --lora a tenth of it", min=0
+    )
     mix: list[str] | None = option(
         "Prompts to mix into the task's rows, with the model's own answers, in every arm but the unprotected one. May "
         "be repeated."

@@ -30,6 +30,7 @@ from safelocus.selection.selection import Selection
 from safelocus.selection.sparse import selected_parameters
 from safelocus.training.lora import LoraMode
 
+OF_ADAPTER = 0.1  # an adapter's rate is about ten times that of the weights beneath it
 _QUANTISED = ("Params4bit", "Int8Params")  # of bitsandbytes
 
 
@@ -58,8 +59,8 @@ def preserve(
         exact_gradient: with LoRA in mode "exact": leave the protected weights out of the adapter's gradient too. It
             learns better where 10 % or more is protected, and a step takes about half as long again.
         calibration: between the training's steps, train the protected weights alone to keep the model's answers
-            (see `Calibration`), at the training's learning rate unless it has its own. They no longer keep their bits
-            then.
+            (see `Calibration`), at the training's learning rate, with LoRA at a tenth of it, unless it has its own. They
+            no longer keep their bits then.
 
     Returns:
         The protection. It holds as long as it is attached; `remove()` ends it. Where this raises, nothing is attached,
@@ -142,8 +143,8 @@ def _protection(
         protection.restore()
         follow(protection)
         if calibration is not None:
-            if calibration.learning_rate is None:
-                calibration = replace(calibration, learning_rate=rate)
+            if calibration.learning_rate is None and rate is not None:
+                calibration = replace(calibration, learning_rate=rate * (OF_ADAPTER if protection.is_adapted else 1))
             protection.calibrate(calibration)
     except BaseException:
         protection.remove(restore_base=True)

@@ -50,7 +50,8 @@ class Calibration:
         prompts: sets that take turns, or what they are read from; give harmful and harmless ones, as the embedded ones
             are. Responses in them are not used.
         every: steps of the task between two of calibration.
-        learning_rate: of AdamW on the protected weights, its peak; None: the training's, where that is AdamW's too.
+        learning_rate: of AdamW on the protected weights, its peak; None: the training's, where that is AdamW's too, and
+            beneath an adapter a tenth of it.
         scheduled: it rises and falls as the training's does; else it stays at its peak.
         batch_size: prompts of each set in one calibration step.
         num_kept: tokens whose probability is stored at each place.
