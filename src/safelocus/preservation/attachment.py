@@ -59,7 +59,7 @@ def preserve(
         exact_gradient: with LoRA in mode "exact": leave the protected weights out of the adapter's gradient too. It
             learns better where 10 % or more is protected, and a step takes about half as long again.
         calibration: between the training's steps, train the protected weights alone to keep the model's answers
-            (see `Calibration`), at the training's learning rate, with LoRA at a tenth of it, unless it has its own. They
+            (see `Calibration`), at the training's learning rate, with LoRA at a tenth of it, if it has none. They
             no longer keep their bits then.
 
     Returns:
