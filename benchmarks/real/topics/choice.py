@@ -75,14 +75,10 @@ def _chosen_by_protection() -> list[Comparison]:
         if cell["arm"].startswith("esi"):
             rival = found.get(key.replace("esi", "random"))
             percent, _, kind = cell["arm"].removeprefix("esi-").partition("-")
-            how = [
-                "SPA",
-                cell["task"],
-                f"{percent} %",
-                *([kind.replace("-at-", " at ")] if kind else []),
-                *(["LoRA"] if cell["lora"] else []),
-            ]
-            compared += _pairs(", ".join(how), NAMES["random"], [cell], None if rival is None else [rival])
+            kind = "calibrated as the command does" if cell["arm"] == preserving.SHOWN.name else kind
+            how = ("SPA", cell["task"], f"{percent} %", kind.replace("-at-", " at "), "LoRA" if cell["lora"] else "")
+            what = ", ".join(filter(None, how))
+            compared += _pairs(what, NAMES["random"], [cell], None if rival is None else [rival])
     return compared
 
 
