@@ -101,7 +101,7 @@ class TestDivergence:
         protection = sl.preserve(target, some(target), calibration=calibration(target, num_kept=10_000, batch_size=9))
         moved(target)
         before = whole_kl(original, target, sets)
-        protection.calibrator.step({name: held.site for name, held in protection._held.items()})
+        protection.calibrator.step({name: held.site for name, held in protection._held.items()}, 1e-3)
         torch.testing.assert_close(protection.calibrator.last, before, rtol=1e-4, atol=1e-5)
         assert before > 0.01
 
@@ -148,7 +148,7 @@ class TestSteps:
             [first, second], selection, model=target.model, calibration=calibration(target, every=2)
         )
         counted = []
-        with mock.patch.object(protection, "calibrate_if_due", side_effect=lambda _: counted.append(step)):
+        with mock.patch.object(protection, "calibrate_if_due", side_effect=lambda: counted.append(step)):
             for step in range(6):
                 first.step()
                 if step not in resting:
@@ -238,10 +238,10 @@ class TestSteps:
         monkeypatch.setattr(torch.autograd, "grad", lambda *a, **o: dense_ones.extend(grad(*a, **o)))
         monkeypatch.setattr(module, "_gradients", lambda *a: taken.append(gradients(*a)) or taken[-1])
         target.model.model.layers[0].mlp.act_fn.register_forward_hook(lambda *_: calls.append(1))
-        protection.calibrator.step({name: held.site for name, held in protection._held.items()})
+        protection.calibrator.step({name: held.site for name, held in protection._held.items()}, 1e-3)
         target.model.activation_checkpointing_enable({"use_reentrant": False})
         target.model.train()
-        protection.calibrator.step({name: held.site for name, held in protection._held.items()})
+        protection.calibrator.step({name: held.site for name, held in protection._held.items()}, 1e-3)
         assert len(calls) == 1 + 2
         assert len(dense_ones) == 2 * len(protection._held)
         assert all(gradient.untyped_storage().nbytes() == 4 for gradient in dense_ones)
@@ -312,67 +312,69 @@ def test_the_best_checkpoint_has_its_own_calibrated_values(tmp_path):
     assert protection.check() == 0
 
 
-@pytest.mark.usefixtures("_answers")
-def test_its_steps_are_as_large_as_those_of_the_training_where_nothing_else_is_said(tmp_path):
-    def rate_beside(what, target, **model):
-        how = calibration(target, learning_rate=None)
-        return sl.preserve(what, some(target), calibration=how, **model).calibrator.calibration.learning_rate
+def rates_of(protection):
+    """The rates of its steps, as they are taken."""
+    found, step = [], protection.calibrator.step
 
+    def noting(sites, rate):
+        values = step(sites, rate)
+        found.append(protection.calibrator._optimizer.param_groups[0]["lr"])
+        return values
+
+    protection.calibrator.step = noting
+    return found
+
+
+@pytest.mark.usefixtures("_answers")
+@pytest.mark.parametrize(("own_rate", "adapted"), [(None, False), (None, True), (1e-3, False), (1e-3, True)])
+def test_its_rate_is_its_own_or_the_trainers_as_that_is_and_beneath_an_adapter_a_tenth(own_rate, adapted, tmp_path):
     target = dense()
-    assert rate_beside(trainer_of(target, tmp_path, learning_rate=3e-4), target) == 3e-4
+    selection, model = some(target), target.model
+    if adapted:
+        model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear"))
+    run = trainer_of(
+        SimpleNamespace(model=model), tmp_path, max_steps=4, learning_rate=4e-3, warmup_steps=2,
+        lr_scheduler_type="linear", gradient_accumulation_steps=2,
+    )  # fmt: skip
+    rates = rates_of(sl.preserve(run, selection, calibration=calibration(target, every=1, learning_rate=own_rate)))
+    run.train()
+    training = [0.0, 2e-3, 4e-3, 2e-3]
+    assert rates == pytest.approx([own_rate or rate * (0.1 if adapted else 1) for rate in training])
+
+
+@pytest.mark.usefixtures("_answers")
+@pytest.mark.parametrize("own_rate", [None, 1e-3])
+@pytest.mark.parametrize("schedule", ["one cycle", "a function", "by hand"])
+def test_its_rate_is_its_own_or_that_of_the_optimizers_of_its_kind(schedule, own_rate):
     target = dense()
-    adapted = get_peft_model(target.model, LoraConfig(r=4, target_modules="all-linear"))
-    beneath = rate_beside(trainer_of(SimpleNamespace(model=adapted), tmp_path, learning_rate=3e-4), target)
-    assert beneath == pytest.approx(3e-5)
+    first, *rest = target.model.parameters()
+    adam, sgd = (
+        torch.optim.AdamW([{"params": rest}, {"params": [], "lr": 1e-9}], lr=1.0),
+        torch.optim.SGD([first], lr=7.0),
+    )
+    how = calibration(target, every=1, learning_rate=own_rate)
+    rates = rates_of(sl.preserve([adam, sgd], some(target), model=target.model, calibration=how))
+    step = {
+        "one cycle": lambda: torch.optim.lr_scheduler.OneCycleLR(adam, max_lr=[4e-3, 4e-9], total_steps=5).step,
+        "a function": lambda: torch.optim.lr_scheduler.LambdaLR(adam, lambda n: 1e-3 / (1 + n)).step,
+        "by hand": lambda: lambda: adam.param_groups[0].update(lr=adam.param_groups[0]["lr"] / 2),
+    }[schedule]()
+    training = []
+    for _ in range(4):
+        training.append(adam.param_groups[0]["lr"])
+        adam.step()
+        sgd.step()
+        step()
+    assert len(set(training)) == 4
+    assert rates == pytest.approx([own_rate or rate for rate in training])
+
+
+@pytest.mark.usefixtures("_answers")
+def test_a_rate_has_to_be_known():
     target = dense()
-    optimizer = torch.optim.AdamW([{"params": list(target.model.parameters()), "lr": 0.02}], lr=0.5)
-    torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=0.1)  # it is at 0.002 now
-    assert rate_beside(optimizer, target, model=target.model) == 0.02
     for what, model in ((target.model, {}), (torch.optim.SGD(target.model.parameters()), {"model": target.model})):
         with pytest.raises(TrainingError, match="give learning_rate"):
-            rate_beside(what, target, **model)
-
-
-@pytest.mark.usefixtures("_answers")
-@pytest.mark.parametrize("scheduled", [True, False])
-@pytest.mark.parametrize("own_rate", [None, 1e-3])
-def test_its_rate_rises_and_falls_as_the_trainings_does(scheduled, own_rate, tmp_path):
-    def taken(protection):
-        """The rates of its steps."""
-        found, step = [], protection.calibrator.step
-        protection.calibrator.step = lambda *how: (
-            step(*how), found.append(protection.calibrator._optimizer.param_groups[0]["lr"])
-        )[0]  # fmt: skip
-        return found
-
-    how = {"every": 1, "learning_rate": own_rate, "scheduled": scheduled}
-    peak, shares = own_rate or 4e-3, [0.5, 1.0, 2 / 3, 1 / 3] if scheduled else [1.0] * 4
-    target = dense()
-    run = trainer_of(target, tmp_path, max_steps=4, learning_rate=4e-3, warmup_steps=2, lr_scheduler_type="linear")
-    rates = taken(sl.preserve(run, some(target), calibration=calibration(target, **how)))
-    run.train()
-    assert rates == pytest.approx([peak * share for share in ([0.0, 0.5, 1.0, 0.5] if scheduled else shares)])
-
-    target = dense()
-    optimizer = torch.optim.AdamW(target.model.parameters(), lr=4e-3)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, shares.__getitem__)
-    protection = sl.preserve(optimizer, some(target), model=target.model, calibration=calibration(target, **how))
-    rates = taken(protection)
-    for _ in shares[:-1]:
-        optimizer.step()
-        schedule.step()
-    assert rates == pytest.approx([peak * share for share in shares[:-1]])
-
-    target = dense()
-    optimizer = torch.optim.AdamW(target.model.parameters(), lr=1.0)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=4e-3, total_steps=10)
-    protection = sl.preserve(optimizer, some(target), model=target.model, calibration=calibration(target, **how))
-    rates, expected = taken(protection), []
-    for _ in range(9):
-        expected.append(peak * (schedule.get_last_lr()[0] / 4e-3 if scheduled else 1.0))
-        optimizer.step()
-        schedule.step()
-    assert rates == pytest.approx(expected)
+            sl.preserve(what, some(target), calibration=calibration(target, learning_rate=None), **model)
 
 
 @pytest.mark.usefixtures("_answers")

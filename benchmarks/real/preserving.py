@@ -61,8 +61,7 @@ class Arm:
     ratio: float = 0.1
     calibrated: str = ""  # on whose harmful requests
     cut: bool = False  # answers to them of over ANSWER_TOKENS; else these are left out
-    calibration_rate: float | None = None  # the training's own, of an adapter a tenth
-    scheduled: bool = False  # and falling with it
+    calibration_rate: float | None = None  # the training's own as it falls, of an adapter a tenth
     mixed: str = ""
     answer_tokens: int = ANSWER_TOKENS  # of what is mixed in
     share: float = SHARE  # of it
@@ -86,12 +85,14 @@ UNPROTECTED, ESI, RANDOM = (
     Arm(name="random-10", method="random"),
 )
 CALIBRATED, GENTLER = (
-    Arm(name="esi-10-calibrated", method="esi", calibrated="advbench"),
+    Arm(name="esi-10-calibrated", method="esi", calibrated="advbench", calibration_rate=RATE),
     Arm(name="gentle", rate=GENTLE),
 )
 BOTH = Arm(name="esi-10-mixed-embedded", method="esi", mixed="embedded")
-AT_PEAK = Arm(name="esi-10-calibrated-embedded-cut", method="esi", calibrated="embedded", cut=True)
-SHOWN = replace(AT_PEAK, name=f"{AT_PEAK.name}-scheduled", scheduled=True)  # as the command does
+SHOWN = Arm(
+    name="esi-10-calibrated-embedded-cut-scheduled", method="esi", calibrated="embedded", cut=True
+)  # as the command does
+AT_PEAK = replace(SHOWN, name=SHOWN.name.removesuffix("-scheduled"), calibration_rate=RATE)
 MIXED = Arm(name="mixed-embedded", mixed="embedded")
 FULL = (
     UNPROTECTED, ESI, BOTH, SHOWN, MIXED, RANDOM, CALIBRATED, GENTLER,
@@ -106,9 +107,9 @@ SHORT_LORA = tuple(
         Arm(name="mixed", mixed="advbench"), Arm(name="safelora", safelora=True),
     )
 )  # fmt: skip
-SHORT = (*FULL, Arm(name="random-10-calibrated", method="random", calibrated="advbench"))
+SHORT = (*FULL, replace(CALIBRATED, name="random-10-calibrated", method="random"))
 RIVALS = (
-    Arm(name="esi-10-calibrated-embedded", method="esi", calibrated="embedded"),
+    replace(CALIBRATED, name="esi-10-calibrated-embedded", calibrated="embedded"),
     AT_PEAK, replace(SHOWN, name=f"random-10{SHOWN.name.removeprefix('esi-10')}", method="random"),
     *(Arm(name=f"{m}-10-calibrated-at-1e-3", method=m, calibrated="advbench", calibration_rate=1e-3) for m in METHODS),
     Arm(name="mixed", mixed="advbench"), Arm(name="lox", lox=True),
@@ -215,9 +216,7 @@ def learned(task: str, steps: int, arm: Arm, unfinished: Path) -> dict[str, Any]
         prompts = shown(arm.calibrated)
         if not arm.cut:
             prompts = [own_answers(target, part, max_new_tokens=ANSWER_TOKENS) for part in prompts]
-        calibration = sl.Calibration(
-            target=target, prompts=prompts, learning_rate=arm.calibration_rate, scheduled=arm.scheduled
-        )
+        calibration = sl.Calibration(target=target, prompts=prompts, learning_rate=arm.calibration_rate)
     if arm.mixed:
         mixed = Mixed(prompts=shown(arm.mixed), share=arm.share, seed=arm.seed, max_new_tokens=arm.answer_tokens)
         data, _ = mixed.into(data, target, size=len(data), checkpoint=unfinished / "mixed")

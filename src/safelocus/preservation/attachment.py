@@ -8,8 +8,7 @@ A trainer makes its optimizer late, and may wrap, move or shard the model first;
 loaded before training begins. So the protection follows the weights when training begins, and restores them then.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial, wraps
 from itertools import chain
 from pathlib import Path
@@ -30,7 +29,7 @@ from safelocus.selection.selection import Selection
 from safelocus.selection.sparse import selected_parameters
 from safelocus.training.lora import LoraMode
 
-OF_ADAPTER = 0.1  # an adapter's rate is about ten times that of the weights beneath it
+Rate = Callable[[], float]  # of the step that was just taken
 _QUANTISED = ("Params4bit", "Int8Params")  # of bitsandbytes
 
 
@@ -59,8 +58,8 @@ def preserve(
         exact_gradient: with LoRA in mode "exact": leave the protected weights out of the adapter's gradient too. It
             learns better where 10 % or more is protected, and a step takes about half as long again.
         calibration: between the training's steps, train the protected weights alone to keep the model's answers
-            (see `Calibration`), at the training's learning rate, with LoRA at a tenth of it, if it has none. They
-            no longer keep their bits then.
+            (see `Calibration`), at its own learning rate; without one at the training's, beneath an adapter at a tenth
+            of that. They no longer keep their bits then.
 
     Returns:
         The protection. It holds as long as it is attached; `remove()` ends it. Where this raises, nothing is attached,
@@ -94,7 +93,7 @@ def preserve(
     if isinstance(what, Trainer):
         protection = attach(what, selection, **how)
     else:
-        protection = _protection(module, selection, partial(_follow, optimizers), _rate(optimizers), **how)
+        protection = _protection(module, selection, partial(_follow, optimizers), **how)
     protection.notes[:0] = remarks
     return protection
 
@@ -106,29 +105,27 @@ def attach(trainer: Trainer, selection: Selection, **how: Any) -> Protection:
             "FSDP version 1 flattens tensors, so selected weights cannot be found in them. Use FSDP2 (fsdp_version: 2)"
         )
 
-    def follow(protection: Protection) -> None:
+    def follow(protection: Protection) -> Rate | None:
         callback = ProtectionCallback(protection, trainer)
         trainer.add_callback(callback)
         protection.add_handle(callback)
+        # the optimizer may be made when training begins
+        name = trainer.args.optim if trainer.optimizer is None else type(trainer.optimizer).__name__
+        return (lambda: callback.rate) if _is_adam(str(name)) else None
 
     model: Any = trainer.model
-    if trainer.optimizer is not None:
-        rate = _rate([trainer.optimizer])
-    else:  # it is made when training begins
-        rate = trainer.args.learning_rate if _is_adam(str(trainer.args.optim)) else None
-    return _protection(model, selection, follow, rate, **how)
+    return _protection(model, selection, follow, **how)
 
 
 def _protection(
     model: nn.Module,
     selection: Selection,
-    follow: Callable[[Protection], None],
-    rate: float | None,
+    follow: Callable[[Protection], Rate | None],
     *,
     calibration: Calibration | None = None,
     **lora: Any,
 ) -> Protection:
-    """Protect the weights, and let `follow` attach that to what trains them, at that rate; all of it, or nothing."""
+    """Protect the weights, and let `follow` attach that to what trains them, whose rate it knows; all, or nothing."""
     protection = Protection(model, selection, **lora)
     try:
         if num_rest := selection.k - protection.num_protected_in_all:
@@ -141,53 +138,36 @@ def _protection(
                 f"the adapter changed {num_changed:,} of the selected weights before; they have the base's values again"
             )
         protection.restore()
-        follow(protection)
+        rate = follow(protection)
         if calibration is not None:
-            if calibration.learning_rate is None and rate is not None:
-                calibration = replace(calibration, learning_rate=rate * (OF_ADAPTER if protection.is_adapted else 1))
-            protection.calibrate(calibration)
+            protection.calibrate(calibration, training_rate=rate)
     except BaseException:
         protection.remove(restore_base=True)
         raise
     return protection
 
 
-def _rate(optimizers: Sequence[torch.optim.Optimizer]) -> float | None:
-    """The highest peak of the learning rates of those of Adam's kind; others mean other steps."""
-    alike = (optimizer for optimizer in optimizers if _is_adam(type(optimizer).__name__))
-    return max((_peak(group) for group in _groups(alike)), default=None)
-
-
-def _share(optimizers: Sequence[Any]) -> float:
-    """Of their peak that the learning rates have now: 1 where no schedule is known."""
-    groups = [group for group in _groups(optimizers) if isinstance(group["lr"], int | float | torch.Tensor)]
-    peak = max(map(_peak, groups), default=0.0)
-    return max(float(group["lr"]) for group in groups) / peak if peak else 1.0
-
-
-def _peak(group: Mapping[str, Any]) -> float:
-    """Schedulers write down where they start from, and one-cycle ones where they go up to."""
-    return float(group.get("max_lr", group.get("initial_lr", group["lr"])))
-
-
-def _groups(optimizers: Iterable[Any]) -> list[dict[str, Any]]:
-    return list(chain.from_iterable(optimizer.param_groups for optimizer in optimizers))
+def _rate(optimizers: Iterable[Any]) -> float:
+    """The highest learning rate that they have now."""
+    return max(float(group["lr"]) for optimizer in optimizers for group in optimizer.param_groups)
 
 
 def _is_adam(name: str) -> bool:
     return "adam" in name.lower()
 
 
-def _follow(optimizers: Sequence[torch.optim.Optimizer], protection: Protection) -> None:
-    """Restore and calibrate after the steps of optimizers, if any."""
+def _follow(optimizers: Sequence[torch.optim.Optimizer], protection: Protection) -> Rate | None:
+    """Restore and calibrate after the steps of optimizers, if any; the rate of those of Adam's kind, if any."""
     if not optimizers:
-        return
+        return None
     _check_trained_by(optimizers, protection)
-    hook = _AfterStep(protection, optimizers)
+    hook = _AfterStep(protection, len(optimizers))
     for optimizer in optimizers:
         protection.add_handle(optimizer.register_step_post_hook(hook))
         for after in _after_switches(optimizer, protection):
             protection.add_handle(after)
+    alike = [optimizer for optimizer in optimizers if _is_adam(type(optimizer).__name__)]
+    return partial(_rate, alike) if alike else None
 
 
 class ProtectionCallback(TrainerCallback):
@@ -197,7 +177,7 @@ class ProtectionCallback(TrainerCallback):
         self._protection = protection
         self._trainer = trainer
         self._resumed_from = Path()
-        self._share = 1.0
+        self.rate = 0.0  # of the latest step, where it is calibrated
         self._resuming = _After(trainer, "_load_optimizer_and_scheduler", self._note)  # called whatever loads weights
         self._switches: list[_After] = []
 
@@ -213,11 +193,12 @@ class ProtectionCallback(TrainerCallback):
         self._protection.restore()
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, *, optimizer: Any = None, **_: Any) -> None:
-        self._share = _share([optimizer] if hasattr(optimizer, "param_groups") else [])
+        if self._protection.calibrator is not None:
+            self.rate = _rate([optimizer])
         self._protection.restore()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self._protection.calibrate_if_due(self._share)  # the gradients are gone by now: it takes their memory
+        self._protection.calibrate_if_due()  # the gradients are gone by now: it takes their memory
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         calibrator = self._protection.calibrator
@@ -275,19 +256,19 @@ class _AfterStep:
     A step of the training is over when every optimizer has taken its own, or when one takes its next.
     """
 
-    def __init__(self, protection: Protection, optimizers: Sequence[torch.optim.Optimizer]) -> None:
-        self._protection, self._optimizers = protection, optimizers
+    def __init__(self, protection: Protection, num_optimizers: int) -> None:
+        self._protection, self._num_optimizers = protection, num_optimizers
         self._stepped: set[int] = set()
 
     def __call__(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         self._protection.restore()
         is_next = id(optimizer) in self._stepped
         self._stepped = {id(optimizer)} if is_next else {*self._stepped, id(optimizer)}
-        is_whole = len(self._stepped) == len(self._optimizers)
+        is_whole = len(self._stepped) == self._num_optimizers
         if is_whole:
             self._stepped = set()
         if is_next or is_whole:
-            self._protection.calibrate_if_due(_share(self._optimizers))
+            self._protection.calibrate_if_due()
 
 
 def _optimizers(what: Any) -> list[torch.optim.Optimizer]:

@@ -50,9 +50,8 @@ class Calibration:
         prompts: sets that take turns, or what they are read from; give harmful and harmless ones, as the embedded ones
             are. Responses in them are not used.
         every: steps of the task between two of calibration.
-        learning_rate: of AdamW on the protected weights, its peak; None: the training's, where that is AdamW's too, and
-            beneath an adapter a tenth of it.
-        scheduled: it rises and falls as the training's does; else it stays at its peak.
+        learning_rate: of AdamW on the protected weights; None: at each step the training's, where that is AdamW's too,
+            and beneath an adapter a tenth of it.
         batch_size: prompts of each set in one calibration step.
         num_kept: tokens whose probability is stored at each place.
         max_new_tokens: length of the original's answers; longer ones are cut, and teach no end.
@@ -65,7 +64,6 @@ class Calibration:
     prompts: Sequence[PromptSet] = field(default_factory=embedded)
     every: int = 4
     learning_rate: float | None = None
-    scheduled: bool = True
     batch_size: int = 8
     num_kept: int = 64
     max_new_tokens: int = ANSWER_TOKENS
@@ -163,12 +161,11 @@ class Calibrator:
         self._steps += 1
         return self._steps % self.calibration.every == 0
 
-    def step(self, sites: Mapping[str, Site], share: float = 1.0) -> dict[str, Tensor]:
+    def step(self, sites: Mapping[str, Site], learning_rate: float) -> dict[str, Tensor]:
         """One calibration step, which all processes take together: name -> new values [k].
 
         Args:
             sites: name -> where the protected weights are.
-            share: of its peak that the training's rate has now.
 
         Raises:
             NumericalError: the gradient is NaN or infinite, in whichever process.
@@ -187,7 +184,7 @@ class Calibrator:
             raise NumericalError("the gradient of a calibration step is NaN or infinite: the training diverged")
         clip_grads_with_norm_(self.masters.values(), self.calibration.max_grad_norm, norm)
         for group in self._optimizer.param_groups:
-            group["lr"] = self._peak * (share if self.calibration.scheduled else 1.0)
+            group["lr"] = learning_rate
         self._optimizer.step()
         self._optimizer.zero_grad()
         return {name: master.detach() for name, master in self.masters.items()}
@@ -243,13 +240,8 @@ class Calibrator:
         name = Path(STATE)
         return f"{name.stem}-{distributed.rank() + 1:05}-of-{distributed.world_size():05}{name.suffix}"
 
-    @property
-    def _peak(self) -> float:
-        assert self.calibration.learning_rate is not None
-        return self.calibration.learning_rate
-
     def _new_optimizer(self) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(list(self.masters.values()), lr=self._peak, weight_decay=0.0)
+        return torch.optim.AdamW(list(self.masters.values()), weight_decay=0.0)  # each step has its rate
 
     def _batch(self) -> tuple[ResponseBatch, Tensor, Tensor, float]:
         """This process's part of the prompts of this step, and the weight of its mean in the mean of all.

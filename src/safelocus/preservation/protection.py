@@ -31,6 +31,7 @@ from safelocus.selection.sparse import Site, selected_parameters, sites
 from safelocus.training.lora import LoraMode
 
 # layers whose base cancels their adapter at some places, and so does not hold values of its own there
+_BENEATH_ADAPTER = 0.1  # of its rate: adapters are trained at about ten times that of the weights beneath them
 _CORRECTED: WeakSet[nn.Module] = WeakSet()
 
 
@@ -149,6 +150,7 @@ class Protection:
         self.calibrator: Calibrator | None = None
         self.notes: list[str] = []
         self._original: dict[str, Tensor] | None = None
+        self._training_rate: Callable[[], float] | None = None
         self._handles: list[Any] = []
         self._layer_hooks: list[Any] = []
         self._held, self._untrained = hold(model, selection, exact_gradient=exact_gradient)
@@ -194,8 +196,13 @@ class Protection:
             self._held[name] = held = held.settled()
             held.site.write(self._wanted(held))
 
-    def calibrate(self, calibration: Calibration, *, progress: bool = True) -> None:
+    def calibrate(
+        self, calibration: Calibration, *, training_rate: Callable[[], float] | None = None, progress: bool = True
+    ) -> None:
         """From now on take calibration steps between those of the training; the model is the original now.
+
+        Args:
+            training_rate: says the learning rate of the AdamW that trains the model, in the step that was just taken.
 
         Raises:
             TrainingError: it is for another model, or has no learning rate, or an adapter trains freely beside the
@@ -206,7 +213,7 @@ class Protection:
         own = {id(parameter) for parameter in calibration.target.model.parameters()}
         if any(id(held.site.parameter) not in own for held in self._held.values()):
             raise TrainingError("the calibration's target is not the model that is protected; give the same object")
-        if calibration.learning_rate is None:
+        if calibration.learning_rate is None and training_rate is None:
             raise TrainingError(
                 "calibration takes AdamW's steps, at the rate of the AdamW that trains the model, but none is known to "
                 "do that: give learning_rate"
@@ -214,6 +221,7 @@ class Protection:
         if self.mode == "patch" and self.is_adapted:
             raise TrainingError('calibration needs mode="exact": in "patch" the adapter changes the same weights')
         _check_shards(self._held)
+        self._training_rate = training_rate
         self._original = {name: held.values.clone() for name, held in self._held.items()}
         masters = {name: nn.Parameter(held.values.float()) for name, held in self._held.items()}
         self.calibrator = Calibrator(
@@ -221,19 +229,19 @@ class Protection:
             is_sharded=any(held.site.position is not None for held in self._held.values()),
         )  # fmt: skip
 
-    def after_step(self, share: float = 1.0) -> None:
-        """What a loop of your own calls after each step of the training: restores, and calibrates when it is time.
-
-        Args:
-            share: of its peak that the training's learning rate had in this step.
-        """
+    def after_step(self) -> None:
+        """What a loop of your own calls after each step of the training: restores, and calibrates when it is time."""
         self.restore()
-        self.calibrate_if_due(share)
+        self.calibrate_if_due()
 
-    def calibrate_if_due(self, share: float = 1.0) -> None:
-        """Count a step of the training, and take one of calibration every so many; `share` as for `after_step`."""
+    def calibrate_if_due(self) -> None:
+        """Count a step of the training, and take one of calibration every so many."""
         if self.calibrator is not None and self.calibrator.count_step():
-            self.keep(self.calibrator.step({name: held.site for name, held in self._held.items()}, share))
+            rate = self.calibrator.calibration.learning_rate
+            if rate is None:
+                assert self._training_rate is not None
+                rate = self._training_rate() * (_BENEATH_ADAPTER if self.is_adapted else 1.0)
+            self.keep(self.calibrator.step({name: held.site for name, held in self._held.items()}, rate))
 
     def keep(self, values: Mapping[str, Tensor]) -> None:
         """Keep other values from now on: name -> [k of this tensor], any dtype.

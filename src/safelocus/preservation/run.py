@@ -194,6 +194,7 @@ def _described(
     calibrated = None
     if calibration is not None:
         plain = {key: value for key, value in calibration.identity().items() if key != "prompts"}
+        plain["learning_rate"] = calibration.learning_rate or ("a tenth of the adapter's" if lora else "the training's")
         calibrated = {**plain, "prompts": [{"source": p.source, "hash": p.hash} for p in calibration.prompts]}
     return {
         "data": facts(data),
