@@ -7,16 +7,16 @@ two cores can do), cut to 256 tokens (PubMedQA: 448), AdamW, the rate falling to
 arm and rate. Frozen: the top of ESI, found on the twin itself, or random weights; rescored: ESI is measured anew of the
 model in training after a third and two thirds of the steps, and what it then finds is frozen instead, as it is by then.
 Calibrated: the same weights, trained every 4th step on the twin's own answers of up to 64 tokens to the prompts that
-found them and to embedded harmless ones, at the task's own rate, or at ten times that; embedded: to embedded harmful
+found them and to embedded harmless ones, at the task's own rate or the one that is named; embedded: to embedded harmful
 ones; cut: longer answers are cut there; scheduled: that rate falls as the task's does, and else stays at its peak.
 Rivals, nothing frozen: a gentle rate; mixed (1 row in 6 is one of these answers, the practitioner's remedy); mixed with
 embedded harmful requests in place of AdvBench's; the same with twice as many alarming but harmless ones, or with the
 first 8 tokens of each answer in place of 64 (brief), or with as many such rows in all as calibration takes, 6 of 8 in
-each step (as often); projected (each update loses what lowers S to first order, on 4 of the prompts that found the
-weights: A-GEM of the update, Chaudhry et al. 2019); LoX (before training, 1.25 times the 6 largest singular components
-of what made the twin out of the original are added to it, Perin et al. 2025); SafeLoRA (after training, of each matrix
-what was learned is multiplied with C = V V^T / |V|, V what made the twin, where the cosine of the two is below 0.35;
-Hsu et al. 2024).
+each step on average (as often); projected (each update loses what lowers S to first order, on 4 of the prompts that
+found the weights: A-GEM of the update, Chaudhry et al. 2019); LoX (before training, 1.25 times the 6 largest singular
+components of what made the twin out of the original are added to it, Perin et al. 2025); SafeLoRA (after training, of
+each matrix what was learned is multiplied with C = V V^T / |V|, V what made the twin, where the cosine of the two is
+below 0.35; Hsu et al. 2024).
 """
 
 import sys

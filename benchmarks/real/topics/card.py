@@ -11,7 +11,8 @@ from safelocus.report.grid import Grid
 
 CARD = (
     "How each is decided: [the acceptance card](../demo.md#the-acceptance-card). Points [95 % interval]; passes: all "
-    "of the interval says so; fails: it was not shown; a number without a verdict is of one seed."
+    "of the interval says so; fails: it was not shown; a number without a verdict is of one seed, and a blank was not "
+    "measured."
 )
 
 

@@ -93,7 +93,7 @@ def _preserved() -> Iterator[Row]:
             yield (
                 "... calibrated, not only frozen (not the paper's)" if shown[2] else SPA,
                 f"{task}, {steps:,} steps, {shown[1]} %{', LoRA' if lora else ''}"
-                + (", at the peak of the rate" if shown[2] and not shown[3] else ""),
+                + (", at the peak of its rate" if shown[2] and not shown[3] else ""),
                 f"{_state([before])} to {_state(group)}; HarmBench {interval(change)} points",
                 "; ".join(f"{name} {_state(seeds)}" for name, seeds in others.items() if seeds),
                 verdicts[0] if len(set(verdicts)) == 1 else f"{verdicts[0]}; HarmBench {verdicts[1]}",
