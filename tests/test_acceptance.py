@@ -261,8 +261,9 @@ def test_the_real_models_cards_are_computed_from_its_cells(scripts):
     recipe = page.enhancing.RECIPES["plain"]
     card = page._cards(recipe, *page.groups_of(recipe))[-1]
     effect = (after.count("1") - before.count("1")) / len(after)
-    lines = card.partition(f"{page.NAMES['esi']}, 0.0001 |")[2].splitlines()
-    row = next(line for line in lines if "fresh semantics" in line)
-    assert f"harmbench {round(100 * effect)} [" in row
-    assert "advbench 9" not in row  # weights are found with it
-    assert "one seed" in card
+    row = card.partition(f"{page.NAMES['esi']}, 0.0001 |")[2].splitlines()[0]
+    _, fresh, *_ = row.split("|")
+    assert f"harmbench {round(100 * effect)} [" in fresh
+    assert "advbench" not in fresh  # weights are found with it
+    assert f"{page.NAMES['esi']}, 0.0001 | passes effect" in card
+    assert f"{page.NAMES['esi']}, 3e-05 | effect" in card  # of one seed

@@ -60,7 +60,7 @@ def test_a_tenth_is_calibrated_on_what_is_embedded_unless_it_is_told_otherwise(f
     calibration, whole = results["provenance"]["calibration"], sl.read_prompts("embedded:alarming")
     assert [part["source"] for part in calibration["prompts"]] == list(PROMPTS)
     assert calibration["max_new_tokens"] == ANSWER_TOKENS
-    assert calibration["learning_rate"] is None  # the training's
+    assert calibration["learning_rate"] == "the training's"
     assert f"embedded:refusals (71), embedded:ordinary (99), embedded:alarming ({len(whole) - 6})" in err
     assert "--calibrate none leaves them their bits" in err
     assert "calibrate =" not in (folder / "run.toml").read_text()  # what was not given is taken anew

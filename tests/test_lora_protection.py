@@ -430,7 +430,7 @@ def test_a_protection_that_fails_leaves_nothing(failing, monkeypatch):
     before = hooks()
     if failing == "calibrate":
         calibration = sl.Calibration(target=target, prompts=[sl.read_prompts(["some"])])
-        monkeypatch.setattr(sl.Protection, "calibrate", lambda *_: 1 / 0)
+        monkeypatch.setattr(sl.Protection, "calibrate", lambda *_, **__: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             sl.preserve(model, selection, calibration=calibration)
     else:
