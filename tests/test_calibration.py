@@ -101,7 +101,7 @@ class TestDivergence:
         protection = sl.preserve(target, some(target), calibration=calibration(target, num_kept=10_000, batch_size=9))
         moved(target)
         before = whole_kl(original, target, sets)
-        protection.calibrator.step({name: held.site for name, held in protection._held.items()}, 1e-3)
+        protection.calibrator.step({name: held.site for name, held in protection._held.items()})
         torch.testing.assert_close(protection.calibrator.last, before, rtol=1e-4, atol=1e-5)
         assert before > 0.01
 
@@ -238,10 +238,10 @@ class TestSteps:
         monkeypatch.setattr(torch.autograd, "grad", lambda *a, **o: dense_ones.extend(grad(*a, **o)))
         monkeypatch.setattr(module, "_gradients", lambda *a: taken.append(gradients(*a)) or taken[-1])
         target.model.model.layers[0].mlp.act_fn.register_forward_hook(lambda *_: calls.append(1))
-        protection.calibrator.step({name: held.site for name, held in protection._held.items()}, 1e-3)
+        protection.calibrator.step({name: held.site for name, held in protection._held.items()})
         target.model.activation_checkpointing_enable({"use_reentrant": False})
         target.model.train()
-        protection.calibrator.step({name: held.site for name, held in protection._held.items()}, 1e-3)
+        protection.calibrator.step({name: held.site for name, held in protection._held.items()})
         assert len(calls) == 1 + 2
         assert len(dense_ones) == 2 * len(protection._held)
         assert all(gradient.untyped_storage().nbytes() == 4 for gradient in dense_ones)
@@ -316,8 +316,8 @@ def rates_of(protection):
     """The rates of its steps, as they are taken."""
     found, step = [], protection.calibrator.step
 
-    def noting(sites, rate):
-        values = step(sites, rate)
+    def noting(sites):
+        values = step(sites)
         found.append(protection.calibrator._optimizer.param_groups[0]["lr"])
         return values
 

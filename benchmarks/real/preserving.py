@@ -89,10 +89,8 @@ CALIBRATED, GENTLER = (
     Arm(name="gentle", rate=GENTLE),
 )
 BOTH = Arm(name="esi-10-mixed-embedded", method="esi", mixed="embedded")
-SHOWN = Arm(
-    name="esi-10-calibrated-embedded-cut-scheduled", method="esi", calibrated="embedded", cut=True
-)  # as the command does
-AT_PEAK = replace(SHOWN, name=SHOWN.name.removesuffix("-scheduled"), calibration_rate=RATE)
+AT_PEAK = replace(CALIBRATED, name="esi-10-calibrated-embedded-cut", calibrated="embedded", cut=True)
+SHOWN = replace(AT_PEAK, name=f"{AT_PEAK.name}-scheduled", calibration_rate=None)  # as the command does
 MIXED = Arm(name="mixed-embedded", mixed="embedded")
 FULL = (
     UNPROTECTED, ESI, BOTH, SHOWN, MIXED, RANDOM, CALIBRATED, GENTLER,

@@ -13,7 +13,7 @@ All processes take a step together and share its prompts: of copies each steps a
 sharded model those of its own rows, with gradients that FSDP2 has averaged.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -140,12 +140,14 @@ class Calibrator:
     """Takes the calibration steps: `count_step` counts those of the task, and says when `step` is due.
 
     Attributes:
+        rate: says the learning rate of a step.
         masters: name -> fp32 values of the protected weights that this process holds, [k of this tensor].
         is_sharded: whether other processes hold others.
         last: divergence at the latest calibration step; None before the first.
     """
 
     calibration: Calibration
+    rate: Callable[[], float]
     sets: list[list[Reference]]
     masters: dict[str, nn.Parameter]
     is_sharded: bool = False
@@ -161,7 +163,7 @@ class Calibrator:
         self._steps += 1
         return self._steps % self.calibration.every == 0
 
-    def step(self, sites: Mapping[str, Site], learning_rate: float) -> dict[str, Tensor]:
+    def step(self, sites: Mapping[str, Site]) -> dict[str, Tensor]:
         """One calibration step, which all processes take together: name -> new values [k].
 
         Args:
@@ -184,7 +186,7 @@ class Calibrator:
             raise NumericalError("the gradient of a calibration step is NaN or infinite: the training diverged")
         clip_grads_with_norm_(self.masters.values(), self.calibration.max_grad_norm, norm)
         for group in self._optimizer.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = self.rate()
         self._optimizer.step()
         self._optimizer.zero_grad()
         return {name: master.detach() for name, master in self.masters.items()}

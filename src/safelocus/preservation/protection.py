@@ -12,6 +12,7 @@ the device.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Self, get_args
 from weakref import WeakSet
 
@@ -30,8 +31,8 @@ from safelocus.selection.selection import Selection
 from safelocus.selection.sparse import Site, selected_parameters, sites
 from safelocus.training.lora import LoraMode
 
-# layers whose base cancels their adapter at some places, and so does not hold values of its own there
 _BENEATH_ADAPTER = 0.1  # of its rate: adapters are trained at about ten times that of the weights beneath them
+# layers whose base cancels their adapter at some places, and so does not hold values of its own there
 _CORRECTED: WeakSet[nn.Module] = WeakSet()
 
 
@@ -150,7 +151,6 @@ class Protection:
         self.calibrator: Calibrator | None = None
         self.notes: list[str] = []
         self._original: dict[str, Tensor] | None = None
-        self._training_rate: Callable[[], float] | None = None
         self._handles: list[Any] = []
         self._layer_hooks: list[Any] = []
         self._held, self._untrained = hold(model, selection, exact_gradient=exact_gradient)
@@ -213,7 +213,10 @@ class Protection:
         own = {id(parameter) for parameter in calibration.target.model.parameters()}
         if any(id(held.site.parameter) not in own for held in self._held.values()):
             raise TrainingError("the calibration's target is not the model that is protected; give the same object")
-        if calibration.learning_rate is None and training_rate is None:
+        own_rate = calibration.learning_rate
+        rate = training_rate if own_rate is None else partial(float, own_rate)
+        share = _BENEATH_ADAPTER if own_rate is None and self.is_adapted else 1.0
+        if rate is None:
             raise TrainingError(
                 "calibration takes AdamW's steps, at the rate of the AdamW that trains the model, but none is known to "
                 "do that: give learning_rate"
@@ -221,11 +224,11 @@ class Protection:
         if self.mode == "patch" and self.is_adapted:
             raise TrainingError('calibration needs mode="exact": in "patch" the adapter changes the same weights')
         _check_shards(self._held)
-        self._training_rate = training_rate
         self._original = {name: held.values.clone() for name, held in self._held.items()}
         masters = {name: nn.Parameter(held.values.float()) for name, held in self._held.items()}
         self.calibrator = Calibrator(
-            calibration=calibration, sets=references(calibration, progress=progress), masters=masters,
+            calibration=calibration, rate=lambda: rate() * share,
+            sets=references(calibration, progress=progress), masters=masters,
             is_sharded=any(held.site.position is not None for held in self._held.values()),
         )  # fmt: skip
 
@@ -237,11 +240,7 @@ class Protection:
     def calibrate_if_due(self) -> None:
         """Count a step of the training, and take one of calibration every so many."""
         if self.calibrator is not None and self.calibrator.count_step():
-            rate = self.calibrator.calibration.learning_rate
-            if rate is None:
-                assert self._training_rate is not None
-                rate = self._training_rate() * (_BENEATH_ADAPTER if self.is_adapted else 1.0)
-            self.keep(self.calibrator.step({name: held.site for name, held in self._held.items()}, rate))
+            self.keep(self.calibrator.step({name: held.site for name, held in self._held.items()}))
 
     def keep(self, values: Mapping[str, Tensor]) -> None:
         """Keep other values from now on: name -> [k of this tensor], any dtype.
