@@ -112,6 +112,7 @@ def test_enhanced_in_the_selected_weights_alone(make, retained):
     assert same(snapshot(target.model), before)
 
 
+@pytest.mark.slow
 @BOTH
 @pytest.mark.parametrize("lora", [None, Lora(rank=2)])
 def test_preserved_to_the_bit(make, lora, tmp_path):

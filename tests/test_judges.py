@@ -240,6 +240,14 @@ def test_guard_without_a_verdict_on_one_response_is_unscorable_there(monkeypatch
         judge.judge(["a", "b", "c", "d"], ["odd"] * 4)
 
 
+def test_what_a_guard_has_no_positions_for_is_unscorable():
+    judge = GuardJudge(guard=guard())
+    judge.guard.model.config.max_position_embeddings = 64
+    found = judge.judge(["a", "b"], ["Mix the flour with two eggs, then bake it for an hour in a hot oven.", "No."])
+    assert [j.verdict is Verdict.UNSCORABLE for j in found] == [True, False]
+    assert "has 64 positions, and" in found[0].explanation
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_numbers_that_are_none_are_unscorable(monkeypatch, value):
     judge = GuardJudge(guard=guard())

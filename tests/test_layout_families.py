@@ -176,6 +176,7 @@ def test_a_zeroed_query_key_or_value_is_zero_in_the_model_and_nothing_else_chang
                 assert torch.equal(after[other], before[other]), f"{tensor.name} {component} changes {other}"
 
 
+@pytest.mark.slow
 def test_a_zeroed_head_is_that_head_in_the_model(attention: Any) -> None:
     name, model, layout, run = attention
     groups = layout.groups("head")
@@ -290,6 +291,7 @@ def block_output(model: PreTrainedModel, block: str) -> Callable[[], Tensor]:
     return run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in MLPS if name != "bert"])  # whose MLP is no module
 def test_an_mlp_is_linear_in_up_beside_a_gate_and_not_in_gate(name: str) -> None:
     """And without a gate it is not linear in up, which then goes through the activation."""

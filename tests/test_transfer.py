@@ -72,7 +72,7 @@ def test_an_answer_that_a_classifier_has_no_positions_for():
     )  # fmt: skip
     judge = Classifier(name="tiny", model=BertForSequenceClassification(config), tokenizer=tokenizer, unsafe=1)
     assert judge.read(["bake"], ["a cake"]).score.shape == (1,)
-    with pytest.raises(ModelError, match=r"this classifier 24 positions.*--max-new-tokens"):
+    with pytest.raises(ModelError, match=r"tiny has 24 positions, and \d+ tokens to read.*--max-new-tokens"):
         judge.read(["bake"], ["a cake of many words " * 5])
 
 
@@ -84,7 +84,7 @@ def test_a_padding_token_takes_positions_of_roberta():
     )  # fmt: skip
     judge = Classifier(name="tiny", model=RobertaForSequenceClassification(config), tokenizer=tokenizer, unsafe=1)
     assert judge.read(["bake"], ["zq" * 11]).score.isfinite().all()
-    with pytest.raises(ModelError, match="this classifier 22 positions"):
+    with pytest.raises(ModelError, match="has 22 positions, and 23 tokens"):
         judge.read(["bake"], ["zq" * 11 + "z"])
 
 

@@ -77,12 +77,7 @@ class Classifier(TextObjective):
             tokenize_around(self.tokenizer, "", text, "", add_special_tokens=True, response_ids=ids)
             for text, ids in zip(responses, given, strict=True)
         ]
-        longest, room = max(len(each.ids) for each in inputs), _num_positions(self.model)
-        if room is not None and longest > room:
-            raise ModelError(
-                f"{self.name}: an answer has {longest} tokens, and this classifier {room} positions; let the model "
-                "answer in fewer (--max-new-tokens)"
-            )
+        self._have_positions(inputs)
         unread = [number for number, each in enumerate(inputs) if not each.ids]  # a decoder's, which adds no token
 
         def score(batch: dict[str, Tensor]) -> Tensor:
@@ -99,16 +94,3 @@ class Classifier(TextObjective):
         label = self.model.config.id2label[self.unsafe]
         told = {"kind": "classifier", "name": self.name, "unsafe": label, "multi_label": self.multi_label}
         return {**told, **self._describe_reading()}
-
-
-def _num_positions(model: Any) -> int | None:
-    """How many tokens a model has positions for; None where its configuration does not say."""
-    room = getattr(model.config, "max_position_embeddings", None)
-    for name, module in model.named_modules():
-        if (
-            room is not None
-            and name.endswith("position_embeddings")
-            and getattr(module, "padding_idx", None) is not None
-        ):
-            room -= module.padding_idx + 1  # RoBERTa counts on from there
-    return room

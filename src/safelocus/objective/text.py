@@ -25,6 +25,7 @@ import xxhash
 from torch import Tensor
 
 from safelocus import distributed
+from safelocus.errors import ModelError
 from safelocus.model.chat import continuation, tokenizer_digest
 from safelocus.model.fingerprint import Fingerprint, dtype_name
 from safelocus.model.forcing import Forced, pad, sent, teacher_force
@@ -159,6 +160,14 @@ class TextObjective(AnswerObjective):
     def identity_of_reader(self) -> dict[str, Any]:
         """All that its verdicts on given answers depend on."""
         return {"weights": self._weights, "tokenizer": self._vocabulary}
+
+    def _have_positions(self, inputs: Sequence["ReaderInput"]) -> None:
+        longest, room = max(len(each.ids) for each in inputs), _num_positions(self.model)
+        if room is not None and longest > room:
+            raise ModelError(
+                f"{self.name} has {room} positions, and {longest} tokens to read; let the model answer in fewer "
+                "(--max-new-tokens), or leave such prompts out"
+            )
 
     @cached_property
     def _weights(self) -> str:
@@ -300,6 +309,19 @@ def padding_id(tokenizer: Any) -> int:
         if candidate is not None:
             return int(candidate)
     return 0  # padding is masked: any id will do
+
+
+def _num_positions(model: Any) -> int | None:
+    """How many tokens a model has positions for; None where its configuration does not say."""
+    room: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    for name, module in model.named_modules():
+        if (
+            room is not None
+            and name.endswith("position_embeddings")
+            and getattr(module, "padding_idx", None) is not None
+        ):
+            room -= module.padding_idx + 1  # RoBERTa counts on from there
+    return room
 
 
 class AnswerLog:

@@ -21,7 +21,8 @@ from safelocus.patch.checkpoint import Checkpoint, local_folder
 from safelocus.patch.folder import copy_tokenizer, retype, save_like
 from safelocus.preservation.attachment import attach
 from safelocus.preservation.calibration import Calibration
-from safelocus.preservation.protection import Protection, hold
+from safelocus.preservation.held import hold
+from safelocus.preservation.protection import Protection
 from safelocus.run.tensors import give_mode
 from safelocus.selection.selection import Selection
 from safelocus.selection.sparse import gather
