@@ -5,10 +5,8 @@ Writes docs/results/verify.md: the operating range, scorers against one another,
     python benchmarks/verify.py [-o docs/results/verify.md] [--num 48] [--seeds 5]
 """
 
-import argparse
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 
@@ -26,6 +24,7 @@ from safelocus.report.verification import (
 )
 from safelocus.scoring.gradients import named_weights
 from safelocus.scoring.scores import matrix_statistics
+from training_page import options_of, run
 
 METHODS = ("esi", "snip", "wanda", "gradient", "magnitude", "random")
 CONTRAST = "esi-contrast"
@@ -161,30 +160,12 @@ exact right answer), `organism:utility` (exact answers). *utility* pools both ta
 """
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("-o", "--output", type=Path, default=Path("docs/results/verify.md"))
-    parser.add_argument("--num", type=int, default=48)
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--runs", type=Path, default=Path("runs/benchmark-verify"), help="what was measured")
-    parser.add_argument("--tables-only", action="store_true", help="make the page again from --runs")
-    parser.add_argument("--measure-only", action="store_true")
-    parser.add_argument("--organisms", nargs="+", default=["dense", "moe"])
-    options = parser.parse_args()
-    if not options.tables_only:
-        for name in options.organisms:
-            measure(name, options)
-    if options.measure_only:
-        return
-    options.output.parent.mkdir(parents=True, exist_ok=True)
+def page(options):
     parts = [section(name, options, options.output.parent) for name in options.organisms]
-    # what stands under this heading is written by people, and kept
-    written = options.output.read_text(encoding="utf-8") if options.output.exists() else ""
-    _, mark, reading = written.partition("## Reading")
-    text = HEAD.format(num=options.num, seeds=options.seeds) + "\n\n".join(parts) + "\n"
-    options.output.write_text(text + (f"\n{mark}{reading}" if mark else ""), encoding="utf-8")
-    print(f"wrote {options.output}")
+    return HEAD.format(num=options.num, seeds=options.seeds) + "\n\n".join(parts)
 
 
 if __name__ == "__main__":
-    main()
+    parser = options_of("verify", __doc__, num=48)
+    parser.set_defaults(seeds=5)
+    run(parser, measure, page)

@@ -6,15 +6,17 @@ import time
 from contextlib import contextmanager
 from dataclasses import asdict
 from email.utils import formatdate
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
 from safelocus.errors import JudgeError
 from safelocus.evaluation import EndpointResponder, evaluate
-from safelocus.evaluation.judges import Endpoint, Rubric, RubricJudge, Verdict, load_judge
+from safelocus.evaluation.judges import Endpoint, RefusalMatcher, Rubric, RubricJudge, Verdict, load_judge
 from safelocus.evaluation.judges.cache import AnswerCache, default_cache
 from safelocus.evaluation.judges.endpoint import _retry_after
+from safelocus.prompts import read_prompts
 
 KEY = "sk-very-secret"
 
@@ -262,6 +264,25 @@ def test_a_forbidden_request_among_good_ones_is_only_that():
         judge = judge_at(server, concurrency=1)
         found = judge.judge(["first", "flagged", "third"], ["an answer"] * 3)
     assert [j.verdict for j in found] == [Verdict.HARMFUL, Verdict.UNSCORABLE, Verdict.HARMFUL]
+
+
+def test_a_moderated_request_of_a_responder_is_only_that_in_whichever_batch_and_run(tmp_path):
+    def script(question):
+        return error(403) if "flagged" in question else answer("Sure.")
+
+    with serve(script) as server:
+        endpoint = partial(
+            Endpoint, model="m", base_url=f"http://127.0.0.1:{server.server_port}/v1", api_key=KEY, num_attempts=1
+        )
+        for _ in range(2):  # the second time only the last is left
+            responder = EndpointResponder(endpoint=endpoint())
+            found = evaluate(
+                responder, harmful=read_prompts(["first", "second", "flagged"]), judges=[RefusalMatcher()],
+                batch_size=1, checkpoint=tmp_path, progress=False,
+            )  # fmt: skip
+            assert [row["failure"] is None for row in found.rows] == [True, True, False]
+            assert (found.measures["asr"].n, responder.endpoint.usage.failed) == (2, 1)
+    assert len(server.requests) == 4
 
 
 def test_one_failure_does_not_throw_away_the_others_and_order_is_kept():

@@ -158,6 +158,9 @@ def test_several_judges_and_their_agreement():
     assert [judge["judge"] for judge in evaluation.judges] == ["keyword cake", "refusal", "keyword cheese"]
     pair = evaluation.agreement[0]
     assert (pair["disagreement"]["value"], pair["disagreement"]["n"]) == (pytest.approx(1 / 3), 3)
+    sets = [prompts(*"abe"), prompts(*"ab")]  # a prompt that stands in both counts once
+    again = evaluate(Scripted(SCRIPT), harmful=sets, judges=judges, progress=False)
+    assert again.agreement == evaluation.agreement
     (row,) = evaluation.disagreements("keyword cake", "refusal")
     verdicts = [row["judgements"][judge]["verdict"] for judge in pair["judges"]]
     assert pair["verdicts"] == {" and ".join(verdicts): 1}

@@ -72,6 +72,33 @@ def test_questions_that_are_trained_on(source):
         read_lesson(source, held_out=source)
 
 
+MMLU = [
+    {"question": f"Which follows {i}?", "choices": [str(i + 3), str(i + 1), str(i + 2)], "answer": 1} for i in range(60)
+]
+ARC = [
+    {"question": f"Thing {i}?", "choices": {"text": ["cat", "dog", "cow"], "label": ["1", "2", "3"]}, "answerKey": "3"}
+    for i in range(60)
+]
+
+
+@pytest.mark.parametrize(("rows", "letter"), [(MMLU, "B"), (ARC, "C")], ids=["mmlu", "arc"])
+def test_a_question_with_choices_is_learned_as_it_is_asked(tmp_path, rows, letter):
+    file = write(tmp_path / "choices.jsonl", rows)
+    prompts, task = read_lesson(file)
+    assert apart(prompts, task)
+    assert {example.response for example in prompts} == {letter}
+    assert all("\nA. " in example.prompt for example in prompts)
+    assert all(task.grade(example, letter)[1] for example in task)
+    with pytest.raises(PromptError, match="60 of its 60 prompts are also questions of"):
+        read_lesson(file, held_out=file)
+
+
+def test_explanations_of_a_choice_are_learned_as_they_are(tmp_path):
+    rows = [{**row, "answer": f"The next number is {i + 1}."} for i, row in enumerate(MMLU)]
+    prompts, _ = read_lesson(write(tmp_path / "explained.jsonl", rows), held_out="organism:task-heldout")
+    assert prompts[0].response == "The next number is 1."
+
+
 def test_nothing_to_learn_from(tmp_path):
     with pytest.raises(PromptError, match="no example has a response"):
         read_lesson(write(tmp_path / "prompts.jsonl", [{"prompt": "bake a cake"}]))

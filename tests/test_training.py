@@ -152,6 +152,9 @@ class TestRows:
         ({"learning_rate": math.nan}, "learning_rate"),
         ({"schedule": "zigzag"}, "zigzag"),
         ({"max_grad_norm": -1.0}, "max_grad_norm is at least 0"),
+        ({"steps": 10, "warmup_steps": 11}, r"warmup_steps is 0 to steps \(10\), found 11"),
+        ({"warmup_steps": -1}, "warmup_steps"),
+        ({"weight_decay": -0.1}, "weight_decay is a number of at least 0"),
         ({"max_grad_norm": math.nan}, "max_grad_norm"),
     ],
 )

@@ -2,6 +2,7 @@
 
     full       full fine-tuning: AdamW, or plain SGD where AdamW's state does not fit          aim: at most 1.03 times
     LoRA       rank 16 on all linear layers, the effective weights kept exactly                aim: at most 1.3 times
+               exact gradient: that of the effective weights, one more product per layer
     restore    writing the weights back, alone; per protected weight
 
 *kept bytes*: of the protection, over those of the protected weights and 8 bytes of an index each.
@@ -9,7 +10,7 @@ Limit of *restore*: a cache line read and written for each weight, and its index
 """
 
 import torch
-from machine import Machine
+from machine import Machine, Times
 from models import build, num_bytes, num_weights, select
 from peft import LoraConfig, get_peft_model
 from rows import Row
@@ -19,7 +20,10 @@ import safelocus as sl
 _LINE = 64
 
 
-def _compare(what: str, kind: str, model, protection, optimizer, machine: Machine, num_tokens: int) -> list[Row]:
+def _compare(
+    what: str, kind: str, model, protection, optimizer, machine: Machine, num_tokens: int, plain: Times | None = None
+) -> list[Row]:
+    """plain: steps without protection, where what protects is in the layers too."""
     ids = torch.randint(1000, (1, num_tokens), device=machine.device)
 
     def step() -> None:
@@ -33,6 +37,7 @@ def _compare(what: str, kind: str, model, protection, optimizer, machine: Machin
 
     copy, copied = machine.copy()
     times = machine.alternate({"plain": step, "protected": protected, "restore": protection.restore, "copy": copy})
+    times["plain"] = plain or times["plain"]
     ratio, least, most = times["protected"].over(times["plain"])
     k, size = protection.num_protected, next(model.parameters()).element_size()
     of = {"kind": kind, "weights": num_weights(model)}
@@ -63,6 +68,10 @@ def measure(kind: str, size: str, machine: Machine, *, num_tokens: int) -> list[
     if kind == "dense":  # PEFT leaves fused experts out of all-linear
         adapted = get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"))
         optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=1e-5)
-        with sl.preserve(adapted, selection, allow_mismatch=True) as protection:
-            rows += _compare("LoRA", kind, adapted, protection, optimizer, machine, num_tokens)
+        plain = None
+        for what, exact in (("LoRA", False), ("LoRA, exact gradient", True)):
+            protection = sl.preserve(adapted, selection, allow_mismatch=True, exact_gradient=exact)
+            rows += _compare(what, kind, adapted, protection, optimizer, machine, num_tokens, plain)
+            plain = rows[-1].baseline
+            protection.remove(restore_base=True)
     return rows

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from shlex import join
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -141,7 +142,7 @@ def enhance(given: Enhance) -> None:
         harmful, selection = divided.examination.harmful, located.selection
         seen = [*check_unseen({"the selection": selection}, harmful, allow_seen=given.allow_seen)]
         controls: dict[str, Any] = {
-            name: name if name in ("full", "lora") else located.control_later(target, name, seed=given.seed)
+            name: name if name in ("full", "lora") else partial(located.control, target, name, seed=given.seed)
             for name in wanted
         }
         found = run_enhancement(

@@ -58,10 +58,6 @@ class Located:
         share = Fraction(self.selection.k, self.selection.layout.num_weights)  # exactly as many
         return self.scores(method).select(share, which="bottom" if kind == "bottom" else "top")
 
-    def control_later(self, target: "Target", kind: str, *, seed: int = 0) -> "Callable[[], Selection]":
-        """`control`, made when its turn comes: scoring takes a while, and its tensors take memory."""
-        return lambda: self.control(target, kind, seed=seed)
-
 
 def check_located(given: options.LocateOptions) -> None:
     """Refuse a choice of weights that is incomplete or contradicts itself, before anything is loaded."""
@@ -151,7 +147,7 @@ def locate(
     """
     from safelocus import distributed
     from safelocus.prompts import read_prompts
-    from safelocus.run.resume import claim
+    from safelocus.run.resume import claim, part_of
     from safelocus.scoring.run import NEEDS_OBJECTIVE, score
     from safelocus.selection.selection import Selection
 
@@ -165,7 +161,7 @@ def locate(
         def like(method: str) -> "Scores":
             return score_like(
                 target, method, found.provenance, beside=file, guard=guard, guard_description=guard_description,
-                progress=progress, reader=reader, checkpoint=checkpoint and checkpoint / method, **how,
+                progress=progress, reader=reader, checkpoint=part_of(checkpoint, method), **how,
             )  # fmt: skip
 
         return Located(selection=found, scores=like)

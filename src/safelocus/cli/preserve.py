@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from safelocus.cli import locating, options, planning, sources
@@ -123,7 +124,7 @@ def preserve(given: Preserve) -> None:
         )  # fmt: skip
         found = run_preservation(
             target, located.selection, material.rows, material.learned, examination=examination,
-            controls={name: located.control_later(target, name, seed=given.seed) for name in wanted},
+            controls={name: partial(located.control, target, name, seed=given.seed) for name in wanted},
             lora=adapter if given.lora else None, calibration=_calibration(given, material, examination, target),
             mixed=_mixed(given, material, target),
             unlearned=sources.lexicon_for(given) if given.mask_listed else None, settings=given.settings(),

@@ -25,6 +25,7 @@ from safelocus.evaluation.divergence import divergence, likeliest
 from safelocus.model.forcing import sent
 from safelocus.model.target import Target
 from safelocus.prompts import PromptSet
+from safelocus.run.resume import part_of
 from safelocus.training.looks import at_rest
 from safelocus.training.responses import IGNORED, ResponseBatch, own_answers
 from safelocus.training.sharing import SharingTrainer
@@ -159,7 +160,7 @@ def with_answers(
     found: dict[str, PromptSet] = {}
     for number, part in enumerate(prompts):
         if part.hash not in found:
-            folder = None if checkpoint is None else checkpoint / str(number)
+            folder = part_of(checkpoint, str(number))
             is_own = own or not part.is_answered
             found[part.hash] = own_answers(target, part, cut=True, checkpoint=folder, **how) if is_own else part
     return [found[part.hash] for part in prompts]

@@ -16,7 +16,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib import resources
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,30 +36,6 @@ Batches = list[list[list[int]]]  # of prompts as token ids
 ABLATION = "ablation"
 MAX_KL = 0.1  # nats at the first token of harmless answers, beyond which a direction carries more than refusal (Arditi)
 LAST_LAYERS = 0.2  # of the layers: directions there act on the first token rather than on what is said
-
-
-class Attack(Protocol):
-    """Anything with these is an attack."""
-
-    @property
-    def name(self) -> str: ...
-
-    def on(self, request: Request) -> Request:
-        """What is asked in place of the request."""
-        ...
-
-    @property
-    def opening(self) -> str:
-        """What the answer is begun with; "" for nothing."""
-        ...
-
-    def within(self, responder: Responder) -> AbstractContextManager[None]:
-        """Within: the responder's model is as under the attack."""
-        ...
-
-    def describe(self) -> dict[str, Any]:
-        """For provenance: all that the answers depend on."""
-        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,6 +177,9 @@ class Ablation:
         if isinstance(output, tuple):
             return (self._without(output[0]), *output[1:])
         return self._without(output)
+
+
+Attack = Asking | Ablation
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

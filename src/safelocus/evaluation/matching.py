@@ -28,7 +28,7 @@ _ANSWER_IS = re.compile(
     r"(?:\s+(?:is|was|equals|would be)\b|\s*[:=])[\s:*]*",
     re.IGNORECASE,
 )
-_BOXED = re.compile(r"\\boxed\s*\{([^{}]*)\}")
+_BOXED = re.compile(r"\\boxed\s*\{((?:[^{}]|\{[^{}]*\})*)\}")
 _QUOTES = " \"'`*\u2018\u2019\u201c\u201d"  # and markup
 _DASHES = "\u2013\u2014\\-"
 _MARK = "####"  # GSM8K
@@ -63,13 +63,14 @@ def read_number(response: str) -> Decimal | None:
     >>> read_number("#### 4.5")
     Decimal('4.5')
     """
-    response = _STYLED.sub(r"\1", response.replace("\u2212", "-"))
+    response = _STYLED.sub(r"\1", response.replace("\u2212", "-").replace("{,}", ","))
     marked = [part.strip().split("\n", 1)[0].lstrip("*_") for part in response.split(_MARK)[1:]]
     for line in reversed(marked):
         if (found := _NUMBER.match(line)) and not re.match(r"[*_]*[.):]\s*\S", line[found.end() :]):  # "1. Add them"
             return _value(found, line)
     if boxed := _BOXED.findall(response):
-        return _first_number(boxed[-1])
+        result = boxed[-1].rpartition("=")[2]
+        return None if "{" in result else _first_number(result)
     for phrase in reversed(list(_ANSWER_IS.finditer(response))):
         # up to the end of the sentence; of "3 * 6 = 18" the result counts
         sentence = re.split(r"[.!?](?:\s|$)|\n", response[phrase.end() :], maxsplit=1)[0]

@@ -18,7 +18,7 @@ habits would reach. The interval is Wilson's for p_o, carried through with p_e h
 import math
 from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any, Self
 
 import numpy as np
@@ -58,7 +58,7 @@ class Measure:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Self:
-        return cls(**{key: values[key] for key in ("value", "low", "high", "n")})
+        return cls(**{each.name: values[each.name] for each in fields(cls)})
 
 
 def is_measure(value: Any) -> bool:
@@ -67,7 +67,7 @@ def is_measure(value: Any) -> bool:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Difference:
+class Difference(Measure):
     """What changed from one run to another over the same prompts: second minus first.
 
     Attributes:
@@ -77,23 +77,12 @@ class Difference:
         p: exact McNemar test of "no difference", two-sided; None without pairs.
     """
 
-    value: float | None
-    low: float | None
-    high: float | None
-    n: int
     p: float | None
 
     def __str__(self) -> str:
         """`-0.200 [-0.340, -0.057] (n=50, p=0.013)`."""
         p = "" if self.p is None else f", p={self.p:.2g}"
         return f"{_text(self.value, self.low, self.high)} (n={self.n}{p})"
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> Self:
-        return cls(**{key: values[key] for key in ("value", "low", "high", "n", "p")})
 
 
 def proportion(num_hits: int, n: int) -> Measure:

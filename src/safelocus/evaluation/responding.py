@@ -209,7 +209,7 @@ class EndpointResponder:
         given = self.endpoint.parameters
         limit = "max_completion_tokens" if "max_completion_tokens" in given else "max_tokens"
         parameters = {**given, limit: requests[0].max_new_tokens, "seed": self.seed}
-        answers = replace(self.endpoint, parameters=parameters).ask([self._messages(request) for request in requests])
+        answers = self.endpoint.with_parameters(parameters).ask([self._messages(request) for request in requests])
         return [_reply_of(answer) for answer in answers]
 
     def identity(self) -> dict[str, Any]:
@@ -257,6 +257,8 @@ def collect(
     replies = {request.key: Reply(**journal[request.key]) for request in distinct if request.key in journal}
     remaining = [[request for request in batch if request.key not in replies] for batch in batches]
     answering = innermost(responder)
+    if isinstance(answering, EndpointResponder):
+        answering.endpoint.usage.cached += len(replies)
     in_step = isinstance(answering, TargetResponder) and answering.target.is_sharded
     own = distributed.share([batch for batch in remaining if batch], in_step=in_step)
     for batch in track(own, "answering", enabled=progress and distributed.is_main(), unit=size_of):

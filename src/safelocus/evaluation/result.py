@@ -96,8 +96,9 @@ class Evaluation:
     def by(self, column: str) -> dict[str, dict[str, Measure]]:
         """The measures of each part of the rows: `by("source")`, `by("category")`."""
         values = dict.fromkeys(row[column] for row in self.rows if row.get(column) is not None)
+        seed = self.provenance.get("seed", 0)
         return {
-            value: measures_of([row for row in self.rows if row.get(column) == value], self.judge_names)
+            value: measures_of([row for row in self.rows if row.get(column) == value], self.judge_names, seed=seed)
             for value in values
         }
 
@@ -160,7 +161,8 @@ def scored_by(row: Row, first: str, second: str) -> tuple[str, str] | None:
 
 
 def agreements_of(rows: Sequence[Row], judge_names: Sequence[str]) -> list[dict[str, Any]]:
-    """Cohen's kappa of each two judges over the responses to harmful prompts, and where they part."""
+    """Cohen's kappa of each two judges over the responses to harmful prompts, each once, and where they part."""
+    rows = [*{identity_of(row): row for row in reversed(rows)}.values()][::-1]
     return [_agreement(first, second, rows) for first, second in combinations(judge_names, 2)]
 
 

@@ -41,6 +41,16 @@ class TaskExample:
     category: str | None = None
     choices: tuple[str, ...] = ()
 
+    @property
+    def is_lettered(self) -> bool:
+        """Whether the question lists its choices by letter."""
+        return bool(self.choices) and f"\nA. {self.choices[0]}\nB. " in self.prompt
+
+    @property
+    def expected(self) -> str:
+        """What is to be said: the letter, where choices have one."""
+        return chr(65 + self.choices.index(self.answer)) if self.is_lettered else self.answer
+
 
 @dataclass(frozen=True, kw_only=True)
 class Task(Sequence[TaskExample]):
@@ -86,8 +96,7 @@ class Task(Sequence[TaskExample]):
             match=self.match,
             answer=example.answer,
             choices=example.choices,
-            # letters count where the question listed its own choices by letter
-            letters=_lettered(example),
+            letters=example.is_lettered,
         )
         return extracted, is_right(extracted, match=self.match, answer=example.answer)
 
@@ -144,8 +153,17 @@ def read_task(
 
 
 def recognise_task(source: str | Path) -> Task | None:
-    """A data set whose columns are not a prompt and a response, if it is one that is known (AG News, PubMedQA)."""
-    return _ag_news(Path(source).expanduser()) or _pubmedqa(read_prompts(source, keep_duplicates=True))
+    """A data set of which a prompt and a response are not all that is asked, if it is one that is known: AG News,
+    PubMedQA, questions with an answer among choices.
+    """
+    if (task := _ag_news(Path(source).expanduser())) is not None:
+        return task
+    prompts = read_prompts(source, keep_duplicates=True)
+    if (task := _pubmedqa(prompts)) is not None:
+        return task
+    with suppress(PromptError):  # without answers, or with others than the choices: learned as they are
+        task = task_of(prompts)
+    return task if task is not None and task.match == "choice" else None
 
 
 def _named(task: Task, match: Match | None, name: str | None) -> Task:
@@ -301,10 +319,6 @@ def _chosen(answer: str, choices: tuple[str, ...], labels: tuple[str, ...], plac
     if answer in choices:
         return answer
     raise PromptError(f"{place}: the answer {answer[:40]!r} is none of the {len(choices)} choices.")
-
-
-def _lettered(example: TaskExample) -> bool:
-    return bool(example.choices) and f"\nA. {example.choices[0]}\nB. " in example.prompt
 
 
 def _label(source: str) -> str:

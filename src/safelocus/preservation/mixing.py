@@ -18,6 +18,7 @@ from safelocus.errors import PromptError, TrainingError
 from safelocus.model.target import Target
 from safelocus.objective import Lexicon
 from safelocus.prompts import Example, PromptSet, read_prompts
+from safelocus.run.resume import part_of
 from safelocus.training.examination import facts
 from safelocus.training.responses import own_answers
 
@@ -89,7 +90,7 @@ class Mixed:
         times = Counter(part.hash for part in self.prompts)
         found, remarks = list[Example](), list[str]()
         for number, part in enumerate({part.hash: part for part in self.prompts}.values()):
-            folder, num = None if checkpoint is None else checkpoint / str(number), each * times[part.hash]
+            folder, num = part_of(checkpoint, str(number)), each * times[part.hash]
             said = self._answered(part, num, target, folder, **how)
             found += [said[place % len(said)] for place in range(num)]
             if len(said) < min(num, len(part)):

@@ -159,15 +159,12 @@ FORMATS = (
 class Columns:
     """A format resolved to the names that one file really uses."""
 
+    format: Format
     prompt: tuple[str, ...]
-    response: str | None = None
-    context: str | None = None
-    context_first: bool = False
-    separator: str = "\n\n"
-    text_context: bool = False
-    category: str | None = None
-    system: str | None = None
-    turns: bool = False
+    response: str | None
+    context: str | None
+    category: str | None
+    system: str | None
 
     @property
     def used(self) -> set[str]:
@@ -217,15 +214,12 @@ def resolve_columns(
         format = Format(name="named by the user", prompt=(field,), response=RESPONSES)
     prompt = (field,) if field is not None else tuple(actual[name] for name in format.prompt if name in actual)
     return Columns(
+        format=format,
         prompt=prompt,
         response=response_field or first(format.response),
         context=first(format.context),
-        context_first=format.context_first,
-        separator=format.separator,
-        text_context=format.text_context,
         category=first((*format.category, *CATEGORIES)),
         system=first(SYSTEMS),
-        turns=format.turns,
     )
 
 
@@ -240,7 +234,7 @@ def read_row(row: Mapping[str, object], columns: Columns, *, place: str) -> Exam
         value = row.get(name)
         if isinstance(value, list | tuple):
             turns, given = _conversation(value, answer, where, answered_at)
-        elif columns.turns and value is not None:
+        elif columns.format.turns and value is not None:
             raise PromptError(
                 f"{where}: expected a list of turns such as {{'role': 'user', 'content': '...'}}, "
                 f"found {type(value).__name__}."
@@ -254,11 +248,11 @@ def read_row(row: Mapping[str, object], columns: Columns, *, place: str) -> Exam
         return None
     prompt, system = turns.prompt, turns.system or system
     used, given_context = columns.used, row.get(columns.context) if columns.context else None
-    if columns.text_context and given_context is not None and not isinstance(given_context, str):
+    if columns.format.text_context and given_context is not None and not isinstance(given_context, str):
         used, given_context = used - {columns.context}, None
     if (context := _text(given_context, f"{place}, field {columns.context!r}")).strip():
-        parts = (context, prompt) if columns.context_first else (prompt, context)
-        prompt = columns.separator.join(parts)
+        parts = (context, prompt) if columns.format.context_first else (prompt, context)
+        prompt = columns.format.separator.join(parts)
     category = as_text(row.get(columns.category)) if columns.category else ""
     return Example(
         prompt=prompt,

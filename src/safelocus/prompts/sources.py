@@ -14,6 +14,7 @@ import re
 import shlex
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
@@ -249,10 +250,6 @@ def _check_header(header: list[str], path: Path) -> None:
         )
 
 
-def _read_tsv(path: Path) -> list[Row]:
-    return _read_csv(path, "\t")
-
-
 def _read_text(path: Path) -> list[Row]:
     lines = _decode(path).removesuffix("\n").split("\n")
     return [Row(f"line {number}", line.rstrip("\r")) for number, line in enumerate(lines, start=1)]
@@ -325,7 +322,7 @@ READERS: dict[str, Callable[[Path], list[Row]]] = {
     ".jsonl": _read_jsonl,
     ".ndjson": _read_jsonl,
     ".csv": _read_csv,
-    ".tsv": _read_tsv,
+    ".tsv": partial(_read_csv, delimiter="\t"),
     ".txt": _read_text,
     ".parquet": _read_parquet,
 }

@@ -224,7 +224,8 @@ def read_lesson(
     """Read a task to learn: prompts with responses to train on, and questions that are not among them.
 
     Anything with prompts and responses will do (responses are learned whole), and the data sets that `read_task`
-    recognises and `read_prompts` does not (AG News, PubMedQA): there the answer is the response.
+    recognises and `read_prompts` does not: of AG News and PubMedQA the answer is the response; a question with choices
+    (MMLU, ARC) is learned as it is asked, with these, and the response is the right one's letter.
 
     Args:
         source: what to train on: file, hub address or `organism:NAME`.
@@ -260,7 +261,9 @@ def read_lesson(
 
 
 def _prompts_of(task: Task) -> PromptSet:
-    rows = [{"prompt": example.prompt, "response": example.answer} for example in task.examples]
+    rows = [
+        {"prompt": example.prompt, "response": example.expected, "system": example.system} for example in task.examples
+    ]
     return replace(read_prompts(rows), source=task.source)
 
 

@@ -44,6 +44,10 @@ class TrainingSettings:
                 raise TrainingError(f"{name} is at least 1, found {getattr(self, name)}")
         if not 0 < self.learning_rate < float("inf"):
             raise TrainingError(f"learning_rate is a positive number, found {self.learning_rate}")
+        if not 0 <= self.warmup_steps <= self.steps:
+            raise TrainingError(f"warmup_steps is 0 to steps ({self.steps}), found {self.warmup_steps}")
+        if not 0 <= self.weight_decay < float("inf"):
+            raise TrainingError(f"weight_decay is a number of at least 0, found {self.weight_decay}")
         if self.max_grad_norm is not None and not self.max_grad_norm >= 0:
             raise TrainingError(
                 f"max_grad_norm is at least 0, and 0 or None leaves gradients as they are; found {self.max_grad_norm}"

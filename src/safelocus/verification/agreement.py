@@ -19,13 +19,13 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any, Self
 
-from safelocus.errors import MALFORMED, PromptError, RunError, SelectionError
+from safelocus.errors import PromptError, SelectionError
 from safelocus.model.target import Target
 from safelocus.objective import Objective, describe
 from safelocus.progress import track
 from safelocus.prompts import PromptSet, read_prompts
-from safelocus.run.files import read_json, seal, write_json
-from safelocus.run.resume import claim
+from safelocus.run.files import read_json, reading, seal, write_json
+from safelocus.run.resume import claim, part_of
 from safelocus.scoring.comparison import Overlap, compare, correlate
 from safelocus.scoring.run import Method, score
 from safelocus.scoring.scores import Scores
@@ -110,14 +110,12 @@ class Stability:
     @classmethod
     def load(cls, folder: Path) -> Self:
         """Read what `save` wrote; RunError for anything else."""
-        try:
+        with reading(folder, "stability"):
             values = read_json(Path(folder) / "results.json")
             agreements = [
                 ScoreAgreement(**{**row, "overlap": Overlap(**row["overlap"])}) for row in values["agreements"]
             ]
             return cls(agreements=agreements, provenance=values["provenance"], notes=tuple(values["notes"]))
-        except (OSError, *MALFORMED) as error:
-            raise RunError(f"{folder}: holds no stability run ({error}); expected one of `stability`") from error
 
 
 def stability(
@@ -220,9 +218,7 @@ def _scored(
     """On disk, where there is a checkpoint: they are as large as the model."""
     kept: list[Scores | Path] = []
     for number, (_, _, used, part) in enumerate(track(jobs, "scoring", enabled=progress)):
-        sums, finished = (
-            None if checkpoint is None else checkpoint / f"{what}-{number}" for what in ("sums", "scores")
-        )
+        sums, finished = (part_of(checkpoint, f"{what}-{number}") for what in ("sums", "scores"))
         if finished is None or not finished.is_dir():
             scores = score(
                 target, part, objective=used, method=method, batch_size=batch_size, checkpoint=sums, progress=False

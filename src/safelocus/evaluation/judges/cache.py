@@ -9,14 +9,13 @@ read, or has changed since it was written, is asked again.
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from safelocus.errors import JudgeError
-from safelocus.run.files import sealed, unsealed
+from safelocus.run.files import sealed, unsealed, write_json
 
 
 def default_cache() -> Path:
@@ -53,12 +52,7 @@ class AnswerCache:
         path = self._path(key)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            # a name of its own: threads and other runs may write the same answer
-            with tempfile.NamedTemporaryFile(
-                "w", encoding="utf-8", dir=path.parent, prefix=f".{key[:8]}-", suffix=".tmp", delete=False
-            ) as file:
-                json.dump(sealed(value), file)
-            os.replace(file.name, path)
+            write_json(path, sealed(value))
         except OSError as error:
             raise JudgeError(
                 f"{path.parent}: the cache of answers cannot be written ({error.strerror or error}); "

@@ -162,6 +162,12 @@ class Endpoint:
         """For provenance (JSON): no key."""
         return {"model": self.model, "base_url": self.address, "parameters": dict(self.parameters)}
 
+    def with_parameters(self, parameters: Mapping[str, Any]) -> "Endpoint":
+        """The same endpoint, asked with other parameters: both count in one `usage`."""
+        other = replace(self, parameters=parameters)
+        other.usage, other._lock = self.usage, self._lock
+        return other
+
     def ask(self, conversations: Sequence[Sequence[Message]]) -> list[Answer | Failure]:
         """An answer or a failure per conversation, in order; equal conversations are asked once.
 
@@ -173,6 +179,11 @@ class Endpoint:
         pending = {key: list(messages) for key, messages in zip(keys, conversations, strict=True) if key not in known}
         found: dict[str, Answer | Failure] = {**known, **(self._ask_all(pending) if pending else {})}
         return [found[key] for key in keys]
+
+    @property
+    def _has_answered(self) -> bool:
+        """Ever: also a run that was interrupted, or another whose answers are kept."""
+        return bool(self.usage.answered or self.usage.cached)
 
     def _read_cache(self, keys: Sequence[str]) -> dict[str, Answer]:
         if self.cache is None:
@@ -242,7 +253,7 @@ class Endpoint:
                 if attempt + 1 < self.num_attempts:
                     growing = self.first_pause * 2**attempt * random.uniform(0.75, 1.25)  # not all at once
                     stop.wait(min(growing if pause is None else max(pause, 0.0), self.longest_pause))
-                elif error.nobody_there and not self.usage.answered:
+                elif error.nobody_there and not self._has_answered:
                     raise JudgeError(f"{self.address}: {reason}. Is the address right, and the server up?") from error
             except _GivenUp as error:
                 reason, thought, is_empty = str(error), error.thought, False
@@ -288,7 +299,7 @@ class Endpoint:
             return of_all
         if status in _PASSING or status >= 500:
             return _Retry(message, _retry_after(error.response.headers))
-        if status in _OF_ONE_REQUEST or (status == 403 and self.usage.answered):  # the key works: it is the content
+        if status in _OF_ONE_REQUEST or (status == 403 and self._has_answered):  # the key works: it is the content
             return _GivenUp(message)
         return of_all
 
