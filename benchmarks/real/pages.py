@@ -57,7 +57,7 @@ def preserved_table() -> str | None:
         "full-random-10": "after, 10 % at random frozen", "full-esi-1": "after, 1 % by ESI frozen",
         "full-esi-10": "after, 10 % by ESI frozen", "full-mixed-embedded": "after, own answers mixed in",
         "full-esi-10-mixed-embedded": "after, 10 % by ESI frozen, and own answers mixed in",
-        f"full-{preserving.SHOWN.name}": "after, 10 % by ESI calibrated, as the command does",
+        f"full-{preserving.SHOWN.name}": "after, 10 % by ESI calibrated (the default)",
         f"full-{preserving.AT_PEAK.name}": "the same, at the peak of the training's rate throughout",
     }  # fmt: skip
     asked, tasks = ("harmbench", "advbench", "xstest_safe"), {"gsm8k": "GSM8K", "instruct": "instructions"}
@@ -76,12 +76,17 @@ def preserved_table() -> str | None:
             row.append("" if cell is None else perplexity([cell], "task").split()[0])
         rows.append(tuple(row))
     steps = (f"{found[f'{task}-full-unprotected']['steps']:,} steps of {name}" for task, name in tasks.items())
+    gently = []
+    for task, name in tasks.items():
+        cell = found[f"{task}-full-gentle"]
+        kept = (interval(level(outcomes([cell], each))) for each in ("harmbench", "advbench"))
+        gently.append(f"{' and '.join(kept)} after {name}")
     return Grid(
         title="", headings=tuple(headings), rows=tuple(rows),
         caption=f"The aligned twin after {' or '.join(steps)}; n 78, 200, 250. The first two columns should stay, the "
         "third not rise, and the task's perplexity fall. Own answers: one row in six is the twin's own to an embedded "
         "request; calibrated: these weights alone are trained to keep such answers, every 4th step. At "
-        "1e-4; at the command's own 2e-5 instructions take less ([SPA and its rivals]"
+        f"1e-4. At the command's own 2e-5, with nothing protected, {' and '.join(gently)} ([SPA and its rivals]"
         "(docs/results/real-preserve.md)). Seed 0.",
     ).markdown()  # fmt: skip
 

@@ -75,7 +75,7 @@ def _chosen_by_protection() -> list[Comparison]:
         if cell["arm"].startswith("esi"):
             rival = found.get(key.replace("esi", "random"))
             percent, _, kind = cell["arm"].removeprefix("esi-").partition("-")
-            kind = "calibrated as the command does" if cell["arm"] == preserving.SHOWN.name else kind
+            kind = "calibrated (the default)" if cell["arm"] == preserving.SHOWN.name else kind
             how = ("SPA", cell["task"], f"{percent} %", kind.replace("-at-", " at "), "LoRA" if cell["lora"] else "")
             what = ", ".join(filter(None, how))
             compared += _pairs(what, NAMES["random"], [cell], None if rival is None else [rival])
