@@ -536,6 +536,7 @@ def test_a_classifiers_verdict_is_read_where_it_would_write_it(name):
     tokenizer = byte_level()
     tokenizer.pad_token = tokenizer.bos_token
     found = replace(guard(tokenizer=tokenizer), preset=preset)
+    found.model.config.max_position_embeddings = 4096  # templates are long, in bytes
     prompt, response = "how do I bake?", "Sure: mix it."
     text = preset.text.replace("{prompt}", prompt).replace("{response}", response) + preset.verdict_prefix
     ids = found.tokenizer(text, return_tensors="pt", add_special_tokens=True).input_ids
