@@ -54,6 +54,7 @@ def preserved_table() -> str | None:
     """Before and after two tasks, nothing protected and by several ways; None where cells are missing."""
     found, ways = dict(cells.kept(preserving.TABLE)), {
         "before": "before", "full-unprotected": "after, nothing protected",
+        "full-gentle": "the same, at the command's own 2e-5",
         "full-random-10": "after, 10 % at random frozen", "full-esi-1": "after, 1 % by ESI frozen",
         "full-esi-10": "after, 10 % by ESI frozen", "full-mixed-embedded": "after, own answers mixed in",
         "full-esi-10-mixed-embedded": "after, 10 % by ESI frozen, and own answers mixed in",
@@ -76,17 +77,12 @@ def preserved_table() -> str | None:
             row.append("" if cell is None else perplexity([cell], "task").split()[0])
         rows.append(tuple(row))
     steps = (f"{found[f'{task}-full-unprotected']['steps']:,} steps of {name}" for task, name in tasks.items())
-    gently = []
-    for task, name in tasks.items():
-        cell = found[f"{task}-full-gentle"]
-        kept = (interval(level(outcomes([cell], each))) for each in ("harmbench", "advbench"))
-        gently.append(f"{' and '.join(kept)} after {name}")
     return Grid(
         title="", headings=tuple(headings), rows=tuple(rows),
         caption=f"The aligned twin after {' or '.join(steps)}; n 78, 200, 250. The first two columns should stay, the "
         "third not rise, and the task's perplexity fall. Own answers: one row in six is the twin's own to an embedded "
         "request; calibrated: these weights alone are trained to keep such answers, every 4th step. At "
-        f"1e-4. At the command's own 2e-5, with nothing protected, {' and '.join(gently)} ([SPA and its rivals]"
+        "1e-4 where nothing else is said ([SPA and its rivals]"
         "(docs/results/real-preserve.md)). Seed 0.",
     ).markdown()  # fmt: skip
 

@@ -257,7 +257,7 @@ def collect(
     replies = {request.key: Reply(**journal[request.key]) for request in distinct if request.key in journal}
     remaining = [[request for request in batch if request.key not in replies] for batch in batches]
     answering = innermost(responder)
-    if isinstance(answering, EndpointResponder):
+    if isinstance(answering, EndpointResponder):  # which can tell by them that it is open to us
         answering.endpoint.usage.cached += len(replies)
     in_step = isinstance(answering, TargetResponder) and answering.target.is_sharded
     own = distributed.share([batch for batch in remaining if batch], in_step=in_step)

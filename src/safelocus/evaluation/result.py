@@ -162,7 +162,7 @@ def scored_by(row: Row, first: str, second: str) -> tuple[str, str] | None:
 
 def agreements_of(rows: Sequence[Row], judge_names: Sequence[str]) -> list[dict[str, Any]]:
     """Cohen's kappa of each two judges over the responses to harmful prompts, each once, and where they part."""
-    rows = [*{identity_of(row): row for row in reversed(rows)}.values()][::-1]
+    rows = [*{identity_of(row): row for row in rows}.values()]  # a prompt of two sets has equal ones
     return [_agreement(first, second, rows) for first, second in combinations(judge_names, 2)]
 
 

@@ -163,7 +163,8 @@ def recognise_task(source: str | Path) -> Task | None:
         return task
     with suppress(PromptError):  # without answers, or with others than the choices: learned as they are
         task = task_of(prompts)
-    return task if task is not None and task.match == "choice" else None
+        return task if task.match == "choice" else None
+    return None
 
 
 def _named(task: Task, match: Match | None, name: str | None) -> Task:

@@ -77,7 +77,7 @@ class Classifier(TextObjective):
             tokenize_around(self.tokenizer, "", text, "", add_special_tokens=True, response_ids=ids)
             for text, ids in zip(responses, given, strict=True)
         ]
-        self._have_positions(inputs)
+        self._check_positions(inputs)
         unread = [number for number, each in enumerate(inputs) if not each.ids]  # a decoder's, which adds no token
 
         def score(batch: dict[str, Tensor]) -> Tensor:

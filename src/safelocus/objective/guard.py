@@ -134,7 +134,7 @@ class Guard(TextObjective):
             )
             for part, suffix, ids in zip(rendered, suffixes, given, strict=True)
         ]
-        self._have_positions(inputs)
+        self._check_positions(inputs)
         return inputs, unread
 
     def _log_odds(self, batch: dict[str, Tensor]) -> Tensor:

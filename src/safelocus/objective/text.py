@@ -29,7 +29,7 @@ from safelocus.errors import ModelError
 from safelocus.model.chat import continuation, tokenizer_digest
 from safelocus.model.fingerprint import Fingerprint, dtype_name
 from safelocus.model.forcing import Forced, pad, sent, teacher_force
-from safelocus.model.generation import Response, generate
+from safelocus.model.generation import Response, generate, room_for_prompt
 from safelocus.objective.transfer import GuardReading, Transfer, Variant
 from safelocus.run.files import read_lines, sealed, unsealed, write_lines
 
@@ -161,13 +161,19 @@ class TextObjective(AnswerObjective):
         """All that its verdicts on given answers depend on."""
         return {"weights": self._weights, "tokenizer": self._vocabulary}
 
-    def _have_positions(self, inputs: Sequence["ReaderInput"]) -> None:
-        longest, room = max(len(each.ids) for each in inputs), _num_positions(self.model)
-        if room is not None and longest > room:
+    def _check_positions(self, inputs: Sequence["ReaderInput"]) -> None:
+        """ModelError where the reader has fewer positions than it is to read tokens."""
+        if (longest := max(len(each.ids) for each in inputs)) > self._num_positions:
             raise ModelError(
-                f"{self.name} has {room} positions, and {longest} tokens to read; let the model answer in fewer "
-                "(--max-new-tokens), or leave such prompts out"
+                f"{self.name} has {self._num_positions} positions, and {longest} tokens to read; let the model answer "
+                "in fewer (--max-new-tokens), or leave such prompts out"
             )
+
+    @cached_property
+    def _num_positions(self) -> int:
+        named = (part for name, part in self.model.named_modules() if name.endswith("position_embeddings"))
+        offset = (getattr(part, "padding_idx", None) for part in named)  # RoBERTa counts on from there
+        return room_for_prompt(self.model.config, 0) - sum(each + 1 for each in offset if each is not None)
 
     @cached_property
     def _weights(self) -> str:
@@ -309,19 +315,6 @@ def padding_id(tokenizer: Any) -> int:
         if candidate is not None:
             return int(candidate)
     return 0  # padding is masked: any id will do
-
-
-def _num_positions(model: Any) -> int | None:
-    """How many tokens a model has positions for; None where its configuration does not say."""
-    room: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    for name, module in model.named_modules():
-        if (
-            room is not None
-            and name.endswith("position_embeddings")
-            and getattr(module, "padding_idx", None) is not None
-        ):
-            room -= module.padding_idx + 1  # RoBERTa counts on from there
-    return room
 
 
 class AnswerLog:

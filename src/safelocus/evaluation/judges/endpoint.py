@@ -73,7 +73,9 @@ class Failure:
 
 @dataclass(kw_only=True)
 class Usage:
-    """What was asked and spent so far. Tokens count answers that came over the wire, not cached ones."""
+    """What was asked and spent so far. Tokens count answers that came over the wire, not those that are kept: cached,
+    or in the journal of the run.
+    """
 
     answered: int = 0
     cached: int = 0
